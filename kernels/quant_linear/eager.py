@@ -1,0 +1,42 @@
+"""The operator in plain PyTorch: quantize and dequantize x, one matrix product a part. Runs on every device."""
+
+import torch
+
+from ...quant_core.packing import unpack
+from ...quant_core.quantizers import dequantize
+from ...quant_core.transforms import transform_activation
+from .naive import quantize_activation
+
+
+def quant_linear(x, spec, tensors, lora=()):
+    """x (M, K) -> y (M, N) in the dtype of x. Arguments as in `naive.quant_linear`.
+
+    The products run in the dtype of x with the device's own accumulation; everything before the codes is fp32.
+    """
+    dtype = x.dtype
+    y = tensors["bias"].to(dtype) if spec.bias else None
+    for tx, weight in _dequantized_parts(x, spec, tensors):
+        y = torch.addmm(y, tx, weight.T) if y is not None else tx @ weight.T
+    if spec.rank:
+        downs = [x[:, p.start : p.stop] @ tensors["proj_down"][p.start : p.stop].to(dtype) for p in spec.parts]
+        y = y.addmm_(torch.cat(downs, -1), tensors["proj_up"].to(dtype).T)
+    for down, up, first in lora:
+        y[:, first : first + up.shape[0]].addmm_(x @ down.to(dtype).T, up.to(dtype).T)
+    return y
+
+
+def _dequantized_parts(x, spec, tensors):
+    columns, scale_row = 0, 0
+    for part in spec.parts:
+        xp = x[:, part.start : part.stop]
+        smooth = tensors["smooth_factor"][part.start : part.stop].float() if part.smooth else None
+        if part.activation is None:
+            tx = transform_activation(xp, smooth, part.rotation)
+        else:
+            codes, scale = quantize_activation(xp, part, smooth)
+            tx = dequantize(codes, scale, part.activation.granularity, part.activation.group).to(x.dtype)
+        codes = unpack(tensors["weight"][:, columns : columns + part.bytes_per_row], part.weight.bits)
+        scales = tensors["weight_scale"][scale_row : scale_row + part.scale_rows].to(x.dtype).T
+        grain = "group" if part.scale_rows > 1 else "channel"
+        columns, scale_row = columns + part.bytes_per_row, scale_row + part.scale_rows
+        yield tx, dequantize(codes, scales, grain, part.weight.group)

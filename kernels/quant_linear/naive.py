@@ -1,0 +1,58 @@
+"""The executable specification of the operator, in exact integer arithmetic. Slow; tests compare every fast path with it."""
+
+import torch
+
+from ...quant_core.packing import unpack
+from ...quant_core.quantizers import absmax_scale, quantize
+from ...quant_core.transforms import transform_activation
+
+
+def quantize_activation(x, part, smooth=None):
+    """Q(Tx) of one part. x (M, part.width) float -> codes (M, width) int8 or uint8, scale (M or 1, groups) fp32."""
+    spec = part.activation
+    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift)
+    scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned)
+    return quantize(tx, scale, spec.bits, spec.granularity, spec.group, spec.unsigned), scale
+
+
+def quant_linear(x, spec, tensors, lora=()):
+    """x (M, K) float, any dtype -> y (M, N) float32.
+
+    `spec` is a LinearSpec, `tensors` its tensors. `lora`: triples (down (r, K), up (n, r), first out-channel); the
+    strength is folded into `up`.
+    """
+    y = torch.zeros(x.shape[0], spec.out_features, device=x.device)
+    columns, scale_row = 0, 0
+    for i, part in enumerate(spec.parts):
+        xp = x[:, part.start : part.stop].float()
+        smooth = tensors["smooth_factor"][part.start : part.stop].float() if part.smooth else None
+        packed = tensors["weight"][:, columns : columns + part.bytes_per_row]
+        codes = unpack(packed, part.weight.bits)
+        scales = tensors["weight_scale"][scale_row : scale_row + part.scale_rows].float()
+        columns, scale_row = columns + part.bytes_per_row, scale_row + part.scale_rows
+
+        # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a block.
+        step = part.weight.group if part.weight.granularity == "group" else part.width
+        if part.activation is None:
+            tx, a_scale = transform_activation(xp, smooth, part.rotation), None
+        else:
+            tx, a_scale = quantize_activation(xp, part, smooth)
+            if part.activation.granularity == "group":
+                step = min(step, part.activation.group)
+        for k in range(0, part.width, step):
+            block = tx[:, k : k + step].double() @ codes[:, k : k + step].double().T
+            block = block * scales[k // part.weight.group if part.scale_rows > 1 else 0].double()
+            if a_scale is not None:
+                grouped = part.activation.granularity == "group"
+                block = block * a_scale[:, k // part.activation.group if grouped else 0, None].double()
+            y += block.float()
+
+        if part.rank:
+            down = tensors["proj_down"][part.start : part.stop].float()
+            up = tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
+            y += xp @ down @ up.T
+    for down, up, first in lora:
+        y[:, first : first + up.shape[0]] += x.float() @ down.float().T @ up.float().T
+    if spec.bias:
+        y += tensors["bias"].float()
+    return y

@@ -1,0 +1,74 @@
+"""Nibble Save Model and Nibble Load Diffusion Model."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..quant_core.formats import pack
+from .host.build import ATTACHMENT, load
+from .host.patcher import NibblePatcher
+
+
+class NibbleSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleSaveModel",
+            display_name="Nibble Save Model",
+            category="Nibble",
+            description="Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion Model.",
+            search_aliases=["save", "export", "checkpoint"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Nibble Quantize, without LoRAs after it."),
+                io.String.Input("filename_prefix", default="diffusion_models/nibble", tooltip="Folder and name within the output folder. Files in output/diffusion_models can be loaded at once."),
+            ],
+            outputs=[io.String.Output("path", tooltip="Where the file is.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, filename_prefix):
+        if not isinstance(model, NibblePatcher):
+            raise ValueError("Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use Save Diffusion Model.")
+        if model.patches:
+            raise ValueError(f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Save before the LoRA loader.")
+        info = model.attachments[ATTACHMENT]
+        layers = {n.removeprefix("diffusion_model."): m.layer(n) for n, m in model.packed_layers()}
+        owned = {f"{n}.{leaf}" for n, layer in layers.items() for leaf in layer.tensors}
+        rest = {k: _narrow(t) for k, t in model.model.diffusion_model.state_dict().items() if k not in owned}
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"])
+        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB"))
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    """bf16 where that is exact: ComfyUI on a CPU holds bf16 files in fp32."""
+    if tensor.dtype == torch.float32 and torch.equal(tensor.bfloat16().float(), tensor):
+        return tensor.bfloat16()
+    return tensor
+
+
+class NibbleLoadDiffusionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleLoadDiffusionModel",
+            display_name="Nibble Load Diffusion Model",
+            category="Nibble",
+            description="Loads a model saved by Nibble Save Model or by `nibble quantize`.",
+            search_aliases=["load", "unet", "int4", "svdquant"],
+            inputs=[io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip="A file from the diffusion_models folders, output/diffusion_models included.")],
+            outputs=[io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name):
+        path = folder_paths.get_full_path("diffusion_models", model_name)
+        return Path(path).stat().st_mtime_ns if path else model_name
+
+    @classmethod
+    def execute(cls, model_name):
+        return io.NodeOutput(load(folder_paths.get_full_path_or_raise("diffusion_models", model_name)))

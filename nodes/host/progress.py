@@ -1,0 +1,13 @@
+"""Progress and interruption, as ComfyUI wants them."""
+
+import comfy.model_management
+import comfy.utils
+
+
+def steps(items, total):
+    """Yields the items, moving the node's progress bar; raises ComfyUI's interrupt between two of them."""
+    bar = comfy.utils.ProgressBar(total)
+    for item in items:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield item
+        bar.update(1)

@@ -1,0 +1,63 @@
+"""Full-precision weights out of a MODEL, with the LoRA patches on it merged."""
+
+import hashlib
+
+import comfy.lora
+import comfy.model_management
+import torch
+from comfy.model_patcher import get_key_weight
+
+from ...quant_core.calibration.file import fingerprint
+from ...quant_core.families import detect
+
+PREFIX = "diffusion_model."
+
+
+class QuantizedSource(RuntimeError):
+    """The model is quantized already."""
+
+
+class ModelSource:
+    """A ModelPatcher as a source of weights under ComfyUI's key names.
+
+    shapes: {key: shape}; family; get(key): the weight with its patches merged, in its own float dtype.
+    """
+
+    def __init__(self, patcher):
+        self.patcher = patcher
+        state_dict = patcher.model.diffusion_model.state_dict()
+        if packed := [k for k, t in state_dict.items() if t.dtype in (torch.int8, torch.uint8)]:
+            raise QuantizedSource(f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model")
+        self.keys = list(state_dict)
+        self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
+        self.family = detect(self.shapes)
+
+    def _base(self, key):
+        weight, _, convert = get_key_weight(self.patcher.model, PREFIX + key)
+        backup = self.patcher.backup.get(PREFIX + key)
+        return (weight if backup is None else backup.weight), convert
+
+    def get(self, key) -> torch.Tensor:
+        weight, convert = self._base(key)
+        patches = self.patcher.patches.get(PREFIX + key)
+        if convert is not None:
+            weight = convert(weight.to(comfy.model_management.get_torch_device(), copy=True), inplace=True)
+        if not patches:
+            return weight.detach()
+        dtype = weight.dtype
+        merged = comfy.lora.calculate_weight(patches, weight.to(comfy.model_management.get_torch_device(), torch.float32, copy=True), PREFIX + key)
+        return merged.to(dtype)
+
+    def fingerprint(self) -> str:
+        """Of the base weights and, where there are any, of the patches."""
+        base = fingerprint(self.keys, lambda k: self._base(k)[0])
+        if not self.patcher.patches:
+            return base
+        digest = hashlib.sha256(base.encode())
+        for key in sorted(self.patcher.patches):
+            for strength, value, strength_model, offset, _ in self.patcher.patches[key]:
+                digest.update(f"{key}{strength}{strength_model}{offset}".encode())
+                for tensor in getattr(value, "weights", value):
+                    if isinstance(tensor, torch.Tensor):
+                        digest.update(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]

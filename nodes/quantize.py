@@ -1,0 +1,65 @@
+"""Nibble Quantize."""
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..kernels import choose
+from ..quant_core.formats.provenance import provenance
+from ..quant_core.methods import METHODS, by_name
+from ..quant_core.quantize import quantize_layers
+from ..quant_core.report import as_text
+from .calibrate import CalibrationType
+from .host.build import build
+from .host.progress import steps
+from .host.source import ModelSource
+
+
+class NibbleQuantize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleQuantize",
+            display_name="Nibble Quantize",
+            category="Nibble",
+            description="Quantizes the transformer blocks of a model to 4-bit weights and activations, layer by layer, and reports what it cost.",
+            search_aliases=["quantization", "svdquant", "int4", "w4a4", "convrot", "compress"],
+            inputs=[
+                io.Model.Input("model", tooltip="The full-precision model. LoRAs on it are merged and quantized with it; LoRAs after this node stay exchangeable."),
+                CalibrationType.Input("calibration", optional=True, tooltip="From Nibble Calibrate on the same model. Without it the quantization is data-free: much worse for SVDQuant, the same for ConvRot and RTN."),
+                io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: best measured. svdquant: the paper's, readable by other engines. convrot: ComfyUI's own, no low rank. rtn: baseline."),
+                io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="SVDQuant: rank of the 16-bit branch. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
+                io.Boolean.Input("gptq", default=True, advanced=True, tooltip="SVDQuant: also try GPTQ rounding and keep it where it is better on held-out tokens."),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other."),
+                io.String.Output("report", tooltip="Size and error of each layer. Connect to Preview as Text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, method, rank, gptq, calibration=None):
+        source = ModelSource(model)
+        chosen = by_name(method)
+        config = chosen.configured(rank=rank, gptq=gptq) if method.startswith("svdquant") else chosen.config
+        fingerprint = source.fingerprint()
+        if calibration is not None:
+            calibration.require_model(fingerprint)
+        plan = source.family.layers(source.shapes)
+        device = comfy.model_management.get_torch_device()
+        layers, rows = {}, []
+        # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
+        with torch.inference_mode(False), torch.no_grad():
+            work = quantize_layers(plan, source.get, source.shapes, chosen, config, calibration, device)
+            for layer, row in steps(work, len(plan)):
+                rows.append(row)
+                if layer is not None:
+                    layers[layer.name] = layer
+            rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
+            origin = provenance(fingerprint, chosen.name, config, calibration)
+            report = [r.to_json() for r in rows]
+            info = {"family": source.family.name, "provenance": origin, "report": report, "source": f"{source.family.title}, quantized in the graph"}
+            quantized = build(layers, {n: layer.spec for n, layer in layers.items()}, rest, info)
+        quantized.model_options = model.clone().model_options
+        path = choose(next(iter(layers.values())).spec, device.type) if layers else "16 bit"
+        return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", [f"Runs on {device.type}: {path}"]))

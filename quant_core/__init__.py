@@ -1,0 +1,1 @@
+"""Calibration, quantization and formats in plain PyTorch. Never imports comfy."""

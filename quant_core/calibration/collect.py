@@ -1,0 +1,129 @@
+"""Runs the samples with hooks on, pass by pass; every finished sample can be resumed from."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import file
+from .plan import plan_passes
+from .statistics import InputStatistics, reservoir_keys
+
+
+def is_held_out(sample: int, samples: int) -> bool:
+    """Every fourth sample (the last of fewer) feeds the held-out tokens and no fit. A lone sample feeds both."""
+    return sample % 4 == 3 or (samples < 4 and sample == samples - 1)
+
+
+class Capture:
+    """Forward pre-hooks that feed statistics. `step` and `timestep` say where in the sampling x belongs."""
+
+    def __init__(self, statistics: dict[str, InputStatistics], seed: int, samples: int):
+        self.statistics, self.seed, self.samples = statistics, seed, samples
+        self.sample, self.step, self.timestep, self.calls = 0, 0, 0.0, {}
+
+    def at(self, step: int, timestep: float):
+        """Called before each evaluation of the model."""
+        self.step, self.timestep, self.calls = step, timestep, {}
+
+    @contextmanager
+    def hooked(self, modules: dict[str, torch.nn.Module]):
+        """modules: input name -> the module whose input it is."""
+        missing = set(self.statistics) - set(modules)
+        if missing:
+            raise KeyError(f"the model has no module for the inputs {sorted(missing)[:3]}")
+        handles = [modules[name].register_forward_pre_hook(self._hook(name)) for name in self.statistics]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name):
+        stats = self.statistics[name]
+
+        def hook(module, args):
+            x = args[0].detach()
+            stats.check_finite(x, self.sample, self.step)
+            call = self.calls[name] = self.calls.get(name, 0) + 1
+            if is_held_out(self.sample, self.samples):
+                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, x.numel() // stats.width)
+                stats.hold_out(x, keys, self.timestep)
+            if not is_held_out(self.sample, self.samples) or self.samples == 1:
+                stats.update(x)
+
+        return hook
+
+
+def calibrate(
+    run: Callable[[int, Capture], None],
+    modules: dict[str, torch.nn.Module],
+    inputs: list,
+    folder: Path,
+    meta: dict,
+    *,
+    samples: int,
+    memory: int,
+    seed: int = 0,
+    reservoir: int = 1024,
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> file.Calibration:
+    """Gathers the statistics of `inputs` into `folder` and opens them.
+
+    run(sample, capture): one sampling run; it calls `capture.at` before each evaluation of the model. `meta` names the
+    model ("model") and everything else that decides the outcome; a folder made with other `meta` is started afresh, one
+    with the same goes on after its last saved sample, with the same result as a run that was never stopped.
+    memory: bytes for the statistics of one pass; more passes over the samples where it is not enough.
+    """
+    folder = Path(folder)
+    passes = plan_passes(inputs, memory, reservoir)
+    meta = meta | {"samples": samples, "seed": seed, "passes": len(passes), "reservoir": reservoir}
+    meta["plan"] = [[i.name for i in p] for p in passes]
+    _forget_other_runs(folder, meta)
+    work = []
+    for index, group in enumerate(passes):
+        path = folder / f"pass-{index:03d}.safetensors"
+        done = _done(path, meta)
+        work += [(index, path, group, sample) for sample in range(done, samples)]
+    statistics, current, saved, cost = {}, None, 0.0, 0.0
+    for index, path, group, sample in progress(work, len(work)):
+        if index != current:
+            current, saved = index, time.monotonic()
+            statistics = _resume(path, group, reservoir) if sample else {i.name: i.statistics(reservoir) for i in group}
+        capture = Capture(statistics, seed, samples)
+        capture.sample = sample
+        with capture.hooked(modules):
+            run(sample, capture)
+        # Saving may take a tenth of the time, no more: a pass of FLUX writes gigabytes.
+        if sample == samples - 1 or time.monotonic() - saved >= 10 * cost:
+            started = time.monotonic()
+            file.save(path, statistics, meta | {"done": sample + 1, "pass": index})
+            saved = time.monotonic()
+            cost = saved - started
+    return file.Calibration(folder)
+
+
+def _forget_other_runs(folder, meta):
+    for path in folder.glob("pass-*.safetensors"):
+        if _done(path, meta) is None:
+            path.unlink()
+
+
+def _done(path, meta):
+    """Samples already in the file; 0 where there is none, None where it belongs to another run or is broken."""
+    if not path.is_file():
+        return 0
+    try:
+        found = file.read_meta(path)
+    except file.CalibrationError:
+        return None
+    wanted = json.loads(json.dumps(meta))
+    return found["done"] if all(found.get(k) == v for k, v in wanted.items()) else None
+
+
+def _resume(path, group, reservoir):
+    found = file.read_meta(path)["inputs"]
+    return {i.name: file.read_statistics(path, i.name, found[i.name]) for i in group}

@@ -1,0 +1,126 @@
+"""Statistics on disk: one safetensors file a pass. A calibration is a file or a folder of them, read lazily."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..formats.atomic import save_tensors
+from .statistics import InputStatistics
+
+VERSION = 1
+
+
+class CalibrationError(ValueError):
+    """A calibration file that is broken, incomplete, or belongs to another model."""
+
+
+def save(path: Path, statistics: dict[str, InputStatistics], meta: dict):
+    """Writes the statistics of a pass under a temporary name, then renames. `meta` must hold "model" and "done"."""
+    tensors, table = {}, {}
+    for name, s in statistics.items():
+        table[name] = {"width": s.width, "blocks": s.blocks, "reservoir": s.reservoir, "count": s.count}
+        tensors |= {f"{name}|absmax": s.absmax, f"{name}|tokens": s.tokens, f"{name}|keys": s.keys, f"{name}|timesteps": s.timesteps}
+        tensors |= {f"{name}|hessian.{a}": h for (a, _), h in s.hessians.items()}
+    header = json.dumps(meta | {"version": VERSION, "inputs": table})
+    save_tensors(Path(path), {k: t.cpu().contiguous() for k, t in tensors.items()}, {"nibble_calibration": header})
+
+
+def read_meta(path: Path) -> dict:
+    """The header of one statistics file. Raises CalibrationError naming the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise CalibrationError(f"calibration file {path}: not found")
+    try:
+        with safe_open(path, "pt") as f:
+            header = (f.metadata() or {}).get("nibble_calibration")
+    except SafetensorError as error:
+        raise CalibrationError(f"calibration file {path}: not a whole safetensors file ({error}). Run the calibration again.") from error
+    if header is None:
+        raise CalibrationError(f"calibration file {path}: a safetensors file, but not statistics written by Nibble")
+    meta = json.loads(header)
+    if meta.get("version") != VERSION:
+        raise CalibrationError(f"calibration file {path}: version {meta.get('version')}, this pack reads version {VERSION}")
+    return meta
+
+
+def read_statistics(path: Path, name: str, info: dict) -> InputStatistics:
+    """The statistics of one input out of a file."""
+    with safe_open(path, "pt") as f:
+        get = lambda leaf: f.get_tensor(f"{name}|{leaf}")  # noqa: E731
+        blocks = tuple(tuple(b) for b in info["blocks"])
+        hessians = {b: get(f"hessian.{b[0]}") for b in blocks} if info["count"] else {}
+        loose = (get("absmax"), hessians, get("tokens"), get("keys"), get("timesteps"))
+    return InputStatistics(name, info["width"], blocks, info["reservoir"], info["count"], *loose)
+
+
+class Calibration:
+    """Opened statistics. `meta["model"]`: fingerprint of the model they came from; `hash`: of this calibration."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        if not files:
+            raise CalibrationError(f"calibration folder {self.path}: holds no .safetensors file")
+        metas = [read_meta(f) for f in files]
+        self.meta = {k: v for k, v in metas[0].items() if k != "inputs"}
+        for file, meta in zip(files, metas, strict=True):
+            if meta["model"] != self.meta["model"]:
+                raise CalibrationError(f"calibration folder {self.path}: {file.name} belongs to model {meta['model']}, {files[0].name} to {self.meta['model']}")
+            if meta["done"] < meta["samples"]:
+                raise CalibrationError(f"calibration file {file}: stopped after {meta['done']} of {meta['samples']} samples. Run it again to go on from there.")
+        if len(files) != self.meta["passes"]:
+            raise CalibrationError(f"calibration folder {self.path}: {len(files)} of {self.meta['passes']} passes. Run it again to go on from there.")
+        self._where = {name: (file, info) for file, meta in zip(files, metas, strict=True) for name, info in meta["inputs"].items()}
+        self.hash = hashlib.sha256(json.dumps(metas, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    def get(self, name: str) -> InputStatistics:
+        """Statistics of one input, read now. Raises CalibrationError where the input was not observed."""
+        if name not in self._where:
+            raise CalibrationError(f"calibration {self.path}: no statistics of layer {name}; it observed {len(self._where)} inputs")
+        return read_statistics(self._where[name][0], name, self._where[name][1])
+
+    def require_model(self, fingerprint: str):
+        """Raises CalibrationError, naming both, where the calibration belongs to another model."""
+        if self.meta["model"] != fingerprint:
+            raise CalibrationError(
+                f"calibration {self.path} was made with model {self.meta['model']}, this one is {fingerprint}. "
+                "Calibrate with the model that is to be quantized (a merged LoRA makes another model)."
+            )
+
+
+def merge(paths, out: Path):
+    """Merges complete calibrations of one model, made with other prompts or seeds, into one file `out`."""
+    calibrations = [Calibration(p) for p in paths]
+    for other in calibrations[1:]:
+        other.require_model(calibrations[0].meta["model"])
+        if set(other.names) != set(calibrations[0].names):
+            raise CalibrationError(f"calibrations {calibrations[0].path} and {other.path} observed different layers")
+    merged = {}
+    for name in calibrations[0].names:
+        merged[name] = calibrations[0].get(name)
+        for other in calibrations[1:]:
+            merged[name].merge(other.get(name))
+    total = sum(c.meta["samples"] for c in calibrations)
+    save(out, merged, calibrations[0].meta | {"samples": total, "done": total, "passes": 1, "merged_from": [c.hash for c in calibrations]})
+
+
+def fingerprint(keys, get) -> str:
+    """Hash of a model: names, shapes and 64 values of each tensor, rounded to bf16 so that an upcast changes nothing.
+
+    keys: names. get: name -> tensor. Reads 64 values a tensor, so a memory-mapped 24 GB file takes a second.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(keys):
+        tensor = get(key)
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // 64)][:64]
+        picked = picked.to(torch.float32).to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""`nibble demo`: the small trained FLUX, its pictures, its outliers and the side-by-side run."""

@@ -1,0 +1,33 @@
+"""Model families: which linear layers are quantized, how, and what the same tensors are called elsewhere."""
+
+from .base import Family, Layer, Part, UnknownArchitecture
+from .flux import FLUX
+from .pixart import PIXART
+
+FAMILIES = (FLUX, PIXART)
+
+
+def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
+    """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix.
+
+    Raises UnknownArchitecture, listing what is supported.
+    """
+    for family in FAMILIES:
+        if family.matches(shapes) or family.matches_diffusers(shapes):
+            return family
+    examples = ", ".join(sorted(shapes)[:3]) or "no tensors"
+    raise UnknownArchitecture(
+        f"unknown architecture: {len(shapes)} tensors such as {examples}. Supported: {', '.join(f.title for f in FAMILIES)}, "
+        "with ComfyUI's or diffusers' key names."
+    )
+
+
+def by_name(name: str) -> Family:
+    """The family called `name`; UnknownArchitecture otherwise."""
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise UnknownArchitecture(f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}.")
+
+
+__all__ = ["FAMILIES", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect"]

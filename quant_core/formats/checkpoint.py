@@ -1,0 +1,89 @@
+"""Full-precision checkpoints, read lazily and presented under ComfyUI's key names."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..calibration.file import fingerprint
+from ..families import detect
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+
+
+class CheckpointError(ValueError):
+    """A file that is not a readable safetensors checkpoint."""
+
+
+def open_safetensors(path: Path):
+    """safe_open with errors that name the file and say what it seems to be. Pickles are never opened."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found")
+    with open(path, "rb") as f:
+        start = f.read(16)
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise CheckpointError(f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to safetensors first.")
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{path}: a GGUF file, already quantized. Start from the bf16 safetensors file.")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise CheckpointError(f"{path}: not a whole safetensors file of {size} bytes ({error}). Download or save it again.") from error
+
+
+class Checkpoint:
+    """A safetensors file, or a folder with one or more (diffusers' `transformer` folder).
+
+    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is not stacked from several. Raises
+    CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        if not self.files:
+            raise CheckpointError(f"{self.path}: a folder without .safetensors files")
+        self._where, own = {}, {}
+        for file in self.files:
+            handle = open_safetensors(file)
+            keys = list(handle.keys())
+            prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
+            for key in keys:
+                if key.startswith(prefix):
+                    name = key.removeprefix(prefix)
+                    own[name] = tuple(handle.get_slice(key).get_shape())
+                    self._where[name] = (handle, key)
+        self.family = detect(own)
+        self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
+        if self._stacks:
+            self.shapes = {k: (sum(own[o][0] for o in s.keys), *own[s.keys[0]][1:]) for k, s in self._stacks.items()}
+        else:
+            self.shapes = own
+
+    def get(self, key: str) -> torch.Tensor:
+        """The tensor under ComfyUI's name `key`."""
+        if key not in self._stacks:
+            return self._read(key)
+        stacked = self._stacks[key]
+        tensor = self._read(stacked.keys[0]) if len(stacked.keys) == 1 else torch.cat([self._read(k) for k in stacked.keys])
+        return torch.cat(tensor.chunk(2)[::-1]) if stacked.swap_halves else tensor
+
+    def _read(self, name):
+        handle, key = self._where[name]
+        return handle.get_tensor(key)
+
+    def fingerprint(self) -> str:
+        """What calibrations are tied to; the same for ComfyUI's and diffusers' names of one model."""
+        return fingerprint(self.shapes, self.get)
+
+    def sha256(self) -> str:
+        """Of the files, for provenance; about 1 GB/s."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            with open(file, "rb") as f:
+                while chunk := f.read(1 << 24):
+                    digest.update(chunk)
+        return digest.hexdigest()

@@ -1,0 +1,85 @@
+"""A quantized layer as a record, and as an nn.Module."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..kernels import quant_linear
+from .packing import unpack
+from .quantizers import dequantize
+from .spec import LinearSpec, SpecError
+from .transforms import unfold_weight
+
+TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A LinearSpec and its tensors. Raises SpecError, naming `name`, where the two do not fit."""
+
+    name: str
+    spec: LinearSpec
+    tensors: dict[str, torch.Tensor]
+
+    def __post_init__(self):
+        wanted = self.spec.shapes()
+        if set(wanted) != set(self.tensors):
+            raise SpecError(f"layer {self.name}: its description asks for the tensors {sorted(wanted)}, found {sorted(self.tensors)}")
+        for key, shape in wanted.items():
+            tensor = self.tensors[key]
+            if tuple(tensor.shape) != shape:
+                raise SpecError(f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}")
+            if (key == "weight") != (tensor.dtype == torch.int8) or not (key == "weight" or tensor.is_floating_point()):
+                raise SpecError(f"layer {self.name}: {key} has the dtype {tensor.dtype}")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All side data counted: scales, smoothing, low rank, bias."""
+        return 8 * self.nbytes / (self.spec.in_features * self.spec.out_features)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return quant_linear(x, self.spec, self.tensors)
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight (N, K) that the layer effectively applies to the raw x, low rank included, fp32."""
+        out, columns, row = [], 0, 0
+        for i, part in enumerate(self.spec.parts):
+            codes = unpack(self.tensors["weight"][:, columns : columns + part.bytes_per_row], part.weight.bits)
+            scale = self.tensors["weight_scale"][row : row + part.scale_rows].float().T
+            grain = "group" if part.scale_rows > 1 else "channel"
+            smooth = self.tensors["smooth_factor"][part.start : part.stop] if part.smooth else None
+            weight = unfold_weight(dequantize(codes, scale, grain, part.weight.group), smooth, part.rotation)
+            if part.rank:
+                up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
+                weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
+            out.append(weight)
+            columns, row = columns + part.bytes_per_row, row + part.scale_rows
+        return torch.cat(out, 1)
+
+    def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
+        """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""
+        cuts = {k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in ("smooth_factor", "proj_down")}
+        shared = {k: t for k, t in self.tensors.items() if k not in cuts}
+        return [
+            QuantizedLayer(name, replace(self.spec, out_features=size), shared | {k: c[i].contiguous() for k, c in cuts.items()})
+            for i, (name, size) in enumerate(zip(names, sizes, strict=True))
+        ]
+
+
+class QuantLinear(torch.nn.Module):
+    """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N)."""
+
+    def __init__(self, layer: QuantizedLayer):
+        super().__init__()
+        self.spec = layer.spec
+        self.in_features, self.out_features = layer.spec.in_features, layer.spec.out_features
+        for key in TENSOR_NAMES:
+            tensor = layer.tensors.get(key)
+            self.register_parameter(key, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+
+    def forward(self, x):
+        return quant_linear(x, self.spec, {k: p for k in TENSOR_NAMES if (p := getattr(self, k)) is not None})

@@ -1,0 +1,44 @@
+"""Methods: functions from (weight, statistics, config) to a spec and its tensors. A new paper is a new file here."""
+
+from dataclasses import dataclass, fields, replace
+
+from . import convrot, rtn, svdquant
+from .problem import Fitted, Problem
+
+
+@dataclass(frozen=True)
+class Method:
+    """`config` holds the defaults, `fit(problem, config)` returns a Fitted."""
+
+    name: str
+    title: str
+    fit: object
+    config: object
+
+    def configured(self, **options):
+        """The config with `options` set. Raises ValueError for an option that the method does not have."""
+        known = {f.name for f in fields(self.config)}
+        if unknown := set(options) - known:
+            raise ValueError(f"method {self.name} has no option {sorted(unknown)}; it has {sorted(known)}")
+        return replace(self.config, **options)
+
+
+METHODS = {
+    m.name: m
+    for m in (
+        Method("svdquant_r", "SVDQuant with a Hadamard rotation", svdquant.fit, svdquant.SVDQuantConfig(rotation=256)),
+        Method("svdquant", "SVDQuant", svdquant.fit, svdquant.SVDQuantConfig()),
+        Method("convrot", "ConvRot (per token and channel)", convrot.fit, convrot.ConvRotConfig()),
+        Method("rtn", "Round to nearest (baseline)", rtn.fit, rtn.RTNConfig()),
+    )
+}
+
+
+def by_name(name: str) -> Method:
+    """The method called `name`; ValueError listing all otherwise."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}. Methods: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Fitted", "Method", "Problem", "by_name"]

@@ -1,0 +1,89 @@
+"""From a part's weight to stored tensors: the steps that methods share."""
+
+import torch
+
+from ..linear import QuantizedLayer
+from ..packing import pack
+from ..quantizers import absmax_scale, best_clip_scale, dequantize, quantize
+from ..spec import LinearSpec, PartSpec, WeightSpec
+from ..transforms import fold_weight
+from .problem import Problem, row_chunks
+
+
+def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to nearest: weight (N, K) fp32 -> codes (N, K) int8, scales (N, G) in `dtype`.
+
+    The codes are rounded against the stored scale, so that its own rounding costs nothing.
+    """
+    scale = absmax_scale(weight, spec.bits, spec.granularity, spec.group).to(dtype)
+    scale = scale.clamp(min=torch.finfo(dtype).tiny)
+    return quantize(weight, scale.float(), spec.bits, spec.granularity, spec.group), scale.expand(weight.shape[0], -1)
+
+
+def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None):
+    """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N, R)) or None."""
+    codes, scales = [], []
+    # A scale for the whole tensor needs the whole tensor.
+    chunks = [slice(None)] if part.weight.granularity == "tensor" else row_chunks(*weight.shape)
+    for rows in chunks:
+        c, s = weight_codes(folded(weight, rows, part, smooth, low_rank), part.weight, scale_dtype)
+        codes.append(c)
+        scales.append(s)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def folded(weight, rows, part: PartSpec, smooth, low_rank=None) -> torch.Tensor:
+    """fold(W - U D^T) of some rows, fp32."""
+    chunk = weight[rows].float()
+    if low_rank is not None:
+        down, up = low_rank
+        chunk = torch.addmm(chunk, up[rows].float(), down.float().T, alpha=-1)
+    return fold_weight(chunk, smooth, part.rotation)
+
+
+def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
+    """What the shift of the activations adds to the output, (N,) fp32: sum_k (shift / s_k) Wq[n, k]."""
+    out = torch.empty(codes.shape[0], device=codes.device)
+    grain = "group" if scales.shape[1] > 1 else "channel"
+    per_channel = torch.full((part.width,), part.activation.shift, device=codes.device)
+    if smooth is not None:
+        per_channel /= smooth.float()
+    for rows in row_chunks(*codes.shape):
+        out[rows] = dequantize(codes[rows], scales[rows].float(), grain, part.weight.group) @ per_channel
+    return out
+
+
+def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
+    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None, "low_rank" or None}."""
+    tensors = {
+        "weight": torch.cat([pack(p["codes"], p["spec"].weight.bits) for p in parts], 1),
+        "weight_scale": torch.cat([p["scales"].T for p in parts]).contiguous(),
+    }
+    if any(p["smooth"] is not None for p in parts):
+        ones = [torch.ones(p["spec"].width, device=problem.weight.device) if p["smooth"] is None else p["smooth"] for p in parts]
+        tensors["smooth_factor"] = torch.cat([o.to(problem.dtype) for o in ones])
+    if parts[0]["low_rank"] is not None:
+        tensors["proj_down"] = torch.cat([p["low_rank"][0] for p in parts]).to(problem.dtype)
+        tensors["proj_up"] = torch.cat([p["low_rank"][1] for p in parts], 1).to(problem.dtype)
+    bias = problem.bias
+    for p in parts:
+        if p["spec"].activation is not None and p["spec"].activation.shift:
+            # In fp32: bf16 would round the correction to 1/256 of the bias.
+            correction = shift_correction(p["codes"], p["scales"], p["spec"], p["smooth"])
+            bias = -correction if bias is None else bias.float() - correction
+    if bias is not None:
+        tensors["bias"] = bias
+    spec = LinearSpec(problem.layer.in_features, problem.layer.out_features, tuple(p["spec"] for p in parts), bias is not None)
+    return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})
+
+
+def fit_weight_only(problem: Problem) -> QuantizedLayer:
+    """W4A16, group 64, clip by least squares: adaLN modulation, where M is the batch and memory is all that counts."""
+    part = PartSpec(0, problem.layer.in_features, WeightSpec(), None)
+    codes, scales = [], []
+    for rows in row_chunks(*problem.weight.shape):
+        weight = problem.weight[rows].float()
+        scale = best_clip_scale(weight, 4, "group").to(problem.dtype)
+        codes.append(quantize(weight, scale.float(), 4, "group"))
+        scales.append(scale)
+    return assemble(problem, [{"spec": part, "codes": torch.cat(codes), "scales": torch.cat(scales), "smooth": None, "low_rank": None}])

@@ -1,0 +1,69 @@
+"""What a method is given and what it returns, and how candidates are judged."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..calibration.statistics import InputStatistics
+from ..families import Layer
+from ..linear import QuantizedLayer
+
+# Rows are worked on in chunks of 16 M weights: 64 MB in fp32, whatever the width of the layer.
+CHUNK = 16 * 2**20
+
+
+def row_chunks(rows: int, columns: int):
+    """Slices of rows of at most CHUNK weights."""
+    step = max(64, CHUNK // columns)
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def power_db(signal: float, noise: float) -> float:
+    """Signal to noise ratio in dB of two energies."""
+    return float(10 * torch.log10(torch.tensor(max(signal, 1e-30) / max(noise, 1e-30), dtype=torch.float64)))
+
+
+@dataclass
+class Problem:
+    """A layer to quantize: weight (N, K) in its own dtype, bias (N,) or None, statistics of its input or None (data-free)."""
+
+    layer: Layer
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    statistics: InputStatistics | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the 16-bit tensors that are stored."""
+        return torch.float16 if self.weight.dtype == torch.float16 else torch.bfloat16
+
+    def tokens(self, purpose: str) -> torch.Tensor | None:
+        """Held-out tokens (R, K) fp32: one half for "select"ing among candidates, the other for the "report"."""
+        if self.statistics is None or not len(self.statistics.tokens):
+            return None
+        return self.statistics.tokens[{"select": 0, "report": 1}[purpose] :: 2].to(self.weight.device).float()
+
+
+@dataclass
+class Fitted:
+    """A quantized layer and what a report says of it. choices: what was chosen, by name; sqnr_db: on the report tokens."""
+
+    layer: QuantizedLayer
+    choices: dict = field(default_factory=dict)
+    sqnr_db: float | None = None
+
+
+def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "report") -> float | None:
+    """SQNR in dB of the layer's output on held-out tokens, by the operator itself; None without calibration."""
+    x = problem.tokens(purpose)
+    if x is None:
+        return None
+    y = quantized(x)
+    signal = noise = 0.0
+    for rows in row_chunks(*problem.weight.shape):
+        want = x @ problem.weight[rows].float().T
+        if problem.bias is not None:
+            want += problem.bias[rows].float()
+        signal += want.double().square().sum().item()
+        noise += (want - y[:, rows]).double().square().sum().item()
+    return power_db(signal, noise)

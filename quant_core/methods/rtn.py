@@ -1,0 +1,32 @@
+"""Round to nearest, no transform, no calibration: the baseline that must lose."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..spec import ActivationSpec, PartSpec, WeightSpec
+from .parts import assemble, round_part
+from .problem import Fitted, Problem
+
+
+@dataclass(frozen=True)
+class RTNConfig:
+    """activation: "token", "group" or "tensor"; weight: "channel", "group" or "tensor"."""
+
+    activation: str = "token"
+    weight: str = "channel"
+    rotation: int = 0
+
+
+def fit(problem: Problem, config: RTNConfig) -> Fitted:
+    """One part over all in-channels; scales in fp32, as convrot_w4a4 stores them."""
+    part = PartSpec(
+        0,
+        problem.layer.in_features,
+        WeightSpec(granularity=config.weight),
+        ActivationSpec(granularity=config.activation),
+        rotation=config.rotation,
+    )
+    codes, scales = round_part(problem.weight, part, None, torch.float32)
+    layer = assemble(problem, [{"spec": part, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}])
+    return Fitted(layer)

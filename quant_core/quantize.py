@@ -1,0 +1,68 @@
+"""Quantizes a model layer by layer; at any time one layer's weight is in memory in full precision."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from .calibration.file import Calibration, CalibrationError
+from .families import Layer
+from .linear import QuantizedLayer
+from .methods import Fitted, Method, Problem
+from .methods.parts import fit_weight_only
+from .methods.problem import output_sqnr
+from .report import Row
+from .spec import SpecError
+
+
+class NonFiniteWeight(ValueError):
+    """NaN or Inf in a weight."""
+
+
+def quantize_layers(
+    layers: Iterable[Layer],
+    get: Callable[[str], torch.Tensor],
+    keys,
+    method: Method,
+    config,
+    calibration: Calibration | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[QuantizedLayer | None, Row]]:
+    """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16 bit.
+
+    get(key): the tensor of a ComfyUI key; `keys`: those there are. Raises NonFiniteWeight and CalibrationError.
+    """
+    for layer in layers:
+        started = time.perf_counter()
+        if reason := _not_quantizable(layer):
+            yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason)
+            continue
+        weight = get(f"{layer.name}.weight").to(device)
+        bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
+        for leaf, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise NonFiniteWeight(f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it.")
+        statistics = None
+        if calibration is not None and not layer.weight_only:
+            statistics = calibration.get(layer.input)
+            if statistics.width != layer.in_features:
+                raise CalibrationError(f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}")
+        problem = Problem(layer, weight, bias, statistics)
+        try:
+            fitted = Fitted(fit_weight_only(problem)) if layer.weight_only else method.fit(problem, config)
+        except SpecError as error:
+            raise SpecError(f"layer {layer.name}: {error}") from error
+        sqnr = output_sqnr(problem, fitted.layer)
+        cpu = QuantizedLayer(layer.name, fitted.layer.spec, {k: t.cpu() for k, t in fitted.layer.tensors.items()})
+        row = Row(layer.name, layer.block, layer.in_features, layer.out_features, cpu.spec.describe())
+        row.sqnr_db, row.choices, row.nbytes = sqnr, fitted.choices, cpu.nbytes
+        row.seconds = time.perf_counter() - started
+        yield cpu, row
+
+
+def _not_quantizable(layer: Layer) -> str:
+    for part in layer.parts:
+        if (part.stop - part.start) % 64:
+            where = f"K = {layer.in_features}" if len(layer.parts) == 1 else f"in-channels {part.start}..{part.stop}"
+            return f"{where} does not divide by 64"
+    return ""

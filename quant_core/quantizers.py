@@ -1,0 +1,53 @@
+"""Uniform symmetric quantizers. Range and rounding are comfy-kitchen's: signed codes in [-qmax, qmax], scale = absmax / qmax."""
+
+import torch
+
+GROUP = 64
+_TINY = 1e-10
+
+
+def code_range(bits: int, unsigned: bool = False) -> tuple[int, int]:
+    """The clamp range of codes: (-7, 7) at 4 bits (-8 can be stored but is never emitted), (0, 15) unsigned."""
+    top = 2**bits - 1 if unsigned else 2 ** (bits - 1) - 1
+    return (0 if unsigned else -top), top
+
+
+def grouped(x: torch.Tensor, granularity: str, group: int = GROUP) -> torch.Tensor:
+    """A view of (rows, K) as (rows or 1, groups, width), one scale for each of the first two axes."""
+    if granularity == "group":
+        return x.unflatten(-1, (-1, group))
+    if granularity == "tensor":
+        return x.reshape(1, 1, -1)
+    return x.unsqueeze(-2)  # one scale a row
+
+
+def absmax_scale(x: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False) -> torch.Tensor:
+    """Scales (rows, groups) of x (rows, K), fp32; rows is 1 for granularity "tensor"."""
+    return grouped(x, granularity, group).abs().amax(-1).clamp(min=_TINY).float() / code_range(bits, unsigned)[1]
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False):
+    """Codes (rows, K) in int8 (uint8 if unsigned) of x (rows, K) at scales (rows, groups). Rounds half to even."""
+    low, top = code_range(bits, unsigned)
+    codes = (grouped(x, granularity, group) / scale.unsqueeze(-1)).round_().clamp_(low, top)
+    return codes.reshape(x.shape).to(torch.uint8 if unsigned else torch.int8)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, granularity: str, group: int = GROUP) -> torch.Tensor:
+    """codes (rows, K) times scales (rows, groups), in the dtype of the scales."""
+    return (grouped(codes.to(scale.dtype), granularity, group) * scale.unsqueeze(-1)).reshape(codes.shape)
+
+
+def best_clip_scale(weight: torch.Tensor, bits: int, granularity: str, group: int = GROUP, steps: int = 16) -> torch.Tensor:
+    """Scales (rows, groups) that minimise the squared error of the weight, searched from 1.0 to 0.6 of absmax.
+
+    For weight-only layers; with quantized activations the low-rank branch and GPTQ make it a loss (H-SVD ablations).
+    """
+    full = absmax_scale(weight, bits, granularity, group)
+    best, best_error = full, torch.full_like(full, torch.inf)
+    for factor in torch.linspace(1.0, 0.6, steps).tolist():
+        scale = full * factor
+        rest = dequantize(quantize(weight, scale, bits, granularity, group), scale, granularity, group) - weight
+        error = grouped(rest, granularity, group).square().sum(-1)
+        best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
+    return best

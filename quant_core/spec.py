@@ -1,0 +1,184 @@
+"""What a quantized linear layer is: a frozen description, apart from its tensors and from the paper it came from."""
+
+from dataclasses import asdict, dataclass, field, fields
+
+from .packing import PACKABLE_BITS
+from .quantizers import GROUP
+
+GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
+
+
+class SpecError(ValueError):
+    """A layer description that contradicts itself or does not fit its tensors."""
+
+
+def _check(ok, message):
+    if not ok:
+        raise SpecError(message)
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor"."""
+
+    bits: int = 4
+    granularity: str = "group"
+    group: int = GROUP
+    unsigned: bool = False
+    shift: float = 0.0
+
+    def __post_init__(self):
+        _check(self.bits in (2, 3, 4, 8), f"activation bits must be 2, 3, 4 or 8, found {self.bits}")
+        _check(self.granularity in ("token", "group", "tensor"), f"unknown activation granularity {self.granularity!r}")
+        _check(self.shift == 0 or self.unsigned, "a shift goes with unsigned activation codes only")
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Static quantization of W T^-1. granularity: "channel" (a row), "group" (64 in-channels of a row) or "tensor"."""
+
+    bits: int = 4
+    granularity: str = "group"
+    group: int = GROUP
+
+    def __post_init__(self):
+        _check(self.bits in PACKABLE_BITS, f"weight bits must be 2, 4 or 8, found {self.bits}")
+        _check(self.granularity in ("channel", "group", "tensor"), f"unknown weight granularity {self.granularity!r}")
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """One range of in-channels with its own transform, quantizers and low-rank branch.
+
+    activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none.
+    """
+
+    start: int
+    stop: int
+    weight: WeightSpec = field(default_factory=WeightSpec)
+    activation: ActivationSpec | None = field(default_factory=ActivationSpec)
+    smooth: bool = False
+    rotation: int = 0
+    rank: int = 0
+
+    def __post_init__(self):
+        _check(0 <= self.start < self.stop, f"empty range of in-channels {self.start}..{self.stop}")
+        _check(self.rank >= 0 and self.rotation >= 0, "rank and rotation cannot be negative")
+        _check(self.rotation == 0 or self.width % self.rotation == 0, f"rotation {self.rotation} does not divide {self.width} channels")
+        for q in (self.weight, self.activation):
+            if q is not None and q.granularity == "group":
+                _check(q.group > 0 and self.width % q.group == 0, f"group {q.group} does not divide {self.width} channels")
+        shifted = self.activation is not None and self.activation.shift != 0
+        _check(not (shifted and self.rotation), "a shift cannot be combined with a rotation")
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def bytes_per_row(self) -> int:
+        return self.width * self.weight.bits // 8
+
+    @property
+    def scale_rows(self) -> int:
+        return self.width // self.weight.group if self.weight.granularity == "group" else 1
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A quantized linear layer (architecture: the one operator).
+
+    Tensors, N = out_features, K = in_features, G = sum of `scale_rows`, R = the rank, P = number of parts:
+
+    ============== ===================== ==========================================================
+    weight         int8 (N, bytes)       packed codes, the parts side by side
+    weight_scale   16 or 32 bit (G, N)   the parts below each other
+    smooth_factor  16 bit (K,)           x is divided by it; absent where no part smooths
+    proj_down      16 bit (K, R)         on the raw x, each part's rows to its own R columns
+    proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
+    bias           16 or 32 bit (N,)     with the correction of shifted activations in it
+    ============== ===================== ==========================================================
+    """
+
+    in_features: int
+    out_features: int
+    parts: tuple[PartSpec, ...]
+    bias: bool = True
+
+    def __post_init__(self):
+        _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
+        edge = 0
+        for part in self.parts:
+            _check(part.start == edge, f"parts must follow each other: expected a part at channel {edge}, found {part.start}")
+            edge = part.stop
+        _check(edge == self.in_features, f"parts end at channel {edge}, the layer has {self.in_features}")
+        _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
+
+    @property
+    def rank(self) -> int:
+        return self.parts[0].rank
+
+    @property
+    def weight_only(self) -> bool:
+        return all(p.activation is None for p in self.parts)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors this layer must have, and their shapes."""
+        n = self.out_features
+        out = {
+            "weight": (n, sum(p.bytes_per_row for p in self.parts)),
+            "weight_scale": (sum(p.scale_rows for p in self.parts), n),
+        }
+        if any(p.smooth for p in self.parts):
+            out["smooth_factor"] = (self.in_features,)
+        if self.rank:
+            out["proj_down"] = (self.in_features, self.rank)
+            out["proj_up"] = (n, self.rank * len(self.parts))
+        if self.bias:
+            out["bias"] = (n,)
+        return out
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data) -> "LinearSpec":
+        """Raises SpecError for unknown or missing fields, wrong types and contradictions."""
+        data = _fields(cls, data)
+        _check(isinstance(data["parts"], (list, tuple)), "parts must be a list")
+        parts = []
+        for raw in data["parts"]:
+            raw = _fields(PartSpec, raw)
+            raw["weight"] = WeightSpec(**_fields(WeightSpec, raw["weight"]))
+            if raw["activation"] is not None:
+                raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
+            parts.append(PartSpec(**raw))
+        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"])
+
+    def describe(self) -> str:
+        """One short phrase for reports, e.g. "W4A4 g64 smooth r32"."""
+        part = self.parts[-1]
+        act = "16" if part.activation is None else str(part.activation.bits)
+        grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
+        words = [f"W{part.weight.bits}A{act}", grain]
+        words += ["smooth"] * any(p.smooth for p in self.parts)
+        words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
+        words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
+        words += [f"r{self.rank}"] * bool(self.rank)
+        return " ".join(words)
+
+
+_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
+
+
+def _fields(cls, data) -> dict:
+    _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
+    names = {f.name: f for f in fields(cls)}
+    _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {sorted(data)}")
+    for name, f in names.items():
+        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
+        if kind in _TYPES:
+            value = data[name]
+            right = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+            _check(right, f"{cls.__name__}.{name}: expected {kind}, found {value!r}")
+    return dict(data)

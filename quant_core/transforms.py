@@ -1,0 +1,64 @@
+"""Transforms of the in-channels. Every one is applied to x at run time and folded, inverted, into W at quantization."""
+
+from functools import lru_cache
+
+import torch
+
+_H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
+
+
+@lru_cache(maxsize=16)
+def _signs(size: int) -> torch.Tensor:
+    if size < 2 or size & (size - 1):
+        raise ValueError(f"a Hadamard rotation needs a power of two, found {size}")
+    h = torch.ones(1, 1)
+    if size.bit_length() % 2 == 0:  # an odd power of two: one Sylvester factor
+        h = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    while h.shape[0] < size:
+        h = torch.kron(h, torch.tensor(_H4, dtype=torch.float32))
+    return h
+
+
+def hadamard(size: int, device=None, dtype=torch.float32) -> torch.Tensor:
+    """The orthonormal, symmetric Hadamard matrix (size, size).
+
+    Kronecker power of the regular H4 as in comfy-kitchen's convrot_w4a4 (ConvRot), so no channel of a constant
+    vector takes all of its energy; odd powers of two have one Sylvester factor in front.
+    """
+    return (_signs(size) / size**0.5).to(device=device, dtype=dtype)
+
+
+def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (..., K) times blockdiag(H, H, ...) with blocks of `size` channels. Its own inverse. `size` 0: x itself."""
+    if not size:
+        return x
+    if x.shape[-1] % size:
+        raise ValueError(f"rotation blocks of {size} channels do not divide K = {x.shape[-1]}")
+    return (x.unflatten(-1, (-1, size)) @ hadamard(size, x.device, x.dtype)).flatten(-2)
+
+
+def rotation_size(width: int, limit: int) -> int:
+    """The largest power of two that divides `width` and is at most `limit`."""
+    return min(width & -width, 1 << (limit.bit_length() - 1)) if limit else 0
+
+
+def transform_activation(x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0) -> torch.Tensor:
+    """T x of a part: shift, divide by the smoothing factor (K,), rotate. x (..., K), any float dtype, same dtype out."""
+    if shift:
+        x = x + shift
+    if smooth is not None:
+        x = x / smooth.to(x.dtype)
+    return rotate(x, rotation)
+
+
+def fold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
+    """W T^-1, so that (W T^-1)(T x) = W x. weight (N, K) -> (N, K)."""
+    if smooth is not None:
+        weight = weight * smooth.to(weight.dtype)
+    return rotate(weight, rotation)
+
+
+def unfold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
+    """The inverse of `fold_weight`: a weight of the transformed input back to the raw input."""
+    weight = rotate(weight, rotation)
+    return weight if smooth is None else weight / smooth.to(weight.dtype)
