@@ -34,38 +34,84 @@ class NibbleCalibrate(io.ComfyNode):
                 io.Autogrow.Input(
                     "conditioning",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Conditioning.Input("positive", tooltip="Prompts to calibrate on. Each entry of a list counts as one prompt."), prefix="positive", min=1, max=16
+                        io.Conditioning.Input("positive", tooltip="Prompts to calibrate on. Each entry of a list counts as one prompt."),
+                        prefix="positive",
+                        min=1,
+                        max=16,
                     ),
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Negative prompt, for models that use cfg above 1."),
-                io.Latent.Input("latent_image", tooltip="Size and kind of the latents to sample, as for KSampler. Your usual size is best; half of it is enough."),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you generate with."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The scheduler you generate with."),
-                io.Int.Input("steps", default=12, min=1, max=1000, tooltip="Steps of each sampling run. About half of what you generate with is enough."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="Size and kind of the latents to sample, as for KSampler. Your usual size is best; half of it is enough.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you generate with."
+                ),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The scheduler you generate with."
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=12,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of each sampling run. About half of what you generate with is enough.",
+                ),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 1 for FLUX."),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=False, tooltip="Seed of the first run; each further run adds 1."),
-                io.Int.Input("samples", default=16, min=1, max=4096, tooltip="Sampling runs, over the prompts in turn. Every fourth is held out to judge by."),
-                io.Float.Input("memory_gb", default=4.0, min=0.1, max=512.0, step=0.1, advanced=True, tooltip="Memory for statistics on the computing device. Where it is too small for the whole model, the runs are repeated for one part of the blocks after another."),
-                io.Boolean.Input("second_moments", default=True, advanced=True, tooltip="Gather X^T X for GPTQ and the whitened low rank. Off: one pass, 6 times smaller statistics, about 0.3 to 1 dB worse layers."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=False,
+                    tooltip="Seed of the first run; each further run adds 1.",
+                ),
+                io.Int.Input(
+                    "samples",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="Sampling runs, over the prompts in turn. Every fourth is held out to judge by.",
+                ),
+                io.Float.Input(
+                    "memory_gb",
+                    default=4.0,
+                    min=0.1,
+                    max=512.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Memory for statistics on the computing device. Where it is too small for the whole model, the runs are repeated for one part of the blocks after another.",
+                ),
+                io.Boolean.Input(
+                    "second_moments",
+                    default=True,
+                    advanced=True,
+                    tooltip="Gather X^T X for GPTQ and the whitened low rank. Off: one pass, 6 times smaller statistics, about 0.3 to 1 dB worse layers.",
+                ),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="Connect to Nibble Quantize.")],
         )
 
     @classmethod
-    def execute(cls, model, conditioning, latent_image, sampler_name, scheduler, steps, cfg, seed, samples, memory_gb, second_moments, negative=None):
+    def execute(
+        cls, model, conditioning, latent_image, sampler_name, scheduler, steps, cfg, seed, samples, memory_gb, second_moments, negative=None
+    ):
         source = ModelSource(model)
         prompts = [[entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])]
         if not prompts:
             raise ValueError("Nibble Calibrate: no conditioning connected; connect a text encoder or Nibble Calibration Prompts")
         negative = negative if negative is not None else [[torch.zeros_like(prompts[0][0][0]), prompts[0][0][1]]]
-        latent = comfy.sample.fix_empty_latent_channels(model, latent_image["samples"], latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal"))
+        latent = comfy.sample.fix_empty_latent_channels(
+            model, latent_image["samples"], latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal")
+        )
         inputs = inputs_of(source.family.layers(source.shapes), HESSIAN_WIDTH if second_moments else 0)
         network = model.model.diffusion_model
         modules = {i.name: network.get_submodule(i.name) for i in inputs}
         settings = {"sampler": sampler_name, "scheduler": scheduler, "steps": steps, "cfg": cfg, "second_moments": second_moments}
         meta = {"model": source.fingerprint(), "family": source.family.name, "settings": settings}
         meta["conditioning"] = _hash([p[0][0] for p in prompts] + [negative[0][0], latent])
-        key = hashlib.sha256(repr(sorted(meta.items()) + [seed, samples]).encode()).hexdigest()[:12]
+        key = hashlib.sha256(repr([*sorted(meta.items()), seed, samples]).encode()).hexdigest()[:12]
         folder = Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
 
         def run(sample, capture):
@@ -103,8 +149,19 @@ class NibbleCalibrationPrompts(io.ComfyNode):
             search_aliases=["calibration", "prompts"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.String.Input("prompts", multiline=True, default="", tooltip="One prompt a line, in the style you generate with. Empty: the 64 prompts of the pack."),
-                io.Int.Input("count", default=16, min=1, max=4096, tooltip="How many to encode, from the top. As many as Nibble Calibrate has samples."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt a line, in the style you generate with. Empty: the 64 prompts of the pack.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="How many to encode, from the top. As many as Nibble Calibrate has samples.",
+                ),
             ],
             outputs=[io.Conditioning.Output("conditioning", tooltip="One entry a prompt. Connect to Nibble Calibrate.")],
         )

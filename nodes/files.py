@@ -22,7 +22,11 @@ class NibbleSaveModel(io.ComfyNode):
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
                 io.Model.Input("model", tooltip="A model from Nibble Quantize, without LoRAs after it."),
-                io.String.Input("filename_prefix", default="diffusion_models/nibble", tooltip="Folder and name within the output folder. Files in output/diffusion_models can be loaded at once."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/nibble",
+                    tooltip="Folder and name within the output folder. Files in output/diffusion_models can be loaded at once.",
+                ),
             ],
             outputs=[io.String.Output("path", tooltip="Where the file is.")],
             is_output_node=True,
@@ -31,9 +35,13 @@ class NibbleSaveModel(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename_prefix):
         if not isinstance(model, NibblePatcher):
-            raise ValueError("Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use Save Diffusion Model.")
+            raise ValueError(
+                "Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use Save Diffusion Model."
+            )
         if model.patches:
-            raise ValueError(f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Save before the LoRA loader.")
+            raise ValueError(
+                f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Save before the LoRA loader."
+            )
         info = model.attachments[ATTACHMENT]
         layers = {n.removeprefix("diffusion_model."): m.layer(n) for n, m in model.packed_layers()}
         owned = {f"{n}.{leaf}" for n, layer in layers.items() for leaf in layer.tensors}
@@ -60,7 +68,13 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
             category="Nibble",
             description="Loads a model saved by Nibble Save Model or by `nibble quantize`.",
             search_aliases=["load", "unet", "int4", "svdquant"],
-            inputs=[io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip="A file from the diffusion_models folders, output/diffusion_models included.")],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip="A file from the diffusion_models folders, output/diffusion_models included.",
+                )
+            ],
             outputs=[io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other.")],
         )
 

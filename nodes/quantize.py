@@ -58,7 +58,12 @@ class NibbleQuantize(io.ComfyNode):
             rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
             origin = provenance(fingerprint, chosen.name, config, calibration)
             report = [r.to_json() for r in rows]
-            info = {"family": source.family.name, "provenance": origin, "report": report, "source": f"{source.family.title}, quantized in the graph"}
+            info = {
+                "family": source.family.name,
+                "provenance": origin,
+                "report": report,
+                "source": f"{source.family.title}, quantized in the graph",
+            }
             quantized = build(layers, {n: layer.spec for n, layer in layers.items()}, rest, info)
         quantized.model_options = model.clone().model_options
         path = choose(next(iter(layers.values())).spec, device.type) if layers else "16 bit"

@@ -62,7 +62,9 @@ class QuantizedLayer:
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""
-        cuts = {k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in ("smooth_factor", "proj_down")}
+        cuts = {
+            k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in ("smooth_factor", "proj_down")
+        }
         shared = {k: t for k, t in self.tensors.items() if k not in cuts}
         return [
             QuantizedLayer(name, replace(self.spec, out_features=size), shared | {k: c[i].contiguous() for k, c in cuts.items()})

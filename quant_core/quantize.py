@@ -41,12 +41,16 @@ def quantize_layers(
         bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
         for leaf, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and not torch.isfinite(tensor).all():
-                raise NonFiniteWeight(f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it.")
+                raise NonFiniteWeight(
+                    f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it."
+                )
         statistics = None
         if calibration is not None and not layer.weight_only:
             statistics = calibration.get(layer.input)
             if statistics.width != layer.in_features:
-                raise CalibrationError(f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}")
+                raise CalibrationError(
+                    f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}"
+                )
         problem = Problem(layer, weight, bias, statistics)
         try:
             fitted = Fitted(fit_weight_only(problem)) if layer.weight_only else method.fit(problem, config)

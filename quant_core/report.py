@@ -67,5 +67,8 @@ def as_text(rows, title: str, notes=()) -> str:
         sqnr = "      -" if r.sqnr_db is None else f"{r.sqnr_db:7.2f}"
         shape = f"{r.out_features} x {r.in_features}"
         chosen = "; ".join(f"{k} {v}" for k, v in r.choices.items())
-        lines.append(f"{r.name:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {r.what}" + f" ({chosen})" * bool(chosen))
+        lines.append(
+            f"{r.name:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {r.what}"
+            + f" ({chosen})" * bool(chosen)
+        )
     return "\n".join(lines)

@@ -25,7 +25,7 @@ def hadamard(size: int, device=None, dtype=torch.float32) -> torch.Tensor:
     Kronecker power of the regular H4 as in comfy-kitchen's convrot_w4a4 (ConvRot), so no channel of a constant
     vector takes all of its energy; odd powers of two have one Sylvester factor in front.
     """
-    return (_signs(size) / size**0.5).to(device=device, dtype=dtype)
+    return _signs(size).to(device=device, dtype=dtype) / size**0.5
 
 
 def rotate(x: torch.Tensor, size: int) -> torch.Tensor:

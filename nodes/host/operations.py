@@ -76,6 +76,7 @@ def operations_for(layers: Mapping[str, QuantizedLayer]):
                     self.weight.data.copy_(rounded)
                 else:
                     self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+                return None
 
             def layer(self, name="") -> QuantizedLayer:
                 """The quantized layer as a record sharing this module's tensors."""

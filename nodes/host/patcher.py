@@ -62,7 +62,11 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             packed = self._packed(key)
             if packed is None or packed[1] == "bias":
                 continue
-            reason = plain_lora((strength_patch, value, strength_model, offset, function)) if packed[1] == "weight" else "a patch of quantization data"
+            reason = (
+                plain_lora((strength_patch, value, strength_model, offset, function))
+                if packed[1] == "weight"
+                else "a patch of quantization data"
+            )
             if not reason:
                 module = packed[0]
                 up, down = value.weights[:2]
@@ -79,7 +83,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
         keys = [k if isinstance(k, str) else k[0] for k in patches]
         if refused := [k for k in keys if self._packed(k)]:
-            raise UnsupportedPatch(f"hook LoRA (scheduled by Create Hook LoRA) on quantized layers is not supported in this version: {len(refused)} layers, first {refused[0]}")
+            raise UnsupportedPatch(
+                f"hook LoRA (scheduled by Create Hook LoRA) on quantized layers is not supported in this version: {len(refused)} layers, first {refused[0]}"
+            )
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):

@@ -27,7 +27,9 @@ class ModelSource:
         self.patcher = patcher
         state_dict = patcher.model.diffusion_model.state_dict()
         if packed := [k for k, t in state_dict.items() if t.dtype in (torch.int8, torch.uint8)]:
-            raise QuantizedSource(f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model")
+            raise QuantizedSource(
+                f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model"
+            )
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
@@ -45,12 +47,14 @@ class ModelSource:
         if not patches:
             return weight.detach()
         dtype = weight.dtype
-        merged = comfy.lora.calculate_weight(patches, weight.to(comfy.model_management.get_torch_device(), torch.float32, copy=True), PREFIX + key)
+        merged = comfy.lora.calculate_weight(
+            patches, weight.to(comfy.model_management.get_torch_device(), torch.float32, copy=True), PREFIX + key
+        )
         return merged.to(dtype)
 
     def fingerprint(self) -> str:
         """Of the base weights and, where there are any, of the patches."""
-        base = fingerprint(self.keys, lambda k: self._base(k)[0])
+        base = fingerprint(self.family.layers(self.shapes), lambda k: self._base(k)[0])
         if not self.patcher.patches:
             return base
         digest = hashlib.sha256(base.encode())

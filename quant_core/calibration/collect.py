@@ -97,8 +97,8 @@ def calibrate(
         capture.sample = sample
         with capture.hooked(modules):
             run(sample, capture)
-        # Saving may take a tenth of the time, no more: a pass of FLUX writes gigabytes.
-        if sample == samples - 1 or time.monotonic() - saved >= 10 * cost:
+        # Where saving takes over a second (a pass of FLUX writes gigabytes), it may take a tenth of the time, no more.
+        if sample == samples - 1 or cost < 1 or time.monotonic() - saved >= 10 * cost:
             started = time.monotonic()
             file.save(path, statistics, meta | {"done": sample + 1, "pass": index})
             saved = time.monotonic()

@@ -101,7 +101,9 @@ class InputStatistics:
     def merge(self, other: "InputStatistics"):
         """Adds the statistics of another run on the same input."""
         if (self.width, self.blocks) != (other.width, other.blocks):
-            raise ValueError(f"{self.name}: cannot merge statistics of {self.width} and {other.width} channels, blocks {self.blocks} and {other.blocks}")
+            raise ValueError(
+                f"{self.name}: cannot merge statistics of {self.width} and {other.width} channels, blocks {self.blocks} and {other.blocks}"
+            )
         torch.maximum(self.absmax, other.absmax, out=self.absmax)
         for key, hessian in other.hessians.items():
             self.hessians[key] = self.hessians[key] + hessian if key in self.hessians else hessian

@@ -1,10 +1,12 @@
 """The small trained FLUX outside ComfyUI: diffusers' model class fed from ComfyUI's key names, and an Euler sampler."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from ..families import FLUX
 from . import pictures
 
 HIDDEN = 256
@@ -30,66 +32,24 @@ def build():
     )
 
 
-def _name_map():
-    """ComfyUI name -> diffusers names whose rows it stacks, for every linear and norm of the model."""
-    names = {
-        "img_in": ["x_embedder"],
-        "txt_in": ["context_embedder"],
-        "time_in.in_layer": ["time_text_embed.timestep_embedder.linear_1"],
-        "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
-        "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
-        "vector_in.out_layer": ["time_text_embed.text_embedder.linear_2"],
-        "final_layer.linear": ["proj_out"],
-        "final_layer.adaLN_modulation.1": ["norm_out.linear"],
-    }
-    for i in range(DOUBLE_BLOCKS):
-        c, d = f"double_blocks.{i}.", f"transformer_blocks.{i}."
-        for stream, norm, ff, qkv, out, q_norm in (
-            ("img", "norm1", "ff", ("to_q", "to_k", "to_v"), "to_out.0", "norm_{}"),
-            ("txt", "norm1_context", "ff_context", ("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "norm_added_{}"),
-        ):
-            names[f"{c}{stream}_mod.lin"] = [f"{d}{norm}.linear"]
-            names[f"{c}{stream}_attn.qkv"] = [f"{d}attn.{n}" for n in qkv]
-            names[f"{c}{stream}_attn.proj"] = [f"{d}attn.{out}"]
-            names[f"{c}{stream}_mlp.0"] = [f"{d}{ff}.net.0.proj"]
-            names[f"{c}{stream}_mlp.2"] = [f"{d}{ff}.net.2"]
-            for k, comfy in (("q", "query"), ("k", "key")):
-                names[f"{c}{stream}_attn.norm.{comfy}_norm"] = [f"{d}attn.{q_norm.format(k)}"]
-    for i in range(SINGLE_BLOCKS):
-        c, d = f"single_blocks.{i}.", f"single_transformer_blocks.{i}."
-        names[f"{c}linear1"] = [f"{d}attn.{n}" for n in ("to_q", "to_k", "to_v")] + [f"{d}proj_mlp"]
-        names[f"{c}linear2"] = [f"{d}proj_out"]
-        names[f"{c}modulation.lin"] = [f"{d}norm.linear"]
-        names[f"{c}norm.query_norm"], names[f"{c}norm.key_norm"] = [f"{d}attn.norm_q"], [f"{d}attn.norm_k"]
-    return names
-
-
 def to_diffusers(state_dict: dict) -> dict:
     """ComfyUI's keys -> diffusers' keys: fused rows split, the final layer's shift and scale swapped."""
+    like = {k: v.shape for k, v in build().state_dict().items()}
     out = {}
-    for comfy, targets in _name_map().items():
-        if f"{comfy}.scale" in state_dict:
-            out[f"{targets[0]}.weight"] = state_dict[f"{comfy}.scale"]
-            continue
-        for leaf in ("weight", "bias"):
-            value = state_dict[f"{comfy}.{leaf}"]
-            if comfy == "final_layer.adaLN_modulation.1":
-                value = torch.cat(value.chunk(2)[::-1])
-            sizes = [HIDDEN, HIDDEN, HIDDEN, value.shape[0] - 3 * HIDDEN] if len(targets) == 4 else [value.shape[0] // len(targets)] * len(targets)
-            out.update({f"{t}.{leaf}": v for t, v in zip(targets, value.split(sizes), strict=True)})
+    for key, source in FLUX.diffusers(like).items():
+        value = state_dict[key]
+        if source.swap_halves:
+            value = torch.cat(value.chunk(2)[::-1])
+        out |= dict(zip(source.keys, value.split([like[k][0] for k in source.keys]), strict=True))
     return out
 
 
 def from_diffusers(state_dict: dict) -> dict:
     """The inverse of `to_diffusers`."""
     out = {}
-    for comfy, sources in _name_map().items():
-        if f"{sources[0]}.bias" not in state_dict:
-            out[f"{comfy}.scale"] = state_dict[f"{sources[0]}.weight"]
-            continue
-        for leaf in ("weight", "bias"):
-            value = torch.cat([state_dict[f"{s}.{leaf}"] for s in sources])
-            out[f"{comfy}.{leaf}"] = torch.cat(value.chunk(2)[::-1]) if comfy == "final_layer.adaLN_modulation.1" else value
+    for key, source in FLUX.diffusers({k: v.shape for k, v in state_dict.items()}).items():
+        value = torch.cat([state_dict[k] for k in source.keys])
+        out[key] = torch.cat(value.chunk(2)[::-1]) if source.swap_halves else value
     return out
 
 
@@ -138,7 +98,7 @@ def sample(model, captions, steps=20, seed=0, on_step=None):
     shape = (len(captions), pictures.LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     times = torch.linspace(1, 0, steps + 1)
-    for step, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for step, (t, t_next) in enumerate(pairwise(times)):
         if on_step is not None:
             on_step(step, t.item())
         x = x + (t_next - t) * predict(model, x, t.expand(len(captions)), context, pooled)

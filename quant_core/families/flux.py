@@ -80,6 +80,10 @@ FLUX = Family(
     signature=("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "double_blocks.0.img_mod.lin.weight"),
     # Chroma and FLUX.2 share the block names but not the modulation.
     without=("distilled_guidance_layer.", "double_stream_modulation"),
-    diffusers_signature=("transformer_blocks.0.norm1_context.linear.weight", "x_embedder.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+    diffusers_signature=(
+        "transformer_blocks.0.norm1_context.linear.weight",
+        "x_embedder.weight",
+        "transformer_blocks.0.attn.add_q_proj.weight",
+    ),
     diffusers=_diffusers,
 )

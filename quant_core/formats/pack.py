@@ -49,7 +49,9 @@ class PackFile:
         self._file = open_safetensors(self.path)
         text = (self._file.metadata() or {}).get("nibble")
         if text is None:
-            raise PackError(f"{self.path}: a safetensors file, but not one written by Nibble (no 'nibble' entry in its header). Load full-precision models with Load Diffusion Model.")
+            raise PackError(
+                f"{self.path}: a safetensors file, but not one written by Nibble (no 'nibble' entry in its header). Load full-precision models with Load Diffusion Model."
+            )
         header = self._parse(text)
         self.family, self.provenance, self.report = header["family"], header["provenance"], header["report"]
         self._keys = set(self._file.keys())
@@ -76,11 +78,15 @@ class PackFile:
             raise PackError(f"{self.path}: the 'nibble' entry of the header is not JSON ({error})") from error
         version = header.get("version") if isinstance(header, dict) else None
         if isinstance(version, int) and version > VERSION:
-            raise PackError(f"{self.path}: format version {version}; this version of the pack reads up to {VERSION}. Update ComfyUI-Nibble.")
+            raise PackError(
+                f"{self.path}: format version {version}; this version of the pack reads up to {VERSION}. Update ComfyUI-Nibble."
+            )
         wanted = {"version": int, "family": str, "layers": dict, "provenance": dict, "report": list}
         for key, kind in wanted.items():
             if not isinstance(header, dict) or not isinstance(header.get(key), kind):
-                raise PackError(f"{self.path}: header entry {key!r}: expected {kind.__name__}, found {type(header).__name__ if not isinstance(header, dict) else header.get(key)!r}")
+                raise PackError(
+                    f"{self.path}: header entry {key!r}: expected {kind.__name__}, found {type(header).__name__ if not isinstance(header, dict) else header.get(key)!r}"
+                )
         return header
 
     def layer(self, name: str) -> QuantizedLayer:

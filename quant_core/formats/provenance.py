@@ -15,7 +15,9 @@ def provenance(fingerprint: str, method: str, config, calibration, source: dict 
         "source": source or {},
         "method": method,
         "settings": asdict(config),
-        "calibration": None if calibration is None else {"hash": calibration.hash, "samples": calibration.meta["samples"], "seed": calibration.meta["seed"]},
+        "calibration": None
+        if calibration is None
+        else {"hash": calibration.hash, "samples": calibration.meta["samples"], "seed": calibration.meta["seed"]},
         "nibble": VERSION,
         "torch": str(torch.__version__),
         "safetensors": metadata.version("safetensors"),

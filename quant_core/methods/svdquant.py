@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.quant_linear.naive import quantize_activation
 from ..quantizers import GROUP, dequantize
 from ..spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
-from ...kernels.quant_linear.naive import quantize_activation
 from ..transforms import rotate, rotation_size
 from . import gptq
 from .lowrank import truncated
@@ -84,7 +84,7 @@ class _Part:
     # -- candidates ------------------------------------------------------------------------------------------------------
 
     def _specs(self):
-        make = lambda act, rotation: PartSpec(  # noqa: E731
+        make = lambda act, rotation: PartSpec(
             self.part.start, self.part.stop, WeightSpec(), act, smooth=self.statistics is not None, rotation=rotation, rank=self.rank
         )
         unsigned = self.part.after_gelu and self.config.unsigned_after_gelu
@@ -101,7 +101,9 @@ class _Part:
         candidates = [(spec, label, smooth) for spec in self._specs() for label, smooth in self._smooths(spec.activation.shift)]
         rough = self._every_few_rows()
         candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])
-        full = (self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)}) for p, t, s in candidates[: self.config.finalists])
+        full = (
+            self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)}) for p, t, s in candidates[: self.config.finalists]
+        )
         return min(full, key=_error)
 
     def _every_few_rows(self):
@@ -124,7 +126,7 @@ class _Part:
         seen = set()
         for kind in self.config.smooth_statistics:
             for alpha, beta in self.config.smooth:
-                if kind not in kinds or (alpha, beta) == (0, 0) and (0, 0) in seen:
+                if kind not in kinds or ((alpha, beta) == (0, 0) and (0, 0) in seen):
                     continue
                 seen.add((alpha, beta))
                 s = kinds[kind].clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
@@ -144,7 +146,7 @@ class _Part:
     def _low_rank(self, spec, smooth, factor, base=None):
         if not self.rank:
             return None
-        rows_of = lambda rows: folded(self.weight, rows, spec, smooth) - (0 if base is None else base(rows))  # noqa: E731
+        rows_of = lambda rows: folded(self.weight, rows, spec, smooth) - (0 if base is None else base(rows))
         v, u = truncated(rows_of, self.weight.shape, self.rank, factor)
         # (x / s) R v = x (diag(1/s) R v): the branch acts on the raw x.
         down = rotate(v.T, spec.rotation).T

@@ -32,7 +32,7 @@ def main(out: Path = tiny_flux.CHECKPOINT, steps: int = 6000, batch_size: int = 
     model = tiny_flux.build()
     for name, parameter in model.named_parameters():
         # adaLN starts at identity, as in the original training of DiT models.
-        if "norm" in name and name.endswith(("linear.weight", "linear.bias")) or name.startswith("proj_out"):
+        if ("norm" in name and name.endswith(("linear.weight", "linear.bias"))) or name.startswith("proj_out"):
             torch.nn.init.zeros_(parameter)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)

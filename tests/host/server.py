@@ -44,7 +44,7 @@ class Server:
     def __enter__(self):
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--cache-none"]
-        self.log = open(self.base / "server.log", "w")  # noqa: SIM115 - closed in __exit__
+        self.log = open(self.base / "server.log", "w")
         self.process = subprocess.Popen(command, cwd=self.comfyui, stdout=self.log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:

@@ -11,7 +11,9 @@ class TestCaptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema("TestCaptions", category="test", inputs=[io.String.Input("captions", multiline=True)], outputs=[io.Conditioning.Output()])
+        return io.Schema(
+            "TestCaptions", category="test", inputs=[io.String.Input("captions", multiline=True)], outputs=[io.Conditioning.Output()]
+        )
 
     @classmethod
     def execute(cls, captions):
@@ -27,7 +29,10 @@ class TestConditioning(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Int.Input(n, default=d, max=2**31) for n, d in (("tokens", 16), ("dim", 4096), ("pooled_dim", 768), ("seed", 0), ("entries", 1))]
+        inputs = [
+            io.Int.Input(n, default=d, max=2**31)
+            for n, d in (("tokens", 16), ("dim", 4096), ("pooled_dim", 768), ("seed", 0), ("entries", 1))
+        ]
         return io.Schema("TestConditioning", category="test", inputs=inputs, outputs=[io.Conditioning.Output()])
 
     @classmethod

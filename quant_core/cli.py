@@ -1,0 +1,110 @@
+"""The `nibble` command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+
+
+def _bar(unit):
+    from tqdm import tqdm
+
+    return lambda items, total: tqdm(items, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png and report.json.")] = Path("nibble_demo")):
+    """Samples the small trained FLUX in full precision and under each method, with mild and hard outliers. About 2 minutes."""
+    from .demo import run
+
+    report = run.run(out, _bar("step"))
+    typer.echo(run.as_text(report))
+    typer.echo(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}")
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")],
+    destination: Annotated[Path, typer.Argument(help="The file to write. Put it into ComfyUI's models/diffusion_models.")],
+    method: Annotated[str, typer.Option(help="svdquant_r, svdquant, convrot or rtn.")] = "svdquant_r",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`; data-free without.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="SVDQuant: rank of the 16-bit branch; 32 if not given.")] = None,
+    gptq: Annotated[bool | None, typer.Option(help="SVDQuant: try GPTQ rounding; on if not given.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Quantizes a checkpoint to a Nibble file. A run that was stopped goes on where it was."""
+    import torch
+
+    from .calibration import Calibration
+    from .methods import by_name
+    from .quantize_file import quantize_file
+    from .report import as_text
+
+    chosen = by_name(method)
+    config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None})
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    statistics = Calibration(calibration) if calibration else None
+    rows = quantize_file(source, destination, chosen, config, statistics, device, _bar("block"))
+    typer.echo(as_text(rows, f"{destination} ({chosen.title})"))
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A Nibble file, a full-precision checkpoint, or a calibration.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+):
+    """Says what a file holds."""
+    from .inspect import describe
+
+    found = describe(file)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for key, value in found.items():
+        if key == "layers":
+            for name, what in value.items():
+                typer.echo(f"  {name}: {what}")
+        else:
+            typer.echo(f"{key}: {value}")
+
+
+@app.command()
+def calibrate(
+    pipeline: Annotated[Path, typer.Argument(help="A diffusers FLUX or PixArt pipeline folder (with model_index.json).")],
+    destination: Annotated[Path, typer.Argument(help="Folder for the statistics.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line. Default: the 64 prompts of the pack.")] = None,
+    samples: Annotated[int, typer.Option(help="Sampling runs, over the prompts in turn.")] = 16,
+    steps: Annotated[int, typer.Option(help="Steps a run.")] = 12,
+    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
+    memory_gb: Annotated[float, typer.Option(help="Memory for the statistics of one pass.")] = 4.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "auto",
+):
+    """Gathers statistics with a diffusers pipeline, for `nibble quantize`. In ComfyUI use the node Nibble Calibrate."""
+    from .calibration.pipeline import calibrate_pipeline
+    from .calibration.prompts import default_prompts
+
+    lines = default_prompts()
+    if prompts is not None:
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    done = calibrate_pipeline(
+        pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed, memory=int(memory_gb * 2**30),
+        device=device, progress=_bar("sample"),
+    )  # fmt: skip
+    typer.echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
+
+
+def main():
+    """Runs the command; known errors are one line on stderr and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"nibble: {error}", err=True)
+        sys.exit(1)

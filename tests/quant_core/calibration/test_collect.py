@@ -1,0 +1,150 @@
+import pytest
+import torch
+
+from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, plan_passes
+from comfyui_nibble.quant_core.calibration.collect import is_held_out
+from comfyui_nibble.quant_core.calibration.file import merge
+from comfyui_nibble.quant_core.calibration.plan import Input
+from comfyui_nibble.quant_core.calibration.statistics import InputStatistics, NonFiniteActivation
+
+WIDTHS = {"a": 64, "b": 128, "c": 64}
+INPUTS = [Input(name, width, ((0, width),), name) for name, width in WIDTHS.items()]
+
+
+@pytest.fixture
+def modules():
+    return {name: torch.nn.Linear(width, 8) for name, width in WIDTHS.items()}
+
+
+def runner(modules, log=None, fail_at=None):
+    def run(sample, capture):
+        for step in range(2):
+            if log is not None:
+                log.append(sample)
+            capture.at(step, 1 - step / 2)
+            for i, (name, module) in enumerate(modules.items()):
+                module(torch.randn(1, 20, WIDTHS[name], generator=torch.Generator().manual_seed(100 * sample + 10 * step + i)))
+        if fail_at == sample:
+            raise KeyboardInterrupt
+
+    return run
+
+
+def go(modules, folder, *, memory=2**30, meta=None, log=None, fail_at=None, samples=5, seed=0):
+    meta = meta or {"model": "m"}
+    return calibrate(runner(modules, log, fail_at), modules, INPUTS, folder, meta, samples=samples, memory=memory, reservoir=16, seed=seed)
+
+
+def assert_same(a: Calibration, b: Calibration):
+    assert a.names == b.names
+    for name in a.names:
+        x, y = a.get(name), b.get(name)
+        assert x.count == y.count
+        for leaf in ("absmax", "tokens", "keys", "timesteps"):
+            assert torch.equal(getattr(x, leaf), getattr(y, leaf))
+        assert all(torch.equal(x.hessians[k], y.hessians[k]) for k in x.hessians)
+
+
+def test_held_out_tokens_are_not_fitted(modules, tmp_path):
+    c = go(modules, tmp_path)
+    stats = c.get("a")
+    assert [is_held_out(i, 5) for i in range(5)] == [False, False, False, True, False]
+    assert stats.count == 4 * 2 * 20
+    seen = torch.cat([torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(300 + 10 * step))[0] for step in range(2)]).bfloat16()
+    assert all((seen == token).all(1).any() for token in stats.tokens)
+    assert set(stats.timesteps.tolist()) == {1.0, 0.5}
+
+
+def test_deterministic_for_a_seed(modules, tmp_path):
+    a, b, c = (go(modules, tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert_same(a, b)
+    assert a.hash == b.hash != c.hash
+    assert not torch.equal(a.get("a").tokens, c.get("a").tokens)
+
+
+def test_interrupted_run_goes_on_with_the_same_result(modules, tmp_path):
+    whole = go(modules, tmp_path / "whole")
+    log = []
+    with pytest.raises(KeyboardInterrupt):
+        go(modules, tmp_path / "cut", fail_at=2)
+    with pytest.raises(CalibrationError, match="stopped after 2 of 5 samples"):
+        Calibration(tmp_path / "cut")
+    resumed = go(modules, tmp_path / "cut", log=log)
+    assert min(log) == 2
+    assert_same(whole, resumed)
+
+
+def test_finished_run_samples_nothing_again(modules, tmp_path):
+    go(modules, tmp_path)
+    log = []
+    go(modules, tmp_path, log=log)
+    assert log == []
+
+
+def test_other_settings_start_afresh(modules, tmp_path):
+    go(modules, tmp_path)
+    log = []
+    go(modules, tmp_path, meta={"model": "other"}, log=log)
+    assert sorted(set(log)) == [0, 1, 2, 3, 4]
+
+
+def test_several_passes_equal_one(modules, tmp_path):
+    one = go(modules, tmp_path / "one")
+    many = go(modules, tmp_path / "many", memory=1)
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) == 3
+    assert_same(one, many)
+
+
+def test_passes_stay_within_the_memory():
+    size = lambda i: InputStatistics.nbytes(i.width, i.blocks, 16)
+    passes = plan_passes(INPUTS, size(INPUTS[0]) + size(INPUTS[1]), 16)
+    assert [[i.name for i in p] for p in passes] == [["a", "b"], ["c"]]
+
+
+def test_missing_pass_is_named(modules, tmp_path):
+    go(modules, tmp_path, memory=1)
+    (tmp_path / "pass-001.safetensors").unlink()
+    with pytest.raises(CalibrationError, match="2 of 3 passes"):
+        Calibration(tmp_path)
+
+
+def test_merge_of_two_seeds(modules, tmp_path):
+    a, b = go(modules, tmp_path / "a"), go(modules, tmp_path / "b", seed=1, samples=4)
+    merge([a.path, b.path], tmp_path / "both.safetensors")
+    both = Calibration(tmp_path / "both.safetensors")
+    assert both.get("b").count == a.get("b").count + b.get("b").count
+    assert both.meta["samples"] == 9
+
+
+def test_other_model_is_refused_and_both_are_named(modules, tmp_path):
+    with pytest.raises(CalibrationError, match="made with model m, this one is n"):
+        go(modules, tmp_path).require_model("n")
+
+
+def test_nan_stops_and_keeps_finished_samples(modules, tmp_path):
+    good = runner(modules)
+
+    def run(sample, capture):
+        good(sample, capture)
+        if sample == 2:
+            modules["b"](torch.full((1, 1, 128), torch.nan))
+
+    with pytest.raises(NonFiniteActivation, match="layer b, channel 0, sample 2, step 1"):
+        calibrate(run, modules, INPUTS, tmp_path, {"model": "m"}, samples=5, memory=2**30, reservoir=16)
+    with pytest.raises(CalibrationError, match="stopped after 2 of 5"):
+        Calibration(tmp_path)
+
+
+def test_broken_files_are_named(modules, tmp_path):
+    path = go(modules, tmp_path / "c").path / "pass-000.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CalibrationError, match=r"pass-000.safetensors: not a whole safetensors file"):
+        Calibration(path)
+    with pytest.raises(CalibrationError, match="not found"):
+        Calibration(tmp_path / "nothing.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match=r"holds no .safetensors"):
+        Calibration(tmp_path / "empty")
+    # A broken file of the same run is not trusted: the run starts again and ends well.
+    assert go(modules, tmp_path / "c").names == ["a", "b", "c"]
