@@ -7,8 +7,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import pack
+from ..quant_core.linear import QuantizedLayer
 from .host.build import ATTACHMENT, load
 from .host.patcher import NibblePatcher
+from .host.source import PREFIX
 
 
 class NibbleSaveModel(io.ComfyNode):
@@ -36,20 +38,33 @@ class NibbleSaveModel(io.ComfyNode):
     def execute(cls, model, filename_prefix):
         if not isinstance(model, NibblePatcher):
             raise ValueError(
-                "Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use Save Diffusion Model."
+                "Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
             )
         if model.patches:
             raise ValueError(
                 f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Save before the LoRA loader."
             )
         info = model.attachments[ATTACHMENT]
-        layers = {n.removeprefix("diffusion_model."): m.layer(n) for n, m in model.packed_layers()}
-        owned = {f"{n}.{leaf}" for n, layer in layers.items() for leaf in layer.tensors}
-        rest = {k: _narrow(t) for k, t in model.model.diffusion_model.state_dict().items() if k not in owned}
+        layers, rest = unpatched(model)
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         pack.save(path, layers, rest, info["family"], info["provenance"], info["report"])
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB"))
+
+
+def unpatched(model: NibblePatcher):
+    """(layers, rest) as before any patch: a clone with a LoRA shares the modules and may have patched biases and 16-bit
+    weights in place; ModelPatcher keeps the originals in `backup`."""
+    original = lambda key, tensor: model.backup[PREFIX + key].weight if PREFIX + key in model.backup else tensor
+    layers, owned = {}, set()
+    for full, module in model.packed_layers():
+        name = full.removeprefix(PREFIX)
+        layer = module.layer(name)
+        tensors = {leaf: original(f"{name}.{leaf}", t) for leaf, t in layer.tensors.items()}
+        layers[name] = QuantizedLayer(name, layer.spec, tensors)
+        owned |= {f"{name}.{leaf}" for leaf in tensors}
+    state = model.model.diffusion_model.state_dict()
+    return layers, {k: _narrow(original(k, t)) for k, t in state.items() if k not in owned}
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,14 @@ from .host.progress import steps
 from .host.source import ModelSource
 
 
+def _keep_patches(model, quantized):
+    """What sampling nodes before this one have set (ModelSamplingFlux, attention patches, wrappers) stays in force."""
+    twin = model.clone()
+    quantized.model_options = twin.model_options
+    quantized.object_patches = {k: v for k, v in twin.object_patches.items() if not k.startswith("diffusion_model.")}
+    quantized.wrappers, quantized.callbacks = twin.wrappers, twin.callbacks
+
+
 class NibbleQuantize(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -27,7 +35,7 @@ class NibbleQuantize(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model. LoRAs on it are merged and quantized with it; LoRAs after this node stay exchangeable."),
                 CalibrationType.Input("calibration", optional=True, tooltip="From Nibble Calibrate on the same model. Without it the quantization is data-free: much worse for SVDQuant, the same for ConvRot and RTN."),
-                io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: best measured. svdquant: the paper's, readable by other engines. convrot: ComfyUI's own, no low rank. rtn: baseline."),
+                io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: SVDQuant with a rotation, the default. svdquant: without, in comfy-kitchen's svdquant_w4a4 conventions. convrot: ComfyUI's own, no low rank. rtn: baseline."),
                 io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="SVDQuant: rank of the 16-bit branch. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
                 io.Boolean.Input("gptq", default=True, advanced=True, tooltip="SVDQuant: also try GPTQ rounding and keep it where it is better on held-out tokens."),
             ],
@@ -65,6 +73,6 @@ class NibbleQuantize(io.ComfyNode):
                 "source": f"{source.family.title}, quantized in the graph",
             }
             quantized = build(layers, {n: layer.spec for n, layer in layers.items()}, rest, info)
-        quantized.model_options = model.clone().model_options
+        _keep_patches(model, quantized)
         path = choose(next(iter(layers.values())).spec, device.type) if layers else "16 bit"
         return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", [f"Runs on {device.type}: {path}"]))

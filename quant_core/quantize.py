@@ -38,6 +38,8 @@ def quantize_layers(
             yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason)
             continue
         weight = get(f"{layer.name}.weight").to(device)
+        if weight.dtype.itemsize == 1:  # fp8 has no arithmetic; bf16 holds all of its values
+            weight = weight.to(torch.bfloat16)
         bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
         for leaf, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None and not torch.isfinite(tensor).all():

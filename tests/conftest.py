@@ -1,13 +1,28 @@
 """Fixtures that every folder of tests shares."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from comfyui_nibble.quant_core.calibration import InputStatistics
 from comfyui_nibble.quant_core.calibration.statistics import hessian_blocks
+from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.methods import Problem
-from tests.support import outlier_tokens
+from comfyui_nibble.tests.support import outlier_tokens
+
+# `python -m pytest` puts the repository on the path, where diffusers would take our `kernels` for the package of that name.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+
+@pytest.fixture(scope="session")
+def tiny_state():
+    """The shipped model's tensors, ComfyUI's names."""
+    return load_file(tiny_flux.CHECKPOINT)
 
 
 @pytest.fixture

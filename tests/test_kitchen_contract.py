@@ -8,7 +8,7 @@ from comfyui_nibble.kernels.quant_linear.naive import quantize_activation
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.packing import pack
-from tests.support import relative_error
+from comfyui_nibble.tests.support import relative_error
 
 
 def kitchen_forward(x, layer):

@@ -29,9 +29,7 @@ def build(layers, specs, rest, info, dtype=torch.bfloat16, disable_dynamic=True)
     options = {"custom_operations": operations_for(layers)}
     plain = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, disable_dynamic=True)
     if plain is None:
-        raise DetectionError(
-            f"{info['source']}: ComfyUI does not recognise the model (family {info['family']} in the file). Update ComfyUI."
-        )
+        raise DetectionError(f"{info['source']}: this ComfyUI does not recognise the model (family {info['family']}). Update ComfyUI.")
     patcher = NibblePatcher(plain.model, plain.load_device, plain.offload_device)
     if missing := set(specs) - {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()}:
         raise DetectionError(f"{info['source']}: ComfyUI's model has no place for the quantized layers {sorted(missing)[:3]}")

@@ -14,8 +14,12 @@ class UnsupportedPatch(RuntimeError):
 def plain_lora(patch) -> str:
     """Why a ModelPatcher patch (strength, value, strength_model, offset, function) is not a plain LoRA; "" if it is."""
     _, value, strength_model, offset, function = patch
+    if isinstance(value, list):
+        return "a merge with another model"
+    if isinstance(value, tuple):
+        return f"a {value[0]!r} patch" if isinstance(value[0], str) else "a full-weight patch"
     if not isinstance(value, LoRAAdapter):
-        return f"a {getattr(value, 'name', None) or type(value).__name__} patch"
+        return f"a {getattr(value, 'name', type(value).__name__)} patch"
     up, down, _, mid, dora, reshape = value.weights
     if mid is not None or dora is not None or reshape is not None or up.ndim != 2 or down.ndim != 2:
         return "a LoRA with DoRA, Tucker or reshape parts"

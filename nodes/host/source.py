@@ -58,10 +58,25 @@ class ModelSource:
         if not self.patcher.patches:
             return base
         digest = hashlib.sha256(base.encode())
-        for key in sorted(self.patcher.patches):
-            for strength, value, strength_model, offset, _ in self.patcher.patches[key]:
-                digest.update(f"{key}{strength}{strength_model}{offset}".encode())
-                for tensor in getattr(value, "weights", value):
-                    if isinstance(tensor, torch.Tensor):
-                        digest.update(tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
+        feed(digest, self.patcher.patches)
         return digest.hexdigest()[:16]
+
+
+def feed(digest, value):
+    """Hashes tensors (up to 4096 values each), numbers, text and any nesting of them; functions by their name."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().reshape(-1)
+        digest.update(str(tuple(value.shape)).encode() + flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            feed(digest, item)
+    elif hasattr(value, "weights"):  # a LoRA, LoHa, LoKr ... adapter
+        digest.update(type(value).__name__.encode())
+        feed(digest, value.weights)
+    else:
+        digest.update((repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__).encode())

@@ -79,9 +79,11 @@ def calibrate(
     memory: bytes for the statistics of one pass; more passes over the samples where it is not enough.
     """
     folder = Path(folder)
+    meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
+    if finished := _finished(folder, meta, inputs):
+        return finished  # whatever the memory it was gathered in
     passes = plan_passes(inputs, memory, reservoir)
-    meta = meta | {"samples": samples, "seed": seed, "passes": len(passes), "reservoir": reservoir}
-    meta["plan"] = [[i.name for i in p] for p in passes]
+    meta |= {"passes": len(passes), "plan": [[i.name for i in p] for p in passes]}
     _forget_other_runs(folder, meta)
     work = []
     for index, group in enumerate(passes):
@@ -104,6 +106,16 @@ def calibrate(
             saved = time.monotonic()
             cost = saved - started
     return file.Calibration(folder)
+
+
+def _finished(folder, meta, inputs):
+    try:
+        found = file.Calibration(folder)
+    except file.CalibrationError:
+        return None
+    wanted = json.loads(json.dumps(meta))
+    same = all(found.meta.get(k) == v for k, v in wanted.items()) and set(found.names) == {i.name for i in inputs}
+    return found if same else None
 
 
 def _forget_other_runs(folder, meta):

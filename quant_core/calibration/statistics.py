@@ -32,8 +32,8 @@ def reservoir_keys(seed: int, name: str, sample: int, step: int, call: int, coun
 class InputStatistics:
     """What is known of x (tokens, K) at the input of one or more layers.
 
-    Fit tokens: `count`, `absmax` (K,) fp32, `hessians` {(start, stop): X^T X fp32}. Held-out tokens, which no fit ever
-    sees: `tokens` (R, K) bf16 with their `keys` (R,) fp64 and `timesteps` (R,) fp32, the R smallest keys of all (bottom-k
+    Fit tokens: `count`, `absmax` (K,) fp32, `hessians` {(start, stop): X^T X fp32}. Held-out tokens, which no fit sees
+    (with a single sample they are the fit tokens): `tokens` (R, K) bf16 with their `keys` (R,) fp64 and `timesteps` (R,) fp32, the R smallest keys of all (bottom-k
     sampling: uniform, independent of the order, mergeable).
     Memory: 4 K sum(width^2 / K) + 2 R K bytes; 38 MB + 6 MB at K = 3072 with R = 1024.
     """
@@ -72,8 +72,9 @@ class InputStatistics:
     def update(self, x: torch.Tensor):
         """Adds fit tokens x (..., K)."""
         x = x.reshape(-1, self.width).float()
-        if self.absmax.device != x.device:
+        if self.absmax.device != x.device:  # at first, and after resuming from a file
             self.absmax = self.absmax.to(x.device)
+            self.hessians = {k: h.to(x.device) for k, h in self.hessians.items()}
         torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
         for start, stop in self.blocks:
             block = x[:, start:stop]

@@ -23,7 +23,8 @@ def open_safetensors(path: Path):
         raise CheckpointError(f"{path}: not found")
     with open(path, "rb") as f:
         start = f.read(16)
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors file starts with the length of its header, which may look like anything, then the header's brace.
+    if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to safetensors first.")
     if start[:4] == b"GGUF":
         raise CheckpointError(f"{path}: a GGUF file, already quantized. Start from the bf16 safetensors file.")

@@ -95,9 +95,8 @@ class _Part:
 
     def _best_transform(self):
         if self.x is None:
-            # A shift without data is a gamble on the activation function; signed codes are always right.
-            spec = [s for s in self._specs() if not s.activation.unsigned or not self.config.rotation][-1]
-            return self._rounded(spec, None, "plain", None, {"data": "none"})
+            # GELU's lower bound needs no data, so unsigned codes come first where they are allowed.
+            return self._rounded(next(self._specs()), None, "plain", None, {"data": "none"})
         candidates = [(spec, label, smooth) for spec in self._specs() for label, smooth in self._smooths(spec.activation.shift)]
         rough = self._every_few_rows()
         candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])

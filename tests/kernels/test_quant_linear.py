@@ -9,7 +9,7 @@ from comfyui_nibble.kernels import choose
 from comfyui_nibble.kernels.quant_linear import eager, naive
 from comfyui_nibble.quant_core.packing import pack, unpack
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from tests.support import relative_error
+from comfyui_nibble.tests.support import relative_error
 
 
 def random_tensors(spec, seed=0, codes=None):

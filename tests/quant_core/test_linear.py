@@ -5,7 +5,7 @@ from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.linear import QuantizedLayer, QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.spec import SpecError
-from tests.support import relative_error
+from comfyui_nibble.tests.support import relative_error
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from comfyui_nibble.quant_core.methods.lowrank import truncated
 from comfyui_nibble.quant_core.methods.parts import fit_weight_only
 from comfyui_nibble.quant_core.methods.problem import output_sqnr
 from comfyui_nibble.quant_core.methods.rtn import RTNConfig
-from tests.support import outlier_tokens, sqnr_db
+from comfyui_nibble.tests.support import outlier_tokens, sqnr_db
 
 
 def fitted(problem, name, **options):

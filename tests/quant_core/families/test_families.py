@@ -1,0 +1,98 @@
+import torch
+from safetensors.torch import save_file
+
+from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.families import FLUX, PIXART, detect
+from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
+from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
+
+
+def test_flux_map_of_a_full_width_model():
+    shapes = flux_shapes(double=2, single=1)
+    layers = {layer.name: layer for layer in FLUX.layers(shapes)}
+    assert detect(shapes) is FLUX
+    assert list(layers)[:10] == [
+        f"double_blocks.0.{n}"
+        for n in (
+            "img_mod.lin",
+            "txt_mod.lin",
+            "img_attn.qkv",
+            "txt_attn.qkv",
+            "img_attn.proj",
+            "txt_attn.proj",
+            "img_mlp.0",
+            "txt_mlp.0",
+            "img_mlp.2",
+            "txt_mlp.2",
+        )
+    ]
+    assert len(layers) == 2 * 10 + 3
+    assert {n for n, layer in layers.items() if layer.weight_only} == {
+        "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "double_blocks.1.img_mod.lin", "double_blocks.1.txt_mod.lin", "single_blocks.0.modulation.lin",
+    }  # fmt: skip
+    linear2 = layers["single_blocks.0.linear2"]
+    assert [(p.start, p.stop, p.after_gelu) for p in linear2.parts] == [(0, 3072, False), (3072, 15360, True)]
+    assert layers["double_blocks.1.txt_mlp.2"].parts[0].after_gelu
+    kept = {k.removesuffix(".weight") for k, s in shapes.items() if len(s) == 2} - set(layers)
+    assert kept == {
+        "img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "vector_in.in_layer", "vector_in.out_layer",
+        "guidance_in.in_layer", "guidance_in.out_layer", "final_layer.linear", "final_layer.adaLN_modulation.1",
+    }  # fmt: skip
+
+
+def test_blocks_are_in_numeric_order():
+    shapes = flux_shapes(double=12, single=11, hidden=128)
+    blocks = list(dict.fromkeys(layer.block for layer in FLUX.layers(shapes)))
+    assert blocks == [f"double_blocks.{i}" for i in range(12)] + [f"single_blocks.{i}" for i in range(11)]
+
+
+def test_pixart_map_shares_the_text():
+    shapes = pixart_shapes(depth=3)
+    layers = {layer.name: layer for layer in PIXART.layers(shapes)}
+    assert detect(shapes) is PIXART
+    assert len(layers) == 3 * 7
+    assert {layers[f"blocks.{i}.cross_attn.kv_linear"].input for i in range(3)} == {"blocks.0.cross_attn.kv_linear"}
+    assert layers["blocks.2.mlp.fc2"].parts[0].after_gelu
+    assert not any(layer.weight_only for layer in layers.values())
+
+
+def test_relatives_are_not_taken_for_flux():
+    shapes = flux_shapes(hidden=128)
+    for relative in ("distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"):
+        assert not FLUX.matches(shapes | {relative: (1, 1)})
+
+
+def test_flux_under_diffusers_names_is_the_same_model(tmp_path, tiny_state):
+    """diffusers' own class takes the converted names, and the file reads back under ComfyUI's names bit for bit."""
+    model = tiny_flux.build()
+    converted = tiny_flux.to_diffusers(tiny_state)
+    assert set(converted) == set(model.state_dict())
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    keys = sorted(converted)
+    save_file({k: converted[k].contiguous() for k in keys[::2]}, folder / "model-00001-of-00002.safetensors")
+    save_file({k: converted[k].contiguous() for k in keys[1::2]}, folder / "model-00002-of-00002.safetensors")
+    c = Checkpoint(folder)
+    assert c.family is FLUX
+    assert c.shapes == {k: tuple(v.shape) for k, v in tiny_state.items()}
+    assert all(torch.equal(c.get(k), v) for k, v in tiny_state.items())
+    save_file(tiny_state, tmp_path / "comfy.safetensors")
+    assert c.fingerprint() == Checkpoint(tmp_path / "comfy.safetensors").fingerprint()
+
+
+def test_pixart_under_diffusers_names():
+    """Every tensor of diffusers' PixArt class is mapped, and every mapped layer has ComfyUI's shape."""
+    from diffusers import PixArtTransformer2DModel
+
+    with torch.device("meta"):
+        model = PixArtTransformer2DModel(num_layers=2, num_attention_heads=16, attention_head_dim=72, sample_size=32, caption_channels=4096)
+    theirs = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    mapped = PIXART.diffusers(theirs)
+    used = {k for s in mapped.values() for k in s.keys}
+    assert set(theirs) - used <= {"pos_embed.pos_embed"}
+    ours = pixart_shapes(depth=2)
+    for key, stacked in mapped.items():
+        shape = (sum(theirs[k][0] for k in stacked.keys), *theirs[stacked.keys[0]][1:])
+        if key in ours:
+            assert shape == ours[key], key
+    assert {layer.name + ".weight" for layer in PIXART.layers(ours)} <= set(mapped)

@@ -1,0 +1,162 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from comfyui_nibble.quant_core.families import Part, UnknownArchitecture
+from comfyui_nibble.quant_core.formats import pack
+from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint, CheckpointError
+from comfyui_nibble.quant_core.methods import METHODS
+
+
+@pytest.fixture
+def layer(make_problem):
+    problem = make_problem(64, 320, (Part(0, 64), Part(64, 320, after_gelu=True)), fit_tokens=512)
+    return METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=8)).layer
+
+
+@pytest.fixture
+def saved(layer, tmp_path):
+    path = tmp_path / "model.safetensors"
+    pack.save(path, {layer.name: layer}, {"img_in.weight": torch.ones(4, 4)}, "flux", {"method": "svdquant"}, [{"name": layer.name}])
+    return path
+
+
+def rewrite(path, change_header=None, change_tensors=None):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        header = json.loads(f.metadata()["nibble"])
+    tensors = load_file(path)
+    if change_header:
+        header = change_header(header) or header
+    if change_tensors:
+        change_tensors(tensors)
+    save_file(tensors, path, metadata={"nibble": header if isinstance(header, str) else json.dumps(header)})
+
+
+def test_round_trip_is_bit_exact(layer, saved):
+    opened = pack.PackFile(saved)
+    again = opened.layer(layer.name)
+    assert again.spec == layer.spec
+    assert all(torch.equal(again.tensors[k], t) and again.tensors[k].dtype == t.dtype for k, t in layer.tensors.items())
+    assert opened.rest == ["img_in.weight"]
+    assert (opened.family, opened.provenance, opened.report) == ("flux", {"method": "svdquant"}, [{"name": layer.name}])
+
+
+def test_logical_shapes_are_those_before_quantization(layer, saved):
+    assert pack.PackFile(saved).logical_shapes() == {
+        f"{layer.name}.weight": (64, 320),
+        f"{layer.name}.bias": (64,),
+        "img_in.weight": (4, 4),
+    }
+
+
+def test_tensor_given_twice_is_refused(layer, tmp_path):
+    with pytest.raises(ValueError, match="given twice"):
+        pack.save(tmp_path / "x", {layer.name: layer}, {f"{layer.name}.bias": torch.zeros(1)}, "flux", {}, [])
+
+
+@pytest.mark.parametrize(
+    ("header", "tensors", "message"),
+    [
+        (lambda h: h.update(version=2), None, r"model.safetensors: format version 2; .*Update"),
+        (lambda h: h.update(version="x"), None, "header entry 'version': expected int, found 'x'"),
+        (lambda h: {k: v for k, v in h.items() if k != "layers"}, None, "header entry 'layers'"),
+        (lambda h: "not json", None, "not JSON"),
+        (lambda h: "[1]", None, "header entry 'version': expected int"),
+        (lambda h: h["layers"]["blocks.0.linear"]["parts"][0].update(rank=-1), None, "layer blocks.0.linear: rank and rotation"),
+        (None, lambda t: t.pop("blocks.0.linear.proj_up"), "blocks.0.linear.proj_up is missing"),
+        (
+            None,
+            lambda t: t.update({"blocks.0.linear.bias": torch.zeros(3)}),
+            r"blocks.0.linear.bias: expected the shape \(64,\) .*found \(3,\)",
+        ),
+    ],
+)
+def test_unsound_files_name_file_and_key(saved, header, tensors, message):
+    rewrite(saved, header, tensors)
+    with pytest.raises(pack.PackError, match=message):
+        pack.PackFile(saved)
+
+
+def test_wrong_dtype_is_named_when_the_layer_is_read(saved):
+    rewrite(saved, change_tensors=lambda t: t.update({"blocks.0.linear.weight_scale": torch.zeros(5, 64, dtype=torch.int8)}))
+    with pytest.raises(pack.PackError, match=r"model.safetensors: layer blocks.0.linear: weight_scale has the dtype torch.int8"):
+        pack.PackFile(saved).layer("blocks.0.linear")
+
+
+def test_full_precision_file_is_not_a_pack(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(pack.PackError, match=r"a.safetensors: .* not one written by Nibble"):
+        pack.PackFile(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("reader", [Checkpoint, pack.PackFile])
+def test_files_that_are_not_safetensors(tmp_path, reader, saved):
+    whole = saved.read_bytes()
+    cases = {
+        "cut.safetensors": (whole[: len(whole) // 2], "not a whole safetensors file"),
+        "empty.safetensors": (b"", "not a whole safetensors file"),
+        "text.safetensors": (b"<html>Not found</html>", "not a whole safetensors file"),
+        "m.gguf": (b"GGUF" + bytes(60), "a GGUF file"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name}: {message}"):
+            reader(tmp_path / name)
+    with pytest.raises(CheckpointError, match="gone.safetensors: not found"):
+        reader(tmp_path / "gone.safetensors")
+
+
+def test_pickles_are_never_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    (tmp_path / "old.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=4))
+    torch.save({"w": torch.zeros(1)}, tmp_path / "new.ckpt")
+    for name in ("old.ckpt", "new.ckpt"):
+        with pytest.raises(CheckpointError, match=f"{name}: a pickled PyTorch file"):
+            Checkpoint(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_killed_while_saving_leaves_no_file(tmp_path):
+    code = f"""
+        import os, signal, torch
+        from comfyui_nibble.quant_core.formats import atomic
+        real = os.fsync
+        os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
+        atomic.save_tensors({str(tmp_path / "model.safetensors")!r}, {{"a": torch.zeros(1000)}}, {{}})
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == -9
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_failed_save_keeps_the_old_file(saved, layer):
+    before = saved.read_bytes()
+    with pytest.raises(TypeError):
+        pack.save(saved, {layer.name: layer}, {}, "flux", {"bad": object()}, [])
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_unknown_architecture_lists_what_is_supported(tmp_path):
+    save_file({"model.layers.0.mlp.weight": torch.zeros(2, 2)}, tmp_path / "llm.safetensors")
+    with pytest.raises(UnknownArchitecture, match=r"model.layers.0.mlp.weight.*Supported: FLUX.1, PixArt"):
+        Checkpoint(tmp_path / "llm.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
+def test_prefixes_are_taken_off(tmp_path, prefix, tiny_state):
+    save_file({prefix + k: v for k, v in tiny_state.items()} | ({"vae.x": torch.zeros(1)} if prefix else {}), tmp_path / "a.safetensors")
+    c = Checkpoint(tmp_path / "a.safetensors")
+    assert c.shapes == {k: tuple(v.shape) for k, v in tiny_state.items()}
+    assert torch.equal(c.get("img_in.weight"), tiny_state["img_in.weight"])

@@ -1,0 +1,163 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from comfyui_nibble.quant_core import quantize_file as job
+from comfyui_nibble.quant_core.cli import app
+from comfyui_nibble.quant_core.demo import run, tiny_flux
+from comfyui_nibble.quant_core.families import FLUX
+from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
+from comfyui_nibble.quant_core.formats.pack import PackFile
+
+
+def nibble(*args):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, "-c", "from comfyui_nibble.quant_core.cli import main; main()", *map(str, args)],
+        capture_output=True,
+        cwd="/",
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    """Statistics of the shipped model, tied to its fingerprint as the node does it."""
+    state = load_file(tiny_flux.CHECKPOINT)
+    layers = FLUX.layers({k: tuple(v.shape) for k, v in state.items()})
+    fingerprint = Checkpoint(tiny_flux.CHECKPOINT).fingerprint()
+    return run.calibrate_tiny(tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=4, samples=4, model_hash=fingerprint).path
+
+
+def test_quantize_then_inspect(tmp_path, calibration):
+    out = tmp_path / "q.safetensors"
+    text = nibble(
+        "quantize",
+        tiny_flux.CHECKPOINT,
+        out,
+        "--method",
+        "svdquant",
+        "--calibration",
+        calibration,
+        "--no-gptq",
+        "--rank",
+        16,
+        "--device",
+        "cpu",
+    )
+    assert "16 layers" in text
+    assert "worst" in text
+    found = json.loads(nibble("inspect", out, "--json"))
+    assert found["kind"] == "Nibble model"
+    assert found["quantized layers"] == 16
+    assert found["provenance"]["settings"]["rank"] == 16
+    assert found["provenance"]["source"]["file"] == "tiny_flux.safetensors"
+    assert len(found["provenance"]["source"]["sha256"]) == 64
+    assert found["runs on"]["cpu"].startswith("eager")
+    assert "W4A4 g64 smooth r16" in found["layers"]["double_blocks.0.img_attn.qkv"]
+    assert not (tmp_path / "q.safetensors.partial").exists()
+    assert json.loads(nibble("inspect", calibration, "--json"))["kind"] == "calibration"
+    assert "FLUX.1" in nibble("inspect", tiny_flux.CHECKPOINT)
+
+
+def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
+    out, seen, real = tmp_path / "q.safetensors", [], job.quantize_layers
+
+    def dies_in_the_third_block(members, *args):
+        seen.append(members[0].block)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(members, *args)
+
+    monkeypatch.setattr(job, "quantize_layers", dies_in_the_third_block)
+    from comfyui_nibble.quant_core.methods import METHODS
+
+    rtn = METHODS["rtn"]
+    with pytest.raises(KeyboardInterrupt):
+        job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config)
+    assert not out.exists()
+    job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config)
+    assert seen == ["double_blocks.0", "single_blocks.0", "single_blocks.1", "single_blocks.1"]
+    monkeypatch.setattr(job, "quantize_layers", real)
+    whole = tmp_path / "whole.safetensors"
+    job.quantize_file(tiny_flux.CHECKPOINT, whole, rtn, rtn.config)
+    a, b = load_file(out), load_file(whole)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_diffusers_folder_gives_the_same_model(tmp_path, tiny_state):
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in tiny_flux.to_diffusers(tiny_state).items()}, folder / "diffusion_pytorch_model.safetensors")
+    for source, name in ((folder, "a"), (tiny_flux.CHECKPOINT, "b")):
+        nibble("quantize", source, tmp_path / f"{name}.safetensors", "--method", "convrot", "--device", "cpu")
+    a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_layer_that_does_not_divide_by_64_stays_and_is_named(tmp_path):
+    from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
+
+    state = random_state(flux_shapes(hidden=128, context=64, pooled=64))
+    for leaf, width in (("qkv", 100), ("proj", 128)):
+        key = f"double_blocks.0.img_attn.{leaf}.weight"
+        state[key] = torch.randn(state[key].shape[0], width).bfloat16()
+    save_file(state, tmp_path / "odd.safetensors")
+    text = nibble("quantize", tmp_path / "odd.safetensors", tmp_path / "q.safetensors", "--method", "rtn", "--device", "cpu")
+    assert "Left in 16 bit: double_blocks.0.img_attn.qkv (K = 100 does not divide by 64)" in text
+    pack = PackFile(tmp_path / "q.safetensors")
+    assert "double_blocks.0.img_attn.qkv.weight" in pack.rest
+    assert torch.equal(pack.tensor("double_blocks.0.img_attn.qkv.weight"), state["double_blocks.0.img_attn.qkv.weight"])
+
+
+def test_nan_weight_names_the_layer(tmp_path, tiny_state):
+    state = {k: v.clone() for k, v in tiny_state.items()}
+    state["single_blocks.1.linear2.weight"][3, 5] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    result = command("quantize", tmp_path / "nan.safetensors", tmp_path / "q.safetensors", "--method", "rtn", "--device", "cpu")
+    assert result.returncode == 1
+    assert "nibble: layer single_blocks.1.linear2: NaN or Inf in its weight" in result.stderr
+    assert not (tmp_path / "q.safetensors").exists()
+
+
+def test_calibration_of_another_model_names_both(tmp_path, tiny_state, calibration):
+    state = {k: v + 1 for k, v in tiny_state.items()}
+    save_file(state, tmp_path / "other.safetensors")
+    result = command(
+        "quantize", tmp_path / "other.safetensors", tmp_path / "q.safetensors", "--calibration", calibration, "--device", "cpu"
+    )
+    ours, theirs = Checkpoint(tiny_flux.CHECKPOINT).fingerprint(), Checkpoint(tmp_path / "other.safetensors").fingerprint()
+    assert result.returncode == 1
+    assert f"was made with model {ours}, this one is {theirs}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("inspect", "nothing.safetensors"), "nothing.safetensors: not found"),
+        (("quantize", "nothing.safetensors", "out"), "nothing.safetensors: not found"),
+        (("quantize", "a", "b", "--method", "magic"), "unknown method 'magic'"),
+        (("calibrate", ".", "out"), "not a diffusers pipeline folder"),
+    ],
+)
+def test_errors_are_one_line(args, message, tmp_path):
+    result = command(*args)
+    assert result.returncode == 1
+    assert result.stderr.startswith("nibble: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
