@@ -1,0 +1,146 @@
+"""Bad input over HTTP: what a user reads."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
+from comfyui_nibble.tests.host.graphs import FLUX_TINY, PIXART, load_graph, node, quantize_graph
+from comfyui_nibble.tests.host.server import GraphError
+
+
+@pytest.fixture(scope="module")
+def quantized(server):
+    """A ConvRot file of the small FLUX."""
+    graph = quantize_graph(FLUX_TINY, method="convrot", prefix="diffusion_models/refusals")
+    for name in ("calibrate", "prompts", "full", "full_latent", "quantized", "quantized_latent"):
+        del graph[name]
+    del graph["quantize"]["inputs"]["calibration"]
+    server.run(graph)
+    return "refusals_00001_.safetensors"
+
+
+def models(server):
+    return server.base / "models" / "diffusion_models"
+
+
+def test_calibration_of_another_model(server, tiny_state):
+    other = {k: (v.float() * 1.01).bfloat16() for k, v in tiny_state.items()}
+    save_file(other, models(server) / "other.safetensors")
+    graph = quantize_graph(FLUX_TINY, method="svdquant", samples=2, steps=1)
+    graph["other"] = node("UNETLoader", unet_name="other.safetensors", weight_dtype="default")
+    graph["quantize"]["inputs"]["model"] = ["other", 0]
+    ours = Checkpoint(models(server) / "tiny_flux.safetensors").fingerprint()
+    theirs = Checkpoint(models(server) / "other.safetensors").fingerprint()
+    with pytest.raises(GraphError, match=f"NibbleQuantize: .*was made with model {ours}, this one is {theirs}"):
+        server.run(graph)
+
+
+def test_unknown_architecture_lists_the_known(server):
+    from comfyui_nibble.tests.assets.synthetic import random_state
+
+    h, shapes = (
+        1536,
+        {
+            "patch_embedding.weight": (1536, 16, 1, 2, 2),
+            "patch_embedding.bias": (1536,),
+            "blocks.0.modulation": (1, 6, 1536),
+            "head.modulation": (1, 2, 1536),
+        },
+    )
+
+    def lin(name, n, k):
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (n, k), (n,)
+
+    for name in ("self_attn", "cross_attn"):
+        for leaf in "qkvo":
+            lin(f"blocks.0.{name}.{leaf}", h, h)
+        shapes |= {f"blocks.0.{name}.norm_q.weight": (h,), f"blocks.0.{name}.norm_k.weight": (h,)}
+    lin("blocks.0.ffn.0", 256, h), lin("blocks.0.ffn.2", h, 256), lin("text_embedding.0", h, 4096), lin("text_embedding.2", h, h)
+    lin("time_embedding.0", h, 256), lin("time_embedding.2", h, h), lin("time_projection.1", 6 * h, h), lin("head.head", 64, h)
+    shapes |= {"blocks.0.norm3.weight": (h,), "blocks.0.norm3.bias": (h,)}
+    save_file(random_state(shapes), models(server) / "wan.safetensors")
+    graph = {
+        "load": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),
+        "quantize": node("NibbleQuantize", model=["load", 0], method="convrot", rank=32, gptq=True),
+        "report": node("PreviewAny", source=["quantize", 1]),
+    }
+    with pytest.raises(GraphError, match=r"unknown architecture: .*Supported: FLUX.1, PixArt"):
+        server.run(graph)
+
+
+def test_nan_weight_names_the_layer(server, tiny_state):
+    state = {k: v.clone() for k, v in tiny_state.items()}
+    state["double_blocks.0.txt_mlp.0.weight"][0, 0] = float("inf")
+    save_file(state, models(server) / "inf.safetensors")
+    graph = quantize_graph(FLUX_TINY | {"model": "inf.safetensors"}, method="rtn", samples=1, steps=1)
+    with pytest.raises(GraphError, match=r"NaN or Inf at the input of layer double_blocks.0.*sample 0, step 0"):
+        server.run(graph)
+    del graph["quantize"]["inputs"]["calibration"], graph["calibrate"]
+    with pytest.raises(GraphError, match=r"layer double_blocks.0.txt_mlp.0: NaN or Inf in its weight"):
+        server.run(graph)
+
+
+def test_quantized_model_is_not_quantized_again(server, quantized):
+    graph = load_graph(FLUX_TINY, quantized)
+    graph["again"] = node("NibbleQuantize", model=["load", 0], method="convrot", rank=32, gptq=True)
+    graph["report"] = node("PreviewAny", source=["again", 1])
+    with pytest.raises(GraphError, match="this model is quantized already"):
+        server.run(graph)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 3], "broken.safetensors: not a whole safetensors file"),
+        (lambda whole: b"\x80\x04" + bytes(100), "broken.safetensors: a pickled PyTorch file"),
+    ],
+)
+def test_broken_file_is_named(server, quantized, content, message):
+    whole = (server.base / "output" / "diffusion_models" / quantized).read_bytes()
+    (models(server) / "broken.safetensors").write_bytes(content(whole))
+    with pytest.raises(GraphError, match=message):
+        server.run(load_graph(FLUX_TINY, "broken.safetensors"))
+
+
+def test_full_precision_file_in_the_nibble_loader(server):
+    with pytest.raises(GraphError, match=r"tiny_flux.safetensors: .*not one written by Nibble"):
+        server.run(load_graph(FLUX_TINY, "tiny_flux.safetensors"))
+
+
+def test_full_precision_model_in_the_nibble_saver(server):
+    graph = {
+        "load": node("UNETLoader", unet_name="tiny_flux.safetensors", weight_dtype="default"),
+        "save": node("NibbleSaveModel", model=["load", 0], filename_prefix="diffusion_models/no"),
+    }
+    with pytest.raises(GraphError, match="was not quantized by Nibble"):
+        server.run(graph)
+
+
+def test_guidance_without_a_negative(server):
+    graph = quantize_graph(PIXART, method="rtn", samples=1, steps=1, cfg=4.0)
+    with pytest.raises(GraphError, match="cfg is 4 and no negative conditioning"):
+        server.run({k: graph[k] for k in ("load", "prompts", "latent", "calibrate", "quantize", "report")})
+
+
+def test_stock_loader_says_what_it_can_of_a_nibble_file(server, quantized):
+    """Not ours to word, but it must not load silently as something else."""
+    graph = load_graph(FLUX_TINY, quantized)
+    graph["load"] = node("UNETLoader", unet_name=quantized, weight_dtype="default")
+    with pytest.raises(GraphError):
+        server.run(graph)
+
+
+def test_lora_that_fits_nothing(server, quantized):
+    key = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file(
+        {f"{key}.lora_A.weight": torch.randn(4, 512), f"{key}.lora_B.weight": torch.randn(768, 4)},
+        server.base / "models" / "loras" / "wide.safetensors",
+    )
+    graph = load_graph(
+        FLUX_TINY, quantized, model=node("LoraLoaderModelOnly", model=["load", 0], lora_name="wide.safetensors", strength_model=1.0)
+    )
+    with pytest.raises(
+        GraphError, match=r"double_blocks.0.img_attn.qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights, made for another model"
+    ):
+        server.run(graph)
