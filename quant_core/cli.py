@@ -80,9 +80,9 @@ def calibrate(
     pipeline: Annotated[Path, typer.Argument(help="A diffusers FLUX or PixArt pipeline folder (with model_index.json).")],
     destination: Annotated[Path, typer.Argument(help="Folder for the statistics.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line. Default: the 64 prompts of the pack.")] = None,
-    samples: Annotated[int, typer.Option(help="Sampling runs, over the prompts in turn.")] = 16,
-    steps: Annotated[int, typer.Option(help="Steps a run.")] = 12,
-    size: Annotated[int, typer.Option(help="Width and height in pixels.")] = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="Sampling runs, over the prompts in turn.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a run.")] = 12,
+    size: Annotated[int | None, typer.Option(min=16, help="Width and height in pixels; the model's own if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     memory_gb: Annotated[float, typer.Option(help="Memory for the statistics of one pass.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "auto",
@@ -94,11 +94,22 @@ def calibrate(
     lines = default_prompts()
     if prompts is not None:
         lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(
         pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed, memory=int(memory_gb * 2**30),
         device=device, progress=_bar("sample"),
     )  # fmt: skip
     typer.echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
+
+
+@app.command("bench-fit")
+def bench_fit(json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None):
+    """Times the fit of layers and of a block of FLUX's sizes on this machine. About 3 minutes on two CPU cores."""
+    from . import bench_fit as bench
+    from .methods import METHODS
+
+    typer.echo(bench.as_text(bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], _bar("fit"), json_file)))
 
 
 def main():

@@ -1,11 +1,13 @@
 """Calibration outside ComfyUI, with a diffusers pipeline."""
 
 import hashlib
+from inspect import signature
 from pathlib import Path
 
 import torch
 
 from ..families import detect
+from ..formats.checkpoint import Checkpoint
 from .collect import calibrate
 from .file import Calibration, fingerprint
 from .plan import inputs_of
@@ -16,8 +18,8 @@ def calibrate_pipeline(
 ) -> Calibration:
     """Runs a local diffusers pipeline over the prompts with hooks on its transformer.
 
-    Raises ImportError without diffusers, ValueError for a folder that is no pipeline, UnknownArchitecture for a transformer
-    that no family knows.
+    Raises ImportError without diffusers, ValueError for a folder that is no pipeline, CheckpointError for one without a
+    transformer in safetensors files, UnknownArchitecture for a transformer that no family knows.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -27,6 +29,7 @@ def calibrate_pipeline(
         raise ValueError(
             f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the ComfyUI node Nibble Calibrate."
         )
+    Checkpoint(Path(pipeline) / "transformer")  # refuses a model that `nibble quantize` could not read, before the text encoders load
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(
@@ -41,8 +44,12 @@ def calibrate_pipeline(
 
 
 def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress=lambda items, total: items) -> Calibration:
-    """The same with a loaded pipeline object."""
+    """The same with a loaded pipeline object. size None: the size the model was made for."""
     transformer = pipe.transformer
+    size = size or (getattr(pipe, "default_sample_size", None) or transformer.config.sample_size) * pipe.vae_scale_factor
+    # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and ftfy are installed.
+    options = {"use_resolution_binning": False, "max_area": size * size, "clean_caption": False}
+    options = {k: v for k, v in options.items() if k in signature(pipe.__call__).parameters}
     state = transformer.state_dict()
     family = detect({k: tuple(v.shape) for k, v in state.items()})
     sources = family.diffusers({k: v.shape for k, v in state.items()})
@@ -65,19 +72,34 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
             timestep = kwargs.get("timestep")
             capture.at(count[0], float(timestep.flatten()[0]) if timestep is not None else 0.0)
             count[0] += 1
+            return args, _without_padding(kwargs)
 
         handle = transformer.register_forward_pre_hook(before, with_kwargs=True)
         try:
             generator = torch.Generator().manual_seed(seed + sample)
             pipe(
-                prompts[sample % len(prompts)],
+                prompt=prompts[sample % len(prompts)],
                 num_inference_steps=steps,
                 width=size,
                 height=size,
                 generator=generator,
                 output_type="latent",
+                **options,
             )
         finally:
             handle.remove()
 
     return calibrate(run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress)
+
+
+def _without_padding(kwargs: dict) -> dict:
+    """The transformer's arguments with the text cut to its longest unmasked prompt.
+
+    PixArt is given 300 tokens, most of them masked: nothing depends on them and ComfyUI has none, but they would outnumber
+    the text in its statistics. FLUX has no mask and does attend to its padding.
+    """
+    mask = kwargs.get("encoder_attention_mask")
+    if mask is None:
+        return kwargs
+    longest = int(mask.sum(1).max())
+    return kwargs | {key: kwargs[key][:, :longest] for key in ("encoder_hidden_states", "encoder_attention_mask")}

@@ -62,6 +62,23 @@ def pixart_shapes(depth=1, hidden=1152, caption=4096, tokens=300):
     return shapes
 
 
+def taesd_shapes(channels):
+    """A tiny autoencoder for latents of so many channels, as one file that VAELoader takes for a VAE."""
+    shapes = {}
+    for half, first, blocks, resize, last in (
+        ("encoder", (0, 3), (1, 3, 4, 5, 7, 8, 9, 11, 12, 13), (2, 6, 10), (14, channels)),
+        ("decoder", (1, channels), (3, 4, 5, 8, 9, 10, 13, 14, 15, 18), (7, 12, 17), (19, 3)),
+    ):
+        p = f"taesd_{half}."
+        convolutions = [(f"{first[0]}", 64, first[1]), (f"{last[0]}", last[1], 64)]
+        convolutions += [(f"{i}.conv.{j}", 64, 64) for i in blocks for j in (0, 2, 4)]
+        for name, out, inp in convolutions:
+            shapes |= {f"{p}{name}.weight": (out, inp, 3, 3), f"{p}{name}.bias": (out,)}
+        # What halves or doubles the size has no bias.
+        shapes |= {f"{p}{i}.weight": (64, 64, 3, 3) for i in resize}
+    return shapes
+
+
 def random_state(shapes, seed=0, gain=0.7, dtype=torch.bfloat16):
     """Weights of variance gain^2 / K, small biases, unit norms: activations keep their size through the model."""
     g = torch.Generator().manual_seed(seed)

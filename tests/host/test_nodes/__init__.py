@@ -1,4 +1,6 @@
-"""Test-only ComfyUI nodes: conditioning for models without a text encoder, and the small model's decoder."""
+"""Test-only ComfyUI nodes: conditioning for models without a text encoder, a small random text encoder, and the small model's decoder."""
+
+from types import SimpleNamespace
 
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -61,9 +63,42 @@ class TestDecode(io.ComfyNode):
         return io.NodeOutput(pictures.decode(comfy.latent_formats.Flux().process_in(samples["samples"])))
 
 
+class TestTextEncoder(io.ComfyNode):
+    """The real tokenizers in front of seeded random encoders of few layers, instead of the loaders of 10 GB files."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Combo.Input("type", options=["flux", "pixart"]), io.Int.Input("seed", default=0, max=2**31)]
+        return io.Schema("TestTextEncoder", category="test", inputs=inputs, outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls, type, seed):
+        import comfy.sd
+        from comfy.text_encoders import flux, pixart_t5
+
+        if type == "flux":
+            encoder, tokenizer = flux.flux_clip(), flux.FluxTokenizer
+        else:
+            encoder, tokenizer = pixart_t5.pixart_te(), pixart_t5.PixArtTokenizer
+        # The widths of the outputs and the vocabularies stay: models and tokenizers depend on them.
+        options = {
+            "clip_l_model_config": {"num_hidden_layers": 2, "intermediate_size": 64},
+            "t5xxl_model_config": {"num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 64},
+        }
+        clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), model_options=options)
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, weight in clip.cond_stage_model.named_parameters():
+                if "norm" in name and name.endswith("weight"):
+                    weight.fill_(1.0)
+                elif weight.ndim:  # all but CLIP's temperature
+                    weight.copy_(torch.randn(weight.shape, generator=g) / weight.shape[-1] ** 0.5)
+        return io.NodeOutput(clip)
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [TestCaptions, TestConditioning, TestDecode]
+        return [TestCaptions, TestConditioning, TestDecode, TestTextEncoder]
 
 
 async def comfy_entrypoint():

@@ -1,0 +1,150 @@
+"""`nibble bench-fit`: what it costs to fit layers of FLUX's sizes, in seconds, bits, dB and memory. Synthetic data."""
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from .calibration import InputStatistics
+from .calibration.plan import HESSIAN_WIDTH, inputs_of
+from .calibration.statistics import hessian_blocks
+from .families import FLUX, Layer, Part
+from .linear import QuantizedLayer
+from .methods import Method, Problem
+from .methods.parts import fit_weight_only
+from .methods.problem import output_sqnr
+from .report import Row, bits_per_weight
+
+LAYERS = {
+    "3072 x 3072": (3072, 3072, False),
+    "9216 x 3072": (9216, 3072, False),
+    "3072 x 12288 after GELU": (3072, 12288, True),
+}
+
+
+def tokens(count: int, width: int, seed: int, after_gelu: bool = False) -> torch.Tensor:
+    """(count, width) correlated tokens with DiT-like outliers: log-normal channels, one in 64 at 40 times."""
+    g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(77)
+    x = torch.randn(count, width, generator=g) + torch.randn(count, 64, generator=g) @ torch.randn(64, width, generator=fixed) * 0.3
+    if after_gelu:
+        return torch.nn.functional.gelu(x)
+    factors = (0.5 * torch.randn(width, generator=fixed)).exp()
+    factors[torch.randperm(width, generator=fixed)[: width // 64]] *= 40
+    return x * factors
+
+
+def statistics(layer: Layer, fit_tokens: int = 4096) -> InputStatistics:
+    """Statistics of synthetic tokens for a layer's input."""
+    out = InputStatistics.empty(layer.input, layer.in_features, hessian_blocks([(p.start, p.stop) for p in layer.parts], HESSIAN_WIDTH))
+    make = lambda count, seed: torch.cat([tokens(count, p.stop - p.start, seed + p.start, p.after_gelu) for p in layer.parts], 1)
+    for i in range(fit_tokens // 512):
+        out.update(make(512, 1000 * (i + 1)))
+    out.hold_out(make(1024, 1), torch.rand(1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.5)
+    return out
+
+
+def weight(layer: Layer, stats: InputStatistics) -> torch.Tensor:
+    """A bf16 weight whose large in-channels are small where the activations are large, as in trained models."""
+    rms = torch.cat([stats.hessians[b].diagonal() for b in stats.blocks]).div(stats.count).sqrt()
+    g = torch.Generator().manual_seed(layer.out_features + layer.in_features)
+    return (torch.randn(layer.out_features, layer.in_features, generator=g) / layer.in_features**0.5 / rms.clamp(min=0.05)).bfloat16()
+
+
+class PeakMemory:
+    """Peak resident memory of this process above its start, in bytes, sampled every 5 ms. Linux only; 0 elsewhere."""
+
+    def __enter__(self):
+        gc.collect()
+        self.start = self.peak = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        self.above = self.peak - self.start
+
+    def _watch(self):
+        while not self._stop.wait(0.005):
+            self.peak = max(self.peak, self._now())
+
+    @staticmethod
+    def _now():
+        try:
+            return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+        except OSError:
+            return 0
+
+
+def fit_layer(name: str, method: Method) -> dict:
+    """One layer of LAYERS: seconds, bits a weight, SQNR in dB on held-out tokens."""
+    n, k, after_gelu = LAYERS[name]
+    layer = Layer(name, "bench", k, n, (Part(0, k, after_gelu),), name)
+    stats = statistics(layer)
+    problem = Problem(layer, weight(layer, stats), torch.zeros(n, dtype=torch.bfloat16), stats)
+    started = time.perf_counter()
+    fitted = method.fit(problem, method.config)
+    seconds = time.perf_counter() - started
+    return {"layer": name, "method": method.name, "seconds": seconds, "bits": fitted.layer.bits_per_weight, "sqnr_db": output_sqnr(problem, fitted.layer)}
+
+
+def fit_block(method: Method, block: str = "single_blocks.0", hidden: int = 3072) -> dict:
+    """A whole FLUX block: seconds, bits, and peak memory above the bf16 weights and the second moments it starts from."""
+    shapes = {
+        "linear1": (7 * hidden, hidden),
+        "linear2": (hidden, 5 * hidden),
+        "modulation.lin": (3 * hidden, hidden),
+    }
+    layers = FLUX.layers({f"{block}.{name}.weight": shape for name, shape in shapes.items()})
+    stats = {i.name: statistics(next(layer for layer in layers if layer.name == i.name), 2048) for i in inputs_of(layers)}
+    plain = torch.randn(3 * hidden, hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    weights = {layer.name: weight(layer, stats[layer.name]) if layer.name in stats else plain for layer in layers}
+    block_bytes = sum(w.nbytes for w in weights.values())
+    hessian_bytes = sum(h.nbytes for s in stats.values() for h in s.hessians.values())
+    rows, started = [], time.perf_counter()
+    with PeakMemory() as memory:
+        for layer in layers:
+            problem = Problem(layer, weights[layer.name], torch.zeros(layer.out_features, dtype=torch.bfloat16), stats.pop(layer.name, None))
+            done: QuantizedLayer = fit_weight_only(problem) if layer.weight_only else method.fit(problem, method.config).layer
+            rows.append(Row(layer.name, block, layer.in_features, layer.out_features, done.spec.describe(), nbytes=done.nbytes))
+            del problem
+    return {
+        "block": block,
+        "method": method.name,
+        "seconds": time.perf_counter() - started,
+        "bits": bits_per_weight(rows),
+        "block_bytes": block_bytes,
+        "hessian_bytes": hessian_bytes,
+        "peak_bytes_above_start": memory.above,
+        # The start holds the bf16 block and H; the bound of the issue counts both.
+        "peak_over_block": (memory.above + block_bytes) / block_bytes,
+    }
+
+
+def as_text(results: list[dict]) -> str:
+    """One line a result."""
+    lines = []
+    for r in results:
+        if "layer" in r:
+            lines.append(f"{r['layer']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  {r['sqnr_db']:6.2f} dB")
+        else:
+            lines.append(
+                f"{r['block']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  peak memory {r['peak_over_block']:.2f} x "
+                f"the block's {r['block_bytes'] / 2**20:.0f} MiB in bf16, beside {r['hessian_bytes'] / 2**20:.0f} MiB of second moments"
+            )
+    return "\n".join(lines)
+
+
+def run(methods: list[Method], progress, out: Path | None = None) -> list[dict]:
+    """All layers and the block under each method; JSON into `out` where given."""
+    work = [(fit_layer, (name, m)) for m in methods for name in LAYERS] + [(fit_block, (m,)) for m in methods]
+    results = [task(*args) for task, args in progress(work, len(work))]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"torch": str(torch.__version__), "threads": torch.get_num_threads(), "results": results}, indent=1) + "\n")
+    return results

@@ -1,0 +1,189 @@
+"""The example workflows: each graph, its API twin and its picture; run small in a real ComfyUI, opened in its real frontend."""
+
+import json
+import re
+import shutil
+from itertools import combinations
+
+import pytest
+
+from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random, taesd_shapes
+from comfyui_nibble.tests.host.graphs import node
+from comfyui_nibble.tests.host.server import PACK
+
+FOLDER = PACK / "workflows"
+NAMES = ["flux_4bit", "pixart_4bit"]
+CHROMIUM = shutil.which("chromium")
+# Only in the UI: what the frontend does with a seed after a run, and notes.
+UI_ONLY_WIDGETS, UI_ONLY_NODES = {"control_after_generate"}, {"MarkdownNote"}
+
+
+def workflow(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def twin(name):
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_these_are_all():
+    assert {p.name for p in FOLDER.glob("*.json")} == {f"{n}.json" for n in NAMES}
+    assert {p.name for p in (FOLDER / "api").iterdir()} == {f"{n}.json" for n in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_and_twin_agree(name):
+    graph, expected = workflow(name), {}
+    links = {link[0]: [str(link[1]), link[2]] for link in graph["links"]}
+    for n in graph["nodes"]:
+        # Frontends read the values by position; the names beside them must say the same.
+        named = n.get("widgets_values_named") or {}
+        assert list(named.values()) == (n.get("widgets_values") or [])
+        if n["type"] in UI_ONLY_NODES:
+            continue
+        inputs = {k: v for k, v in named.items() if k not in UI_ONLY_WIDGETS}
+        inputs |= {i["name"]: links[i["link"]] for i in n["inputs"] if i["link"] is not None}
+        expected[str(n["id"])] = (n["type"], inputs)
+    assert {key: (n["class_type"], n["inputs"]) for key, n in twin(name).items()} == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_overlaps_and_every_node_is_in_a_group(name):
+    graph, title_bar = workflow(name), 30
+    boxes = [(x, y - title_bar, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in graph["nodes"])]
+    for a, b in combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+    assert [g["title"] for g in graph["groups"]] == ["Load", "Calibrate", "Quantize", "Sample"]
+    groups = [(x, y, x + w, y + h) for x, y, w, h in (g["bounding"] for g in graph["groups"])]
+    for n, box in zip(graph["nodes"], boxes, strict=True):
+        inside = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
+        assert len(inside) == (n["type"] not in UI_ONLY_NODES), n["type"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail(name):
+    """ComfyUI shows the .jpg of the same name in its list of templates."""
+    data = (FOLDER / f"{name}.jpg").read_bytes()
+    assert data[:3] == b"\xff\xd8\xff"
+    assert len(data) < 100_000
+
+
+@pytest.fixture(scope="module")
+def models(server):
+    """Small random files under the very names that the workflows use."""
+    folder = server.base / "models"
+    (folder / "text_encoders").mkdir(exist_ok=True)
+    for name, shapes, channels in (("flux_4bit", flux_shapes(hidden=256), 16), ("pixart_4bit", pixart_shapes(), 4)):
+        for n in twin(name).values():
+            match n["class_type"]:
+                case "UNETLoader":
+                    save_random(folder / "diffusion_models" / n["inputs"]["unet_name"], shapes)
+                case "VAELoader":
+                    save_random(folder / "vae" / n["inputs"]["vae_name"], taesd_shapes(channels))
+                case "CLIPLoader" | "DualCLIPLoader":
+                    # Only listed, never opened: see `shrunk`.
+                    for key in n["inputs"].keys() & {"clip_name", "clip_name1", "clip_name2"}:
+                        (folder / "text_encoders" / n["inputs"][key]).touch()
+    return folder
+
+
+def shrunk(graph, pixels):
+    """The graph for small models: other text encoders, small pictures, few steps. Nothing else is touched."""
+    small = {
+        "NibbleCalibrationPrompts": {"count": 4},
+        "NibbleCalibrate": {"steps": 2, "samples": 4},
+        "EmptySD3LatentImage": {"width": pixels, "height": pixels},
+        "EmptyLatentImage": {"width": pixels, "height": pixels},
+        "KSampler": {"steps": 2},
+    }
+    out = {}
+    for key, n in graph.items():
+        if n["class_type"] in ("CLIPLoader", "DualCLIPLoader"):
+            out[key] = node("TestTextEncoder", type=n["inputs"]["type"], seed=0)
+        else:
+            values = small.get(n["class_type"], {})
+            assert values.keys() <= n["inputs"].keys()
+            out[key] = n | {"inputs": n["inputs"] | values}
+    return out
+
+
+# PixArt's position embedding needs 272 pixels or more.
+@pytest.mark.parametrize(("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7)])
+def test_twin_runs(server, models, name, pixels, layers):
+    from PIL import Image
+
+    graph = shrunk(twin(name), pixels)
+    outputs = server.run(graph)
+    of = lambda kind: outputs[next(key for key, n in graph.items() if n["class_type"] == kind)]
+
+    report = of("PreviewAny")["text"][0]
+    assert f"{layers} layers" in report
+    assert "Layer SQNR on held-out tokens" in report
+
+    saved = re.search(r"(\S+\.safetensors)", of("NibbleSaveModel")["text"][0])[1]
+    pack = PackFile(server.base / "output" / "diffusion_models" / saved)
+    assert len(pack.specs) == layers
+    assert pack.provenance["method"] == "svdquant_r"
+    assert pack.provenance["calibration"]["samples"] == 4
+
+    item = of("SaveImage")["images"][0]
+    with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as picture:
+        assert picture.size == (pixels, pixels)
+        assert any(low < high for low, high in picture.getextrema())  # NaN would give one flat colour
+
+
+@pytest.fixture(scope="module")
+def page(server, models):
+    """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in page.errors."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH: apt install chromium")
+    # Else the list of templates opens over the graph.
+    server.post("/settings", {"Comfy.TutorialCompleted": True})
+    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet, "--disable-sync"])
+        page = browser.new_page(viewport={"width": 1600, "height": 950})
+        page.errors = []
+        page.on("pageerror", lambda error: page.errors.append(str(error)))
+        local = (server.url + "/", "data:", "blob:")
+        page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(local) else route.abort())
+        page.goto(server.url + "/")
+        # KSampler comes with ComfyUI: the pack's own nodes are for the tests to look for.
+        page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler", timeout=120_000)
+        page.wait_for_timeout(2000)  # the first, empty graph is opened after the nodes are registered
+        yield page
+        browser.close()
+
+
+OPEN = """async ([graph, name]) => {
+    await app.loadGraphData(graph, true, true, name);
+    await new Promise(done => setTimeout(done, 1000));
+    return {
+        missing: app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types)).map(n => n.type),
+        unknown: app.graph.nodes.flatMap(n => (n.widgets ?? [])
+            .filter(w => Array.isArray(w.options?.values) && !w.options.values.includes(w.value)).map(w => [n.type, w.name, w.value])),
+        dialogs: [...document.querySelectorAll('[role=dialog], [role=alert]')].map(d => d.innerText),
+        output: (await app.graphToPrompt()).output,
+    };
+}"""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opens_in_the_frontend(page, name):
+    graph = workflow(name)
+    used = {n["type"] for n in graph["nodes"] if n["type"].startswith("Nibble")}
+    registered = set(page.evaluate("Object.keys(LiteGraph.registered_node_types)"))
+    assert used | {"NibbleLoadDiffusionModel"} <= registered
+    opened = page.evaluate(OPEN, [graph, name])
+    assert opened["missing"] == []
+    assert opened["unknown"] == []  # choices that a list does not offer
+    assert opened["dialogs"] == []
+    assert opened["output"] == twin(name)
+    assert page.errors == []
+
+
+def test_comfyui_lists_them(server):
+    """In Browse Templates, under the name of the pack's folder; `api` is not a template."""
+    assert set(server.get("/workflow_templates")["ComfyUI-Nibble"]) == set(NAMES)
