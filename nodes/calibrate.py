@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -136,8 +137,23 @@ class NibbleCalibrate(io.ComfyNode):
             finally:
                 handle.remove()
 
+        def place(nbytes):
+            device = comfy.model_management.get_torch_device()
+            if not comfy.model_management.is_device_cpu(device):
+                comfy.model_management.free_memory(nbytes + 2**29, device)
+            return device
+
         done = calibration.calibrate(
-            run, modules, inputs, folder, meta, samples=samples, memory=int(memory_gb * 2**30), seed=seed, progress=progress_steps
+            run,
+            modules,
+            inputs,
+            folder,
+            meta,
+            samples=samples,
+            memory=int(memory_gb * 2**30),
+            seed=seed,
+            place=place,
+            progress=progress_steps,
         )
         return io.NodeOutput(done)
 

@@ -55,6 +55,9 @@ class NibbleQuantize(io.ComfyNode):
             calibration.require_model(fingerprint)
         plan = source.family.layers(source.shapes)
         device = comfy.model_management.get_torch_device()
+        if not comfy.model_management.is_device_cpu(device) and plan:
+            # fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight.
+            comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
         layers, rows = {}, []
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():

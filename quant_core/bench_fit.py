@@ -90,7 +90,13 @@ def fit_layer(name: str, method: Method) -> dict:
     started = time.perf_counter()
     fitted = method.fit(problem, method.config)
     seconds = time.perf_counter() - started
-    return {"layer": name, "method": method.name, "seconds": seconds, "bits": fitted.layer.bits_per_weight, "sqnr_db": output_sqnr(problem, fitted.layer)}
+    return {
+        "layer": name,
+        "method": method.name,
+        "seconds": seconds,
+        "bits": fitted.layer.bits_per_weight,
+        "sqnr_db": output_sqnr(problem, fitted.layer),
+    }
 
 
 def fit_block(method: Method, block: str = "single_blocks.0", hidden: int = 3072) -> dict:
@@ -109,7 +115,9 @@ def fit_block(method: Method, block: str = "single_blocks.0", hidden: int = 3072
     rows, started = [], time.perf_counter()
     with PeakMemory() as memory:
         for layer in layers:
-            problem = Problem(layer, weights[layer.name], torch.zeros(layer.out_features, dtype=torch.bfloat16), stats.pop(layer.name, None))
+            problem = Problem(
+                layer, weights[layer.name], torch.zeros(layer.out_features, dtype=torch.bfloat16), stats.pop(layer.name, None)
+            )
             done: QuantizedLayer = fit_weight_only(problem) if layer.weight_only else method.fit(problem, method.config).layer
             rows.append(Row(layer.name, block, layer.in_features, layer.out_features, done.spec.describe(), nbytes=done.nbytes))
             del problem
@@ -146,5 +154,7 @@ def run(methods: list[Method], progress, out: Path | None = None) -> list[dict]:
     results = [task(*args) for task, args in progress(work, len(work))]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"torch": str(torch.__version__), "threads": torch.get_num_threads(), "results": results}, indent=1) + "\n")
+        out.write_text(
+            json.dumps({"torch": str(torch.__version__), "threads": torch.get_num_threads(), "results": results}, indent=1) + "\n"
+        )
     return results

@@ -69,6 +69,7 @@ def calibrate(
     memory: int,
     seed: int = 0,
     reservoir: int = 1024,
+    place: Callable[[int], torch.device | str] = lambda nbytes: "cpu",
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> file.Calibration:
     """Gathers the statistics of `inputs` into `folder` and opens them.
@@ -76,7 +77,8 @@ def calibrate(
     run(sample, capture): one sampling run; it calls `capture.at` before each evaluation of the model. `meta` names the
     model ("model") and everything else that decides the outcome; a folder made with other `meta` is started afresh, one
     with the same goes on after its last saved sample, with the same result as a run that was never stopped.
-    memory: bytes for the statistics of one pass; more passes over the samples where it is not enough.
+    memory: bytes for the statistics of one pass; more passes over the samples where it is not enough. place(bytes) makes
+    room for a pass and says on which device; it is called before the pass samples, so that the model is loaded around it.
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
@@ -94,7 +96,10 @@ def calibrate(
     for index, path, group, sample in progress(work, len(work)):
         if index != current:
             current, saved = index, time.monotonic()
-            statistics = _resume(path, group, reservoir) if sample else {i.name: i.statistics(reservoir) for i in group}
+            statistics = _resume(path, group) if sample else {i.name: i.statistics(reservoir) for i in group}
+            device = place(sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in group))
+            for s in statistics.values():
+                s.to(device)
         capture = Capture(statistics, seed, samples)
         capture.sample = sample
         with capture.hooked(modules):
@@ -136,6 +141,6 @@ def _done(path, meta):
     return found["done"] if all(found.get(k) == v for k, v in wanted.items()) else None
 
 
-def _resume(path, group, reservoir):
+def _resume(path, group):
     found = file.read_meta(path)["inputs"]
     return {i.name: file.read_statistics(path, i.name, found[i.name]) for i in group}

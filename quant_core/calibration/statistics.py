@@ -72,16 +72,18 @@ class InputStatistics:
     def update(self, x: torch.Tensor):
         """Adds fit tokens x (..., K)."""
         x = x.reshape(-1, self.width).float()
-        if self.absmax.device != x.device:  # at first, and after resuming from a file
-            self.absmax = self.absmax.to(x.device)
-            self.hessians = {k: h.to(x.device) for k, h in self.hessians.items()}
+        self.to(x.device)
         torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
-        for start, stop in self.blocks:
+        for (start, stop), hessian in self.hessians.items():
             block = x[:, start:stop]
-            if (start, stop) not in self.hessians:
-                self.hessians[start, stop] = torch.zeros(stop - start, stop - start, device=x.device)
-            self.hessians[start, stop].addmm_(block.T, block)
+            hessian.addmm_(block.T, block)
         self.count += x.shape[0]
+
+    def to(self, device):
+        """Moves what fit tokens are added to, or allocates it there: the tokens stay on the CPU."""
+        self.absmax = self.absmax.to(device)
+        for a, b in self.blocks:
+            self.hessians[a, b] = self.hessians[a, b].to(device) if (a, b) in self.hessians else torch.zeros(b - a, b - a, device=device)
 
     def hold_out(self, x: torch.Tensor, keys: torch.Tensor, timestep: float):
         """Offers tokens x (..., K) with their `keys` to the reservoir."""
