@@ -8,7 +8,6 @@ import comfy.sample
 import comfy.samplers
 import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy_api.latest import io
 
@@ -119,6 +118,14 @@ class NibbleCalibrate(io.ComfyNode):
         key = hashlib.sha256(repr([*sorted(meta.items()), seed, samples]).encode()).hexdigest()[:12]
         folder = Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
 
+        bar = comfy.utils.ProgressBar(samples * steps)  # in sampling steps; the total is set when the work left is known
+
+        def progress(items, total):
+            bar.total = total * steps
+            for item in items:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                yield item
+
         def run(sample, capture):
             evaluation = [0]
 
@@ -129,10 +136,9 @@ class NibbleCalibrate(io.ComfyNode):
             handle = network.register_forward_pre_hook(before)
             try:
                 noise = comfy.sample.prepare_noise(latent, seed + sample)
-                callback = latent_preview.prepare_callback(model, steps)
                 comfy.sample.sample(
                     model, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
-                    callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
+                    callback=lambda *_: bar.update(1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
                 )  # fmt: skip
             finally:
                 handle.remove()
@@ -153,7 +159,7 @@ class NibbleCalibrate(io.ComfyNode):
             memory=int(memory_gb * 2**30),
             seed=seed,
             place=place,
-            progress=progress_steps,
+            progress=progress,
         )
         return io.NodeOutput(done)
 
