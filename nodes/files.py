@@ -7,10 +7,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import pack
-from ..quant_core.linear import QuantizedLayer
-from .host.build import ATTACHMENT, load
+from .host.build import ATTACHMENT, load, unpatched
 from .host.patcher import NibblePatcher
-from .host.source import PREFIX
 
 
 class NibbleSaveModel(io.ComfyNode):
@@ -46,25 +44,11 @@ class NibbleSaveModel(io.ComfyNode):
             )
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
+        rest = {k: _narrow(t) for k, t in rest.items()}
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
         pack.save(path, layers, rest, info["family"], info["provenance"], info["report"])
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB"))
-
-
-def unpatched(model: NibblePatcher):
-    """(layers, rest) as before any patch: a clone with a LoRA shares the modules and may have patched biases and 16-bit
-    weights in place; ModelPatcher keeps the originals in `backup`."""
-    original = lambda key, tensor: model.backup[PREFIX + key].weight if PREFIX + key in model.backup else tensor
-    layers, owned = {}, set()
-    for full, module in model.packed_layers():
-        name = full.removeprefix(PREFIX)
-        layer = module.layer(name)
-        tensors = {leaf: original(f"{name}.{leaf}", t) for leaf, t in layer.tensors.items()}
-        layers[name] = QuantizedLayer(name, layer.spec, tensors)
-        owned |= {f"{name}.{leaf}" for leaf in tensors}
-    state = model.model.diffusion_model.state_dict()
-    return layers, {k: _narrow(original(k, t)) for k, t in state.items() if k not in owned}
 
 
 def _narrow(tensor: torch.Tensor) -> torch.Tensor:

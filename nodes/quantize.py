@@ -75,7 +75,8 @@ class NibbleQuantize(io.ComfyNode):
                 "report": report,
                 "source": f"{source.family.title}, quantized in the graph",
             }
-            quantized = build(layers, {n: layer.spec for n, layer in layers.items()}, rest, info)
+            specs = {name: layer.spec for name, layer in layers.items()}
+            quantized = build(lambda name: layers.pop(name, None), specs, rest, info)
         _keep_patches(model, quantized)
-        path = choose(next(iter(layers.values())).spec, device.type) if layers else "16 bit"
+        path = choose(next(iter(specs.values())), device.type) if specs else "16 bit"
         return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", [f"Runs on {device.type}: {path}"]))

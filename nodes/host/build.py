@@ -1,12 +1,13 @@
 """A ComfyUI model around quantized layers, through ComfyUI's own model detection on logical shapes."""
 
 import comfy.sd
-import comfy.utils
 import torch
 
 from ...quant_core.formats.pack import PackFile
+from ...quant_core.linear import QuantizedLayer
 from .operations import operations_for
 from .patcher import NibblePatcher
+from .source import PREFIX
 
 ATTACHMENT = "nibble"
 
@@ -15,8 +16,8 @@ class DetectionError(RuntimeError):
     """ComfyUI does not know the model in the file."""
 
 
-def build(layers, specs, rest, info, dtype=torch.bfloat16, disable_dynamic=True) -> NibblePatcher:
-    """layers: mapping of name -> QuantizedLayer, read when its module loads. specs: {name: LinearSpec}. rest: {key: tensor}.
+def build(take, specs, rest, info, dtype=torch.bfloat16) -> NibblePatcher:
+    """take(name): the QuantizedLayer, called once when its module loads. specs: {name: LinearSpec}. rest: {key: tensor}.
 
     info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share. The quantized weights are
     shown to the detection as meta tensors of their logical shape in `dtype`.
@@ -26,27 +27,17 @@ def build(layers, specs, rest, info, dtype=torch.bfloat16, disable_dynamic=True)
         state_dict[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device="meta")
         if spec.bias:
             state_dict[f"{name}.bias"] = torch.empty(spec.out_features, dtype=dtype, device="meta")
-    options = {"custom_operations": operations_for(layers)}
+    options = {"custom_operations": operations_for(take)}
     plain = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, disable_dynamic=True)
     if plain is None:
         raise DetectionError(f"{info['source']}: this ComfyUI does not recognise the model (family {info['family']}). Update ComfyUI.")
     patcher = NibblePatcher(plain.model, plain.load_device, plain.offload_device)
-    if missing := set(specs) - {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()}:
+    if missing := set(specs) - {n.removeprefix(PREFIX) for n, _ in patcher.packed_layers()}:
         raise DetectionError(f"{info['source']}: ComfyUI's model has no place for the quantized layers {sorted(missing)[:3]}")
     patcher.set_attachments(ATTACHMENT, info)
-    # Called with disable_dynamic by ComfyUI when it needs the model afresh (multi-GPU, compile).
-    patcher.cached_patcher_init = (build, (layers, specs, rest, info, dtype))
+    # How ComfyUI makes the model afresh (multi-GPU). From the model itself: keeping its layers aside would hold them twice.
+    patcher.cached_patcher_init = (rebuild, (patcher,))
     return patcher
-
-
-class _LazyLayers:
-    """A PackFile as the mapping that `build` takes."""
-
-    def __init__(self, pack):
-        self.pack = pack
-
-    def get(self, name):
-        return self.pack.layer(name) if name in self.pack.specs else None
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
@@ -54,6 +45,34 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     pack = PackFile(path)
     info = {"family": pack.family, "provenance": pack.provenance, "report": pack.report, "source": str(path)}
     rest = {key: pack.tensor(key) for key in pack.rest}
-    patcher = build(_LazyLayers(pack), pack.specs, rest, info)
+    patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info)
     patcher.cached_patcher_init = (load, (path,))
     return patcher
+
+
+def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
+    """A second, independent model with the same layers, on the CPU."""
+    layers, rest = unpatched(patcher)
+    specs = {name: layer.spec for name, layer in layers.items()}
+    return build(lambda name: layers.pop(name, None), specs, rest, patcher.attachments[ATTACHMENT])
+
+
+def unpatched(patcher: NibblePatcher):
+    """({name: QuantizedLayer}, {key: tensor} of the rest) as before any patch, on the CPU.
+
+    A clone with a LoRA shares the modules and may have patched biases and 16-bit weights in place; ModelPatcher keeps the
+    originals in `backup`.
+    """
+
+    def original(key, tensor):
+        backup = patcher.backup.get(PREFIX + key)
+        return (tensor if backup is None else backup.weight).detach().cpu()
+
+    layers, owned = {}, set()
+    for full, module in patcher.packed_layers():
+        name = full.removeprefix(PREFIX)
+        tensors = {leaf: original(f"{name}.{leaf}", t) for leaf, t in module.layer(name).tensors.items()}
+        layers[name] = QuantizedLayer(name, module.spec, tensors)
+        owned |= {f"{name}.{leaf}" for leaf in tensors}
+    state = patcher.model.diffusion_model.state_dict()
+    return layers, {k: original(k, t) for k, t in state.items() if k not in owned}

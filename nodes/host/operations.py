@@ -1,6 +1,6 @@
 """ComfyUI operations whose Linear holds a quantized layer where there is one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import comfy.ops
 import torch
@@ -17,8 +17,8 @@ def is_quantized(module) -> bool:
     return getattr(module, "spec", None) is not None
 
 
-def operations_for(layers: Mapping[str, QuantizedLayer]):
-    """An operations class for `custom_operations`. layers: {module name within the diffusion model: layer}.
+def operations_for(take: Callable[[str], QuantizedLayer | None]):
+    """An operations class for `custom_operations`. take(module name within the diffusion model): its layer, or None.
 
     `X.weight` stays a key of the state dict, where LoRA loaders look for it; it holds the packed bytes. No float weight of
     a quantized layer is ever allocated.
@@ -36,7 +36,7 @@ def operations_for(layers: Mapping[str, QuantizedLayer]):
                 self.lora = []
 
             def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-                layer = layers.get(prefix.removesuffix("."))
+                layer = take(prefix.removesuffix("."))
                 if layer is None:
                     self._load_float(state_dict, prefix, missing)
                     return

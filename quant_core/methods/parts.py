@@ -22,14 +22,13 @@ def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype) -> tuple[torch.
 
 def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None):
     """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N, R)) or None."""
-    codes, scales = [], []
+    n, width = weight.shape
+    codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
+    scales = torch.empty(n, part.scale_rows, dtype=scale_dtype, device=weight.device)
     # A scale for the whole tensor needs the whole tensor.
-    chunks = [slice(None)] if part.weight.granularity == "tensor" else row_chunks(*weight.shape)
-    for rows in chunks:
-        c, s = weight_codes(folded(weight, rows, part, smooth, low_rank), part.weight, scale_dtype)
-        codes.append(c)
-        scales.append(s)
-    return torch.cat(codes), torch.cat(scales)
+    for rows in [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width):
+        codes[rows], scales[rows] = weight_codes(folded(weight, rows, part, smooth, low_rank), part.weight, scale_dtype)
+    return codes, scales
 
 
 def folded(weight, rows, part: PartSpec, smooth, low_rank=None) -> torch.Tensor:

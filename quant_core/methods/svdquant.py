@@ -26,7 +26,7 @@ class SVDQuantConfig:
     smooth: (alpha, beta) candidates of s = stat(x)^alpha / absmax(w)^beta; smooth_statistics: stat, "absmax" or "rms".
     low_rank: candidates "plain" and "whitened". damp: share of the mean of diag H added to it, for both uses of H.
     iterations: rounds of L = SVD(W - Q(W - L)), stopped at the first that does not help (SVDQuant, section 4.2).
-    gptq: also try it for the residual. rotation: largest Hadamard block, 0 for none.
+    gptq: also try it for the residual. rotation: largest Hadamard block to try after the smoothing, 0 for none.
     unsigned_after_gelu: shifted unsigned codes where x >= -0.17. tokens: held-out tokens used to choose. Smoothing and
     activation codes are ranked on `rough_rows` out-channels; the first `finalists` are fitted in full.
     """
@@ -61,7 +61,7 @@ class _Part:
     def __init__(self, problem, part, config):
         self.config, self.part, self.dtype = config, part, problem.dtype
         self.weight = problem.weight[:, part.start : part.stop]
-        self.rank = min(config.rank, *self.weight.shape)
+        self.rank = min(config.rank, self.weight.shape[0], *(p.stop - p.start for p in problem.layer.parts))
         self.statistics = problem.statistics
         tokens = problem.tokens("select")
         self.x = None if tokens is None else tokens[: config.tokens, part.start : part.stop]
@@ -85,18 +85,20 @@ class _Part:
 
     def _specs(self):
         make = lambda act, rotation: PartSpec(
-            self.part.start, self.part.stop, WeightSpec(), act, smooth=self.statistics is not None, rotation=rotation, rank=self.rank
+            self.part.start, self.part.stop, WeightSpec(), act, smooth=self.x is not None, rotation=rotation, rank=self.rank
         )
-        unsigned = self.part.after_gelu and self.config.unsigned_after_gelu
-        if unsigned:
+        if self.part.after_gelu and self.config.unsigned_after_gelu:
             yield make(ActivationSpec(unsigned=True, shift=GELU_SHIFT), 0)
-        if self.config.rotation or not unsigned:
+        else:
+            yield make(ActivationSpec(), 0)
+        if self.config.rotation:
             yield make(ActivationSpec(), rotation_size(self.part.stop - self.part.start, self.config.rotation))
 
     def _best_transform(self):
         if self.x is None:
-            # GELU's lower bound needs no data, so unsigned codes come first where they are allowed.
-            return self._rounded(next(self._specs()), None, "plain", None, {"data": "none"})
+            # GELU's lower bound needs no data; elsewhere a rotation is the only guard against outliers.
+            first, last = (specs := list(self._specs()))[0], specs[-1]
+            return self._rounded(first if first.activation.unsigned else last, None, "plain", None, {"data": "none"})
         candidates = [(spec, label, smooth) for spec in self._specs() for label, smooth in self._smooths(spec.activation.shift)]
         rough = self._every_few_rows()
         candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])
@@ -173,8 +175,8 @@ class _Part:
             residual[:, rows] = folded(self.weight, rows, best["spec"], best["smooth"], best["low_rank"]).T
         codes, scales = gptq.quantize(residual, factor, 4, GROUP, self.dtype)
         del residual
-        out = best | {"codes": codes.T.contiguous(), "scales": scales.T.contiguous(), "chosen": best["chosen"] | {"rounding": "gptq"}}
-        return self._judged(out)
+        codes, scales = codes.T.contiguous(), scales.T.contiguous()
+        return self._judged(best | {"codes": codes, "scales": scales, "chosen": best["chosen"] | {"rounding": "gptq"}})
 
     def _blocks(self):
         return [b for b in sorted(self.statistics.hessians) if self.part.start <= b[0] < self.part.stop]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.demo.outliers import add_outliers
 from comfyui_nibble.quant_core.formats.pack import PackFile
-from comfyui_nibble.tests.host.graphs import FLUX_TINY, FLUX_WIDE, PIXART, load_graph, quantize_graph
+from comfyui_nibble.tests.host.graphs import FLUX_TINY, FLUX_WIDE, PIXART, load_graph, node, quantize_graph, sampling
 from comfyui_nibble.tests.support import relative_error
 
 
@@ -109,8 +109,6 @@ def test_two_prompt_inputs_and_a_list_count_each_entry(server):
 
 def test_sampling_patches_before_quantize_stay(server):
     """ModelSamplingFlux before Nibble Quantize changes the sigmas of the quantized model too."""
-    from comfyui_nibble.tests.host.graphs import node
-
     graph = quantize_graph(FLUX_TINY, method="convrot", samples=2, steps=1, prefix="diffusion_models/z")
     graph["shifted"] = node("ModelSamplingFlux", model=["load", 0], max_shift=4.0, base_shift=4.0, width=512, height=512)
     graph["quantize"]["inputs"]["model"] = ["shifted", 0]
@@ -121,3 +119,16 @@ def test_sampling_patches_before_quantize_stay(server):
     quantized, full = server.latents(outputs, "quantized_latent"), server.latents(outputs, "full_latent")
     assert relative_error(full, quantized) < 0.25
     assert relative_error(server.latents(plain, "quantized_latent"), quantized) > 1.5 * relative_error(full, quantized)
+
+
+def test_model_made_afresh_is_the_same(server):
+    """As ComfyUI does for multi-GPU: from the live model in the graph, from the file when it was loaded."""
+    graph = quantize_graph(FLUX_TINY, method="convrot", samples=2, steps=1, prefix="diffusion_models/afresh")
+    graph["again"] = node("TestRebuild", model=["quantize", 0])
+    graph["sample_again"] = sampling(["again", 0], ["prompt", 0], ["latent", 0])
+    graph["again_latent"] = node("SaveLatent", samples=["sample_again", 0], filename_prefix="again")
+    outputs = server.run(graph)
+    want = server.latents(outputs, "quantized_latent")
+    assert torch.equal(server.latents(outputs, "again_latent"), want)
+    loaded = load_graph(FLUX_TINY, saved_name(outputs), model=node("TestRebuild", model=["load", 0]))
+    assert torch.equal(server.latents(server.run(loaded), "out"), want)

@@ -96,9 +96,24 @@ class TestTextEncoder(io.ComfyNode):
         return io.NodeOutput(clip)
 
 
+class TestRebuild(io.ComfyNode):
+    """The model as ComfyUI makes it afresh: by its `cached_patcher_init`, as for multi-GPU."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestRebuild", category="test", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model):
+        make, args = model.cached_patcher_init
+        again = make(*args, disable_dynamic=True)
+        assert again.model is not model.model
+        return io.NodeOutput(again)
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [TestCaptions, TestConditioning, TestDecode, TestTextEncoder]
+        return [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder]
 
 
 async def comfy_entrypoint():

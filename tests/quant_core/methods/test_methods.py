@@ -68,6 +68,11 @@ def test_two_halves_have_their_own_quantizers(make_problem):
     assert output_sqnr(problem, result.layer) > 18
 
 
+def test_rank_is_at_most_the_narrowest_part(make_problem):
+    problem = make_problem(256, 320, (Part(0, 64), Part(64, 320)), fit_tokens=1024)
+    assert fitted(problem, "svdquant", rank=128).layer.spec.rank == 64
+
+
 def test_data_free_works_and_is_not_judged(make_problem):
     problem = make_problem(128, 256, calibrated=False)
     for name in METHODS:
