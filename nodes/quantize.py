@@ -35,7 +35,7 @@ class NibbleQuantize(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model. LoRAs on it are merged and quantized with it; LoRAs after this node stay exchangeable."),
                 CalibrationType.Input("calibration", optional=True, tooltip="From Nibble Calibrate on the same model. Without it the quantization is data-free: much worse for SVDQuant, the same for ConvRot and RTN."),
-                io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: SVDQuant with a rotation, the default. svdquant: without, in comfy-kitchen's svdquant_w4a4 conventions. convrot: ComfyUI's own, no low rank. rtn: baseline."),
+                io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: SVDQuant with a rotation in the layers where it helps, the default. svdquant: without, in comfy-kitchen's svdquant_w4a4 conventions. convrot: ComfyUI's own, no low rank. rtn: baseline."),
                 io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="SVDQuant: rank of the 16-bit branch. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
                 io.Boolean.Input("gptq", default=True, advanced=True, tooltip="SVDQuant: also try GPTQ rounding and keep it where it is better on held-out tokens."),
             ],
