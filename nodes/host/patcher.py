@@ -92,6 +92,12 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             )
         return super().add_hook_patches(hook, patches, strength_patch, strength_model)
 
+    def state_dict_for_saving(self, *args, **kwargs):
+        """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can load."""
+        raise RuntimeError(
+            "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes would lose its layer descriptions"
+        )
+
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
         packed = self._packed(key)
         if packed is None or packed[1] != "weight":

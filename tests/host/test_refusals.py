@@ -117,6 +117,15 @@ def test_full_precision_model_in_the_nibble_saver(server):
         server.run(graph)
 
 
+def test_stock_saver_refuses_a_quantized_model(server, quantized):
+    graph = {
+        "load": node("NibbleLoadDiffusionModel", model_name=quantized),
+        "save": node("ModelSave", model=["load", 0], filename_prefix="diffusion_models/stock"),
+    }
+    with pytest.raises(GraphError, match="save it with Nibble Save Model"):
+        server.run(graph)
+
+
 def test_guidance_without_a_negative(server):
     graph = quantize_graph(PIXART, method="rtn", samples=1, steps=1, cfg=4.0)
     with pytest.raises(GraphError, match="cfg is 4 and no negative conditioning"):
