@@ -1,12 +1,14 @@
 """Calibrate -> quantize -> save, then load -> sample, over HTTP in a real ComfyUI."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from comfyui_nibble.quant_core.calibration.file import read_meta
 from comfyui_nibble.quant_core.demo.outliers import add_outliers
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, FLUX_WIDE, PIXART, load_graph, node, quantize_graph, sampling
@@ -82,23 +84,27 @@ def test_calibration_is_reused_and_interrupted_ones_go_on(server):
     graph = quantize_graph(FLUX_TINY, method="rtn", samples=40, steps=20, seed=77, prefix="diffusion_models/x")
     graph = {k: graph[k] for k in ("load", "prompts", "latent", "calibrate", "quantize", "report")}
     folder = server.base / "output" / "nibble_calibration"
-    before = set(folder.iterdir())
+    before = set(folder.iterdir()) if folder.exists() else set()
+
+    def samples_done():
+        new = [p for f in set(folder.iterdir()) - before for p in f.glob("pass-*.safetensors")] if folder.exists() else []
+        return read_meta(new[0])["done"] if new else 0
+
     prompt = server.submit(graph)
-    while not (new := [p for f in set(folder.iterdir()) - before for p in f.glob("pass-*.safetensors")]):
-        pass
+    deadline = time.monotonic() + 300
+    while samples_done() < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
     server.post("/interrupt")
     with pytest.raises(RuntimeError, match="interrupted at NibbleCalibrate"):
         server.wait(prompt)
-    from comfyui_nibble.quant_core.calibration.file import read_meta
-
-    done = read_meta(new[0])["done"]
-    assert 0 < done < 40
+    done = samples_done()
+    assert 5 <= done < 40
     log = server.base / "server.log"
     start = log.stat().st_size
     server.run(graph)
-    sampled = log.read_text()[start:].count("20/20")
-    assert 40 - done <= sampled <= 2 * (40 - done)  # tqdm may write its last line twice
-    assert read_meta(new[0])["done"] == 40
+    # One line "0/20" opens each sampling run; a calibration that starts again would write 40 of them.
+    assert 0 < log.read_text()[start:].count("| 0/20 ") <= 40 - done
+    assert samples_done() == 40
 
 
 def test_two_prompt_inputs_and_a_list_count_each_entry(server):
