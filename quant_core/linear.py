@@ -46,18 +46,15 @@ class QuantizedLayer:
 
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) that the layer effectively applies to the raw x, low rank included, fp32."""
-        out, columns, row = [], 0, 0
-        for i, part in enumerate(self.spec.parts):
-            codes = unpack(self.tensors["weight"][:, columns : columns + part.bytes_per_row], part.weight.bits)
-            scale = self.tensors["weight_scale"][row : row + part.scale_rows].float().T
+        out = []
+        for i, (part, packed, scales, smooth) in enumerate(self.spec.split(self.tensors)):
             grain = "group" if part.scale_rows > 1 else "channel"
-            smooth = self.tensors["smooth_factor"][part.start : part.stop] if part.smooth else None
-            weight = unfold_weight(dequantize(codes, scale, grain, part.weight.group), smooth, part.rotation)
+            folded = dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group)
+            weight = unfold_weight(folded, smooth, part.rotation)
             if part.rank:
                 up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
                 weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
             out.append(weight)
-            columns, row = columns + part.bytes_per_row, row + part.scale_rows
         return torch.cat(out, 1)
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:

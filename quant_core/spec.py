@@ -122,6 +122,15 @@ class LinearSpec:
     def weight_only(self) -> bool:
         return all(p.activation is None for p in self.parts)
 
+    def split(self, tensors: dict):
+        """Yields (part, packed codes (N, bytes), scales (G, N), smoothing (w,) or None) of each part, views of `tensors`."""
+        column = row = 0
+        for part in self.parts:
+            codes = tensors["weight"][:, column : column + part.bytes_per_row]
+            scales = tensors["weight_scale"][row : row + part.scale_rows]
+            yield part, codes, scales, tensors["smooth_factor"][part.start : part.stop] if part.smooth else None
+            column, row = column + part.bytes_per_row, row + part.scale_rows
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors this layer must have, and their shapes."""
         n = self.out_features

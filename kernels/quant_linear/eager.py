@@ -26,17 +26,13 @@ def quant_linear(x, spec, tensors, lora=()):
 
 
 def _dequantized_parts(x, spec, tensors):
-    columns, scale_row = 0, 0
-    for part in spec.parts:
+    for part, packed, scales, smooth in spec.split(tensors):
         xp = x[:, part.start : part.stop]
-        smooth = tensors["smooth_factor"][part.start : part.stop].float() if part.smooth else None
+        smooth = None if smooth is None else smooth.float()
         if part.activation is None:
             tx = transform_activation(xp, smooth, part.rotation)
         else:
             codes, scale = quantize_activation(xp, part, smooth)
             tx = dequantize(codes, scale, part.activation.granularity, part.activation.group).to(x.dtype)
-        codes = unpack(tensors["weight"][:, columns : columns + part.bytes_per_row], part.weight.bits)
-        scales = tensors["weight_scale"][scale_row : scale_row + part.scale_rows].to(x.dtype).T
         grain = "group" if part.scale_rows > 1 else "channel"
-        columns, scale_row = columns + part.bytes_per_row, scale_row + part.scale_rows
-        yield tx, dequantize(codes, scales, grain, part.weight.group)
+        yield tx, dequantize(unpack(packed, part.weight.bits), scales.to(x.dtype).T, grain, part.weight.group)

@@ -22,14 +22,9 @@ def quant_linear(x, spec, tensors, lora=()):
     strength is folded into `up`.
     """
     y = torch.zeros(x.shape[0], spec.out_features, device=x.device)
-    columns, scale_row = 0, 0
-    for i, part in enumerate(spec.parts):
+    for i, (part, packed, scales, smooth) in enumerate(spec.split(tensors)):
         xp = x[:, part.start : part.stop].float()
-        smooth = tensors["smooth_factor"][part.start : part.stop].float() if part.smooth else None
-        packed = tensors["weight"][:, columns : columns + part.bytes_per_row]
-        codes = unpack(packed, part.weight.bits)
-        scales = tensors["weight_scale"][scale_row : scale_row + part.scale_rows].float()
-        columns, scale_row = columns + part.bytes_per_row, scale_row + part.scale_rows
+        codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()
 
         # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a block.
         step = part.weight.group if part.weight.granularity == "group" else part.width

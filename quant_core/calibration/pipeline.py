@@ -54,16 +54,12 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     family = detect({k: tuple(v.shape) for k, v in state.items()})
     sources = family.diffusers({k: v.shape for k, v in state.items()})
 
-    def stacked(key):
-        value = torch.cat([state[k] for k in sources[key].keys])
-        return torch.cat(value.chunk(2)[::-1]) if sources[key].swap_halves else value
-
     shapes = {k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()}
     layers = family.layers(shapes)
     inputs = inputs_of(layers)
     modules = {i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight")) for i in inputs}
     settings = {"steps": steps, "size": size, "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
-    meta = {"model": fingerprint(layers, stacked), "family": family.name, "settings": settings}
+    meta = {"model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)), "family": family.name, "settings": settings}
 
     def run(sample, capture):
         count = [0]

@@ -46,11 +46,8 @@ def to_diffusers(state_dict: dict) -> dict:
 
 def from_diffusers(state_dict: dict) -> dict:
     """The inverse of `to_diffusers`."""
-    out = {}
-    for key, source in FLUX.diffusers({k: v.shape for k, v in state_dict.items()}).items():
-        value = torch.cat([state_dict[k] for k in source.keys])
-        out[key] = torch.cat(value.chunk(2)[::-1]) if source.swap_halves else value
-    return out
+    names = FLUX.diffusers({k: v.shape for k, v in state_dict.items()})
+    return {key: source.read(state_dict.__getitem__) for key, source in names.items()}
 
 
 def load(state_dict: dict | None = None):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 
 class UnknownArchitecture(ValueError):
     """No family knows this model."""
@@ -54,6 +56,12 @@ class Stacked:
 
     keys: tuple[str, ...]
     swap_halves: bool = False
+
+    def read(self, get) -> torch.Tensor:
+        """ComfyUI's tensor. get: diffusers' key -> tensor; a lone one is passed on as it is, memory-mapped or not."""
+        tensors = [get(key) for key in self.keys]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return torch.cat(tensor.chunk(2)[::-1]) if self.swap_halves else tensor
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,7 @@ class Checkpoint:
 
     def get(self, key: str) -> torch.Tensor:
         """The tensor under ComfyUI's name `key`."""
-        if key not in self._stacks:
-            return self._read(key)
-        stacked = self._stacks[key]
-        tensor = self._read(stacked.keys[0]) if len(stacked.keys) == 1 else torch.cat([self._read(k) for k in stacked.keys])
-        return torch.cat(tensor.chunk(2)[::-1]) if stacked.swap_halves else tensor
+        return self._stacks[key].read(self._read) if key in self._stacks else self._read(key)
 
     def _read(self, name):
         handle, key = self._where[name]
