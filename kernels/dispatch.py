@@ -1,8 +1,22 @@
-"""Which implementation of the operator a layer takes, and why each faster one was refused."""
+"""Which implementation of the operator a layer takes, and why each faster one was refused.
+
+A path is a name and a tuple of requirements. A requirement is a function of (spec, target) that returns the reason against the path,
+or None. Adding a card or a kernel is adding a row.
+"""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
+
+from ..quant_core.spec import LinearSpec
+from .lora import with_lora
+from .plan import NATIVE_INT4
 from .quant_linear import eager
+from .target import MIN_TRITON, Target, target_of
+
+
+ROW_LIMIT = 64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
 
 
 @dataclass(frozen=True)
@@ -16,14 +30,123 @@ class Choice:
         return self.path + "".join(f"; {name}: {reason}" for name, reason in self.refused)
 
 
-def choose(spec, device_type: str = "cpu") -> Choice:
-    """The path that `quant_linear` takes for a LinearSpec on a device type ("cpu", "cuda", ...)."""
-    if device_type == "cpu":
-        return Choice("eager", (("triton", "needs a GPU"),))
-    return Choice("eager", (("triton", "this version has no Triton kernels yet"),))
+def _gpu(spec, target):
+    if target.backend == "cpu" and not target.interpreted:
+        return "needs a GPU"
+    return None
 
 
-def quant_linear(x, spec, tensors, lora=()):
-    """y = operator(x) for x (..., K), any float dtype -> (..., N) in that dtype. See `quant_linear.naive` for the formula."""
-    y = eager.quant_linear(x.reshape(-1, spec.in_features), spec, tensors, lora)
+def _triton(spec, target):
+    if target.triton is None:
+        return target.trouble or "Triton is not installed"
+    wanted, found = ".".join(map(str, MIN_TRITON)), ".".join(map(str, target.triton))
+    return None if target.triton >= MIN_TRITON else f"needs Triton {wanted}, found {found}"
+
+
+def _arch(*archs):
+    def check(spec, target):
+        names = ", ".join(f"sm_{a}" for a in archs)
+        return None if target.backend == "cuda" and target.arch in archs else f"{names} only, this is {target}"
+
+    return check
+
+
+def _int8_products(spec, target):
+    if target.backend == "cuda" and target.arch < 80:
+        return f"Triton has no int8 product for sm_{target.arch}"
+    if target.backend == "hip" and not str(target.arch).startswith(("gfx94", "gfx95", "gfx11", "gfx12")):
+        return f"no int8 matrix cores on {target.arch}"
+    return None
+
+
+def _every(text, accept):
+    """A requirement on each part: `accept` it, or `text`, formatted with the part, is the reason."""
+
+    def check(spec, target):
+        bad = next((p for p in spec.parts if not accept(p)), None)
+        return None if bad is None else text.format(p=bad, a=bad.activation, w=bad.weight)
+
+    return check
+
+
+_QUANTIZED = _every("weight-only layer", lambda p: p.activation is not None)
+_WEIGHT_ONLY = _every("activations are quantized", lambda p: p.activation is None)
+_NO_TENSOR_SCALE = _every("one activation scale for a whole tensor", lambda p: p.activation is None or p.activation.granularity != "tensor")
+_GROUPS = _every(
+    "groups of {w.group} weights or of {a.group} activations, not 64",
+    lambda p: (
+        (p.weight.granularity != "group" or p.weight.group == 64) and (p.activation.granularity != "group" or p.activation.group == 64)
+    ),
+)
+_WEIGHT_GROUPS = _every("groups of {w.group} weights, not 64", lambda p: p.weight.granularity != "group" or p.weight.group == 64)
+_ROTATION = _every("Hadamard blocks of {p.rotation} channels, above 256", lambda p: p.rotation <= 256)
+_SIGNED_8 = _every("unsigned 8-bit codes do not fit into int8", lambda p: not (p.activation.unsigned and p.activation.bits == 8))
+_INT4_CODES = _every("W{w.bits}A{a.bits} is not 4 bit on both sides", lambda p: p.weight.bits == 4 and p.activation.bits <= 4)
+
+
+def _edges(spec, target):
+    """Parts that share a launch must begin where a block of bytes and, on the way to one, a group of 64 does."""
+    if len(spec.parts) == 1:
+        return None
+    need = max(64, 32 * 8 // min(p.weight.bits for p in spec.parts))
+    bad = next((p for p in spec.parts if p.width % need), None)
+    return None if bad is None else f"a slice of {bad.width} channels, not a multiple of {need}"
+
+
+def _whole_bytes(spec, target):
+    bad = next((p for p in spec.parts if p.width % (16 * 8 // p.weight.bits)), None)
+    if target.arch == 75 and bad is not None:
+        return f"{bad.width} channels, not a multiple of {16 * 8 // bad.weight.bits}"
+    return None
+
+
+_BASE = (_gpu, _triton)
+_QUANT = (*_BASE, _QUANTIZED, _NO_TENSOR_SCALE, _GROUPS, _ROTATION)
+
+# Fastest first.
+PATHS = {
+    "int4 tensor cores": (*_QUANT, _arch(*NATIVE_INT4), _INT4_CODES, _edges),
+    "int8 tensor cores": (*_QUANT, _int8_products, _SIGNED_8, _edges),
+    "weight-only kernel": (*_BASE, _WEIGHT_ONLY, _WEIGHT_GROUPS),
+}
+
+
+@lru_cache(maxsize=4096)
+def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
+    """The path that `quant_linear` takes for a layer on a Target, or on the device of that name."""
+    if isinstance(target, str):
+        target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
+    refused = []
+    for name, requirements in PATHS.items():
+        reason = next((r for check in requirements if (r := check(spec, target))), None)
+        if reason is None:
+            return Choice(name, tuple(refused))
+        refused.append((name, reason))
+    reasons = {reason for _, reason in refused}
+    return Choice("eager", (("triton", reasons.pop()),) if len(reasons) == 1 else tuple(refused))
+
+
+def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
+    """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See `quant_linear.naive` for the formula.
+
+    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. NaN in a token of x gives NaN in
+    that token of y. Raises ValueError where x and the layer do not fit or are on different devices.
+    """
+    if x.shape[-1] != spec.in_features:
+        raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")
+    if x.device != tensors["weight"].device:
+        raise ValueError(f"x is on {x.device}, the layer's weight on {tensors['weight'].device}: move the layer to the device of x")
+    rows = x.reshape(-1, spec.in_features)
+    target = target or target_of(x.device)
+    path = choose(spec, target).path
+    if x.dtype not in target.dtypes or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
+        path = "eager"
+    if path == "eager":
+        y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
+    else:
+        from .quant_linear import fast
+
+        spec, tensors = with_lora(spec, tensors, lora, x.dtype)
+        run = fast.weight_only if path == "weight-only kernel" else fast.quant_linear
+        y = run(rows if rows.stride(-1) == 1 else rows.contiguous(), spec, tensors, target, before)
     return y.reshape(*x.shape[:-1], spec.out_features)

@@ -3,7 +3,7 @@
 import torch
 
 GROUP = 64
-_TINY = 1e-10
+TINY = 1e-10
 
 
 def code_range(bits: int, unsigned: bool = False) -> tuple[int, int]:
@@ -21,9 +21,12 @@ def grouped(x: torch.Tensor, granularity: str, group: int = GROUP) -> torch.Tens
     return x.unsqueeze(-2)  # one scale a row
 
 
-def absmax_scale(x: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False) -> torch.Tensor:
-    """Scales (rows, groups) of x (rows, K), fp32; rows is 1 for granularity "tensor"."""
-    return grouped(x, granularity, group).abs().amax(-1).clamp(min=_TINY).float() / code_range(bits, unsigned)[1]
+def absmax_scale(
+    x: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False, clip: float = 1.0
+) -> torch.Tensor:
+    """Scales (rows, groups) of x (rows, K), fp32: clip * absmax / largest code. Rows is 1 for granularity "tensor"."""
+    absmax = grouped(x, granularity, group).abs().amax(-1).clamp(min=TINY).float()
+    return absmax * clip / code_range(bits, unsigned)[1]
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False):

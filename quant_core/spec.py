@@ -19,18 +19,24 @@ def _check(ok, message):
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor"."""
+    """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor".
+
+    The scale is clip * absmax / largest code; what lies beyond is clamped.
+    """
 
     bits: int = 4
     granularity: str = "group"
     group: int = GROUP
     unsigned: bool = False
     shift: float = 0.0
+    clip: float = 1.0
 
     def __post_init__(self):
+        _check(0 < self.clip <= 1, f"clip must be above 0 and at most 1, found {self.clip}")
         _check(self.bits in (2, 3, 4, 8), f"activation bits must be 2, 3, 4 or 8, found {self.bits}")
         _check(self.granularity in ("token", "group", "tensor"), f"unknown activation granularity {self.granularity!r}")
-        _check(self.shift == 0 or self.unsigned, "a shift goes with unsigned activation codes only")
+        wide = self.unsigned or self.bits == 8  # 8 bits have room for a shifted range with a sign
+        _check(self.shift == 0 or wide, "a shift goes with unsigned or 8-bit activation codes only")
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 def _fields(cls, data) -> dict:
     _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
     names = {f.name: f for f in fields(cls)}
+    data = {"clip": 1.0, **data} if cls is ActivationSpec else data  # files of 0.1 have none
     _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {sorted(data)}")
     for name, f in names.items():
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")

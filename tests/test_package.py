@@ -56,7 +56,7 @@ def test_version_is_one():
 def test_requirements_never_name_torch():
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     names = {line.split(";")[0].split(">")[0].split("=")[0].strip() for line in lines if line}
-    assert names == {"numpy", "safetensors", "tqdm", "triton", "triton-windows"}
+    assert names == {"numpy", "platformdirs", "safetensors", "tqdm", "triton", "triton-windows"}
     assert not any(p in ("torch", "triton") for p in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
 
 

@@ -11,7 +11,7 @@ def quantize_activation(x, part, smooth=None):
     """Q(Tx) of one part. x (M, part.width) float -> codes (M, width) int8 or uint8, scale (M or 1, groups) fp32."""
     spec = part.activation
     tx = transform_activation(x.float(), smooth, part.rotation, spec.shift)
-    scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned)
+    scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned, spec.clip)
     return quantize(tx, scale, spec.bits, spec.granularity, spec.group, spec.unsigned), scale
 
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -8,11 +9,23 @@ from safetensors.torch import save_file
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str]):
     """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed."""
+    with _replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def save_text(path: Path, text: str):
+    """The same for text."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)

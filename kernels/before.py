@@ -1,0 +1,47 @@
+"""What stands in front of a linear layer and can be computed inside its activation quantizer."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import gelu, layer_norm
+
+NONE, GELU, LAYERNORM = 0, 1, 2
+
+
+class Before:
+    """Called, it is the plain PyTorch version on x (M, K)."""
+
+    def fits(self, spec) -> bool:
+        """Whether the quantizer can compute it for this layer."""
+        return True
+
+
+@dataclass(frozen=True)
+class Gelu(Before):
+    """GELU with the tanh approximation."""
+
+    def __call__(self, x):
+        return gelu(x, approximate="tanh")
+
+    def operands(self, columns):
+        return GELU, None, None, 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNormModulate(Before):
+    """(1 + scale) LayerNorm(x) + shift, without affine weights. scale, shift (batches, K) in the dtype of x, M / batches tokens each."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+    eps: float = 1e-6
+
+    def __call__(self, x):
+        normed = layer_norm(x, x.shape[-1:], eps=self.eps).unflatten(0, (self.scale.shape[0], -1))
+        return torch.addcmul(self.shift[:, None], normed, 1 + self.scale[:, None]).flatten(0, 1)
+
+    def fits(self, spec):
+        # The mean needs the whole row, a launch sees the parts that are alike.
+        return len({(p.width, p.activation, p.smooth, p.rotation) for p in spec.parts}) == 1
+
+    def operands(self, columns):
+        return LAYERNORM, self.scale[:, columns], self.shift[:, columns], self.eps

@@ -1,0 +1,132 @@
+"""From a LinearSpec to launches: which parts share a kernel, and how their codes lie in memory."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, groupby
+from math import gcd
+
+from ..quant_core.quantizers import code_range
+from ..quant_core.spec import LinearSpec, PartSpec
+from .target import Target
+
+CHANNEL, SLICE, GROUP = 0, 1, 2
+MAX_SLICES = 8
+NATIVE_INT4 = (80, 86, 87, 89)
+
+
+@dataclass(frozen=True)
+class QuantizeRun:
+    """Neighbouring parts of equal settings, quantized in one launch. `first`: number of the first part within its Gemm."""
+
+    part: PartSpec
+    count: int
+    first: int
+
+    @property
+    def top(self) -> int:
+        return code_range(self.part.activation.bits, self.part.activation.unsigned)[1]
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One launch of a matrix-product kernel over in-channels start..stop.
+
+    planes: codes a byte of the weights, laid out in as many planes of x; 0 where x is packed like the weights (native INT4).
+    scales: CHANNEL, SLICE (one a part) or GROUP (one each 64 channels). row, column: where its scales and bytes start.
+    """
+
+    kernel: str
+    planes: int
+    scales: int
+    swap: bool
+    parts: tuple[PartSpec, ...]
+    row: int
+    column: int
+    runs: tuple[QuantizeRun, ...]
+
+    @property
+    def start(self) -> int:
+        return self.parts[0].start
+
+    @property
+    def width(self) -> int:
+        return self.parts[-1].stop - self.parts[0].start
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(p.bytes_per_row for p in self.parts)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of x's codes a token."""
+        return self.width if self.planes else self.width // 2
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where the slices end, in bytes of a weight row."""
+        return tuple(accumulate(p.bytes_per_row for p in self.parts))
+
+    @property
+    def block(self) -> int:
+        """Bytes of a weight row that a step of the main loop must divide: one group, or what all slices are multiples of. 0: any."""
+        per_byte = 8 // self.parts[0].weight.bits
+        return {CHANNEL: 0, SLICE: gcd(*(p.bytes_per_row for p in self.parts)), GROUP: 64 // per_byte}[self.scales]
+
+    @property
+    def act_segments(self) -> int:
+        return sum(p.width // 64 if p.activation.granularity == "group" else 1 for p in self.parts)
+
+    @property
+    def act_grouped(self) -> bool:
+        return self.parts[0].activation.granularity == "group"
+
+    @property
+    def weight_segments(self) -> int:
+        return sum(p.scale_rows for p in self.parts)
+
+
+def _grouped(part: PartSpec) -> bool:
+    return part.weight.granularity == "group" or part.activation.granularity == "group"
+
+
+def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
+    """(kernel, planes) of a part on a target."""
+    native = target.backend == "cuda" and target.arch in NATIVE_INT4
+    if native and part.weight.bits == 4 and part.activation.bits <= 4:
+        return ("gemm_u4s4" if part.activation.unsigned else "gemm_s4s4"), 0
+    return "gemm_int8", 8 // part.weight.bits
+
+
+@lru_cache(maxsize=256)
+def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
+    """The launches of a layer whose parts all have quantized activations."""
+    swap = target.backend == "cuda" and target.arch == 90
+    described, row, column = [], 0, 0
+    for part in spec.parts:
+        # Parts with only one of the two scales grouped have a stride of their own and stay alone.
+        mixed = _grouped(part) and not (part.weight.granularity == part.activation.granularity == "group")
+        key = (kernel_of(part, target), part.weight.bits, _grouped(part), part.start if mixed else None)
+        described.append((key, part, row, column))
+        row, column = row + part.scale_rows, column + part.bytes_per_row
+    out = []
+    for ((kernel, planes), _, grouped, _), items in groupby(described, key=lambda d: d[0]):
+        items = list(items)
+        for some in [items] if grouped else batched(items, MAX_SLICES):
+            parts = tuple(d[1] for d in some)
+            scales = GROUP if grouped else (CHANNEL if len(parts) == 1 else SLICE)
+            # Packed weights are the register operand of a wgmma; 8-bit weights need no unpacking.
+            out.append(Gemm(kernel, planes, scales, swap and planes > 1, parts, some[0][2], some[0][3], _runs(parts)))
+    return tuple(out)
+
+
+def batched(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _runs(parts) -> tuple[QuantizeRun, ...]:
+    alike = lambda item: (item[1].width, item[1].activation, item[1].smooth, item[1].rotation)
+    out = []
+    for _, items in groupby(enumerate(parts), key=alike):
+        items = list(items)
+        out.append(QuantizeRun(items[0][1], len(items), items[0][0]))
+    return tuple(out)

@@ -1,0 +1,49 @@
+"""Launches the activation quantizer. Writes into buffers that the caller owns."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..target import target_of
+from ..tuning import quantizer_tile
+from .triton import quantize_kernel
+
+_TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def quantize_activation(
+    x, codes, scale, low, smooth, down, mod_scale, mod_shift, width, count, planes, bits, unsigned, grouped, rotation, shift, clip, prologue, eps
+):  # fmt: skip
+    """x (M, count * width) 16 bit, rows apart by any stride -> codes (M, ...) int8, scale (segments, M) fp32, low (M, count * R).
+
+    codes may be the right part of a wider buffer; its planes are as far apart as that buffer's rows are long, over `planes`.
+    smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed nibbles; 1, 2 or 4 planes of int8.
+    mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm, x having M / batches tokens each.
+    """
+    tokens, target = x.shape[0], target_of(x.device)
+    if not tokens:
+        return
+    rank = 0 if down is None else down.shape[1]
+    tile = quantizer_tile(target, rank, rotation)
+    rotated_dtype = x.dtype if smooth is None and not shift else target.matrix_dtype
+    empty = scale  # a pointer that is never read
+    batches = mod_scale.shape[0] if mod_scale is not None else 1
+    tiles = max(rotation // 64, 1) if rotation else tile.tiles
+    quantize_kernel[(triton.cdiv(tokens, tile.rows), count)](
+        x,
+        smooth if smooth is not None else empty,
+        down if down is not None else empty,
+        mod_scale if mod_scale is not None else empty,
+        mod_shift if mod_shift is not None else empty,
+        codes, scale, low if low is not None else empty,
+        tokens, width, count * width, rank, tokens // batches, x.stride(0), codes.stride(0),
+        codes.stride(0) // max(planes, 1),
+        down.stride(0) if down is not None else 0,
+        low.stride(0) if low is not None else 0,
+        mod_scale.stride(0) if mod_scale is not None else 0,
+        shift, clip, eps,
+        PROLOGUE=prologue, SMOOTH=smooth is not None, ROTATION=rotation, ROT_DTYPE=_TL[rotated_dtype], GROUPED=grouped,
+        TOP=2**bits - 1 if unsigned else 2 ** (bits - 1) - 1, UNSIGNED=unsigned, LAYOUT=planes,
+        RP=max(16, triton.next_power_of_2(rank)) if rank else 0, BM=tile.rows, TILES=tiles, UPCAST=target.interpreted,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""The operator on the Triton kernels: quantize, multiply, one launch each for most layers."""
+
+import torch
+
+from ...quant_core.transforms import transform_activation
+from .. import ops
+from ..before import NONE, Before
+from ..plan import lower
+from ..target import Target
+
+LOW_RANK_LIMIT = 64  # columns of proj_down computed beside the codes; more of them take a product of their own
+
+
+def quant_linear(x, spec, tensors, target: Target, before: Before | None = None):
+    """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. `tensors` as LinearSpec has them."""
+    tokens, dtype, device = x.shape[0], x.dtype, x.device
+    fused = spec.rank and spec.rank <= LOW_RANK_LIMIT and target.arch != 75
+    if before is not None and ((spec.rank and not fused) or not before.fits(spec)):
+        x, before = before(x), None
+    y = torch.empty(tokens, spec.out_features, dtype=dtype, device=device)
+    down = tensors["proj_down"].to(dtype) if spec.rank else None
+    low = torch.empty(tokens, spec.rank * len(spec.parts), dtype=dtype, device=device) if spec.rank else None
+    smooth = tensors.get("smooth_factor")
+
+    launches, number = lower(spec, target), 0
+    for step in launches:
+        codes = torch.empty(tokens, step.code_bytes, dtype=torch.int8, device=device)
+        scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=device)
+        segment = 0
+        for run in step.runs:
+            part, act = run.part, run.part.activation
+            width = part.width * run.count
+            columns = slice(part.start, part.start + width)
+            offset = (part.start - step.start) // max(step.planes or 2, 1)
+            segments = run.count * (part.width // 64 if step.act_grouped else 1)
+            ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
+            kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else (NONE, None, None, 0.0)
+            ops.quantize_activation(
+                x[:, columns], codes[:, offset:], scale[segment : segment + segments],
+                low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
+                mod_scale, mod_shift, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
+                act.shift, act.clip, kind, eps,
+            )  # fmt: skip
+            if spec.rank and not fused:
+                for i in range(run.count):
+                    at = slice(part.start + i * part.width, part.start + (i + 1) * part.width)
+                    r = (number + i) * spec.rank
+                    torch.mm(x[:, at], down[at], out=low[:, r : r + spec.rank])
+            segment, number = segment + segments, number + run.count
+        last = step is launches[-1]
+        ops.gemm(
+            codes, scale, tensors["weight"][:, step.column : step.column + step.row_bytes],
+            tensors["weight_scale"][step.row : step.row + step.weight_segments],
+            low if last else None, tensors["proj_up"] if last and spec.rank else None, tensors["bias"] if last and spec.bias else None,
+            y, step.kernel, step.planes, step.scales, step.swap, step.block, step.ends, step.act_grouped, step is not launches[0],
+        )  # fmt: skip
+    return y
+
+
+def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
+    """As `quant_linear` for parts with 16-bit activations. The transforms of a few rows are left to torch."""
+    if before is not None:
+        x = before(x)
+    y = None
+    for i, (part, packed, scales, smooth) in enumerate(spec.split(tensors)):
+        xp = x[:, part.start : part.stop]
+        tx = transform_activation(xp, None if smooth is None else smooth, part.rotation)
+        bias = tensors["bias"] if spec.bias and not i else None
+        out = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
+        group = part.weight.group if part.weight.granularity == "group" else 0
+        ops.weight_only(tx, packed, scales, bias, out, part.weight.bits, group)
+        if spec.rank:
+            up = tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].to(x.dtype)
+            out.addmm_(xp @ tensors["proj_down"][part.start : part.stop].to(x.dtype), up.T)
+        y = out if y is None else y + out
+    return y

@@ -1,0 +1,94 @@
+"""The machine that kernels are chosen and compiled for."""
+
+import importlib.metadata
+import os
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+MIN_TRITON = (3, 4)
+# Shared memory a block may use, in KiB, by CUDA compute capability. Compilation does not check it; a launch does.
+_SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+_LDS_KIB = {"gfx950": 160}
+
+
+@dataclass(frozen=True)
+class Target:
+    """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "". triton: (major, minor), None where it cannot be used and
+    `trouble` says why, if it is installed. interpreted: Triton's interpreter on the CPU, for tests."""
+
+    backend: str
+    arch: int | str = ""
+    triton: tuple[int, int] | None = None
+    name: str = ""
+    interpreted: bool = False
+    trouble: str = ""
+
+    @property
+    def shared_bytes(self) -> int:
+        if self.backend == "cuda":
+            return 1024 * _SHARED_KIB.get(self.arch, 99)
+        return 1024 * _LDS_KIB.get(self.arch, 64)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes of x that the kernels take. Turing has no bf16."""
+        return (torch.float16,) if self.backend == "cuda" and self.arch < 80 else (torch.float16, torch.bfloat16)
+
+    @property
+    def matrix_dtype(self) -> torch.dtype:
+        """The 16-bit type of the matrix units that has the range of fp32; fp16 on Turing, which lacks it."""
+        return self.dtypes[-1]
+
+    def __str__(self):
+        return self.name or {"cuda": f"sm_{self.arch}", "hip": str(self.arch)}.get(self.backend, "the CPU")
+
+
+@lru_cache(maxsize=1)
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the installed Triton, also under the names of its ROCm and Windows builds."""
+    for package in ("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows", "triton-xpu"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        major, minor = version.split(".")[:2]
+        return int(major), int(minor)
+    return None
+
+
+def target_of(device) -> Target:
+    """The Target of a torch device, its index or its name."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _gpu(index)
+    return Target("cpu", triton=triton_version(), interpreted=os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@lru_cache(maxsize=16)
+def _gpu(index: int) -> Target:
+    properties, version = torch.cuda.get_device_properties(index), triton_version()
+    trouble = _trouble(index) if version else ""
+    version = None if trouble else version
+    if torch.version.hip:
+        return Target("hip", properties.gcnArchName.split(":")[0], version, properties.name, trouble=trouble)
+    return Target("cuda", 10 * properties.major + properties.minor, version, properties.name, trouble=trouble)
+
+
+def _trouble(index: int) -> str:
+    """Why Triton cannot be used on this device, "" if it can: a kernel of one line is compiled and run, once a process."""
+    try:
+        from .probe import add_one
+
+        with torch.cuda.device(index):
+            x = torch.zeros(16, device="cuda")
+            add_one[(1,)](x)
+            return "" if bool((x == 1).all()) else "Triton's first kernel gave a wrong result"
+    except Exception as e:  # a compiler, a driver, a C compiler for the launcher: whatever it is, the eager path works
+        line = (str(e).strip() or type(e).__name__).splitlines()[0]
+        reason = f"Triton cannot run here ({type(e).__name__}: {line})"
+        warnings.warn(f"{reason}; quantized layers take the slower eager path", stacklevel=2)
+        return reason

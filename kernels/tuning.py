@@ -1,0 +1,162 @@
+"""Tile sizes: shipped defaults for each kind of card, measured choices from the user's cache in front of them."""
+
+import json
+import re
+import warnings
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import platformdirs
+
+from ..quant_core.formats.atomic import save_text
+from .plan import GROUP, NATIVE_INT4, SLICE
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A block's share of the product: bm tokens, bn out-channels, bk bytes of a weight row a step.
+
+    group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step.
+    """
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    rank_block: int = 32
+
+
+@dataclass(frozen=True)
+class QuantizerTile:
+    """rows tokens a block, `tiles` times 64 channels a step."""
+
+    rows: int
+    tiles: int
+    warps: int = 4
+    stages: int = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the choice depends on. block: bytes that bk must divide (equal, for groups); 0 for any."""
+
+    kernel: str
+    planes: int
+    scales: int
+    swap: bool
+    tokens: int
+    channels: int
+    row_bytes: int
+    block: int = 0
+
+    @property
+    def key(self) -> str:
+        """Of the cache. Tokens by powers of two: a batch of 4608 and one of 4500 take the same tile."""
+        tokens = 1 << max(self.tokens - 1, 15).bit_length()
+        return f"{self.kernel}/{self.planes}/{self.scales}/{tokens}x{self.channels}x{self.row_bytes}/{self.block}"
+
+
+def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
+    """Fewer rows where tiles are mixed or many columns of the low rank are held in registers."""
+    if target.backend == "hip":
+        return QuantizerTile(16, 1)
+    return QuantizerTile(16, 2) if rotation > 64 or rank > 32 else QuantizerTile(32, 2)
+
+
+def candidates(target: Target, problem: Problem) -> list[Tile]:
+    """Tiles worth timing, the default first. Every one of them is compiled by the tests for its card."""
+    tiles = _family(target, problem)
+    # Few tokens: lower tiles, which other tokens' rows would not fill.
+    if problem.tokens <= 64:
+        tiles = [replace(t, bm=min(t.bm, 64), warps=4) for t in tiles if t.bn <= 128] or tiles
+    if problem.scales == GROUP:
+        tiles = [replace(t, bk=problem.block) for t in tiles]
+    elif problem.scales == SLICE:
+        tiles = [replace(t, bk=_divisor(problem.block, t.bk)) for t in tiles]
+    out = []
+    for tile in tiles:
+        if tile not in out and shared_bytes(tile, problem) <= target.shared_bytes:
+            out.append(tile)
+    return out
+
+
+def shared_bytes(tile: Tile, problem: Problem) -> int:
+    """What the pipelined loads of the main loop take."""
+    return max(tile.stages - 1, 1) * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+
+
+def _divisor(block: int, limit: int) -> int:
+    return min(block & -block, limit)
+
+
+def _family(target: Target, problem: Problem) -> list[Tile]:
+    kind = problem.scales
+    if target.backend == "hip":
+        wide = str(target.arch).startswith("gfx9")
+        return [Tile(64, 128, 64, 4, 2, rank_block=16), Tile(64, 64, 64, 4, 2)] if wide else [Tile(64, 64, 64, 4, 2, rank_block=16)]
+    if target.arch == 90:
+        if problem.planes == 1:
+            return [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3)][kind != 0 :]
+        if kind:
+            return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)]
+        return [Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]
+    if target.arch in NATIVE_INT4 and not problem.planes:
+        if kind:
+            return [Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)]
+        return [Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 128, 8, 3), Tile(64, 128, 64, 4, 4)]
+    # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
+    return [Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)]
+
+
+def gemm_tile(target: Target, problem: Problem) -> Tile:
+    """The measured tile of this card where there is one, else the shipped default."""
+    if target.interpreted:
+        return interpreter_tile(problem)
+    measured = cache_for(target).get(problem.key)
+    known = candidates(target, problem)
+    return measured if measured in known else known[0]
+
+
+def interpreter_tile(problem: Problem) -> Tile:
+    """Small, so that tests on small shapes cross tile borders."""
+    bk = problem.block if problem.scales == GROUP else _divisor(problem.block, 64) if problem.scales == SLICE else 32
+    return Tile(32, 32, bk, 4, 1, group_m=2, rank_block=16)
+
+
+class TileCache:
+    """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot be read is ignored
+    with a warning and replaced by the next save."""
+
+    def __init__(self, path: Path):
+        self.path, self.tiles = path, {}
+        try:
+            raw = json.loads(path.read_text())
+            self.tiles = {key: Tile(*map(int, values)) for key, values in raw["tiles"].items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+            warnings.warn(f"{path}: not a table of tiles ({type(e).__name__}: {e}); the shipped defaults are used", stacklevel=2)
+
+    def get(self, key: str) -> Tile | None:
+        return self.tiles.get(key)
+
+    def save(self, measured: dict[str, Tile]):
+        """Adds to what is in the file."""
+        self.tiles.update(measured)
+        text = json.dumps({"fields": list(asdict(Tile(0, 0, 0, 0, 0))), "tiles": {k: astuple(t) for k, t in self.tiles.items()}}, indent=1)
+        save_text(self.path, text)
+
+
+def cache_path(target: Target) -> Path:
+    version = ".".join(map(str, target.triton or ()))
+    name = re.sub(r"\W+", "-", f"{target.name or target}-{target.arch}-triton{version}".lower())
+    return Path(platformdirs.user_cache_dir("comfyui_nibble", appauthor=False)) / f"tiles-{name}.json"
+
+
+@lru_cache(maxsize=8)
+def cache_for(target: Target) -> TileCache:
+    return TileCache(cache_path(target))

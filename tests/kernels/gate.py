@@ -1,0 +1,89 @@
+"""Compiles Triton kernels for any card without one, and reads what came out. Runs in processes of its own (see `pool`).
+
+The tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the gate checks. `instructions`: tensor-core instructions of the final code and their count."""
+
+    text: str
+    shared: int
+    registers: int
+    spills: int
+    instructions: dict = field(default_factory=dict)
+    serialized: bool = False
+
+
+def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, arch, options: dict) -> Compiled:
+    """signature: {argument: Triton type}; a type that ends in ":16" says that the value is a multiple of 16.
+
+    arch: 89 for sm_89, "gfx942". Pointers are taken as aligned to 16 bytes, as torch allocates them.
+    """
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fn = getattr(importlib.import_module(module), kernel)
+    if isinstance(arch, int):
+        target = GPUTarget("cuda", arch, 32)
+    else:
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    names = fn.arg_names
+    kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n].startswith("*") or kinds[n].endswith(":16")}
+    kinds = {n: k.removesuffix(":16") for n, k in kinds.items()}
+    constants = {(names.index(n),): v for n, v in constants.items()}
+    source_class = ASTSource
+    if type(fn).__name__ == "GluonJITFunction":
+        from triton.experimental.gluon._runtime import GluonASTSource as source_class
+    source = source_class(fn=fn, signature=kinds, constexprs=constants, attrs=aligned)
+    built = triton.compile(source, target=target, options=options)
+    if isinstance(arch, int):
+        return _read_cubin(built)
+    code = built.asm["amdgcn"]
+    number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", code).group(1))
+    return Compiled(code, built.metadata.shared, number("vgpr_count"), number("vgpr_spill_count"), _count(r"\bv_(?:mfma|wmma)\w*", code))
+
+
+def _read_cubin(built) -> Compiled:
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([tools / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True)
+        sass = subprocess.run([tools / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr).groups())
+    spills = stack + local + len(re.findall(r"\bSTL\b", sass))
+    products = _count(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|QMMA|OMMA|UTC\w*MMA)[\w.]*", sass)
+    fences, wgmmas = len(re.findall(r"WARPGROUP\.ARRIVE", sass)), sum(n for k, n in products.items() if "GMMA" in k)
+    # ptxas puts a fence in front of every single wgmma of a chain it had to serialise.
+    return Compiled(built.asm["ptx"], built.metadata.shared, registers, spills, products, bool(wgmmas) and fences >= wgmmas > 1)
+
+
+def _count(pattern: str, text: str) -> dict:
+    found = re.findall(pattern, text)
+    return {name: found.count(name) for name in set(found)}
+
+
+def pool(workers: int = 2) -> ProcessPoolExecutor:
+    """Processes in which kernels compile. Submit `compile_kernel`."""
+    return ProcessPoolExecutor(workers, get_context("spawn"), initializer=_compile_for_real)
+
+
+def _compile_for_real():
+    os.environ.pop("TRITON_INTERPRET", None)
