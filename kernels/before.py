@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 NONE, GELU, LAYERNORM = 0, 1, 2
+NOTHING = (NONE, None, None, 0.0)
 
 
 class Before:
@@ -45,3 +46,8 @@ class LayerNormModulate(Before):
 
     def operands(self, columns):
         return LAYERNORM, self.scale[:, columns], self.shift[:, columns], self.eps
+
+
+def restored(kind, scale, shift, eps) -> Before | None:
+    """The Before whose `operands` these are."""
+    return {NONE: lambda: None, GELU: Gelu, LAYERNORM: lambda: LayerNormModulate(scale, shift, eps)}[kind]()

@@ -9,12 +9,11 @@ from functools import lru_cache
 
 import torch
 
-from ..quant_core.spec import LinearSpec
-from .lora import with_lora
+from ..quant_core.spec import LinearSpec, parse
+from . import ops
 from .plan import NATIVE_INT4
 from .quant_linear import eager
 from .target import MIN_TRITON, Target, target_of
-
 
 ROW_LIMIT = 64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
 
@@ -126,27 +125,28 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     return Choice("eager", (("triton", reasons.pop()),) if len(reasons) == 1 else tuple(refused))
 
 
+@torch.compiler.assume_constant_result
+def _path(spec: str, device, dtype, asked: tuple | None) -> str:
+    """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the Target asked for."""
+    target = Target(*asked) if asked else target_of(device)
+    return choose(parse(spec), target).path if dtype in target.dtypes else "eager"
+
+
 def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
     """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See `quant_linear.naive` for the formula.
 
-    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. NaN in a token of x gives NaN in
-    that token of y. Raises ValueError where x and the layer do not fit or are on different devices.
+    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. `target`: `interpreter()` in tests;
+    the device of x by default. NaN in a token of x gives NaN in that token of y. Raises ValueError where x and the layer do not fit
+    or are on different devices.
     """
     if x.shape[-1] != spec.in_features:
         raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")
     if x.device != tensors["weight"].device:
         raise ValueError(f"x is on {x.device}, the layer's weight on {tensors['weight'].device}: move the layer to the device of x")
     rows = x.reshape(-1, spec.in_features)
-    target = target or target_of(x.device)
-    path = choose(spec, target).path
-    if x.dtype not in target.dtypes or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
-        path = "eager"
-    if path == "eager":
+    path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
+    if path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
         y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
     else:
-        from .quant_linear import fast
-
-        spec, tensors = with_lora(spec, tensors, lora, x.dtype)
-        run = fast.weight_only if path == "weight-only kernel" else fast.quant_linear
-        y = run(rows if rows.stride(-1) == 1 else rows.contiguous(), spec, tensors, target, before)
+        y = ops.quant_linear(rows, spec, tensors, lora, before)
     return y.reshape(*x.shape[:-1], spec.out_features)

@@ -1,17 +1,27 @@
-"""The kernels as torch operators: what torch.compile sees, with no graph break.
+"""The operators of torch that hold the kernels.
 
-They write into buffers of the caller and return nothing, so their fake versions have nothing to compute. The namespace is the name
-under which the pack was imported: ComfyUI loads a custom node under its folder's name, and a second copy may be installed by pip.
+`layer`, a whole quantized layer, is what torch.compile sees: one node, planned at run time, with no graph break. The three below it
+are the kernels. They write into buffers of the caller and return nothing, so their fake versions have nothing to compute.
+
+The namespace is the name under which the pack was imported: ComfyUI loads a custom node under its folder's name, and a second copy
+may be installed by pip.
 """
 
 import re
 
 import torch
 
+from ..quant_core.spec import parse
+from . import before as fusible
+from .target import kernel_target
+
 NAMESPACE = re.sub(r"\W", "_", __package__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _SCHEMAS = {
+    "layer": "(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, Tensor? proj_up, "
+    "Tensor? bias, Tensor[] lora_down, Tensor[] lora_up, int[] lora_first, int prologue, Tensor? mod_scale, Tensor? mod_shift, float eps) "
+    "-> Tensor",
     "quantize_activation": "(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? low, Tensor? smooth, Tensor? down, "
     "Tensor? mod_scale, Tensor? mod_shift, int width, int count, int planes, int bits, bool unsigned, bool grouped, int rotation, "
     "float shift, float clip, int prologue, float eps) -> ()",
@@ -21,30 +31,56 @@ _SCHEMAS = {
 }
 
 
+_TENSORS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
+
+
+def quant_linear(x, spec, tensors, lora=(), before=None):
+    """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N). Arguments as in `dispatch`."""
+    downs, ups, firsts = [down for down, _, _ in lora], [up for _, up, _ in lora], [first for _, _, first in lora]
+    kind, *modulation = before.operands(slice(None)) if before is not None else fusible.NOTHING
+    return layer(x, spec.text, *(tensors.get(name) for name in _TENSORS), downs, ups, firsts, kind, *modulation)
+
+
+def _layer(x, spec, *args):
+    from .lora import with_lora
+    from .quant_linear import fast
+
+    tensors = {name: tensor for name, tensor in zip(_TENSORS, args, strict=False) if tensor is not None}
+    downs, ups, firsts, *prologue = args[len(_TENSORS) :]
+    spec, tensors = with_lora(parse(spec), tensors, list(zip(downs, ups, firsts, strict=True)), x.dtype)
+    run = fast.weight_only if spec.weight_only else fast.quant_linear
+    return run(x if x.stride(-1) == 1 else x.contiguous(), spec, tensors, kernel_target(x.device), fusible.restored(*prologue))
+
+
 def _quantize_activation(*args):
     from .quant_activation.launch import quantize_activation
 
-    quantize_activation(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        quantize_activation(*args)
 
 
 def _gemm(*args):
     from .quant_linear.launch import gemm
 
-    gemm(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        gemm(*args)
 
 
 def _weight_only(*args):
     from .weight_only.launch import weight_only
 
-    weight_only(*args)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        weight_only(*args)
 
 
 # Imported at the first call: a machine without Triton registers the operators all the same.
-for _name, _function in {"quantize_activation": _quantize_activation, "gemm": _gemm, "weight_only": _weight_only}.items():
+_FUNCTIONS = {"layer": _layer, "quantize_activation": _quantize_activation, "gemm": _gemm, "weight_only": _weight_only}
+for _name, _function in _FUNCTIONS.items():
     _library.define(_name + _SCHEMAS[_name])
     for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
         _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", lambda *args: None, lib=_library)
+    _fake = (lambda x, spec, weight, *args: x.new_empty(x.shape[0], weight.shape[0])) if _name == "layer" else (lambda *args: None)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 _ops = getattr(torch.ops, NAMESPACE)
-quantize_activation, gemm, weight_only = _ops.quantize_activation, _ops.gemm, _ops.weight_only
+layer, quantize_activation, gemm, weight_only = _ops.layer, _ops.quantize_activation, _ops.gemm, _ops.weight_only

@@ -17,7 +17,7 @@ _LDS_KIB = {"gfx950": 160}
 @dataclass(frozen=True)
 class Target:
     """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "". triton: (major, minor), None where it cannot be used and
-    `trouble` says why, if it is installed. interpreted: Triton's interpreter on the CPU, for tests."""
+    `trouble` says why, if it is installed. interpreted: see `interpreter`."""
 
     backend: str
     arch: int | str = ""
@@ -25,6 +25,11 @@ class Target:
     name: str = ""
     interpreted: bool = False
     trouble: str = ""
+
+    @property
+    def fields(self) -> tuple:
+        """Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant."""
+        return self.backend, self.arch, self.triton, self.name, self.interpreted, self.trouble
 
     @property
     def shared_bytes(self) -> int:
@@ -65,7 +70,19 @@ def target_of(device) -> Target:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return _gpu(index)
-    return Target("cpu", triton=triton_version(), interpreted=os.environ.get("TRITON_INTERPRET") == "1")
+    return Target("cpu", triton=triton_version())
+
+
+def interpreter() -> Target:
+    """Triton's interpreter on the CPU, for tests: it is asked for by name, `target_of` never gives it."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+    return Target("cpu", triton=triton_version(), interpreted=True)
+
+
+def kernel_target(device: torch.device) -> Target:
+    """The Target that a kernel on tensors of this device is launched for. On CPU tensors kernels exist for the interpreter only."""
+    return interpreter() if device.type == "cpu" else target_of(device)
 
 
 @lru_cache(maxsize=16)

@@ -63,8 +63,18 @@ class Problem:
 def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
     """Fewer rows where tiles are mixed or many columns of the low rank are held in registers."""
     if target.backend == "hip":
-        return QuantizerTile(16, 1)
+        return QuantizerTile(16, 1, stages=2 if str(target.arch).startswith("gfx9") else 1)
     return QuantizerTile(16, 2) if rotation > 64 or rank > 32 else QuantizerTile(32, 2)
+
+
+def low_rank_limit(target: Target, rotation: int) -> int:
+    """Columns of the low rank that fit beside the codes in the quantizer. More of them take a product of their own.
+
+    None on Turing, whose 16-bit tensor cores Triton does not use, nor on RDNA beside tiles that are mixed (hundreds of spills).
+    """
+    turing = target.backend == "cuda" and target.arch < 80
+    rdna = target.backend == "hip" and not str(target.arch).startswith("gfx9")
+    return 0 if turing or (rdna and rotation > 64) else 64
 
 
 def candidates(target: Target, problem: Problem) -> list[Tile]:
@@ -73,6 +83,8 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
     # Few tokens: lower tiles, which other tokens' rows would not fill.
     if problem.tokens <= 64:
         tiles = [replace(t, bm=min(t.bm, 64), warps=4) for t in tiles if t.bn <= 128] or tiles
+    if problem.planes == 4:  # four tiles of x a step: with 64 bytes registers spill
+        tiles = [replace(t, bk=min(t.bk, 32)) for t in tiles]
     if problem.scales == GROUP:
         tiles = [replace(t, bk=problem.block) for t in tiles]
     elif problem.scales == SLICE:
@@ -85,8 +97,8 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
 
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
-    """What the pipelined loads of the main loop take."""
-    return max(tile.stages - 1, 1) * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+    """What the pipelined loads of the main loop take at most (mma.sync needs a stage less than wgmma)."""
+    return tile.stages * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
 
 
 def _divisor(block: int, limit: int) -> int:
@@ -97,10 +109,14 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
     kind = problem.scales
     if target.backend == "hip":
         wide = str(target.arch).startswith("gfx9")
-        return [Tile(64, 128, 64, 4, 2, rank_block=16), Tile(64, 64, 64, 4, 2)] if wide else [Tile(64, 64, 64, 4, 2, rank_block=16)]
+        if wide:
+            return [Tile(64, 128, 64, 4, 2, rank_block=16), Tile(64, 64, 64, 4, 2)]
+        return [Tile(64, 64, 64, 8 if kind else 4, 2, rank_block=16), Tile(32, 64, 64, 4, 2, rank_block=16)]
     if target.arch == 90:
         if problem.planes == 1:
             return [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3)][kind != 0 :]
+        if problem.planes == 4:  # 256 x 128 spills
+            return [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 4, 4)][kind != 0 :]
         if kind:
             return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)]
         return [Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]

@@ -1,7 +1,11 @@
 """Fixtures that every folder of tests shares."""
 
+import os
 import sys
 from pathlib import Path
+
+# Before anything imports triton: without a GPU the kernels' tests run in its interpreter. Processes that tests start inherit it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

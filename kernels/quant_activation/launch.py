@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..target import target_of
+from ...quant_core.quantizers import code_range
+from ..target import kernel_target
 from ..tuning import quantizer_tile
 from .triton import quantize_kernel
 
@@ -20,15 +21,13 @@ def quantize_activation(
     smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed nibbles; 1, 2 or 4 planes of int8.
     mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm, x having M / batches tokens each.
     """
-    tokens, target = x.shape[0], target_of(x.device)
+    tokens, target = x.shape[0], kernel_target(x.device)
     if not tokens:
         return
     rank = 0 if down is None else down.shape[1]
     tile = quantizer_tile(target, rank, rotation)
-    rotated_dtype = x.dtype if smooth is None and not shift else target.matrix_dtype
     empty = scale  # a pointer that is never read
     batches = mod_scale.shape[0] if mod_scale is not None else 1
-    tiles = max(rotation // 64, 1) if rotation else tile.tiles
     quantize_kernel[(triton.cdiv(tokens, tile.rows), count)](
         x,
         smooth if smooth is not None else empty,
@@ -42,8 +41,25 @@ def quantize_activation(
         low.stride(0) if low is not None else 0,
         mod_scale.stride(0) if mod_scale is not None else 0,
         shift, clip, eps,
-        PROLOGUE=prologue, SMOOTH=smooth is not None, ROTATION=rotation, ROT_DTYPE=_TL[rotated_dtype], GROUPED=grouped,
-        TOP=2**bits - 1 if unsigned else 2 ** (bits - 1) - 1, UNSIGNED=unsigned, LAYOUT=planes,
-        RP=max(16, triton.next_power_of_2(rank)) if rank else 0, BM=tile.rows, TILES=tiles, UPCAST=target.interpreted,
+        **constants(target, tile, x.dtype, rank, rotation, prologue, smooth is not None, grouped, bits, unsigned, planes, shift),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def constants(target, tile, dtype, rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift=0.0) -> dict:
+    """The kernel's compile-time arguments."""
+    return {
+        "PROLOGUE": prologue,
+        "SMOOTH": smooth,
+        "ROTATION": rotation,
+        # A smoothed value may leave the range of fp16; x itself is exact in its own dtype.
+        "ROT_DTYPE": _TL[target.matrix_dtype if smooth or shift else dtype],
+        "GROUPED": grouped,
+        "TOP": code_range(bits, unsigned)[1],
+        "UNSIGNED": unsigned,
+        "LAYOUT": planes,
+        "RP": max(16, triton.next_power_of_2(rank)) if rank else 0,
+        "BM": tile.rows,
+        "TILES": max(rotation // 64, 1) if rotation else tile.tiles,
+        "UPCAST": target.interpreted,
+    }

@@ -4,17 +4,16 @@ import torch
 
 from ...quant_core.transforms import transform_activation
 from .. import ops
-from ..before import NONE, Before
+from ..before import NOTHING, Before
 from ..plan import lower
 from ..target import Target
-
-LOW_RANK_LIMIT = 64  # columns of proj_down computed beside the codes; more of them take a product of their own
+from ..tuning import low_rank_limit
 
 
 def quant_linear(x, spec, tensors, target: Target, before: Before | None = None):
     """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. `tensors` as LinearSpec has them."""
     tokens, dtype, device = x.shape[0], x.dtype, x.device
-    fused = spec.rank and spec.rank <= LOW_RANK_LIMIT and target.arch != 75
+    fused = spec.rank and spec.rank <= min(low_rank_limit(target, p.rotation) for p in spec.parts)
     if before is not None and ((spec.rank and not fused) or not before.fits(spec)):
         x, before = before(x), None
     y = torch.empty(tokens, spec.out_features, dtype=dtype, device=device)
@@ -34,7 +33,7 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
             offset = (part.start - step.start) // max(step.planes or 2, 1)
             segments = run.count * (part.width // 64 if step.act_grouped else 1)
             ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
-            kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else (NONE, None, None, 0.0)
+            kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
             ops.quantize_activation(
                 x[:, columns], codes[:, offset:], scale[segment : segment + segments],
                 low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,

@@ -26,9 +26,8 @@ class Compiled:
 
 
 def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, arch, options: dict) -> Compiled:
-    """signature: {argument: Triton type}; a type that ends in ":16" says that the value is a multiple of 16.
-
-    arch: 89 for sm_89, "gfx942". Pointers are taken as aligned to 16 bytes, as torch allocates them.
+    """signature: {argument: type}: "i32", "fp32", "bf16*" for a pointer (aligned to 16 bytes, as torch allocates them), "i32:16" for
+    a multiple of 16, or a tuple of these. constants: {argument: value}; "tl.float16" stands for Triton's. arch: 89, "gfx942".
     """
     import importlib
 
@@ -43,9 +42,11 @@ def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, a
         target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
     names = fn.arg_names
     kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if kinds[n].startswith("*") or kinds[n].endswith(":16")}
-    kinds = {n: k.removesuffix(":16") for n, k in kinds.items()}
-    constants = {(names.index(n),): v for n, v in constants.items()}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if isinstance(kinds[n], str) and kinds[n].endswith((":16", "*"))
+    }
+    kinds = {n: _triton_type(k) for n, k in kinds.items()}
+    constants = {(names.index(n),): _constant(v) for n, v in constants.items()}
     source_class = ASTSource
     if type(fn).__name__ == "GluonJITFunction":
         from triton.experimental.gluon._runtime import GluonASTSource as source_class
@@ -56,6 +57,19 @@ def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, a
     code = built.asm["amdgcn"]
     number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", code).group(1))
     return Compiled(code, built.metadata.shared, number("vgpr_count"), number("vgpr_spill_count"), _count(r"\bv_(?:mfma|wmma)\w*", code))
+
+
+def _triton_type(kind):
+    if not isinstance(kind, str):
+        return tuple(map(_triton_type, kind))
+    return f"*{kind[:-1]}" if kind.endswith("*") else kind.removesuffix(":16")
+
+
+def _constant(value):
+    import triton.language as tl
+
+    # Triton's dtypes do not survive the way into another process.
+    return getattr(tl, value.removeprefix("tl.")) if isinstance(value, str) and value.startswith("tl.") else value
 
 
 def _read_cubin(built) -> Compiled:

@@ -1,0 +1,80 @@
+"""The pack's own calls: the whole operator, its quantizer alone, its product alone."""
+
+import torch
+
+from .. import ops
+from ..dispatch import choose, quant_linear
+from ..plan import lower
+from ..quant_linear import fast
+from ..target import Target
+from .cases import Case, Column, generator, random_input, random_tensors
+from .timing import Work
+
+
+def refusal(column: Column, n: int, k: int, target: Target) -> str:
+    """Why no kernel of the pack takes this layer, "" if one does."""
+    choice = choose(column.spec(n, k), column.target(target))
+    return f"no kernel: {choice}" if choice.path == "eager" else ""
+
+
+def operator(x, spec, tensors, target: Target, int8: bool = False):
+    """quant_linear as a model calls it; with `int8`, planned for a card without native INT4."""
+    return fast.quant_linear(x, spec, tensors, target) if int8 else quant_linear(x, spec, tensors, target=target)
+
+
+def quantized(x, spec, tensors, target: Target):
+    """(codes, scale, low) of x for a layer that is one launch, as `fast.quant_linear` makes them."""
+    (step,) = lower(spec, target)
+    tokens = x.shape[0]
+    codes = torch.empty(tokens, step.code_bytes, dtype=torch.int8, device=x.device)
+    scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=x.device)
+    low = torch.empty(tokens, spec.rank * len(spec.parts), dtype=x.dtype, device=x.device) if spec.rank else None
+    smooth, down = tensors.get("smooth_factor"), tensors.get("proj_down")
+    segment = number = 0
+    for run in step.runs:
+        part, act = run.part, run.part.activation
+        columns = slice(part.start, part.start + part.width * run.count)
+        segments = run.count * (part.width // 64 if step.act_grouped else 1)
+        ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
+        ops.quantize_activation(
+            x[:, columns], codes[:, part.start // max(step.planes or 2, 1) :], scale[segment : segment + segments],
+            None if low is None else low[:, ranks], smooth[columns] if part.smooth else None, None if down is None else down[columns],
+            None, None, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
+            act.shift, act.clip, 0, 0.0,
+        )  # fmt: skip
+        segment, number = segment + segments, number + run.count
+    return codes, scale, low
+
+
+def gemm_work(x, spec, tensors, target: Target) -> Work:
+    """The product alone: the codes of x are made here, before the clock runs."""
+    (step,) = lower(spec, target)
+    codes, scale, low = quantized(x, spec, tensors, target)
+    y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
+
+    def call(codes, scale, weight, weight_scale, low, up, bias):
+        ops.gemm(
+            codes, scale, weight, weight_scale, low, up, bias, y,
+            step.kernel, step.planes, step.scales, step.swap, step.block, step.ends, step.act_grouped, False,
+        )  # fmt: skip
+        return y
+
+    return Work(call, (codes, scale, tensors["weight"], tensors["weight_scale"], low, tensors.get("proj_up"), tensors.get("bias")))
+
+
+def layer_of(case: Case, column: Column, dtype, device):
+    """(x, spec, tensors) of a case, the same at every call."""
+    spec, g = column.spec(case.n, case.k), generator(case.seed, device)
+    return random_input(case.m, case.k, dtype, device, g), spec, random_tensors(spec, dtype, device, g)
+
+
+def work_of(column: Column, x, spec, tensors, target: Target) -> Work:
+    """The call that a column times."""
+    target = column.target(target)
+    if column.kind == "gemm":
+        return gemm_work(x, spec, tensors, target)
+    names = tuple(tensors)
+    if column.kind == "quantize":
+        return Work(lambda x, *t: quantized(x, spec, dict(zip(names, t, strict=True)), target), (x, *tensors.values()))
+    run = lambda x, *t: operator(x, spec, dict(zip(names, t, strict=True)), target, column.int8)
+    return Work(run, (x, *tensors.values()))

@@ -1,0 +1,144 @@
+"""Every kernel that a card would run compiles for it: the expected tensor-core instruction, no spills, shared memory that fits.
+
+What is compiled comes from `plan.lower` and `tuning.candidates`, as at run time, so a new tile or card is gated by being there.
+"""
+
+import re
+
+import pytest
+import torch
+
+from comfyui_nibble.kernels import plan, tuning
+from comfyui_nibble.kernels.target import Target
+from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.tests.kernels import gate
+
+CUDA, HIP = (80, 86, 89, 90, 100, 120), ("gfx942", "gfx950", "gfx1100", "gfx1201")
+TARGETS = {a: Target("cuda", a, (3, 6)) for a in CUDA} | {a: Target("hip", a, (3, 6)) for a in HIP}
+
+TOKEN, CHANNEL, GROUPED = ActivationSpec(granularity="token"), WeightSpec(granularity="channel"), ActivationSpec()
+UNSIGNED = ActivationSpec(unsigned=True, shift=0.171875)
+PART = lambda start, stop, act=TOKEN, weight=CHANNEL: PartSpec(start, stop, weight, act, rank=32)
+LAYERS = {
+    "channel": (PART(0, 3072),),
+    "slices": tuple(PART(768 * i, 768 * (i + 1)) for i in range(4)),
+    "group": (PART(0, 3072, GROUPED, WeightSpec()),),
+    "group unsigned": (PART(0, 12288, UNSIGNED, WeightSpec()),),
+    "W8A8": (PART(0, 3072, ActivationSpec(bits=8, granularity="token"), WeightSpec(8, "channel")),),
+    "ternary A4": (PART(0, 3072, TOKEN, WeightSpec(2, "channel")),),
+}
+
+GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i8*") | dict.fromkeys(("sx_ptr",), "fp32*")
+GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"ends": ("i32",) * 8, "M": "i32", "ld_sx": "i32"}
+GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
+
+
+def product_case(arch, layer, index):
+    """(signature, constants, options, kernel) of one candidate of a layer's launch; None where there are fewer."""
+    from comfyui_nibble.kernels.quant_linear.launch import constants
+
+    parts, target = LAYERS[layer], TARGETS[arch]
+    step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
+    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, 4608, 3072, step.row_bytes, step.block)
+    tiles = tuning.candidates(target, problem)
+    if index >= len(tiles):
+        return None
+    tile = tiles[index]
+    return step.kernel, constants(target, problem, tile, True, 32, True, False), {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+QUANTIZER = {
+    "x_ptr": "bf16*", "smooth_ptr": "bf16*", "down_ptr": "bf16*", "mod_scale_ptr": "bf16*", "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
+    "s_ptr": "fp32*", "low_ptr": "bf16*", "M": "i32", "tokens": "i32", "shift": "fp32", "clip": "fp32", "eps": "fp32",
+} | dict.fromkeys(("K", "width", "R", "ldx", "ldq", "plane", "ld_down", "ld_low", "ld_mod"), "i32:16")  # fmt: skip
+# rank, rotation, prologue, smooth, grouped, bits, unsigned, planes
+SETTINGS = {
+    "SVDQuant": (32, 0, 0, True, True, 4, False, 0),
+    "SVDQuant after LayerNorm": (32, 0, 2, True, True, 4, False, 0),
+    "SVDQuant after GELU": (32, 0, 1, True, True, 4, True, 0),
+    "H256 and rank 64": (64, 256, 0, True, True, 4, False, 2),
+    "ConvRot": (0, 256, 0, False, False, 4, False, 2),
+    "W8A8": (32, 128, 0, True, False, 8, False, 1),
+    "RobuQ": (0, 64, 0, False, False, 3, False, 4),
+}
+WEIGHT_ONLY = dict.fromkeys(("x_ptr", "sw_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"w_ptr": "i8*", "M": "i32"}
+WEIGHT_ONLY |= dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw"), "i32:16")
+
+
+def quantizer_case(arch, name):
+    from comfyui_nibble.kernels.quant_activation.launch import constants
+
+    target = TARGETS[arch]
+    rank, rotation, *rest = SETTINGS[name]
+    rank = rank if rank <= tuning.low_rank_limit(target, rotation) else 0
+    tile = tuning.quantizer_tile(target, rank, rotation)
+    return constants(target, tile, torch.bfloat16, rank, rotation, *rest), {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def weight_only_case(arch, rows):
+    from comfyui_nibble.kernels.weight_only.launch import constants, options
+
+    chosen = constants(TARGETS[arch], rows, 4, 64, True)
+    return chosen, options(TARGETS[arch], chosen["BM"])
+
+
+PRODUCTS = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(4)]
+PRODUCTS = [c for c in PRODUCTS if product_case(*c)]
+QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
+WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """{case: Future of Compiled}: all of them, on two processes."""
+    jobs = {}
+    with gate.pool() as pool:
+        submit = lambda folder, *rest: pool.submit(gate.compile_kernel, f"comfyui_nibble.kernels.{folder}.triton", *rest)
+        for case in PRODUCTS:
+            kernel, constants, options = product_case(*case)
+            jobs[case] = submit("quant_linear", kernel, GEMM, constants, case[0], options)
+        for case in QUANTIZERS:
+            constants, options = quantizer_case(*case)
+            constants["ROT_DTYPE"] = f"tl.{str(constants['ROT_DTYPE']).replace('bf16', 'bfloat16').replace('fp16', 'float16')}"
+            jobs[case] = submit("quant_activation", "quantize_kernel", QUANTIZER, constants, case[0], options)
+        for case in WEIGHT_ONLIES:
+            constants, options = weight_only_case(*case)
+            jobs[case] = submit("weight_only", "weight_only_kernel", WEIGHT_ONLY, constants, case[0], options)
+        yield jobs
+
+
+def check(result, arch, product):
+    if product:
+        assert [n for n in result.instructions if re.match(product, n)], f"expected {product}, found {result.instructions}"
+    assert result.spills == 0, f"{result.spills} bytes or registers spilled"
+    assert result.shared <= TARGETS[arch].shared_bytes
+    assert not result.serialized, "ptxas serialised the wgmmas"
+
+
+def expected_product(arch, layer):
+    if arch in HIP:
+        return "v_mfma_i32_32x32x|v_mfma_i32_16x16x" if arch.startswith("gfx9") else "v_wmma_i32_16x16x16_iu8"
+    if arch == 90:
+        return r"IGMMA\.64x\d+x32\.S8\.S8"
+    if arch in plan.NATIVE_INT4 and layer not in ("W8A8", "ternary A4"):
+        return r"IMMA\.16864\.U4\.S4" if layer == "group unsigned" else r"IMMA\.16864\.S4\.S4"
+    return r"IMMA\.16832\.S8\.S8"
+
+
+SIXTEEN_BIT = r"HMMA|HGMMA|UTCHMMA|v_mfma_f32|v_wmma_f32"
+
+
+@pytest.mark.parametrize(("arch", "layer", "index"), PRODUCTS)
+def test_product(compiled, arch, layer, index):
+    check(compiled[arch, layer, index].result(), arch, expected_product(arch, layer))
+
+
+@pytest.mark.parametrize(("arch", "name"), QUANTIZERS)
+def test_quantizer(compiled, arch, name):
+    rank, rotation = SETTINGS[name][:2]
+    check(compiled[arch, name].result(), arch, SIXTEEN_BIT if rank or rotation else None)
+
+
+@pytest.mark.parametrize(("arch", "rows"), WEIGHT_ONLIES)
+def test_weight_only(compiled, arch, rows):
+    check(compiled[arch, rows].result(), arch, SIXTEEN_BIT)
