@@ -11,9 +11,9 @@ import torch
 
 from ..quant_core.spec import LinearSpec, parse
 from . import ops
-from .plan import NATIVE_INT4
+from .plan import NATIVE_INT4, TURING, has_groups
 from .quant_linear import eager
-from .target import MIN_TRITON, Target, target_of
+from .target import MIN_INT4, MIN_TRITON, Target, target_of
 
 ROW_LIMIT = 64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
 
@@ -92,11 +92,23 @@ def _edges(spec, target):
     return None if bad is None else f"a slice of {bad.width} channels, not a multiple of {need}"
 
 
-def _whole_bytes(spec, target):
-    bad = next((p for p in spec.parts if p.width % (16 * 8 // p.weight.bits)), None)
-    if target.arch == 75 and bad is not None:
-        return f"{bad.width} channels, not a multiple of {16 * 8 // bad.weight.bits}"
+def _wide_groups(spec, target):
+    """The step of a product is one group where there are groups, and on CUDA at least 32 bytes."""
+    if target.backend == "cuda" and any(has_groups(p) and p.weight.bits == 2 for p in spec.parts):
+        return "a group of 64 2-bit weights has 16 bytes, an int8 product takes 32"
     return None
+
+
+def _int4_triton(spec, target):
+    if target.triton < MIN_INT4:
+        return f"needs Triton {'.'.join(map(str, MIN_INT4))}, found {'.'.join(map(str, target.triton))}"
+    return None
+
+
+def _turing_groups(spec, target):
+    """Turing's kernel reads whole groups of 64."""
+    bad = next((p for p in spec.parts if p.width % 64), None)
+    return None if target.arch != TURING or bad is None else f"{bad.width} channels, not a multiple of 64"
 
 
 _BASE = (_gpu, _triton)
@@ -104,8 +116,8 @@ _QUANT = (*_BASE, _QUANTIZED, _NO_TENSOR_SCALE, _GROUPS, _ROTATION)
 
 # Fastest first.
 PATHS = {
-    "int4 tensor cores": (*_QUANT, _arch(*NATIVE_INT4), _INT4_CODES, _edges),
-    "int8 tensor cores": (*_QUANT, _int8_products, _SIGNED_8, _edges),
+    "int4 tensor cores": (*_QUANT, _arch(TURING, *NATIVE_INT4), _INT4_CODES, _edges, _int4_triton, _turing_groups),
+    "int8 tensor cores": (*_QUANT, _int8_products, _SIGNED_8, _edges, _wide_groups),
     "weight-only kernel": (*_BASE, _WEIGHT_ONLY, _WEIGHT_GROUPS),
 }
 

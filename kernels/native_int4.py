@@ -69,7 +69,9 @@ def _wrap(backend, stages, options, language, capability):
 
 
 def install():
-    """Puts the hook in front of whatever hook is there. Again and again has no further effect."""
+    """Puts the hook in front of whatever hook is there. Again and again has no further effect, nor before Triton 3.6, which has none."""
+    if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
+        return
     current = knobs.runtime.add_stages_inspection_hook
     if not getattr(current, "nibble_int4", False):
         knobs.runtime.add_stages_inspection_hook = _chained(current)

@@ -11,6 +11,7 @@ from .target import Target
 
 CHANNEL, SLICE, GROUP = 0, 1, 2
 MAX_SLICES = 8
+TURING = 75
 NATIVE_INT4 = (80, 86, 87, 89)
 
 
@@ -85,15 +86,19 @@ class Gemm:
         return sum(p.scale_rows for p in self.parts)
 
 
-def _grouped(part: PartSpec) -> bool:
+def has_groups(part: PartSpec) -> bool:
+    """Whether a scale changes every 64 channels."""
     return part.weight.granularity == "group" or part.activation.granularity == "group"
 
 
 def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
     """(kernel, planes) of a part on a target."""
-    native = target.backend == "cuda" and target.arch in NATIVE_INT4
-    if native and part.weight.bits == 4 and part.activation.bits <= 4:
-        return ("gemm_u4s4" if part.activation.unsigned else "gemm_s4s4"), 0
+    if target.backend == "cuda" and part.weight.bits == 4 and part.activation.bits <= 4:
+        kind = "u4s4" if part.activation.unsigned else "s4s4"
+        if target.arch in NATIVE_INT4:
+            return f"gemm_{kind}", 0
+        if target.arch == TURING:
+            return f"turing_{kind}", 0
     return "gemm_int8", 8 // part.weight.bits
 
 
@@ -104,16 +109,16 @@ def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
     described, row, column = [], 0, 0
     for part in spec.parts:
         # Parts with only one of the two scales grouped have a stride of their own and stay alone.
-        mixed = _grouped(part) and not (part.weight.granularity == part.activation.granularity == "group")
-        key = (kernel_of(part, target), part.weight.bits, _grouped(part), part.start if mixed else None)
+        mixed = has_groups(part) and not (part.weight.granularity == part.activation.granularity == "group")
+        key = (kernel_of(part, target), part.weight.bits, has_groups(part), part.start if mixed else None)
         described.append((key, part, row, column))
         row, column = row + part.scale_rows, column + part.bytes_per_row
     out = []
-    for ((kernel, planes), _, grouped, _), items in groupby(described, key=lambda d: d[0]):
+    for ((kernel, planes), _, by_group, _), items in groupby(described, key=lambda d: d[0]):
         items = list(items)
-        for some in [items] if grouped else batched(items, MAX_SLICES):
+        for some in [items] if by_group else batched(items, MAX_SLICES):
             parts = tuple(d[1] for d in some)
-            scales = GROUP if grouped else (CHANNEL if len(parts) == 1 else SLICE)
+            scales = GROUP if by_group else (CHANNEL if len(parts) == 1 else SLICE)
             # Packed weights are the register operand of a wgmma; 8-bit weights need no unpacking.
             out.append(Gemm(kernel, planes, scales, swap and planes > 1, parts, some[0][2], some[0][3], _runs(parts)))
     return tuple(out)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 MIN_TRITON = (3, 4)
+MIN_INT4 = (3, 6)  # the compiler hook of native INT4, and Gluon as Turing's kernel uses it
 # Shared memory a block may use, in KiB, by CUDA compute capability. Compilation does not check it; a launch does.
 _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _LDS_KIB = {"gfx950": 160}

@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from ..quant_core.formats.atomic import save_text
-from .plan import GROUP, NATIVE_INT4, SLICE
+from .plan import GROUP, NATIVE_INT4, SLICE, TURING
 from .target import Target
 
 
@@ -64,7 +64,9 @@ def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
     """Fewer rows where tiles are mixed or many columns of the low rank are held in registers."""
     if target.backend == "hip":
         return QuantizerTile(16, 1, stages=2 if str(target.arch).startswith("gfx9") else 1)
-    return QuantizerTile(16, 2) if rotation > 64 or rank > 32 else QuantizerTile(32, 2)
+    if rank > 32:
+        return QuantizerTile(16, 2)
+    return QuantizerTile(32, 2, warps=8 if rotation else 4)
 
 
 def low_rank_limit(target: Target, rotation: int) -> int:
@@ -82,7 +84,7 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
     tiles = _family(target, problem)
     # Few tokens: lower tiles, which other tokens' rows would not fill.
     if problem.tokens <= 64:
-        tiles = [replace(t, bm=min(t.bm, 64), warps=4) for t in tiles if t.bn <= 128] or tiles
+        tiles = [replace(t, bm=min(t.bm, 64)) for t in tiles]
     if problem.planes == 4:  # four tiles of x a step: with 64 bytes registers spill
         tiles = [replace(t, bk=min(t.bk, 32)) for t in tiles]
     if problem.scales == GROUP:
@@ -112,6 +114,10 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         if wide:
             return [Tile(64, 128, 64, 4, 2, rank_block=16), Tile(64, 64, 64, 4, 2)]
         return [Tile(64, 64, 64, 8 if kind else 4, 2, rank_block=16), Tile(32, 64, 64, 4, 2, rank_block=16)]
+    if target.arch == TURING:  # 4 warps of 64 x 64 or 32 x 64; a step is always a group of 64
+        return [Tile(128, 128, 32, 4, 1), Tile(64, 128, 32, 4, 1)][kind != 0 :]
+    # Registers: from Triton 3.9 on a tile of 128 x 128 spills where sums and their rescaled total are both kept.
+    roomy = target.triton is None or target.triton < (3, 9)
     if target.arch == 90:
         if problem.planes == 1:
             return [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3)][kind != 0 :]
@@ -119,11 +125,15 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
             return [Tile(128, 256, 32, 8, 3), Tile(128, 128, 32, 4, 4)][kind != 0 :]
         if kind:
             return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)]
-        return [Tile(256, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]
+        return [Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]
     if target.arch in NATIVE_INT4 and not problem.planes:
+        small = [Tile(64, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)]
         if kind:
-            return [Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)]
-        return [Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 128, 128, 8, 3), Tile(64, 128, 64, 4, 4)]
+            return [Tile(128, 128, 64, 8, 4), *small] if roomy or kind == GROUP else small
+        large = [Tile(128, 256, 64, 8, 3)] if roomy else []
+        return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 128, 8, 3), *large, small[0]]
+    if target.arch in (100, 103) and kind:
+        return [Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)]
     # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
     return [Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)]
 
@@ -151,10 +161,11 @@ class TileCache:
         self.path, self.tiles = path, {}
         try:
             raw = json.loads(path.read_text())
-            self.tiles = {key: Tile(*map(int, values)) for key, values in raw["tiles"].items()}
+            named = lambda values: Tile(**dict(zip(raw["fields"], map(int, values), strict=True)))
+            self.tiles = {key: named(values) for key, values in raw["tiles"].items()}
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
             warnings.warn(f"{path}: not a table of tiles ({type(e).__name__}: {e}); the shipped defaults are used", stacklevel=2)
 
     def get(self, key: str) -> Tile | None:

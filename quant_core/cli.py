@@ -112,6 +112,27 @@ def bench_fit(json_file: Annotated[Path | None, typer.Option("--json", help="Als
     typer.echo(bench.as_text(bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], _bar("fit"), json_file)))
 
 
+@app.command()
+def bench(
+    json_file: Annotated[Path, typer.Option("--json", help="File for the figures; a table (.txt) and a plot (.png) go beside it.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Three layers of FLUX and a small one, about 3 minutes.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="First time every tile size and keep the fastest for this card.")] = False,
+    model: Annotated[
+        bool | None, typer.Option("--model/--no-model", help="A step of a FLUX-sized model; left out by --quick if not given.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "auto",
+):
+    """Checks the kernels and times them against PyTorch and comfy-kitchen. Without a GPU they are only checked."""
+    import shlex
+
+    from ..kernels.bench.run import run
+
+    command = shlex.join(["nibble", *sys.argv[1:]])
+    code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=typer.echo)
+    if code:
+        raise typer.Exit(code)
+
+
 def main():
     """Runs the command; known errors are one line on stderr and exit code 1."""
     try:

@@ -81,4 +81,5 @@ class QuantLinear(torch.nn.Module):
             self.register_parameter(key, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, x):
-        return quant_linear(x, self.spec, {k: p for k in TENSOR_NAMES if (p := getattr(self, k)) is not None})
+        tensors = {k: getattr(self, k) for k in TENSOR_NAMES}
+        return quant_linear(x, self.spec, {k: p for k, p in tensors.items() if p is not None})

@@ -1,6 +1,8 @@
 """What a quantized linear layer is: a frozen description, apart from its tensors and from the paper it came from."""
 
+import json
 from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
 
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
@@ -104,6 +106,8 @@ class LinearSpec:
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     ============== ===================== ==========================================================
+
+    text: the spec as JSON; the one value of it that torch.compile sees, guards on and hands to operators.
     """
 
     in_features: int
@@ -119,6 +123,7 @@ class LinearSpec:
             edge = part.stop
         _check(edge == self.in_features, f"parts end at channel {edge}, the layer has {self.in_features}")
         _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
+        object.__setattr__(self, "text", json.dumps(self.to_json()))  # no field: it says nothing more than they do
 
     @property
     def rank(self) -> int:
@@ -181,6 +186,12 @@ class LinearSpec:
         words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
         words += [f"r{self.rank}"] * bool(self.rank)
         return " ".join(words)
+
+
+@lru_cache(maxsize=4096)
+def parse(text: str) -> LinearSpec:
+    """The LinearSpec of a `LinearSpec.text`."""
+    return LinearSpec.from_json(json.loads(text))
 
 
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}

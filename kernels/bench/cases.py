@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -49,7 +50,7 @@ class Case:
 
 
 FULL = tuple(Case(model, n, k, m) for m in TOKENS for model, shapes in LAYERS.items() for n, k in shapes)
-QUICK = tuple(Case("FLUX", n, k, FLUX_TOKENS) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))) + (Case("PixArt", 1152, 1152, 256),)
+QUICK = (*(Case("FLUX", n, k, FLUX_TOKENS) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))), Case("PixArt", 1152, 1152, 256))
 # On Triton's interpreter: a few tiles in each direction, with rests.
 TINY = (Case("tiny", 80, 256, 35), Case("tiny", 48, 512, 3))
 
@@ -73,8 +74,7 @@ class Column:
         grouped = self.grain == "group"
         act = ActivationSpec(granularity="group" if grouped else "token")
         weight = WeightSpec(granularity="group" if grouped else "channel")
-        edges = slice_edges(k, self.slices)
-        parts = (PartSpec(a, b, weight, act, smooth=self.rank > 0, rank=self.rank) for a, b in zip(edges, edges[1:], strict=False))
+        parts = (PartSpec(a, b, weight, act, smooth=self.rank > 0, rank=self.rank) for a, b in pairwise(slice_edges(k, self.slices)))
         return LinearSpec(k, n, tuple(parts), bias=self.rank > 0)
 
     def target(self, device: Target) -> Target:
@@ -87,10 +87,13 @@ def primary_grain(target: Target) -> str:
     return "channel" if target.backend == "cuda" and target.arch == 90 else "group"
 
 
+def other_grain(target: Target) -> str:
+    return "group" if primary_grain(target) == "channel" else "channel"
+
+
 def columns(target: Target) -> tuple[Column, ...]:
     """Our columns on a card; those of a native INT4 card once more on its int8 path."""
-    first = primary_grain(target)
-    other = "group" if first == "channel" else "channel"
+    first, other = primary_grain(target), other_grain(target)
     found = (
         Column("qgemm", "gemm", "channel"),
         Column("operator", "operator", first, rank=RANK),
@@ -106,7 +109,7 @@ def columns(target: Target) -> tuple[Column, ...]:
 def slice_edges(k: int, slices: int) -> tuple[int, ...]:
     """Edges of slices of nearly equal width, multiples of 128 channels where k is long enough, else of 64."""
     unit = 128 if k % 128 == 0 and k >= 128 * slices else 64
-    return tuple(k // unit * i // slices * unit for i in range(slices)) + (k,)
+    return (*(k // unit * i // slices * unit for i in range(slices)), k)
 
 
 def random_tensors(spec: LinearSpec, dtype, device, generator) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..target import Target
-from ..tuning import cache_path
+from ..tuning import cache_for
 from .baselines import kitchen_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def describe(device: torch.device, target: Target) -> dict:
             "l2_bytes": p.L2_cache_size,
             "processors": p.multi_processor_count,
             "driver": _driver(device),
-            "tile_cache": str(cache_path(target)),
+            "measured_tiles": len(cache_for(target).tiles),
         }
     return out
 

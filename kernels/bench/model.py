@@ -100,8 +100,8 @@ class Flux(nn.Module):
         self.size = size
         self.image_in, self.text_in = edge(h, size.channels), edge(h, size.context)
         block = lambda layers: Block(layers, size, make, dtype, device)
-        self.double = nn.ModuleList(nn.ModuleDict({"text": block(STREAM), "image": block(STREAM)}) for _ in range(size.double))
-        self.single = nn.ModuleList(block(SINGLE) for _ in range(size.single))
+        self.double_blocks = nn.ModuleList(nn.ModuleDict({"text": block(STREAM), "image": block(STREAM)}) for _ in range(size.double))
+        self.single_blocks = nn.ModuleList(block(SINGLE) for _ in range(size.single))
         self.last_mod, self.last = edge(2 * h, h), edge(size.channels, h)
         position = torch.arange(size.text + size.image, device=device, dtype=torch.float32)[:, None]
         half = h // size.heads // 2
@@ -110,7 +110,7 @@ class Flux(nn.Module):
         self.register_buffer("sin", angle.sin().to(dtype))
 
     def block_bytes(self) -> int:
-        blocks = (self.double, self.single)
+        blocks = (self.double_blocks, self.single_blocks)
         return sum(t.nbytes for b in blocks for t in (*b.parameters(), *b.buffers()))
 
     def attention(self, q, k, v):
@@ -125,7 +125,7 @@ class Flux(nn.Module):
         """image (tokens, channels), text (tokens, context), vector (1, hidden) -> (image tokens, channels)."""
         vector = silu(vector)
         x = {"text": self.text_in(text), "image": self.image_in(image)}
-        for pair in self.double:
+        for pair in self.double_blocks:
             mods = {name: pair[name].mod(vector).chunk(6, -1) for name in x}
             parts = []
             for name in x:
@@ -138,7 +138,7 @@ class Flux(nn.Module):
                 inner = block.mlp0(y, LayerNormModulate(scale, shift))
                 x[name] = torch.addcmul(y, mlp_gate, block.mlp2(inner, Gelu()))
         x = torch.cat((x["text"], x["image"]))
-        for block in self.single:
+        for block in self.single_blocks:
             shift, scale, gate = block.mod(vector).chunk(3, -1)
             qkv, inner = block.linear1(x, LayerNormModulate(scale, shift)).split([3 * self.size.hidden, 4 * self.size.hidden], -1)
             attended = self.attention(*block.heads(qkv))
@@ -163,27 +163,32 @@ def inputs(size: Size, dtype, device, seed: int = 1) -> tuple:
 
 @torch.no_grad()
 def step(size: Size, dtype, device, grain: str | None, repeats: int = 5) -> dict:
-    """Milliseconds of a step (median of `repeats`), peak memory of steps in bytes, bytes of the blocks' weights. One model is held."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    """Milliseconds of a step (median of `repeats`), peak memory of steps in bytes (0 without a GPU), bytes of the blocks' weights.
+    One model is held."""
+    on_gpu = torch.device(device).type == "cuda"
+    wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else (lambda: None)
+    _free()
     started = time.perf_counter()
     model, given = build(size, dtype, device, grain), inputs(size, dtype, device)
-    y = model(*given)
-    finite = bool(torch.isfinite(y).all())
+    finite = bool(torch.isfinite(model(*given)).all())
     model(*given)
-    torch.cuda.synchronize(device)
+    wait()
     ready = time.perf_counter() - started
-    torch.cuda.reset_peak_memory_stats(device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
     times = []
     for _ in range(repeats):
-        torch.cuda.synchronize(device)
         started = time.perf_counter()
         model(*given)
-        torch.cuda.synchronize(device)
+        wait()
         times.append(1000 * (time.perf_counter() - started))
-    out = {"ms": median(times), "min_ms": min(times), "finite": finite, "ready_s": ready}
-    out |= {"peak_bytes": torch.cuda.max_memory_allocated(device), "block_bytes": model.block_bytes(), "repeats": repeats}
-    del model, given, y
+    out = {"ms": median(times), "min_ms": min(times), "finite": finite, "ready_s": ready, "repeats": repeats}
+    out |= {"peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0, "block_bytes": model.block_bytes()}
+    del model, given
+    _free()
+    return out
+
+
+def _free():
     gc.collect()
     torch.cuda.empty_cache()
-    return out

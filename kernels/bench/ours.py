@@ -7,6 +7,7 @@ from ..dispatch import choose, quant_linear
 from ..plan import lower
 from ..quant_linear import fast
 from ..target import Target
+from ..tuning import low_rank_limit
 from .cases import Case, Column, generator, random_input, random_tensors
 from .timing import Work
 
@@ -30,6 +31,7 @@ def quantized(x, spec, tensors, target: Target):
     scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=x.device)
     low = torch.empty(tokens, spec.rank * len(spec.parts), dtype=x.dtype, device=x.device) if spec.rank else None
     smooth, down = tensors.get("smooth_factor"), tensors.get("proj_down")
+    fused = 0 < spec.rank <= low_rank_limit(target, spec.parts[0].rotation)
     segment = number = 0
     for run in step.runs:
         part, act = run.part, run.part.activation
@@ -38,11 +40,14 @@ def quantized(x, spec, tensors, target: Target):
         ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
         ops.quantize_activation(
             x[:, columns], codes[:, part.start // max(step.planes or 2, 1) :], scale[segment : segment + segments],
-            None if low is None else low[:, ranks], smooth[columns] if part.smooth else None, None if down is None else down[columns],
+            low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
             None, None, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
             act.shift, act.clip, 0, 0.0,
         )  # fmt: skip
         segment, number = segment + segments, number + run.count
+    if spec.rank and not fused:
+        for i, part in enumerate(spec.parts):
+            torch.mm(x[:, part.start : part.stop], down[part.start : part.stop], out=low[:, i * spec.rank : (i + 1) * spec.rank])
     return codes, scale, low
 
 
@@ -73,8 +78,10 @@ def work_of(column: Column, x, spec, tensors, target: Target) -> Work:
     target = column.target(target)
     if column.kind == "gemm":
         return gemm_work(x, spec, tensors, target)
-    names = tuple(tensors)
     if column.kind == "quantize":
-        return Work(lambda x, *t: quantized(x, spec, dict(zip(names, t, strict=True)), target), (x, *tensors.values()))
-    run = lambda x, *t: operator(x, spec, dict(zip(names, t, strict=True)), target, column.int8)
-    return Work(run, (x, *tensors.values()))
+        tensors = {name: tensors[name] for name in ("smooth_factor", "proj_down") if name in tensors}
+        call = lambda x, held: quantized(x, spec, held, target)
+    else:
+        call = lambda x, held: operator(x, spec, held, target, column.int8)
+    names = tuple(tensors)
+    return Work(lambda x, *t: call(x, dict(zip(names, t, strict=True))), (x, *tensors.values()))

@@ -4,14 +4,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 import torch
 
 BUDGET_S = 0.15  # device time for one number
 SAMPLES = (5, 20)
 GROUP_MS = 0.1  # calls shorter than this are timed several at a time
-MAX_GROUP = 4
-CYCLES_PER_SECOND = 2.0e9
+MAX_GROUP = 8
+CYCLES_PER_SECOND = 2.0e9  # of the sleeping kernel, roughly
 
 
 @dataclass(frozen=True)
@@ -75,24 +76,27 @@ def l2_bytes(device) -> int:
 
 
 def measure(work: Work, device) -> Timing:
-    """Device time by events. A sleeping kernel holds the device back until the calls are queued."""
+    """Device time of a call."""
     sets = rotated(work, l2_bytes(device))
     for i in range(3):  # the first compiles
         work.call(*sets[i % len(sets)])
     torch.cuda.synchronize(device)
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started = time.perf_counter()
-    first.record()
     for i in range(3):
         work.call(*sets[i % len(sets)])
-    last.record()
     host_s = (time.perf_counter() - started) / 3
-    torch.cuda.synchronize(device)
-    estimate = max(first.elapsed_time(last) / 3, 1e-3)  # with the caller's delays: not below the device's time
+    estimate = max(_sampled(work, sets, device, 1, 3, host_s)[0][0], 1e-3)
     group = min(MAX_GROUP, max(1, round(GROUP_MS / estimate)))
     samples = int(min(SAMPLES[1], max(SAMPLES[0], 1000 * BUDGET_S / (estimate * group))))
+    times, host_s, queued = _sampled(work, sets, device, samples, group, host_s)
+    return Timing(median(times), min(times), percentile(times, 0.9), 1000 * host_s, samples, group, len(sets), queued)
 
+
+def _sampled(work: Work, sets, device, samples: int, group: int, host_s: float):
+    """(milliseconds a call of each sample, seconds of the caller a call, whether all was queued in time). A sleeping kernel holds the
+    device back until the calls are queued; host_s: what the caller is expected to need for one."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
+    torch.cuda.synchronize(device)
     asleep_s = min(0.2, 2 * host_s * samples * group + 0.002)
     torch.cuda._sleep(int(asleep_s * CYCLES_PER_SECOND))
     started, at = time.perf_counter(), 0
@@ -104,8 +108,7 @@ def measure(work: Work, device) -> Timing:
         event.record()
     host_s = time.perf_counter() - started
     torch.cuda.synchronize(device)
-    times = [a.elapsed_time(b) / group for a, b in zip(events, events[1:], strict=False)]
-    return Timing(median(times), min(times), percentile(times, 0.9), 1000 * host_s / at, samples, group, len(sets), host_s < asleep_s)
+    return [a.elapsed_time(b) / group for a, b in pairwise(events)], host_s / at, host_s < asleep_s
 
 
 def ceilings(device, dtype) -> dict[str, Callable[[], float]]:

@@ -22,27 +22,71 @@ def gemm(codes, scale, weight, weight_scale, low, up, bias, y, kernel, planes, s
     rank = 0 if low is None else low.shape[1]
     problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
     tile = gemm_tile(target, problem)
+    if kernel.startswith("turing"):
+        _turing(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate)
+        return
     empty = scale  # a pointer that is never read
-    magic = weight_scale.dtype in (torch.bfloat16, torch.float16)
     getattr(kernels, kernel)[(triton.cdiv(tokens, tile.bm) * triton.cdiv(channels, tile.bn),)](
-        codes, weight, scale, weight_scale, (*ends, *[-1] * (MAX_SLICES - len(ends))) if scales == SLICE else (-1,) * MAX_SLICES,
+        codes, weight, scale, weight_scale, _ends(ends, scales),
         empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y,
         tokens, channels, row_bytes, rank, codes.stride(0), weight.stride(0), y.stride(0),
-        tokens if act_grouped or scales == SLICE else 0,
-        weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0,
+        *_segment_strides(scale, weight_scale, act_grouped or scales == SLICE),
         0 if low is None else low.stride(0), 0 if up is None else up.stride(0), codes.shape[1] // max(planes, 1),
-        **constants(target, problem, tile, magic, rank, bias is not None, accumulate), num_warps=tile.warps, num_stages=tile.stages,
+        **constants(target, problem, tile, _exact(weight_scale), rank, bias is not None, accumulate), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def constants(target, problem: Problem, tile: Tile, magic: bool, rank: int, has_bias: bool, accumulate: bool) -> dict:
-    """The kernel's compile-time arguments. magic: the weight scales have 16 bits."""
+def _ends(ends, scales) -> tuple[int, ...]:
+    return (*ends, *[-1] * (MAX_SLICES - len(ends))) if scales == SLICE else (-1,) * MAX_SLICES
+
+
+def _segment_strides(scale, weight_scale, act_segmented) -> tuple[int, int]:
+    """From a segment's scales to the next's; 0 where one scale serves all."""
+    return scale.stride(0) if act_segmented else 0, weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0
+
+
+def _exact(weight_scale) -> bool:
+    """Whether 1.5 * 2^23 times a scale is exact in fp32."""
+    return weight_scale.dtype in (torch.bfloat16, torch.float16)
+
+
+def _turing(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate):
+    from .turing import gemm_m8n8k32
+
+    x, w = codes.view(torch.int32), weight.view(torch.int32)
+    gemm_m8n8k32[(triton.cdiv(problem.tokens, tile.bm), triton.cdiv(problem.channels, tile.bn))](
+        x, w, scale, weight_scale, _ends(ends, problem.scales), scale if bias is None else bias, y,
+        problem.tokens, problem.channels, problem.row_bytes, x.stride(0), w.stride(0), y.stride(0),
+        *_segment_strides(scale, weight_scale, act_grouped or problem.scales == SLICE),
+        **turing_constants(problem, tile, _exact(weight_scale), bias is not None, accumulate), num_warps=tile.warps,
+    )  # fmt: skip
+    if low is not None:  # Triton has no 16-bit tensor cores on this card, cuBLAS has
+        y.addmm_(low, up.to(low.dtype).T)
+
+
+def turing_constants(problem: Problem, tile: Tile, exact: bool, has_bias: bool, accumulate: bool) -> dict:
+    """The same for Turing's kernel."""
+    return {
+        "UNSIGNED": problem.kernel == "turing_u4s4",
+        "SCALES": problem.scales,
+        "MAGIC": problem.scales == GROUP and exact,
+        "HAS_BIAS": has_bias,
+        "ACCUMULATE": accumulate,
+        "MT": tile.bm // 16,
+        "NT": tile.bn // 16,
+        "WM": 2,
+        "WN": 2,
+    }
+
+
+def constants(target, problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool) -> dict:
+    """The kernel's compile-time arguments. exact: the weight scales have 16 bits."""
     return {
         "PLANES": max(problem.planes, 1),
         "SCALES": problem.scales,
         "SWAP": problem.swap,
         "EVEN_K": problem.row_bytes % tile.bk == 0,
-        "MAGIC": problem.scales == GROUP and magic,
+        "MAGIC": problem.scales == GROUP and exact,
         "HAS_BIAS": has_bias,
         "ACCUMULATE": accumulate,
         "BM": tile.bm,

@@ -87,7 +87,8 @@ def operations_for(take: Callable[[str], QuantizedLayer | None]):
                     return super().forward(x, *args, **kwargs)
                 if self.weight_function:
                     raise RequantizationError("a weight patch reached a packed layer; only plain LoRA can be added to a quantized layer")
-                tensors = {k: p.to(x.device) for k in TENSOR_NAMES if (p := getattr(self, k)) is not None}
+                tensors = {k: getattr(self, k) for k in TENSOR_NAMES}
+                tensors = {k: p.to(x.device) for k, p in tensors.items() if p is not None}
                 for function in self.bias_function:
                     tensors["bias"] = function(tensors["bias"])
                 # Moved once, not at each step.

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import plan, tuning
-from comfyui_nibble.kernels.target import Target
+from comfyui_nibble.kernels.target import Target, triton_version
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels import gate
 
+KERNELS = "comfyui_nibble.kernels"
 CUDA, HIP = (80, 86, 89, 90, 100, 120), ("gfx942", "gfx950", "gfx1100", "gfx1201")
-TARGETS = {a: Target("cuda", a, (3, 6)) for a in CUDA} | {a: Target("hip", a, (3, 6)) for a in HIP}
+TARGETS = {a: Target("cuda", a, triton_version()) for a in CUDA} | {a: Target("hip", a, triton_version()) for a in HIP}
 
 TOKEN, CHANNEL, GROUPED = ActivationSpec(granularity="token"), WeightSpec(granularity="channel"), ActivationSpec()
 UNSIGNED = ActivationSpec(unsigned=True, shift=0.171875)
@@ -34,16 +35,17 @@ GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "
 
 
 def product_case(arch, layer, index):
-    """(signature, constants, options, kernel) of one candidate of a layer's launch; None where there are fewer."""
+    """(kernel, constants, options) of one candidate of a layer's launch, None where there are fewer. Index -1: the default at 64 tokens."""
     from comfyui_nibble.kernels.quant_linear.launch import constants
 
     parts, target = LAYERS[layer], TARGETS[arch]
     step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
-    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, 4608, 3072, step.row_bytes, step.block)
+    tokens = 4608 if index >= 0 else 64
+    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, tokens, 3072, step.row_bytes, step.block)
     tiles = tuning.candidates(target, problem)
     if index >= len(tiles):
         return None
-    tile = tiles[index]
+    tile = tiles[max(index, 0)]
     return step.kernel, constants(target, problem, tile, True, 32, True, False), {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
@@ -61,6 +63,8 @@ SETTINGS = {
     "W8A8": (32, 128, 0, True, False, 8, False, 1),
     "RobuQ": (0, 64, 0, False, False, 3, False, 4),
 }
+TURING_GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i32*") | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*") | {"sx_ptr": "fp32*"}
+TURING_GEMM |= {k: GEMM[k] for k in ("ends", "M", "N", "KB", "ldx", "ldw", "ldy", "ld_sx", "ld_sw")}
 WEIGHT_ONLY = dict.fromkeys(("x_ptr", "sw_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"w_ptr": "i8*", "M": "i32"}
 WEIGHT_ONLY |= dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw"), "i32:16")
 
@@ -82,29 +86,35 @@ def weight_only_case(arch, rows):
     return chosen, options(TARGETS[arch], chosen["BM"])
 
 
-PRODUCTS = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(4)]
+PRODUCTS = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(-1, 4)]
 PRODUCTS = [c for c in PRODUCTS if product_case(*c)]
 QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
 
 
+def submit(pool, test, case):
+    if test == "test_product":
+        kernel, constants, options = product_case(*case)
+        return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.triton", kernel, GEMM, constants, case[0], options)
+    if test == "test_turing":
+        constants, options = turing_case(*case)
+        return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.turing", "gemm_m8n8k32", TURING_GEMM, constants, 75, options)
+    if test == "test_quantizer":
+        constants, options = quantizer_case(*case)
+        constants["ROT_DTYPE"] = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[str(constants["ROT_DTYPE"])]
+        return pool.submit(
+            gate.compile_kernel, f"{KERNELS}.quant_activation.triton", "quantize_kernel", QUANTIZER, constants, case[0], options
+        )
+    constants, options = weight_only_case(*case)
+    return pool.submit(gate.compile_kernel, f"{KERNELS}.weight_only.triton", "weight_only_kernel", WEIGHT_ONLY, constants, case[0], options)
+
+
 @pytest.fixture(scope="module")
-def compiled():
-    """{case: Future of Compiled}: all of them, on two processes."""
-    jobs = {}
+def compiled(request):
+    """{case: Future of Compiled} of the tests that were selected, on two processes."""
     with gate.pool() as pool:
-        submit = lambda folder, *rest: pool.submit(gate.compile_kernel, f"comfyui_nibble.kernels.{folder}.triton", *rest)
-        for case in PRODUCTS:
-            kernel, constants, options = product_case(*case)
-            jobs[case] = submit("quant_linear", kernel, GEMM, constants, case[0], options)
-        for case in QUANTIZERS:
-            constants, options = quantizer_case(*case)
-            constants["ROT_DTYPE"] = f"tl.{str(constants['ROT_DTYPE']).replace('bf16', 'bfloat16').replace('fp16', 'float16')}"
-            jobs[case] = submit("quant_activation", "quantize_kernel", QUANTIZER, constants, case[0], options)
-        for case in WEIGHT_ONLIES:
-            constants, options = weight_only_case(*case)
-            jobs[case] = submit("weight_only", "weight_only_kernel", WEIGHT_ONLY, constants, case[0], options)
-        yield jobs
+        selected = [i for i in request.session.items if i.path == request.path]
+        yield {case: submit(pool, i.originalname, case) for i in selected if (case := tuple(i.callspec.params.values()))}
 
 
 def check(result, arch, product):
@@ -115,6 +125,17 @@ def check(result, arch, product):
     assert not result.serialized, "ptxas serialised the wgmmas"
 
 
+def turing_case(layer, index):
+    from comfyui_nibble.kernels.quant_linear.launch import turing_constants
+
+    target = Target("cuda", 75, triton_version())
+    parts = LAYERS[layer]
+    step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
+    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, 4608, 3072, step.row_bytes, step.block)
+    tile = tuning.candidates(target, problem)[index]
+    return turing_constants(problem, tile, True, True, False), {"num_warps": tile.warps}
+
+
 def expected_product(arch, layer):
     if arch in HIP:
         return "v_mfma_i32_32x32x|v_mfma_i32_16x16x" if arch.startswith("gfx9") else "v_wmma_i32_16x16x16_iu8"
@@ -122,7 +143,7 @@ def expected_product(arch, layer):
         return r"IGMMA\.64x\d+x32\.S8\.S8"
     if arch in plan.NATIVE_INT4 and layer not in ("W8A8", "ternary A4"):
         return r"IMMA\.16864\.U4\.S4" if layer == "group unsigned" else r"IMMA\.16864\.S4\.S4"
-    return r"IMMA\.16832\.S8\.S8"
+    return r"IMMA\.16832\.S8\.S8|UTCIMMA"  # on sm_100 from Triton 3.9 on
 
 
 SIXTEEN_BIT = r"HMMA|HGMMA|UTCHMMA|v_mfma_f32|v_wmma_f32"
@@ -131,6 +152,13 @@ SIXTEEN_BIT = r"HMMA|HGMMA|UTCHMMA|v_mfma_f32|v_wmma_f32"
 @pytest.mark.parametrize(("arch", "layer", "index"), PRODUCTS)
 def test_product(compiled, arch, layer, index):
     check(compiled[arch, layer, index].result(), arch, expected_product(arch, layer))
+
+
+@pytest.mark.parametrize(("layer", "index"), [("channel", 0), ("channel", 1), ("slices", 0), ("group", 0), ("group unsigned", 0)])
+def test_turing(compiled, layer, index):
+    result = compiled[layer, index].result()
+    assert set(result.instructions) == {"IMMA.8832.U4.S4" if layer == "group unsigned" else "IMMA.8832.S4.S4"}
+    assert result.spills == 0
 
 
 @pytest.mark.parametrize(("arch", "name"), QUANTIZERS)

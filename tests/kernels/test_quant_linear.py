@@ -7,31 +7,10 @@ from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import choose
 from comfyui_nibble.kernels.quant_linear import eager, naive
-from comfyui_nibble.quant_core.packing import pack, unpack
+from comfyui_nibble.quant_core.packing import unpack
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.tests.kernels.layers import random_tensors, spec_of
 from comfyui_nibble.tests.support import relative_error
-
-
-def random_tensors(spec, seed=0, codes=None):
-    g = torch.Generator().manual_seed(seed)
-    out = {}
-    for name, shape in spec.shapes().items():
-        if name == "weight":
-            parts = []
-            for p in spec.parts:
-                top = 2 ** (p.weight.bits - 1)
-                raw = (
-                    torch.randint(-top, top, (spec.out_features, p.width), generator=g)
-                    if codes is None
-                    else torch.full((spec.out_features, p.width), codes)
-                )
-                parts.append(pack(raw, p.weight.bits))
-            out[name] = torch.cat(parts, 1)
-        elif name in ("weight_scale", "smooth_factor"):
-            out[name] = torch.rand(shape, generator=g) + 0.5
-        else:
-            out[name] = torch.randn(shape, generator=g)
-    return out
 
 
 def by_hand(x, spec, tensors):
@@ -63,13 +42,6 @@ def by_hand(x, spec, tensors):
             )
         column, row = column + part.bytes_per_row, row + part.scale_rows
     return y + tensors["bias"].double() if spec.bias else y
-
-
-G64_ACT, G64_WEIGHT = ActivationSpec(), WeightSpec()
-
-
-def spec_of(k, n, act=G64_ACT, weight=G64_WEIGHT, **kwargs):
-    return LinearSpec(k, n, (PartSpec(0, k, weight, act, **kwargs),))
 
 
 SPECS = {

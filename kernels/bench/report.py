@@ -1,0 +1,157 @@
+"""What the figures say: cells, the least possible time, targets, text."""
+
+from .cases import FLUX_TOKENS
+from .timing import Timing
+
+# Targets for Hopper at FLUX_TOKENS. Ratios of speed; the int8 ceiling is the measured one.
+OPERATOR_WIDE, OPERATOR_NARROW, WIDE, NARROW = 1.5, 1.3, 9216, 3072
+GEMM_OF_INT8, GEMM_OF_CEILING = 0.9, 0.65
+OPERATOR_OVER_GEMM, SPLIT_OVER_GEMM = 1.12, 1.05
+
+
+def cell(timing: Timing, flops: int | None, reference_ms: float | None, note: str = "") -> dict:
+    """JSON of a number. flops None: not a matrix product, so no rate and no speed-up."""
+    rate = None if flops is None else flops / timing.ms / 1e9
+    speedup = None if flops is None or reference_ms is None else reference_ms / timing.ms
+    return timing.to_json() | {"tflops": rate, "speedup": speedup, "note": note}
+
+
+def refused(reason: str) -> dict:
+    """JSON of a cell without a number."""
+    return {"reason": reason}
+
+
+def least_ms(flops: float, nbytes: float, ceilings: dict) -> float | None:
+    """The least time of int8 products on this card: its ceiling of products or of bandwidth, whichever is slower."""
+    rates = (ceilings.get("int8_flops"), ceilings.get("bytes_per_s"))
+    if not all(rates):
+        return None
+    return 1000 * max(flops / rates[0], nbytes / rates[1])
+
+
+def _ms(row: dict, column: str) -> float | None:
+    return row["cells"].get(column, {}).get("ms")
+
+
+def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
+    """One entry a target and shape: {"target", "case", "value", "bound", "met"}; met None where a number is missing. Hopper only."""
+    out = []
+
+    def state(row, text, value, bound, at_least=True):
+        met = None if value is None else (value >= bound if at_least else value <= bound)
+        out.append({"target": text, "case": row["name"], "value": value, "bound": bound, "met": met})
+
+    ratio = lambda a, b: None if a is None or b is None else a / b
+    for row in rows if arch == 90 else []:
+        if row["m"] != FLUX_TOKENS:
+            continue
+        torch_ms, int8_ms, gemm_ms = _ms(row, "torch"), _ms(row, "torch int8"), _ms(row, "qgemm")
+        operator_ms, split_ms, peak = _ms(row, "operator"), _ms(row, "split4"), ceilings.get("int8_flops")
+        if row["n"] >= WIDE:
+            state(row, f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}", ratio(torch_ms, operator_ms), OPERATOR_WIDE)
+        if row["n"] == NARROW:
+            state(row, f"operator at least {OPERATOR_NARROW} x torch, N = {NARROW}", ratio(torch_ms, operator_ms), OPERATOR_NARROW)
+        state(row, f"qgemm at least {GEMM_OF_INT8} x torch int8", ratio(int8_ms, gemm_ms), GEMM_OF_INT8)
+        rate = ratio(2000 * row["m"] * row["n"] * row["k"], gemm_ms)
+        state(row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING)
+        state(row, f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm", ratio(operator_ms, gemm_ms), OPERATOR_OVER_GEMM, False)
+        state(row, f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm", ratio(split_ms, gemm_ms), SPLIT_OVER_GEMM, False)
+    return out
+
+
+def cell_text(found: dict) -> str:
+    """One cell of the long table."""
+    if "reason" in found:
+        return f"refused: {found['reason']}"
+    text = f"{found['ms']:9.4f} ms (min {found['min_ms']:.4f}, p90 {found['p90_ms']:.4f})"
+    if found["tflops"] is not None:
+        text += f"  {found['tflops']:7.1f} TFLOP/s"
+    if found["speedup"] is not None:
+        text += f"  {found['speedup']:5.2f} x"
+    return text + (f"  [{found['note']}]" if found["note"] else "")
+
+
+def check_text(name: str, check: dict) -> str:
+    if "reason" in check:
+        return f"  {name}: {check['reason']}"
+    state = "ok" if check["ok"] else "FAILED"
+    nan = "" if check["finite"] else ", NOT FINITE"
+    number = lambda v: "-" if v is None else f"{v:.2g}"
+    return f"  {name}: {state}, relative error {number(check['error'])}, worst element {number(check['worst'])} rms{nan}"
+
+
+def _row_text(row: dict) -> list[str]:
+    least = "" if row["least_ms"] is None else f"; at least {row['least_ms']:.4f} ms on this card's int8 products and memory"
+    lines = ["", row["name"] + least]
+    checks = [(f"{c} against {k}", v) for c, found in row["checks"].items() for k, v in found.items()]
+    bad = [(name, check) for name, check in checks if not check.get("ok")]
+    errors = [check["error"] for _, check in checks if check.get("ok")]
+    if errors:
+        lines.append(f"  {len(errors)} of {len(checks)} comparisons hold, relative error at most {max(errors):.2g}")
+    lines += [check_text(name, check) for name, check in bad]
+    if row["failed"]:
+        lines.append("  not timed: an output is wrong")
+    return lines + [f"  {name:17} {cell_text(found)}" for name, found in row["cells"].items()]
+
+
+def _overview(rows: list[dict]) -> list[str]:
+    names = list(dict.fromkeys(name for row in rows for name in row["cells"] if name not in ("torch", "quantize", "quantize int8")))
+    if not names:
+        return []
+    width = max(len(row["name"]) for row in rows)
+    head = " ".join(f"{name:>16}" for name in ("torch, ms", *names, "limit"))
+    lines = ["", "Speed relative to torch's 16-bit linear (limit: the roofline of int8 products); - : no number", f"{'':{width}} {head}"]
+    for row in rows:
+        base = _ms(row, "torch")
+        ratios = [row["cells"].get(name, {}).get("speedup") for name in names]
+        ratios.append(base / row["least_ms"] if base and row["least_ms"] else None)
+        numbers = [base if base is None else f"{base:.4f}"] + [None if r is None else f"{r:.2f}" for r in ratios]
+        lines.append(f"{row['name']:{width}} " + " ".join(f"{n or '-':>16}" for n in numbers))
+    return lines
+
+
+def _model_text(results: dict) -> list[str]:
+    lines = ["", "One step of a FLUX.1-dev-sized model at 1024 x 1024, random weights"] if results else []
+    base = results.get("torch", {}).get("ms")
+    for name, found in results.items():
+        if "reason" in found:
+            lines.append(f"  {name:17} refused: {found['reason']}")
+            continue
+        ratio = f"  {base / found['ms']:5.2f} x" if base else ""
+        memory = f"peak {found['peak_bytes'] / 2**30:.2f} GiB, blocks {found['block_bytes'] / 2**30:.2f} GiB"
+        lines.append(f"  {name:17} {found['ms']:9.1f} ms{ratio}  {memory}" + ("" if found["finite"] else "  NOT FINITE"))
+    return lines
+
+
+def _target_text(stated: list[dict]) -> list[str]:
+    lines = ["", f"Targets (Hopper, M {FLUX_TOKENS})"] if stated else []
+    for name in dict.fromkeys(t["target"] for t in stated):
+        of = [t for t in stated if t["target"] == name]
+        lines.append(f"{name}: met at {sum(t['met'] is True for t in of)} of {len(of)} shapes")
+        word = {True: "met", False: "NOT MET", None: "not measured"}
+        lines += [f"  {t['case']:28} {'-' if t['value'] is None else format(t['value'], '.3f'):>7}  {word[t['met']]}" for t in of]
+    return lines
+
+
+def as_text(doc: dict) -> str:
+    """The whole report."""
+    m, c = doc["machine"], doc["ceilings"]
+    lines = [f"{m['device']}, sm_{m['arch']}" if m["backend"] == "cuda" else f"{m['device']} {m['arch']}".rstrip()]
+    lines.append(f"driver {m['driver'] or '-'}; torch {m['torch']}, triton {m['triton'] or '-'}, CUDA {m['cuda'] or '-'}, ")
+    lines[-1] += f"comfy-kitchen {m['comfy_kitchen'] or '-'}; commit {m['commit'] or '-'}"
+    lines.append(f"{doc['date']}: {doc['command']}")
+    if not doc["timed"]:
+        lines.append("Nothing was timed: there is no GPU. The kernels were compared on Triton's interpreter, at tiny shapes.")
+    if c:
+        number = lambda key, factor: "-" if c.get(key) is None else f"{c[key] / factor:.1f}"
+        rates = f"{number('bf16_flops', 1e12)} TFLOP/s in {doc['dtype']}, {number('int8_flops', 1e12)} in int8"
+        lines.append(f"Measured ceilings: {rates}, {number('bytes_per_s', 1e9)} GB/s copied")
+    for row in doc["rows"]:
+        lines += _row_text(row)
+    lines += _overview(doc["rows"])
+    lines += _model_text(doc["model"])
+    lines += _target_text(doc["targets"])
+    failed = [row["name"] for row in doc["rows"] if row["failed"]]
+    lines += ["", f"{len(doc['rows'])} cases, {len(failed)} with a wrong output" + "".join(f"\n  {name}" for name in failed)]
+    lines += [f"error: {error}" for error in doc["errors"]]
+    return "\n".join(lines) + "\n"
