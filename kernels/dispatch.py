@@ -4,6 +4,7 @@ A path is a name and a tuple of requirements. A requirement is a function of (sp
 or None. Adding a card or a kernel is adding a row.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -142,6 +143,28 @@ def _path(spec: str, device, dtype, asked: tuple | None) -> str:
     """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the Target asked for."""
     target = Target(*asked) if asked else target_of(device)
     return choose(parse(spec), target).path if dtype in target.dtypes else "eager"
+
+
+def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
+    """Whether the layer should run as W8A8 (`quant_core.requantize`): on Hopper the two FMA an output and group of group-64 scales
+    take more issue slots than the whole bf16 product has time."""
+    hopper = target.backend == "cuda" and target.arch == 90 and target.triton is not None
+    quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
+    return hopper and quantized and any(has_groups(p) for p in spec.parts)
+
+
+def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:
+    """For a report: {layer: path} on a target, and lines that count the layers of each path with the reasons for it."""
+    paths, counts = {}, Counter()
+    for name, spec in specs.items():
+        again = requantize_at_load(spec, target)
+        choice = choose(spec.as_w8a8() if again else spec, target)
+        paths[name] = choice.path + " as W8A8" * again
+        counts[paths[name], choice.refused] += 1
+    lines = [f"Runs on {target}:"]
+    for (path, refused), count in counts.most_common():
+        lines.append(f"  {count} {'layer' if count == 1 else 'layers'}: {path}" + "".join(f"; {n}: {r}" for n, r in refused))
+    return paths, lines
 
 
 def quant_linear(x, spec, tensors, lora=(), before=None, target=None):

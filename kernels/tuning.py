@@ -66,6 +66,8 @@ def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
         return QuantizerTile(16, 1, stages=2 if str(target.arch).startswith("gfx9") else 1)
     if rank > 32:
         return QuantizerTile(16, 2)
+    if 0 < rotation <= 64:
+        return QuantizerTile(16, 2)
     return QuantizerTile(32, 2, warps=8 if rotation else 4)
 
 

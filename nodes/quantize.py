@@ -4,7 +4,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..kernels import choose
+from ..kernels import paths_of
+from ..kernels.target import target_of
 from ..quant_core.formats.provenance import provenance
 from ..quant_core.methods import METHODS, by_name
 from ..quant_core.quantize import quantize_layers
@@ -78,5 +79,5 @@ class NibbleQuantize(io.ComfyNode):
             specs = {name: layer.spec for name, layer in layers.items()}
             quantized = build(lambda name: layers.pop(name, None), specs, rest, info)
         _keep_patches(model, quantized)
-        path = choose(next(iter(specs.values())), device.type) if specs else "16 bit"
-        return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", [f"Runs on {device.type}: {path}"]))
+        paths, lines = paths_of(specs, target_of(device))
+        return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths))

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from ..kernels import choose
+import torch
+
+from ..kernels import paths_of
+from ..kernels.target import target_of
 from .calibration.file import Calibration
 from .formats.checkpoint import Checkpoint, CheckpointError, open_safetensors
 from .formats.pack import PackFile
@@ -48,6 +51,6 @@ def _packed(pack: PackFile) -> dict:
         "block bits per weight": round(8 * block_bytes / max(1, weights), 3),
         "left in 16 bit": [row["name"] for row in pack.report if not row["nbytes"]],
         "provenance": pack.provenance,
-        "runs on": {device: str(choose(next(iter(pack.specs.values())), device)) for device in ("cpu", "cuda")} if pack.specs else {},
+        "runs on this machine": paths_of(pack.specs, target_of("cuda" if torch.cuda.is_available() else "cpu"))[1],
         "layers": {row["name"]: row["what"] + (f", {row['sqnr_db']:.1f} dB" if row["sqnr_db"] is not None else "") for row in pack.report},
     }

@@ -44,8 +44,8 @@ def sqnr_summary(rows) -> dict:
     return {"mean": sum(measured) / len(measured), "min": min(measured)}
 
 
-def as_text(rows, title: str, notes=()) -> str:
-    """A summary and a table, worst layers first."""
+def as_text(rows, title: str, notes=(), paths=None) -> str:
+    """A summary and a table, worst layers first. paths: {layer: the kernels it runs on}, of `kernels.paths_of`."""
     done = [r for r in rows if r.quantized]
     kept = [r for r in rows if not r.quantized]
     before, after = 2 * sum(r.weights for r in done), sum(r.nbytes for r in done)
@@ -70,5 +70,6 @@ def as_text(rows, title: str, notes=()) -> str:
         lines.append(
             f"{r.name:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {r.what}"
             + f" ({chosen})" * bool(chosen)
+            + f", {paths[r.name]}" * bool(paths and r.name in paths)
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """What a quantized linear layer is: a frozen description, apart from its tensors and from the paper it came from."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 
 from .packing import PACKABLE_BITS
@@ -174,6 +174,11 @@ class LinearSpec:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
         return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"])
+
+    def as_w8a8(self) -> "LinearSpec":
+        """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low rank stay."""
+        eight = lambda p: replace(p, weight=WeightSpec(8, "channel"), activation=ActivationSpec(8, "token", shift=p.activation.shift))
+        return replace(self, parts=tuple(map(eight, self.parts)))
 
     def describe(self) -> str:
         """One short phrase for reports, e.g. "W4A4 g64 smooth r32"."""

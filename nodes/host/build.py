@@ -1,11 +1,18 @@
 """A ComfyUI model around quantized layers, through ComfyUI's own model detection on logical shapes."""
 
+from itertools import pairwise
+
+import comfy.model_management
 import comfy.sd
 import torch
 
+from ...kernels import requantize_at_load
+from ...kernels.before import Gelu
+from ...kernels.target import target_of
 from ...quant_core.formats.pack import PackFile
 from ...quant_core.linear import QuantizedLayer
-from .operations import operations_for
+from ...quant_core.requantize import to_w8a8
+from .operations import is_quantized, operations_for
 from .patcher import NibblePatcher
 from .source import PREFIX
 
@@ -27,10 +34,11 @@ def build(take, specs, rest, info, dtype=torch.bfloat16) -> NibblePatcher:
         state_dict[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device="meta")
         if spec.bias:
             state_dict[f"{name}.bias"] = torch.empty(spec.out_features, dtype=dtype, device="meta")
-    options = {"custom_operations": operations_for(take)}
+    options = {"custom_operations": operations_for(take, _for_this_card)}
     plain = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, disable_dynamic=True)
     if plain is None:
         raise DetectionError(f"{info['source']}: this ComfyUI does not recognise the model (family {info['family']}). Update ComfyUI.")
+    _fuse_gelu(plain.model)
     patcher = NibblePatcher(plain.model, plain.load_device, plain.offload_device)
     if missing := set(specs) - {n.removeprefix(PREFIX) for n, _ in patcher.packed_layers()}:
         raise DetectionError(f"{info['source']}: ComfyUI's model has no place for the quantized layers {sorted(missing)[:3]}")
@@ -38,6 +46,25 @@ def build(take, specs, rest, info, dtype=torch.bfloat16) -> NibblePatcher:
     # How ComfyUI makes the model afresh (multi-GPU). From the model itself: keeping its layers aside would hold them twice.
     patcher.cached_patcher_init = (rebuild, (patcher,))
     return patcher
+
+
+def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
+    device = comfy.model_management.get_torch_device()
+    if not requantize_at_load(layer.spec, target_of(device)):
+        return layer
+    there = QuantizedLayer(layer.name, layer.spec, {k: t.to(device) for k, t in layer.tensors.items()})
+    fast = to_w8a8(there)
+    return QuantizedLayer(layer.name, fast.spec, {k: t.cpu() for k, t in fast.tensors.items()})
+
+
+def _fuse_gelu(model):
+    """[Linear, GELU(tanh), quantized Linear]: the GELU is left to the quantizer of the last, which reads its input anyway."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Sequential):
+            for i, (act, linear) in enumerate(pairwise(module)):
+                tanh = isinstance(act, torch.nn.GELU) and act.approximate == "tanh"
+                if tanh and is_quantized(linear) and not linear.spec.weight_only:
+                    module[i], linear.before = torch.nn.Identity(), Gelu()
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
@@ -72,7 +99,7 @@ def unpatched(patcher: NibblePatcher):
     for full, module in patcher.packed_layers():
         name = full.removeprefix(PREFIX)
         tensors = {leaf: original(f"{name}.{leaf}", t) for leaf, t in module.layer(name).tensors.items()}
-        layers[name] = QuantizedLayer(name, module.spec, tensors)
+        layers[name] = module.original or QuantizedLayer(name, module.spec, tensors)
         owned |= {f"{name}.{leaf}" for leaf in tensors}
     state = patcher.model.diffusion_model.state_dict()
     return layers, {k: original(k, t) for k, t in state.items() if k not in owned}

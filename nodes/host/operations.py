@@ -6,6 +6,7 @@ import comfy.ops
 import torch
 
 from ...kernels import quant_linear
+from ...kernels.lora import with_lora
 from ...quant_core.linear import TENSOR_NAMES, QuantizedLayer
 
 
@@ -17,8 +18,9 @@ def is_quantized(module) -> bool:
     return getattr(module, "spec", None) is not None
 
 
-def operations_for(take: Callable[[str], QuantizedLayer | None]):
-    """An operations class for `custom_operations`. take(module name within the diffusion model): its layer, or None.
+def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callable[[QuantizedLayer], QuantizedLayer]):
+    """An operations class for `custom_operations`. take(module name within the diffusion model): its layer, or None. prepare(layer):
+    the layer as it should run on this card; another one than was given is not what gets saved.
 
     `X.weight` stays a key of the state dict, where LoRA loaders look for it; it holds the packed bytes. No float weight of
     a quantized layer is ever allocated.
@@ -27,6 +29,8 @@ def operations_for(take: Callable[[str], QuantizedLayer | None]):
     class NibbleOperations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):
             spec = None
+            before = None  # a `kernels.before.Before` that the activation quantizer computes instead of a module in front
+            original = None  # the layer as in the file, where it was requantized for this card
 
             def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
                 torch.nn.Module.__init__(self)
@@ -34,6 +38,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None]):
                 self.weight = self.bias = None
                 self.float_dtype = dtype
                 self.lora = []
+                self._with_lora = None
 
             def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
                 layer = take(prefix.removesuffix("."))
@@ -45,7 +50,9 @@ def operations_for(take: Callable[[str], QuantizedLayer | None]):
                         f"{layer.name}: the model has {self.out_features} x {self.in_features}, the file {layer.spec.out_features} x {layer.spec.in_features}"
                     )
                     return
-                self.spec = layer.spec
+                prepared = prepare(layer)
+                self.original = layer if prepared is not layer else None
+                self.spec, layer = prepared.spec, prepared
                 for name in TENSOR_NAMES:
                     tensor = layer.tensors.get(name)
                     # register_parameter refuses names that are plain attributes already.
@@ -91,8 +98,23 @@ def operations_for(take: Callable[[str], QuantizedLayer | None]):
                 tensors = {k: p.to(x.device) for k, p in tensors.items() if p is not None}
                 for function in self.bias_function:
                     tensors["bias"] = function(tensors["bias"])
-                # Moved once, not at each step.
-                self.lora = [(d.to(x.device, x.dtype), u.to(x.device, x.dtype), first) for d, u, first in self.lora]
-                return quant_linear(x, self.spec, tensors, self.lora)
+                spec = self.spec
+                if self.lora:
+                    spec, low_rank = self._low_rank_with_lora(tensors, x)
+                    tensors |= low_rank
+                return quant_linear(x, spec, tensors, before=self.before)
+
+            def set_lora(self, branches):
+                """Triples (down (r, K), up (n, r) with the strength in it, first out-channel)."""
+                self.lora, self._with_lora = branches, None
+
+            def _low_rank_with_lora(self, tensors, x):
+                """The spec and the low-rank tensors with the LoRA branches in, made once and not at each step."""
+                key = (x.device, x.dtype)
+                if self._with_lora is None or self._with_lora[0] != key:
+                    branches = [(d.to(x.device), u.to(x.device), first) for d, u, first in self.lora]
+                    spec, merged = with_lora(self.spec, tensors, branches, x.dtype)
+                    self._with_lora = (key, spec, {k: merged[k] for k in ("proj_down", "proj_up")})
+                return self._with_lora[1:]
 
     return NibbleOperations

@@ -116,10 +116,10 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
     def _attach(self):
         for name, module in self.packed_layers():
             module.weight_function = []  # load() may have put a LowVramPatch there, which would requantize
-            module.lora = [branch(p, module.out_features) for p in self.patches.get(f"{name}.weight", [])]
+            module.set_lora([branch(p, module.out_features) for p in self.patches.get(f"{name}.weight", [])])
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
             for _, module in self.packed_layers():
-                module.lora = []
+                module.set_lora([])
         super().unpatch_model(device_to, unpatch_weights)
