@@ -4,7 +4,9 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import convrot_w4a4, svdquant
 
+from comfyui_nibble.kernels import ops, quant_linear
 from comfyui_nibble.kernels.quant_linear.naive import quantize_activation
+from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.packing import pack
@@ -54,3 +56,19 @@ def test_convrot_through_comfy_kitchen(make_problem, k, size):
     t = layer.tensors
     y = convrot_w4a4.convrot_w4a4_linear(x, t["weight"], t["weight_scale"][0], t["bias"].float(), convrot_groupsize=size)
     assert relative_error(y, layer(x)) < 1e-5
+
+
+@pytest.mark.parametrize("after_gelu", [False, True])
+def test_triton_kernels_through_comfy_kitchen(make_problem, after_gelu):
+    """The quantizer's packed codes and scales are comfy-kitchen's, bit for bit; the product is its product in 16 bit."""
+    problem = make_problem(96, 256, parts=(Part(0, 256, after_gelu),), fit_tokens=2048)
+    layer = METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16)).layer
+    act, tensors = layer.spec.parts[0].activation, layer.tensors
+    x = problem.tokens("report")[:70].half()
+    q, scales, y = kitchen_forward(x.float(), layer)
+    codes, scale = torch.empty(70, 128, dtype=torch.int8), torch.empty(4, 70)
+    shared = (tensors["smooth_factor"], None, None, None, 256, 1, 0, 4, act.unsigned, True, 0, act.shift, 1.0, 0, 0.0)
+    ops.quantize_activation(x, codes, scale, None, *shared)
+    assert torch.equal(codes, q)
+    assert torch.equal(scale, scales)
+    assert relative_error(y, quant_linear(x, layer.spec, tensors, target=interpreter())) < 1e-3

@@ -57,6 +57,20 @@ def test_hard_outliers_tell_the_methods_apart(server, tiny_state):
     assert error["rtn"] > 0.6
 
 
+def test_on_hopper_it_runs_as_w8a8_and_is_saved_as_it_was(server):
+    """Group-64 layers are requantized once at load: nearer to full precision, and no byte of it reaches a file."""
+    outputs, error, path = run_both(server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/hopper")
+    graph = load_graph(FLUX_TINY, path.name, model=node("TestLoadOnHopper", model_name=path.name))
+    graph["save"] = node("NibbleSaveModel", model=["model", 0], filename_prefix="diffusion_models/back")
+    again = server.run(graph)
+    assert relative_error(server.latents(outputs, "full_latent"), server.latents(again, "out")) < 0.7 * error
+    before, after = PackFile(path), PackFile(path.with_name(saved_name(again)))
+    assert before.specs == after.specs
+    for name in before.specs:
+        for key, tensor in before.layer(name).tensors.items():
+            assert torch.equal(tensor, after.layer(name).tensors[key])
+
+
 def test_one_block_pixart(server):
     outputs, error, path = run_both(server, PIXART, samples=3, steps=2)
     assert error < 0.1

@@ -1,6 +1,8 @@
 """Test-only ComfyUI nodes: conditioning for models without a text encoder, a small random text encoder, and the small model's decoder."""
 
+import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from comfy_api.latest import ComfyExtension, io
@@ -111,9 +113,27 @@ class TestRebuild(io.ComfyNode):
         return io.NodeOutput(again)
 
 
+class TestLoadOnHopper(io.ComfyNode):
+    """Nibble Load Diffusion Model as on an H100: everything but where it computes."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestLoadOnHopper", category="test", inputs=[io.String.Input("model_name")], outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model_name):
+        import nodes
+
+        loader = nodes.NODE_CLASS_MAPPINGS["NibbleLoadDiffusionModel"]
+        build = sys.modules[loader.__module__.rpartition(".")[0] + ".host.build"]
+        hopper = build.target_of("cpu").__class__("cuda", 90, (3, 6), "an H100")
+        with mock.patch.object(build, "target_of", lambda device: hopper):
+            return loader.execute(model_name)
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder]
+        return [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder, TestLoadOnHopper]
 
 
 async def comfy_entrypoint():
