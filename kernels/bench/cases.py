@@ -59,7 +59,8 @@ TINY = (Case("tiny", 80, 256, 35), Case("tiny", 48, 512, 3))
 class Column:
     """One of our calls. kind: "operator" (all of quant_linear), "gemm" (the product alone, codes prepared) or "quantize".
 
-    grain: "channel" (weights a channel, activations a token) or "group" (64). int8: not with the native INT4 kernels.
+    grain: "channel" (weights a channel, activations a token), "group" (64), or "W8A8": what group-64 layers become on Hopper.
+    int8: not with the native INT4 kernels.
     """
 
     name: str
@@ -71,9 +72,7 @@ class Column:
 
     def spec(self, n: int, k: int) -> LinearSpec:
         """SVDQuant's layer where there is a rank, else a plain product."""
-        grouped = self.grain == "group"
-        act = ActivationSpec(granularity="group" if grouped else "token")
-        weight = WeightSpec(granularity="group" if grouped else "channel")
+        weight, act = quantizers(self.grain)
         parts = (PartSpec(a, b, weight, act, smooth=self.rank > 0, rank=self.rank) for a, b in pairwise(slice_edges(k, self.slices)))
         return LinearSpec(k, n, tuple(parts), bias=self.rank > 0)
 
@@ -82,13 +81,21 @@ class Column:
         return replace(device, arch=120) if self.int8 else device
 
 
+def quantizers(grain: str) -> tuple[WeightSpec, ActivationSpec]:
+    """The two sides of a grain of `Column`."""
+    if grain == "group":
+        return WeightSpec(), ActivationSpec()
+    bits = 8 if grain == "W8A8" else 4
+    return WeightSpec(bits, "channel"), ActivationSpec(bits, "token")
+
+
 def primary_grain(target: Target) -> str:
     """Hopper's wgmma wants long sums: one scale a channel. Elsewhere the 64-channel groups that files have by default."""
     return "channel" if target.backend == "cuda" and target.arch == 90 else "group"
 
 
 def other_grain(target: Target) -> str:
-    return "group" if primary_grain(target) == "channel" else "channel"
+    return "W8A8" if primary_grain(target) == "channel" else "channel"
 
 
 def columns(target: Target) -> tuple[Column, ...]:
@@ -115,6 +122,7 @@ def slice_edges(k: int, slices: int) -> tuple[int, ...]:
 def random_tensors(spec: LinearSpec, dtype, device, generator) -> dict[str, torch.Tensor]:
     """Tensors of a layer with random codes over the whole range and an output near 1 for a standard normal input."""
     out = {}
+    code_rms = 2 ** spec.parts[0].weight.bits / 12**0.5  # of codes drawn from the whole range
     for name, shape in spec.shapes().items():
         if name == "weight":
             out[name] = torch.randint(-128, 128, shape, dtype=torch.int8, device=device, generator=generator)
@@ -122,7 +130,7 @@ def random_tensors(spec: LinearSpec, dtype, device, generator) -> dict[str, torc
         make = torch.rand if name in ("weight_scale", "smooth_factor") else torch.randn
         value = make(shape, dtype=torch.float32, device=device, generator=generator)
         if name == "weight_scale":
-            value = (value + 0.5) / (4.6 * spec.in_features**0.5)  # 4.6: the root mean square of the codes -8 to 7
+            value = (value + 0.5) / (code_rms * spec.in_features**0.5)
         elif name == "smooth_factor":
             value += 0.5
         elif name == "proj_down":

@@ -6,16 +6,16 @@ given. Attention is torch's; the embedders and the last layer stay in 16 bit, as
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu, linear, rms_norm, scaled_dot_product_attention, silu
 
-from ...quant_core.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from ...quant_core.spec import GELU_SHIFT, LinearSpec, PartSpec
 from ..before import Gelu, LayerNormModulate
 from ..dispatch import quant_linear
-from .cases import RANK, random_tensors
+from .cases import RANK, quantizers, random_tensors
 from .timing import median
 
 # Name, out- and in-channels in units of the hidden size, what x is ("gelu": after a GELU, "vector": one row, "attn|gelu": both).
@@ -66,10 +66,8 @@ def layer_spec(n: int, k: int, kind: str, grain: str) -> LinearSpec:
     """SVDQuant's description of a layer of the model; modulation is weight-only."""
     if kind == "vector":
         return LinearSpec(k, n, (PartSpec(0, k, activation=None),))
-    weight = WeightSpec(granularity=grain)
-    granularity = "group" if grain == "group" else "token"
-    plain = ActivationSpec(granularity=granularity)
-    after_gelu = ActivationSpec(granularity=granularity, unsigned=True, shift=GELU_SHIFT)
+    weight, plain = quantizers(grain)
+    after_gelu = replace(plain, unsigned=plain.bits < 8, shift=GELU_SHIFT)
     edges = {"": ((0, k, plain),), "gelu": ((0, k, after_gelu),), "attn|gelu": ((0, k // 5, plain), (k // 5, k, after_gelu))}[kind]
     return LinearSpec(k, n, tuple(PartSpec(a, b, weight, act, smooth=True, rank=RANK) for a, b, act in edges))
 

@@ -271,7 +271,7 @@ def test_columns_of_cards():
     names = lambda arch: {c.name: c for c in cases.columns(Target("cuda", arch, (3, 6)))}
     hopper, ada = names(90), names(89)
     assert hopper["operator"].grain == hopper["quantize"].grain == "channel"
-    assert set(hopper) == {"qgemm", "operator", "operator group", "split4", "quantize"}
+    assert set(hopper) == {"qgemm", "operator", "operator W8A8", "split4", "quantize"}
     assert ada["operator"].grain == "group"
     assert ada["operator int8"].target(Target("cuda", 89, (3, 6))).arch not in cases.NATIVE_INT4
     for shapes in cases.LAYERS.values():
