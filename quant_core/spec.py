@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 
+import torch
+
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
@@ -107,7 +109,7 @@ class LinearSpec:
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     ============== ===================== ==========================================================
 
-    text: the spec as JSON; the one value of it that torch.compile sees, guards on and hands to operators.
+    text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators.
     """
 
     in_features: int
@@ -123,7 +125,7 @@ class LinearSpec:
             edge = part.stop
         _check(edge == self.in_features, f"parts end at channel {edge}, the layer has {self.in_features}")
         _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
-        object.__setattr__(self, "text", json.dumps(self.to_json()))  # no field: it says nothing more than they do
+        object.__setattr__(self, "text", _text(_values(self)))  # no field: it says nothing more than they do
 
     @property
     def rank(self) -> int:
@@ -193,10 +195,25 @@ class LinearSpec:
         return " ".join(words)
 
 
+def _values(spec):
+    """A spec as nested tuples of its fields' values, by steps that torch.compile follows where a spec is made under it."""
+    if isinstance(spec, tuple):
+        return tuple(_values(part) for part in spec)
+    names = getattr(spec, "__match_args__", None)
+    return spec if names is None else tuple(_values(getattr(spec, name)) for name in names)
+
+
+@torch.compiler.assume_constant_result
+def _text(values) -> str:
+    return json.dumps(values)
+
+
 @lru_cache(maxsize=4096)
 def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
-    return LinearSpec.from_json(json.loads(text))
+    in_features, out_features, parts, bias = json.loads(text)
+    part = lambda start, stop, weight, act, *rest: PartSpec(start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, *rest)
+    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias)
 
 
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}

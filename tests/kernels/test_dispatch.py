@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import ops, plan
-from comfyui_nibble.kernels.before import NOTHING, Gelu
+from comfyui_nibble.kernels.before import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.quant_linear import eager
 from comfyui_nibble.kernels.target import Target, interpreter, kernel_target, target_of
 from comfyui_nibble.quant_core.linear import QuantizedLayer, QuantLinear
@@ -138,7 +139,7 @@ def test_spec_and_target_survive_as_constants():
 
 
 class Layer(torch.nn.Module):
-    """A quantized layer after a plain one, with a LoRA branch, on the interpreter."""
+    """A quantized layer after a plain one and a LayerNorm or a GELU, with a LoRA branch, on the interpreter."""
 
     def __init__(self, spec, seed=0):
         super().__init__()
@@ -146,9 +147,11 @@ class Layer(torch.nn.Module):
         self.tensors = random_tensors(spec, seed, dtype=HALF)
         self.lora = [(inputs(4, spec.in_features, HALF), inputs(16, 4, HALF), 8)]
         self.first = torch.nn.Linear(32, spec.in_features, dtype=HALF)
+        self.modulation = inputs(1, spec.in_features, HALF, 3)
 
     def forward(self, x):
-        return torch.relu(quant_linear(self.first(x), self.spec, self.tensors, self.lora, Gelu(), self.target))
+        before = Gelu() if self.spec.weight_only else LayerNormModulate(self.modulation.sin(), self.modulation)
+        return torch.relu(quant_linear(self.first(x), self.spec, self.tensors, self.lora, before, self.target))
 
 
 def compiled(module):
@@ -168,7 +171,7 @@ TWO_PARTS = side_by_side(48, (64, ActivationSpec(), WeightSpec()), (128, UNSIGNE
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [TWO_PARTS, SPECS["W4"]], ids=["two parts", "weights only"])
+@pytest.mark.parametrize("spec", [TWO_PARTS, SPECS["W4A4"], SPECS["W4"]], ids=["two parts", "one part", "weights only"])
 def test_compiled_layer_is_one_operator_and_gives_the_same(spec):
     module, x = Layer(spec), inputs(10, 32, HALF).view(2, 5, 32)
     run, graphs = compiled(module)
@@ -198,6 +201,19 @@ def test_compiled_eager_path_gives_the_same(spec):
     run, graphs = compiled(module)
     assert torch.equal(run(x), module(x))
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", [interpreter(), None], ids=["kernels", "eager"])
+def test_lora_merged_in_compiled_code(target):
+    """A spec of the larger rank is made while torch.compile looks on."""
+
+    def module(x):
+        return quant_linear(x, *with_lora(TWO_PARTS, tensors, lora, x.dtype), target=target)
+
+    tensors, x = random_tensors(TWO_PARTS, dtype=HALF), inputs(3, 192, HALF)
+    lora = [(inputs(4, 192, HALF), inputs(16, 4, HALF), 8)]
+    assert torch.equal(compiled(module)[0](x), module(x))
 
 
 def test_operators_keep_to_their_schemas():

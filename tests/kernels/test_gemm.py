@@ -131,21 +131,22 @@ def test_an_8_bit_weight_slice_is_a_launch_of_its_own():
     check(33, spec)
 
 
-TWO = {
+PARTS = {
     "svdquant": side_by_side(48, (64, G64_ACT, G64_WEIGHT), (192, UNSIGNED, G64_WEIGHT), smooth=True, rank=8),
     "rtn": side_by_side(48, (64, TOKEN, CHANNEL), (192, TOKEN, CHANNEL)),
+    "rank 70": side_by_side(48, *[(64, TOKEN, CHANNEL)] * 3, rank=70),
     "group and channel": side_by_side(48, (64, G64_ACT, G64_WEIGHT), (192, TOKEN, CHANNEL), rank=8),
     "mixed scales": side_by_side(48, (64, TOKEN, G64_WEIGHT), (128, TOKEN, G64_WEIGHT), (64, G64_ACT, CHANNEL), rank=70),
 }
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
-@pytest.mark.parametrize("name", TWO)
-def test_two_parts(name, dtype):
-    check(17, TWO[name], dtype)
+@pytest.mark.parametrize("name", PARTS)
+def test_parts(name, dtype):
+    check(17, PARTS[name], dtype)
 
 
-LORA_LAYERS = TWO | {
+LORA_LAYERS = PARTS | {
     "rank 0": spec_of(192, 48),
     "rank 32": spec_of(192, 48, rank=32, smooth=True),
     "weights only": spec_of(192, 48, act=None),
@@ -192,7 +193,7 @@ def test_extreme_codes(codes, bits):
 
 def test_before_is_fused_or_called():
     """Two runs of the quantizer cannot share a LayerNorm, a low rank above the limit needs the normed x itself."""
-    for spec in (spec_of(192, 40, rank=8), spec_of(192, 40, rank=80), TWO["svdquant"], spec_of(192, 40, act=None)):
+    for spec in (spec_of(192, 40, rank=8), spec_of(192, 40, rank=80), PARTS["svdquant"], spec_of(192, 40, act=None)):
         x, k = inputs(12, spec.in_features, BF16), spec.in_features
         tensors = random_tensors(spec, dtype=BF16)
         for before in (Gelu(), LayerNormModulate(inputs(3, k, BF16, 2) / 4, inputs(3, k, BF16, 3) / 4)):
@@ -201,7 +202,7 @@ def test_before_is_fused_or_called():
 
 
 @pytest.mark.parametrize(
-    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), TWO["rtn"], spec_of(128, 24, act=None, rank=8)], ids=str
+    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["rtn"], spec_of(128, 24, act=None, rank=8)], ids=str
 )
 def test_no_tokens(spec):
     y = run(inputs(0, spec.in_features, HALF), spec, random_tensors(spec, dtype=HALF))
@@ -209,7 +210,7 @@ def test_no_tokens(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), TWO["mixed scales"], spec_of(128, 24, act=None)], ids=str
+    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["mixed scales"], spec_of(128, 24, act=None)], ids=str
 )
 def test_any_strides_and_dimensions(spec):
     k, tensors = spec.in_features, random_tensors(spec, dtype=HALF)
@@ -224,7 +225,7 @@ def test_any_strides_and_dimensions(spec):
 
 
 def test_nan_stays_in_its_token():
-    for spec in (spec_of(192, 40, rank=8), TWO["rtn"], spec_of(192, 40, act=None)):
+    for spec in (spec_of(192, 40, rank=8), PARTS["rtn"], spec_of(192, 40, act=None)):
         x, tensors = inputs(20, spec.in_features, HALF), random_tensors(spec, dtype=HALF)
         x[7, 3] = torch.nan
         lost = run(x, spec, tensors).isnan()
