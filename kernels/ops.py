@@ -1,7 +1,7 @@
 """The operators of torch that hold the kernels.
 
-`layer`, a whole quantized layer, is what torch.compile sees: one node, planned at run time, with no graph break. The three below it
-are the kernels. They write into buffers of the caller and return nothing, so their fake versions have nothing to compute.
+`layer`, a whole quantized layer, is what torch.compile sees: one node, planned at run time, with no graph break. Those below it are
+the kernels. They write into buffers of the caller and return nothing, so their fake versions have nothing to compute.
 
 The namespace is the name under which the pack was imported: ComfyUI loads a custom node under its folder's name, and a second copy
 may be installed by pip.
@@ -28,6 +28,10 @@ _SCHEMAS = {
     "gemm": "(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? low, Tensor? up, Tensor? bias, Tensor(a!) y, "
     "str kernel, int planes, int scales, bool swap, int block, int[] ends, bool act_grouped, bool accumulate) -> ()",
     "weight_only": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor(a!) y, int bits, int group) -> ()",
+    "quantize_fp4": "(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!) token_scale, Tensor(d!)? low, Tensor? smooth, "
+    "Tensor? down, Tensor? tensor_scale) -> ()",
+    "gemm_fp4": "(Tensor codes, Tensor scale, Tensor token_scale, Tensor weight, Tensor weight_scale, Tensor? tensor_scale, "
+    "Tensor? low, Tensor? up, Tensor? bias, Tensor(a!) y) -> ()",
 }
 
 
@@ -73,8 +77,23 @@ def _weight_only(*args):
         weight_only(*args)
 
 
+def _quantize_fp4(*args):
+    from .fp4.launch import quantize_fp4
+
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        quantize_fp4(*args)
+
+
+def _gemm_fp4(*args):
+    from .fp4.launch import gemm_fp4
+
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+        gemm_fp4(*args)
+
+
 # Imported at the first call: a machine without Triton registers the operators all the same.
 _FUNCTIONS = {"layer": _layer, "quantize_activation": _quantize_activation, "gemm": _gemm, "weight_only": _weight_only}
+_FUNCTIONS |= {"quantize_fp4": _quantize_fp4, "gemm_fp4": _gemm_fp4}
 for _name, _function in _FUNCTIONS.items():
     _library.define(_name + _SCHEMAS[_name])
     for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
@@ -84,3 +103,4 @@ for _name, _function in _FUNCTIONS.items():
 
 _ops = getattr(torch.ops, NAMESPACE)
 layer, quantize_activation, gemm, weight_only = _ops.layer, _ops.quantize_activation, _ops.gemm, _ops.weight_only
+quantize_fp4, gemm_fp4 = _ops.quantize_fp4, _ops.gemm_fp4

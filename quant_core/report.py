@@ -70,6 +70,6 @@ def as_text(rows, title: str, notes=(), paths=None) -> str:
         lines.append(
             f"{r.name:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {r.what}"
             + f" ({chosen})" * bool(chosen)
-            + (f", {paths[r.name]}" if paths else "")
+            + (f", {paths[r.name]}" if paths and r.name in paths else "")
         )
     return "\n".join(lines)
