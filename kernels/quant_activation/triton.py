@@ -214,7 +214,7 @@ def quantize_kernel(
                 if GROUPED:
                     scale = _scale_of(_absmax_bits(v), clip, TOP)
                     g = part * (K // 64) + k0 // 64
-                    tl.store(s_ptr + g.to(tl.int64) * M + m, scale, mask=row_ok & (k0 < K))
+                    tl.store(s_ptr + g.to(tl.int64) * M + m, scale, mask=row_ok & (tl.zeros_like(m) + k0 < K))
                     _store_codes(q_ptr, v, scale, q_rows, row_ok, k0, K, plane, TOP, UNSIGNED, LAYOUT)
                 elif step == 0:
                     bits = tl.maximum(bits, _absmax_bits(v))
