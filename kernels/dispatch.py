@@ -178,6 +178,9 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
         raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")
     if x.device != tensors["weight"].device:
         raise ValueError(f"x is on {x.device}, the layer's weight on {tensors['weight'].device}: move the layer to the device of x")
+    for name, shape in spec.weight_shapes:
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} should have the shape {shape} for {spec.describe()}, found {tuple(tensors[name].shape)}")
     rows = x.reshape(-1, spec.in_features)
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
     if path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):

@@ -109,7 +109,8 @@ class LinearSpec:
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     ============== ===================== ==========================================================
 
-    text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators.
+    text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
+    ((name, shape), ...) of the first two tensors.
     """
 
     in_features: int
@@ -125,7 +126,11 @@ class LinearSpec:
             edge = part.stop
         _check(edge == self.in_features, f"parts end at channel {edge}, the layer has {self.in_features}")
         _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
-        object.__setattr__(self, "text", _text(_values(self)))  # no field: it says nothing more than they do
+        # No fields: they say nothing more than the fields do.
+        object.__setattr__(self, "text", _text(_values(self)))
+        rows, columns = sum(p.scale_rows for p in self.parts), sum(p.bytes_per_row for p in self.parts)
+        shapes = (("weight", (self.out_features, columns)), ("weight_scale", (rows, self.out_features)))
+        object.__setattr__(self, "weight_shapes", shapes)
 
     @property
     def rank(self) -> int:
@@ -146,11 +151,7 @@ class LinearSpec:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors this layer must have, and their shapes."""
-        n = self.out_features
-        out = {
-            "weight": (n, sum(p.bytes_per_row for p in self.parts)),
-            "weight_scale": (sum(p.scale_rows for p in self.parts), n),
-        }
+        n, out = self.out_features, dict(self.weight_shapes)
         if any(p.smooth for p in self.parts):
             out["smooth_factor"] = (self.in_features,)
         if self.rank:

@@ -1,5 +1,6 @@
 """Which path a layer takes and why, what is refused, and what torch.compile and the operators' checks make of it."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -244,3 +245,10 @@ def test_kernels_write_where_their_schemas_say():
     torch.library.opcheck(ops.gemm.default, (*sides, "gemm_int8", 2, plan.GROUP, False, 32, [96], True, True), test_utils=checks)
     only = x, tensors["weight"], tensors["weight_scale"], None, torch.empty(5, 48, dtype=HALF), 4, 64
     torch.library.opcheck(ops.weight_only.default, only, test_utils=checks)
+
+
+def test_scales_of_the_wrong_shape_are_named():
+    spec = spec_of(128, 16)
+    tensors = random_tensors(spec)
+    with pytest.raises(ValueError, match=re.escape("weight_scale should have the shape (2, 16) for W4A4 g64, found (16, 2)")):
+        quant_linear(torch.randn(3, 128), spec, tensors | {"weight_scale": tensors["weight_scale"].T})
