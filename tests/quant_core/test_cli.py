@@ -66,7 +66,8 @@ def test_quantize_then_inspect(tmp_path, calibration):
     assert found["provenance"]["settings"]["rank"] == 16
     assert found["provenance"]["source"]["file"] == "tiny_flux.safetensors"
     assert len(found["provenance"]["source"]["sha256"]) == 64
-    assert found["runs on"]["cpu"].startswith("eager")
+    assert found["runs on this machine"][0].startswith("Runs on ")
+    assert found["runs on this machine"][1].startswith("  16 layers: ")
     assert "W4A4 g64 smooth r16" in found["layers"]["double_blocks.0.img_attn.qkv"]
     assert not (tmp_path / "q.safetensors.partial").exists()
     assert json.loads(nibble("inspect", calibration, "--json"))["kind"] == "calibration"
