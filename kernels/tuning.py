@@ -10,15 +10,15 @@ from pathlib import Path
 import platformdirs
 
 from ..quant_core.formats.atomic import save_text
-from .plan import GROUP, NATIVE_INT4, SLICE, TURING
-from .target import Target
+from .plan import CHANNEL, GROUP, NATIVE_INT4, SLICE, TURING
+from .target import MIN_INT4, Target
 
 
 @dataclass(frozen=True)
 class Tile:
     """A block's share of the product: bm tokens, bn out-channels, bk bytes of a weight row a step.
 
-    group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step.
+    group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step. gluon: for `quant_linear.hopper`.
     """
 
     bm: int
@@ -28,6 +28,7 @@ class Tile:
     stages: int
     group_m: int = 8
     rank_block: int = 32
+    gluon: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
     elif problem.scales == SLICE:
         tiles = [replace(t, bk=_divisor(problem.block, t.bk)) for t in tiles]
     out = []
-    for tile in tiles:
+    for tile in tiles + _gluon(target, problem):
         if tile not in out and shared_bytes(tile, problem) <= target.shared_bytes:
             out.append(tile)
     return out
@@ -138,6 +139,24 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         return [Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)]
     # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
     return [Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)]
+
+
+# By planes and scales: tiles of Hopper's kernel in Gluon, behind Triton's, so that they are taken only where they were timed.
+_GLUON = {
+    (2, CHANNEL): [Tile(128, 256, 64, 8, 6, gluon=True), Tile(256, 128, 64, 8, 5, gluon=True), Tile(128, 128, 64, 4, 4, gluon=True)],
+    (2, SLICE): [Tile(128, 128, 64, 8, 5, rank_block=64, gluon=True)],
+    (1, CHANNEL): [Tile(128, 256, 128, 8, 4, gluon=True), Tile(128, 128, 128, 4, 3, gluon=True)],
+    (1, SLICE): [Tile(128, 128, 128, 8, 5, rank_block=64, gluon=True)],
+}
+
+
+def _gluon(target: Target, problem: Problem) -> list[Tile]:
+    """Its copies want rows of whole 16 bytes. Few tokens wait for the weights, whatever multiplies them."""
+    known = target.backend == "cuda" and target.arch == 90 and target.triton is not None and target.triton >= MIN_INT4
+    if not known or problem.tokens <= 64 or problem.row_bytes % 16:
+        return []
+    tiles = _GLUON.get((problem.planes, problem.scales), [])
+    return [t for t in tiles if problem.scales != SLICE or problem.block % t.bk == 0]
 
 
 def gemm_tile(target: Target, problem: Problem) -> Tile:

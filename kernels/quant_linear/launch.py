@@ -5,7 +5,7 @@ import triton
 
 from ..plan import GROUP, MAX_SLICES, SLICE
 from ..target import kernel_target
-from ..tuning import Problem, Tile, gemm_tile
+from ..tuning import Problem, Tile, candidates, gemm_tile
 from . import triton as kernels
 
 
@@ -25,6 +25,11 @@ def gemm(codes, scale, weight, weight_scale, low, up, bias, y, kernel, planes, s
     if kernel.startswith("turing"):
         _turing(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate)
         return
+    if tile.gluon:
+        if _fits_tma(codes) and _fits_tma(weight):
+            _hopper(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate)
+            return
+        tile = candidates(target, problem)[0]
     empty = scale  # a pointer that is never read
     getattr(kernels, kernel)[(triton.cdiv(tokens, tile.bm) * triton.cdiv(channels, tile.bn),)](
         codes, weight, scale, weight_scale, _ends(ends, scales),
@@ -76,6 +81,42 @@ def turing_constants(problem: Problem, tile: Tile, exact: bool, has_bias: bool, 
         "NT": tile.bn // 16,
         "WM": 2,
         "WN": 2,
+    }
+
+
+def _fits_tma(tensor) -> bool:
+    """TMA reads rows that begin at multiples of 16 bytes."""
+    return tensor.stride(-1) == 1 and not (tensor.data_ptr() | tensor.stride(0)) % 16
+
+
+def _hopper(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate):
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper import gemm_wgmma, tile_layout
+
+    layout, rank = tile_layout(tile.bk), 0 if low is None else low.shape[1]
+    gemm_wgmma[(triton.cdiv(problem.tokens, tile.bm) * triton.cdiv(problem.channels, tile.bn),)](
+        TensorDescriptor.from_tensor(codes, [tile.bm, tile.bk], layout), TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk], layout),
+        scale, weight_scale, _ends(ends, problem.scales),
+        scale if low is None else low, scale if up is None else up, scale if bias is None else bias, y,
+        problem.tokens, problem.channels, problem.row_bytes, rank, y.stride(0),
+        *_segment_strides(scale, weight_scale, act_grouped or problem.scales == SLICE),
+        0 if low is None else low.stride(0), 0 if up is None else up.stride(0), codes.shape[1] // problem.planes,
+        **hopper_constants(problem, tile, rank, bias is not None, accumulate), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, accumulate: bool) -> dict:
+    """The same for Hopper's kernel in Gluon."""
+    return {
+        "PLANES": problem.planes,
+        "SCALES": problem.scales,
+        "HAS_BIAS": has_bias,
+        "ACCUMULATE": accumulate,
+        "BR": tile.rank_block if rank else 0,
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.stages,
+        "WARPS": tile.warps,
     }
 
 

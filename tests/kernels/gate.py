@@ -15,7 +15,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the gate checks. `instructions`: tensor-core instructions of the final code and their count."""
+    """What the gate checks. `instructions`: tensor-core instructions of the final code and their count. `waits`: how many groups of
+    wgmma each wait within an innermost loop of int8 wgmma leaves running.
+    """
 
     text: str
     shared: int
@@ -23,6 +25,7 @@ class Compiled:
     spills: int
     instructions: dict = field(default_factory=dict)
     serialized: bool = False
+    waits: tuple[int, ...] = ()
 
 
 def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, arch, options: dict) -> Compiled:
@@ -86,7 +89,20 @@ def _read_cubin(built) -> Compiled:
     products = _count(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|QMMA|OMMA|UTC\w*MMA)[\w.]*", sass)
     fences, wgmmas = len(re.findall(r"WARPGROUP\.ARRIVE", sass)), sum(n for k, n in products.items() if "GMMA" in k)
     # ptxas puts a fence in front of every single wgmma of a chain it had to serialise.
-    return Compiled(built.asm["ptx"], built.metadata.shared, registers, spills, products, bool(wgmmas) and fences >= wgmmas > 1)
+    serialized = bool(wgmmas) and fences >= wgmmas > 1
+    return Compiled(built.asm["ptx"], built.metadata.shared, registers, spills, products, serialized, waits_in_loops(sass))
+
+
+def waits_in_loops(sass: str) -> tuple[int, ...]:
+    """`Compiled.waits` of disassembled code. A loop is what lies between a label and a branch back to it, unless the kernel ends
+    there: polling a barrier for the second time is moved behind the end and comes back from there."""
+    lines = sass.splitlines()
+    labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
+    jumps = [(labels.get(m.group(1), i), i) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
+    bodies = {(start, end): "\n".join(lines[start:end]) for start, end in jumps if start < end}
+    loops = [span for span, body in bodies.items() if "IGMMA" in body and not re.search(r"\bEXIT\b", body)]
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return tuple(int(n, 16) for span in inner for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", bodies[span]))
 
 
 def _count(pattern: str, text: str) -> dict:

@@ -4,6 +4,7 @@ What is compiled comes from `plan.lower` and `tuning.candidates`, as at run time
 """
 
 import re
+import textwrap
 
 import pytest
 import torch
@@ -34,19 +35,35 @@ GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf1
 GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
 
 
-def product_case(arch, layer, index):
-    """(kernel, constants, options) of one candidate of a layer's launch, None where there are fewer. Index -1: the default at 64 tokens."""
-    from comfyui_nibble.kernels.quant_linear.launch import constants
-
+def candidate(arch, layer, index):
+    """(problem, tile) of one candidate of a layer's launch, None where there are fewer. Index -1: the default at 64 tokens."""
     parts, target = LAYERS[layer], TARGETS[arch]
     step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
     tokens = 4608 if index >= 0 else 64
     problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, tokens, 3072, step.row_bytes, step.block)
     tiles = tuning.candidates(target, problem)
-    if index >= len(tiles):
-        return None
-    tile = tiles[max(index, 0)]
-    return step.kernel, constants(target, problem, tile, True, 32, True, False), {"num_warps": tile.warps, "num_stages": tile.stages}
+    return (problem, tiles[max(index, 0)]) if index < len(tiles) else None
+
+
+def product_case(arch, layer, index):
+    """(kernel, constants, options)."""
+    from comfyui_nibble.kernels.quant_linear.launch import constants
+
+    problem, tile = candidate(arch, layer, index)
+    chosen = constants(TARGETS[arch], problem, tile, True, 32, True, False)
+    return problem.kernel, chosen, {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def hopper_case(layer, index, rank, has_bias, accumulate, dtype):
+    """(signature, constants, options) of a candidate in Gluon."""
+    from comfyui_nibble.kernels.quant_linear.hopper import tile_layout
+    from comfyui_nibble.kernels.quant_linear.launch import hopper_constants
+
+    problem, tile = candidate(90, layer, index)
+    tiles = {"x_desc": tile.bm, "w_desc": tile.bn}
+    signature = GEMM | {name: f"tensordesc<i8[{rows}, {tile.bk}],{tile_layout(tile.bk)!r}>" for name, rows in tiles.items()}
+    signature |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), f"{dtype}*")
+    return signature, hopper_constants(problem, tile, rank, has_bias, accumulate), {"num_warps": tile.warps}
 
 
 QUANTIZER = {
@@ -86,8 +103,11 @@ def weight_only_case(arch, rows):
     return chosen, options(TARGETS[arch], chosen["BM"])
 
 
-PRODUCTS = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(-1, 4)]
-PRODUCTS = [c for c in PRODUCTS if product_case(*c)]
+CANDIDATES = {(a, layer, i): found for a in TARGETS for layer in LAYERS for i in range(-1, 12) if (found := candidate(a, layer, i))}
+PRODUCTS = [case for case, (_, tile) in CANDIDATES.items() if not tile.gluon]
+# layer, index, rank, has_bias, accumulate, dtype: with everything a launch may have, and with the least.
+GLUON = [(layer, i) for (_, layer, i), (_, tile) in CANDIDATES.items() if tile.gluon]
+GLUON = [(*case, *kind) for case in GLUON for kind in ((32, True, False, "bf16"), (32, True, True, "fp16"), (0, False, False, "bf16"))]
 QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
 
@@ -96,6 +116,10 @@ def submit(pool, test, case):
     if test == "test_product":
         kernel, constants, options = product_case(*case)
         return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.triton", kernel, GEMM, constants, case[0], options)
+    if test == "test_hopper":
+        return pool.submit(
+            gate.compile_kernel, f"{KERNELS}.quant_linear.hopper", "gemm_wgmma", *hopper_case(*case)[:2], 90, hopper_case(*case)[2]
+        )
     if test == "test_turing":
         constants, options = turing_case(*case)
         return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.turing", "gemm_m8n8k32", TURING_GEMM, constants, 75, options)
@@ -113,7 +137,7 @@ def submit(pool, test, case):
 def compiled(request):
     """{case: Future of Compiled} of the tests that were selected, on two processes."""
     with gate.pool() as pool:
-        selected = [i for i in request.session.items if i.path == request.path]
+        selected = [i for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
         yield {case: submit(pool, i.originalname, case) for i in selected if (case := tuple(i.callspec.params.values()))}
 
 
@@ -152,6 +176,36 @@ SIXTEEN_BIT = r"HMMA|HGMMA|UTCHMMA|v_mfma_f32|v_wmma_f32"
 @pytest.mark.parametrize(("arch", "layer", "index"), PRODUCTS)
 def test_product(compiled, arch, layer, index):
     check(compiled[arch, layer, index].result(), arch, expected_product(arch, layer))
+
+
+@pytest.mark.parametrize(("layer", "index", "rank", "has_bias", "accumulate", "dtype"), GLUON)
+def test_hopper(compiled, layer, index, rank, has_bias, accumulate, dtype):
+    result = compiled[layer, index, rank, has_bias, accumulate, dtype].result()
+    check(result, 90, expected_product(90, layer))
+    # Every wait of the main loop leaves a wgmma running. Nothing but a wgmma may write its sums, or ptxas waits for all of them.
+    assert result.waits
+    assert min(result.waits) >= 1
+
+
+def test_waits_are_those_of_the_innermost_loops_with_products():
+    sass = """
+    .L_x_1:
+        WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    .L_x_2:
+        IGMMA.64x128x32.S8.S8 R1, R2, gdesc[UR4], R1, gsb0 ;
+        WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        @!P0 BRA `(.L_x_4) ;
+        WARPGROUP.DEPBAR.LE gsb0, 0x2 ;
+        @P0 BRA `(.L_x_2) ;
+        @P1 BRA `(.L_x_1) ;
+    .L_x_3:
+        WARPGROUP.DEPBAR.LE gsb0, 0x3 ;
+        @P0 BRA `(.L_x_3) ;
+        EXIT ;
+    .L_x_4:
+        BRA `(.L_x_2) ;
+    """
+    assert gate.waits_in_loops(textwrap.dedent(sass)) == (1, 2)
 
 
 @pytest.mark.parametrize(("layer", "index"), [("channel", 0), ("channel", 1), ("slices", 0), ("group", 0), ("group unsigned", 0)])

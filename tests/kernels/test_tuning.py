@@ -138,7 +138,7 @@ def test_corrupt_file_warns_and_is_replaced(cache, text):
     with pytest.warns(UserWarning, match=rf"{re.escape(str(cache))}: not a table of tiles \(.*\); the shipped defaults are used"):
         assert tuning.gemm_tile(ADA, PROBLEM) == DEFAULT
     tuning.cache_for(ADA).save({PROBLEM.key: OTHER})
-    assert json.loads(cache.read_text())["tiles"] == {PROBLEM.key: [OTHER.bm, OTHER.bn, OTHER.bk, OTHER.warps, OTHER.stages, 8, 32]}
+    assert json.loads(cache.read_text())["tiles"] == {PROBLEM.key: [OTHER.bm, OTHER.bn, OTHER.bk, OTHER.warps, OTHER.stages, 8, 32, False]}
     assert TileCache(cache).tiles == {PROBLEM.key: OTHER}
 
 

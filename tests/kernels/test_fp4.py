@@ -1,0 +1,300 @@
+"""Block-scaled fp4: `naive` against values by hand and comfy-kitchen's eager ops, the kernels in the interpreter against `naive`.
+
+The interpreter has no `tl.dot_scaled` of nvfp4: it runs the product's other branch, which decodes both sides and multiplies in fp32.
+That the instruction itself is there is the compile gate's business (test_fp4_gate.py).
+"""
+
+import pytest
+import torch
+from comfy_kitchen.backends.eager import quantization as kitchen
+from comfy_kitchen.float_utils import from_blocked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+from triton.runtime.interpreter import InterpreterBuilder
+
+from comfyui_nibble.kernels import ops
+from comfyui_nibble.kernels.fp4 import launch, naive, refused
+from comfyui_nibble.kernels.target import Target
+from comfyui_nibble.tests.kernels.layers import LIMIT, inputs
+from comfyui_nibble.tests.support import outlier_tokens, relative_error
+
+HALF, BF16 = torch.float16, torch.bfloat16
+FORMATS = ("nvfp4", "nvfp4 given", "mxfp4")
+
+
+def test_e2m1_by_hand():
+    """Halves go to the even code, whose last bit is 0: 0, 1, 2 and 4."""
+    given = [0.0, 0.25, 0.26, 0.5, 0.75, 1.25, 1.75, 2.5, 2.51, 3.5, 4.9, 5.0, 5.01, 6.0, 1e9, torch.inf, -0.0, -0.25, -2.5, -9.0]
+    codes = [0, 0, 1, 1, 2, 2, 4, 4, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 12, 15]
+    assert naive.encode_e2m1(torch.tensor(given)).tolist() == codes
+    values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    assert naive.decode_e2m1(torch.arange(16)).tolist() == [*values, *(-v for v in values)]
+    assert naive.encode_e2m1(naive.decode_e2m1(torch.arange(16))).tolist() == list(range(16))
+
+
+def test_nvfp4_by_hand():
+    x = torch.zeros(1, 64)
+    x[0, :4] = torch.tensor([2688.0, -448.0, 1120.0, 300.0])  # a scale of 448 at a tensor's scale of 1
+    x[0, 16:19] = torch.tensor([3.0, 0.25, -1.0])  # 3 / 6 = 1/2
+    x[0, 32] = 0.005  # a scale that rounds to nothing
+    codes, scales, scale = naive.quantize_nvfp4(x)
+    assert (scale.item(), scales.float().tolist()) == (1.0, [[448.0, 0.5, 0.0, 0.0]])
+    assert codes[0, :2].tolist() == [7 | 10 << 4, 4 | 1 << 4]  # 6, -1; 2.5 -> 2, 0.67 -> 0.5
+    assert codes[0, 8:10].tolist() == [7 | 1 << 4, 12]  # 6, 0.5; -2
+    assert not codes[0, 16:].any()
+    want = torch.zeros(1, 64, dtype=torch.float64)
+    want[0, :4] = torch.tensor([2688.0, -448.0, 896.0, 224.0])
+    want[0, 16:19] = torch.tensor([3.0, 0.25, -1.0])
+    assert torch.equal(naive.dequantize(codes, scales, scale), want)
+
+
+def test_mxfp4_by_hand():
+    x = torch.zeros(1, 128)
+    x[0, :3] = torch.tensor([7.9, 4.0, -0.7])  # floor(log2) = 2: scale 1, 7.9 saturates
+    x[0, 32:34] = torch.tensor([0.0625, 0.01])  # 2^-4: scale 2^-6
+    x[0, 96] = torch.nan
+    codes, scales = naive.quantize_mxfp4(x)
+    assert scales.tolist() == [[127, 121, 0, 255]]
+    assert codes[0, :2].tolist() == [7 | 6 << 4, 9]
+    assert codes[0, 16].item() == 6 | 1 << 4
+    values = naive.dequantize(codes, scales)
+    assert values[0, :3].tolist() == [6.0, 4.0, -0.5]
+    assert values[0, 32:34].tolist() == [0.0625, 0.0078125]
+    assert not values[0, 34:96].any()
+    assert values[0, 96:].isnan().all()
+    extreme = torch.tensor([[2.0**-133] + [0.0] * 31, [torch.inf] + [0.0] * 31, [2.0**127] + [0.0] * 31])
+    assert naive.quantize_mxfp4(extreme)[1].flatten().tolist() == [0, 255, 252]
+
+
+def test_linear_by_hand():
+    x = torch.tensor([[1.0, 2.0] + [0.0] * 62])
+    codes = torch.tensor([[2 | 12 << 4] + [0] * 31], dtype=torch.uint8)  # 1, -2
+    scales = torch.full((1, 4), 3.0).to(torch.float8_e4m3fn)
+    low, up, bias = torch.tensor([[2.0]]), torch.tensor([[5.0]]), torch.tensor([0.25])
+    assert naive.linear(x, codes, scales, torch.tensor(0.5), low, up, bias).item() == (1 - 4) * 1.5 + 10.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_nvfp4_is_comfy_kitchens(dtype):
+    """Its scales lie in blocks of 128 x 4, its codes with the even channel in the high nibble unless it is told otherwise."""
+    x = outlier_tokens(150, 320, seed=1).to(dtype)
+    x[3] = 0
+    x[:, 48:64] *= 1e-5
+    x[7, 17] = torch.finfo(dtype).tiny
+    for scale in (naive.tensor_scale(x), torch.tensor(1e-3)):  # the second saturates
+        codes, scales, _ = naive.quantize_nvfp4(x, scale)
+        theirs, blocked = kitchen.quantize_nvfp4(x, scale, hi_first=False)
+        assert torch.equal(codes, theirs)
+        natural = from_blocked(blocked.view(torch.uint8), *scales.shape)
+        assert torch.equal(scales.view(torch.uint8), natural)
+        read = kitchen.dequantize_nvfp4(theirs, scale, blocked, torch.float32, hi_first=False)
+        assert_close(naive.dequantize(codes, scales, scale).float(), read, rtol=1e-6, atol=0)
+
+
+def quantized(x, kind, scale=None):
+    """(codes, scales, scale or None) by `naive`. `scale`: the second level of nvfp4, one for each token by default."""
+    if kind == "mxfp4":
+        return (*naive.quantize_mxfp4(x), None)
+    return naive.quantize_nvfp4(x, naive.token_scale(x) if scale is None else scale)
+
+
+def run_quantizer(x, kind, smooth=None, down=None, given=None):
+    """The kernel -> codes, scales, token_scale, low."""
+    tokens, width = x.shape
+    codes = torch.empty(tokens, width // 2, dtype=torch.uint8)
+    block, dtype = (32, torch.uint8) if kind == "mxfp4" else (16, torch.float8_e4m3fn)
+    scales, token_scale = torch.empty(tokens, width // block, dtype=torch.uint8).view(dtype), torch.empty(tokens)
+    low = None if down is None else torch.empty(tokens, down.shape[1], dtype=x.dtype)
+    ops.quantize_fp4(x, codes, scales, token_scale, low, smooth, down, given)
+    return codes, scales, token_scale, low
+
+
+def same_bits(a, b):
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    blocks=st.integers(1, 4),
+    rank=st.sampled_from([0, 0, 1, 17, 32, 64, 80]),
+    smooth=st.booleans(),
+    kind=st.sampled_from(FORMATS),
+    dtype=st.sampled_from([HALF, BF16]),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_quantizer_equals_naive_bit_for_bit(m, blocks, rank, smooth, kind, dtype, spread, seed):
+    k = 64 * blocks
+    x = (inputs(m, k, seed=seed) * (spread * inputs(1, k, seed=seed + 1)).exp()).clamp(-6e4, 6e4).to(dtype)
+    factor = (0.5 + inputs(1, k, seed=seed + 2)[0].abs()).to(dtype) if smooth else None
+    down = inputs(k, rank, dtype, seed + 3) * 1e-3 if rank else None
+    tx = x.float() / factor.float() if smooth else x.float()
+    given = naive.tensor_scale(tx).reshape(1) * 1.5 if kind == "nvfp4 given" else None
+    codes, scales, token_scale, low = run_quantizer(x, kind, factor, down, given)
+    want = quantized(tx, kind, given)
+    assert torch.equal(codes, want[0])
+    assert same_bits(scales, want[1])
+    expected = torch.ones(m, 1) if kind == "mxfp4" else want[2].expand(m, 1) if given is None else given.expand(m, 1)
+    assert torch.equal(token_scale, expected[:, 0])
+    if rank:
+        assert relative_error(x.double() @ down.double(), low) < LIMIT[dtype]
+
+
+def test_every_rounding():
+    """Each number of fp16 from 2^-8 on as the largest of its blocks: at a tensor's scale of 1 every tie of e4m3, and below it fractions
+    that meet every tie of e2m1."""
+    values = torch.arange(0x1C00, 0x7C00, dtype=torch.int16).view(HALF).reshape(-1, 4)
+    x = torch.zeros(len(values), 64, dtype=HALF)
+    for i, factor in enumerate((1.0, -1 / 3, 0.6, 0.3, -0.15, 0.05)):
+        x[:, i::16] = values * factor
+    for kind, scale in (("nvfp4 given", torch.ones(1)), ("mxfp4", None)):
+        codes, scales, _, _ = run_quantizer(x, kind, given=scale)
+        want = quantized(x.float(), kind, scale)
+        assert torch.equal(codes, want[0])
+        assert same_bits(scales, want[1])
+
+
+def random_weight(n, k, kind, seed):
+    """(codes, scales, scale): any codes, scales from 0 on; nvfp4 with a scale of the tensor or one for each out-channel."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (n, k // 2), generator=g, dtype=torch.uint8)
+    if kind == "mxfp4":
+        return codes, torch.randint(118, 130, (n, k // 32), generator=g, dtype=torch.uint8), None
+    scales = torch.randint(0, 127, (n, k // 16), generator=g, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return codes, scales, torch.rand(n if kind == "nvfp4" else 1, generator=g) * 1e-3 + 1e-3
+
+
+def run_linear(x, weight, kind, smooth=None, down=None, up=None, bias=None, given=None, dtype=None):
+    """Both kernels -> y in the dtype of x or `dtype`."""
+    codes, scales, token_scale, low = run_quantizer(x, kind, smooth, down, given)
+    y = torch.empty(x.shape[0], weight[0].shape[0], dtype=dtype or x.dtype)
+    ops.gemm_fp4(codes, scales, token_scale, *weight, low, up, bias, y)
+    return y
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    m=st.integers(1, 70),
+    n=st.integers(1, 70),
+    blocks=st.integers(1, 5),
+    rank=st.sampled_from([0, 17, 32]),
+    smooth=st.booleans(),
+    bias=st.booleans(),
+    kind=st.sampled_from(FORMATS),
+    dtype=st.sampled_from([HALF, BF16]),
+    seed=st.integers(0, 2**31),
+)
+def test_product_equals_naive(m, n, blocks, rank, smooth, bias, kind, dtype, seed):
+    """Each output to the rounding of fp32 sums, and rounded to 16 bit once."""
+    k = 64 * blocks
+    x, (codes, scales, scale) = inputs(m, k, dtype, seed), random_weight(n, k, kind, seed)
+    factor = (0.5 + inputs(1, k, seed=seed + 2)[0].abs()).to(dtype) if smooth else None
+    down, up = (inputs(k, rank, dtype, seed + 3) / 8, inputs(n, rank, dtype, seed + 4)) if rank else (None, None)
+    offset = inputs(1, n, dtype, seed + 5)[0] if bias else None
+    given = torch.tensor([1e-3]) if kind == "nvfp4 given" else None
+    settings = ((codes, scales, scale), kind, factor, down, up, offset, given)
+    y = run_linear(x, *settings, dtype=torch.float32)
+    assert torch.equal(run_linear(x, *settings), y.to(dtype))
+    tx = naive.dequantize(*quantized(x.float() / factor.float() if smooth else x.float(), kind, given))
+    low = run_quantizer(x, kind, factor, down, given)[3]
+    scale = None if scale is None else scale[:, None]
+    terms = tx.abs() @ naive.dequantize(codes, scales, scale).abs().T
+    terms += low.double().abs() @ up.double().abs().T if rank else 0
+    terms += offset.double().abs() if bias else 0
+    assert ((y - naive.linear(tx, codes, scales, scale, low, up, offset)).abs() <= 2e-6 * terms).all()
+
+
+if hasattr(InterpreterBuilder, "create_dot_scaled"):  # from Triton 3.9 on
+
+    def test_both_branches_of_the_product_agree(monkeypatch):
+        """On mxfp4: of e4m3 scales the interpreter has no notion."""
+        x, weight = inputs(35, 320, HALF), random_weight(40, 320, "mxfp4", 8)
+        decoded, constants = run_linear(x, weight, "mxfp4", dtype=torch.float32), launch.constants
+        monkeypatch.setattr(launch, "constants", lambda *args: constants(*args) | {"UPCAST": False})
+        assert relative_error(decoded, run_linear(x, weight, "mxfp4", dtype=torch.float32)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_extremes(kind):
+    k = 192
+    x, weight = torch.zeros(8, k, dtype=HALF), random_weight(40, k, kind, 3)
+    given = torch.tensor([0.05]) if kind == "nvfp4 given" else None
+    bias = inputs(1, 40, HALF)[0]
+    assert torch.equal(run_linear(x, weight, kind, bias=bias, given=given), bias.expand(8, -1))  # zeros
+    x[:, 5] = torch.tensor([65504.0, -65504.0, 6e-8, -6e-8, 1.0, 1e-3, 100.0, -3.0])  # one value a token
+    codes, scales, token_scale, _ = run_quantizer(x, kind, given=given)
+    tx = naive.dequantize(*quantized(x.float(), kind, given))
+    want = naive.linear(tx, weight[0], weight[1], None if weight[2] is None else weight[2][:, None])
+    assert_close(run_linear(x, weight, kind, given=given, dtype=torch.float32).double(), want, rtol=1e-6, atol=0)
+    if kind == "nvfp4":
+        assert_close(naive.dequantize(codes, scales, token_scale[:, None]).float(), x.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("rank", "value"), [(0, torch.nan), (17, torch.nan), (0, -torch.inf)])
+def test_nan_stays_in_its_token(kind, rank, value):
+    k, n = 192, 40
+    x, weight = inputs(35, k, HALF), random_weight(n, k, kind, 4)
+    down, up = (inputs(k, rank, HALF, 5), inputs(n, rank, HALF, 6)) if rank else (None, None)
+    given = torch.tensor([1e-3]) if kind == "nvfp4 given" else None
+    whole = run_linear(x, weight, kind, None, down, up, None, given)
+    x[7, 70] = value
+    y = run_linear(x, weight, kind, None, down, up, None, given)
+    assert y[7].isnan().all()
+    others = torch.arange(35) != 7
+    assert torch.equal(y[others], whole[others])
+    _, scales, token_scale, _ = run_quantizer(x, kind, given=given)
+    assert token_scale.isnan().tolist() == (~others).tolist()  # whatever the tensor cores make of a block's NaN
+    assert naive.decode_scales(scales)[7, 70 // naive.block_of(scales)].isnan()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_strides_and_no_tokens(kind):
+    x, weight = inputs(18, 128, HALF), random_weight(24, 128, kind, 7)
+    given = torch.tensor([1e-3]) if kind == "nvfp4 given" else None
+    want = run_linear(x, weight, kind, given=given)
+    assert torch.equal(run_linear(torch.cat([x, x], 1)[:, 128:], weight, kind, given=given), want)
+    assert run_linear(x[:0], weight, kind, given=given).shape == (0, 24)
+
+
+def test_what_does_not_fit_is_said():
+    y = torch.empty(4, 8, dtype=HALF)
+    x, nv, mx = inputs(4, 96, HALF), random_weight(8, 128, "nvfp4", 0), random_weight(8, 128, "mxfp4", 0)
+    with pytest.raises(ValueError, match="multiples of 64, not 96"):
+        run_quantizer(x, "nvfp4")
+    x = inputs(4, 128, HALF)
+    with pytest.raises(ValueError, match="no scale of the tensor"):
+        run_quantizer(x, "mxfp4", given=torch.ones(1))
+    codes, scales, token_scale, _ = run_quantizer(x, "nvfp4")
+    with pytest.raises(ValueError, match="one fp4 format"):
+        ops.gemm_fp4(codes, scales, token_scale, *mx, None, None, None, y)
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        ops.gemm_fp4(codes, scales.float(), token_scale, *nv, None, None, None, y)
+    with pytest.raises(ValueError, match="one scale per 16"):
+        ops.gemm_fp4(codes, scales[:, :4], token_scale, *nv, None, None, None, y)
+
+
+def test_who_is_refused():
+    assert refused(Target("cuda", 120, (3, 6))) is None
+    assert refused(Target("cuda", 100, (3, 9))) is None
+    assert "sm_90" in refused(Target("cuda", 90, (3, 6)))
+    assert "gfx950" in refused(Target("hip", "gfx950", (3, 6)))
+    assert refused(Target("cuda", 100, (3, 5))) == "needs Triton 3.6, found 3.5"
+    assert refused(Target("cuda", 121, (3, 7))) == "needs Triton 3.8, found 3.7"
+    assert refused(Target("cuda", 120)) == "Triton is not installed"
+    assert refused(Target("cuda", 120, trouble="no C compiler")) == "no C compiler"
+    few, many = (launch.gemm_tile(Target("cuda", 120, (3, 6)), tokens) for tokens in (64, 65))
+    assert (few.bm, many.bm) == (64, 128)
+    assert {t.bm for t in launch.tiles(Target("cuda", 103, (3, 6)))} == {128}
+
+
+def test_fake_versions():
+    with FakeTensorMode():
+        x, codes = torch.empty(4, 64, dtype=HALF), torch.empty(4, 32, dtype=torch.uint8)
+        scales, token_scale, y = torch.empty(4, 2, dtype=torch.uint8), torch.empty(4), torch.empty(4, 8, dtype=HALF)
+        assert ops.quantize_fp4(x, codes, scales, token_scale, None, None, None, None) is None
+        weight = torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 2, dtype=torch.uint8)
+        assert ops.gemm_fp4(codes, scales, token_scale, *weight, None, None, None, None, y) is None
