@@ -1,7 +1,6 @@
 """A group-64 layer as W8A8: little is lost in the weights, much gained in the activations."""
 
 import pytest
-import torch
 
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS

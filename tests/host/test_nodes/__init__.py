@@ -127,7 +127,7 @@ class TestLoadOnHopper(io.ComfyNode):
         loader = nodes.NODE_CLASS_MAPPINGS["NibbleLoadDiffusionModel"]
         build = sys.modules[loader.__module__.rpartition(".")[0] + ".host.build"]
         hopper = build.target_of("cpu").__class__("cuda", 90, (3, 6), "an H100")
-        with mock.patch.object(build, "target_of", lambda device: hopper):
+        with mock.patch.object(build, "target_of", return_value=hopper):
             return loader.execute(model_name)
 
 
