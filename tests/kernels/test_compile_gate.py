@@ -29,6 +29,8 @@ LAYERS = {
     "W8A8": (PART(0, 3072, ActivationSpec(bits=8, granularity="token"), WeightSpec(8, "channel")),),
     "ternary A4": (PART(0, 3072, TOKEN, WeightSpec(2, "channel")),),
 }
+EIGHT = ActivationSpec(bits=8, granularity="token"), WeightSpec(8, "channel")
+HOPPER_LAYERS = LAYERS | {"W8A8 slices": tuple(PART(768 * i, 768 * (i + 1), *EIGHT) for i in range(4))}
 
 GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i8*") | dict.fromkeys(("sx_ptr",), "fp32*")
 GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"ends": ("i32",) * 8, "M": "i32", "ld_sx": "i32"}
@@ -37,7 +39,7 @@ GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "
 
 def candidate(arch, layer, index):
     """(problem, tile) of one candidate of a layer's launch, None where there are fewer. Index -1: the default at 64 tokens."""
-    parts, target = LAYERS[layer], TARGETS[arch]
+    parts, target = HOPPER_LAYERS[layer], TARGETS[arch]
     step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
     tokens = 4608 if index >= 0 else 64
     problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, tokens, 3072, step.row_bytes, step.block)
@@ -103,10 +105,10 @@ def weight_only_case(arch, rows):
     return chosen, options(TARGETS[arch], chosen["BM"])
 
 
-CANDIDATES = {(a, layer, i): found for a in TARGETS for layer in LAYERS for i in range(-1, 12) if (found := candidate(a, layer, i))}
-PRODUCTS = [case for case, (_, tile) in CANDIDATES.items() if not tile.gluon]
+CANDIDATES = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(-1, 12)]
+PRODUCTS = [case for case in CANDIDATES if (found := candidate(*case)) and not found[1].gluon]
 # layer, index, rank, has_bias, accumulate, dtype: with everything a launch may have, and with the least.
-GLUON = [(layer, i) for (_, layer, i), (_, tile) in CANDIDATES.items() if tile.gluon]
+GLUON = [(layer, i) for layer in HOPPER_LAYERS for i in range(12) if (found := candidate(90, layer, i)) and found[1].gluon]
 GLUON = [(*case, *kind) for case in GLUON for kind in ((32, True, False, "bf16"), (32, True, True, "fp16"), (0, False, False, "bf16"))]
 QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
