@@ -7,6 +7,7 @@ The namespace is the name under which the pack was imported: ComfyUI loads a cus
 may be installed by pip.
 """
 
+import importlib
 import re
 
 import torch
@@ -56,44 +57,20 @@ def _layer(x, spec, *args):
     return run(x if x.stride(-1) == 1 else x.contiguous(), spec, tensors, kernel_target(x.device), fusible.restored(*prologue))
 
 
-def _quantize_activation(*args):
-    from .quant_activation.launch import quantize_activation
+def _launched(folder: str, name: str):
+    """The launch function of a kernel, imported at the first call: a machine without Triton registers the operators all the same."""
 
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        quantize_activation(*args)
+    def run(*args):
+        launch = getattr(importlib.import_module(f".{folder}.launch", __package__), name)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            launch(*args)
 
-
-def _gemm(*args):
-    from .quant_linear.launch import gemm
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        gemm(*args)
+    return run
 
 
-def _weight_only(*args):
-    from .weight_only.launch import weight_only
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        weight_only(*args)
-
-
-def _quantize_fp4(*args):
-    from .fp4.launch import quantize_fp4
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        quantize_fp4(*args)
-
-
-def _gemm_fp4(*args):
-    from .fp4.launch import gemm_fp4
-
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-        gemm_fp4(*args)
-
-
-# Imported at the first call: a machine without Triton registers the operators all the same.
-_FUNCTIONS = {"layer": _layer, "quantize_activation": _quantize_activation, "gemm": _gemm, "weight_only": _weight_only}
-_FUNCTIONS |= {"quantize_fp4": _quantize_fp4, "gemm_fp4": _gemm_fp4}
+_FOLDERS = {"quantize_activation": "quant_activation", "gemm": "quant_linear", "weight_only": "weight_only"}
+_FOLDERS |= {"quantize_fp4": "fp4", "gemm_fp4": "fp4"}
+_FUNCTIONS = {"layer": _layer} | {name: _launched(folder, name) for name, folder in _FOLDERS.items()}
 for _name, _function in _FUNCTIONS.items():
     _library.define(_name + _SCHEMAS[_name])
     for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter

@@ -5,7 +5,6 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 from math import gcd
 
-from ..quant_core.quantizers import code_range
 from ..quant_core.spec import LinearSpec, PartSpec
 from .target import Target
 
@@ -17,15 +16,10 @@ NATIVE_INT4 = (80, 86, 87, 89)
 
 @dataclass(frozen=True)
 class QuantizeRun:
-    """Neighbouring parts of equal settings, quantized in one launch. `first`: number of the first part within its Gemm."""
+    """`count` neighbouring parts with the settings of `part`, the first of them, quantized in one launch."""
 
     part: PartSpec
     count: int
-    first: int
-
-    @property
-    def top(self) -> int:
-        return code_range(self.part.activation.bits, self.part.activation.unsigned)[1]
 
 
 @dataclass(frozen=True)
@@ -129,9 +123,6 @@ def batched(items, size):
 
 
 def _runs(parts) -> tuple[QuantizeRun, ...]:
-    alike = lambda item: (item[1].width, item[1].activation, item[1].smooth, item[1].rotation)
-    out = []
-    for _, items in groupby(enumerate(parts), key=alike):
-        items = list(items)
-        out.append(QuantizeRun(items[0][1], len(items), items[0][0]))
-    return tuple(out)
+    alike = lambda p: (p.width, p.activation, p.smooth, p.rotation)
+    runs = [list(items) for _, items in groupby(parts, key=alike)]
+    return tuple(QuantizeRun(items[0], len(items)) for items in runs)

@@ -7,7 +7,6 @@ from ..dispatch import choose, quant_linear
 from ..plan import lower
 from ..quant_linear import fast
 from ..target import Target
-from ..tuning import low_rank_limit
 from .cases import Case, Column, generator, random_input, random_tensors
 from .timing import Work
 
@@ -24,31 +23,9 @@ def operator(x, spec, tensors, target: Target, int8: bool = False):
 
 
 def quantized(x, spec, tensors, target: Target):
-    """(codes, scale, low) of x for a layer that is one launch, as `fast.quant_linear` makes them."""
-    (step,) = lower(spec, target)
-    tokens = x.shape[0]
-    codes = torch.empty(tokens, step.code_bytes, dtype=torch.int8, device=x.device)
-    scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=x.device)
-    low = torch.empty(tokens, spec.rank * len(spec.parts), dtype=x.dtype, device=x.device) if spec.rank else None
-    smooth, down = tensors.get("smooth_factor"), tensors.get("proj_down")
-    fused = 0 < spec.rank <= low_rank_limit(target, spec.parts[0].rotation)
-    segment = number = 0
-    for run in step.runs:
-        part, act = run.part, run.part.activation
-        columns = slice(part.start, part.start + part.width * run.count)
-        segments = run.count * (part.width // 64 if step.act_grouped else 1)
-        ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
-        ops.quantize_activation(
-            x[:, columns], codes[:, part.start // max(step.planes or 2, 1) :], scale[segment : segment + segments],
-            low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
-            None, None, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
-            act.shift, act.clip, 0, 0.0,
-        )  # fmt: skip
-        segment, number = segment + segments, number + run.count
-    if spec.rank and not fused:
-        for i, part in enumerate(spec.parts):
-            torch.mm(x[:, part.start : part.stop], down[part.start : part.stop], out=low[:, i * spec.rank : (i + 1) * spec.rank])
-    return codes, scale, low
+    """(codes, scale, low) of x for a layer that is one launch."""
+    (step,), low = lower(spec, target), fast.empty_low(x, spec)
+    return *fast.quantize(x, spec, tensors, target, step, low), low
 
 
 def gemm_work(x, spec, tensors, target: Target) -> Work:

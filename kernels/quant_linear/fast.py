@@ -5,47 +5,19 @@ import torch
 from ...quant_core.transforms import transform_activation
 from .. import ops
 from ..before import NOTHING, Before
-from ..plan import lower
+from ..plan import Gemm, lower
 from ..target import Target
 from ..tuning import low_rank_limit
 
 
 def quant_linear(x, spec, tensors, target: Target, before: Before | None = None):
     """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. `tensors` as LinearSpec has them."""
-    tokens, dtype, device = x.shape[0], x.dtype, x.device
-    fused = spec.rank and spec.rank <= min(low_rank_limit(target, p.rotation) for p in spec.parts)
-    if before is not None and ((spec.rank and not fused) or not before.fits(spec)):
+    if before is not None and ((spec.rank and not _fused(spec, target)) or not before.fits(spec)):
         x, before = before(x), None
-    y = torch.empty(tokens, spec.out_features, dtype=dtype, device=device)
-    down = tensors["proj_down"].to(dtype) if spec.rank else None
-    low = torch.empty(tokens, spec.rank * len(spec.parts), dtype=dtype, device=device) if spec.rank else None
-    smooth = tensors.get("smooth_factor")
-
-    launches, number = lower(spec, target), 0
+    y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
+    launches, low = lower(spec, target), empty_low(x, spec)
     for step in launches:
-        codes = torch.empty(tokens, step.code_bytes, dtype=torch.int8, device=device)
-        scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=device)
-        segment = 0
-        for run in step.runs:
-            part, act = run.part, run.part.activation
-            width = part.width * run.count
-            columns = slice(part.start, part.start + width)
-            offset = (part.start - step.start) // max(step.planes or 2, 1)
-            segments = run.count * (part.width // 64 if step.act_grouped else 1)
-            ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
-            kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
-            ops.quantize_activation(
-                x[:, columns], codes[:, offset:], scale[segment : segment + segments],
-                low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
-                mod_scale, mod_shift, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
-                act.shift, act.clip, kind, eps,
-            )  # fmt: skip
-            if spec.rank and not fused:
-                for i in range(run.count):
-                    at = slice(part.start + i * part.width, part.start + (i + 1) * part.width)
-                    r = (number + i) * spec.rank
-                    torch.mm(x[:, at], down[at], out=low[:, r : r + spec.rank])
-            segment, number = segment + segments, number + run.count
+        codes, scale = quantize(x, spec, tensors, target, step, low, before)
         last = step is launches[-1]
         ops.gemm(
             codes, scale, tensors["weight"][:, step.column : step.column + step.row_bytes],
@@ -54,6 +26,46 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
             y, step.kernel, step.planes, step.scales, step.swap, step.block, step.ends, step.act_grouped, step is not launches[0],
         )  # fmt: skip
     return y
+
+
+def _fused(spec, target: Target) -> bool:
+    """Whether the quantizer computes the low-rank projection down."""
+    return 0 < spec.rank <= min(low_rank_limit(target, p.rotation) for p in spec.parts)
+
+
+def empty_low(x, spec):
+    """The buffer of x @ proj_down, (M, parts * R) part by part; None without a low-rank branch."""
+    return torch.empty(x.shape[0], spec.rank * len(spec.parts), dtype=x.dtype, device=x.device) if spec.rank else None
+
+
+def quantize(x, spec, tensors, target: Target, step: Gemm, low, before: Before | None = None):
+    """(codes, scale) of x (M, K) for one launch of the product; its parts' columns of `low` are written."""
+    tokens, device = x.shape[0], x.device
+    codes = torch.empty(tokens, step.code_bytes, dtype=torch.int8, device=device)
+    scale = torch.empty(step.act_segments, tokens, dtype=torch.float32, device=device)
+    fused, smooth = _fused(spec, target), tensors.get("smooth_factor")
+    down = tensors["proj_down"].to(x.dtype) if spec.rank else None
+    segment, number = 0, spec.parts.index(step.parts[0])
+    for run in step.runs:
+        part, act = run.part, run.part.activation
+        columns = slice(part.start, part.start + part.width * run.count)
+        offset = (part.start - step.start) // max(step.planes or 2, 1)
+        segments = run.count * (part.width // 64 if step.act_grouped else 1)
+        ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
+        kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
+        ops.quantize_activation(
+            x[:, columns], codes[:, offset:], scale[segment : segment + segments],
+            low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
+            mod_scale, mod_shift, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
+            act.shift, act.clip, kind, eps,
+        )  # fmt: skip
+        if spec.rank and not fused:
+            for i in range(run.count):
+                at = slice(part.start + i * part.width, part.start + (i + 1) * part.width)
+                r = (number + i) * spec.rank
+                torch.mm(x[:, at], down[at], out=low[:, r : r + spec.rank])
+        segment, number = segment + segments, number + run.count
+    return codes, scale
 
 
 def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
