@@ -7,10 +7,8 @@ import torch
 from ..kernels import quant_linear
 from .packing import unpack
 from .quantizers import dequantize
-from .spec import LinearSpec, SpecError
+from .spec import TENSOR_NAMES, LinearSpec, SpecError
 from .transforms import unfold_weight
-
-TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 
 
 @dataclass(frozen=True)

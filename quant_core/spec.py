@@ -9,6 +9,7 @@ import torch
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
+TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
 GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
 
 

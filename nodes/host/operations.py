@@ -7,7 +7,8 @@ import torch
 
 from ...kernels import quant_linear
 from ...kernels.lora import with_lora
-from ...quant_core.linear import TENSOR_NAMES, QuantizedLayer
+from ...quant_core.linear import QuantizedLayer
+from ...quant_core.spec import TENSOR_NAMES
 
 
 class RequantizationError(RuntimeError):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..linear import TENSOR_NAMES, QuantizedLayer
-from ..spec import LinearSpec, SpecError
+from ..linear import QuantizedLayer
+from ..spec import TENSOR_NAMES, LinearSpec, SpecError
 from .atomic import save_tensors
 from .checkpoint import CheckpointError, open_safetensors
 
