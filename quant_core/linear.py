@@ -39,6 +39,9 @@ class QuantizedLayer:
         """All side data counted: scales, smoothing, low rank, bias."""
         return 8 * self.nbytes / (self.spec.in_features * self.spec.out_features)
 
+    def to(self, device) -> "QuantizedLayer":
+        return QuantizedLayer(self.name, self.spec, {k: t.to(device) for k, t in self.tensors.items()})
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return quant_linear(x, self.spec, self.tensors)
 

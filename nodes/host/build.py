@@ -52,9 +52,7 @@ def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
     device = comfy.model_management.get_torch_device()
     if not requantize_at_load(layer.spec, target_of(device)):
         return layer
-    there = QuantizedLayer(layer.name, layer.spec, {k: t.to(device) for k, t in layer.tensors.items()})
-    fast = to_w8a8(there)
-    return QuantizedLayer(layer.name, fast.spec, {k: t.cpu() for k, t in fast.tensors.items()})
+    return to_w8a8(layer.to(device)).to("cpu")
 
 
 def _fuse_gelu(model):
@@ -64,7 +62,18 @@ def _fuse_gelu(model):
             for i, (act, linear) in enumerate(pairwise(module)):
                 tanh = isinstance(act, torch.nn.GELU) and act.approximate == "tanh"
                 if tanh and is_quantized(linear) and not linear.spec.weight_only:
-                    module[i], linear.before = torch.nn.Identity(), Gelu()
+                    module[i], linear.before = _FusedGelu(linear), Gelu()
+
+
+class _FusedGelu(torch.nn.Module):
+    """Where a GELU was: nothing, unless something stands in front of the layer that took it over."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = (linear,)  # no submodule: the layer has its place in the tree already
+
+    def forward(self, x):
+        return torch.nn.functional.gelu(x, approximate="tanh") if self.linear[0].wrapped else x
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
@@ -95,11 +104,10 @@ def unpatched(patcher: NibblePatcher):
         backup = patcher.backup.get(PREFIX + key)
         return (tensor if backup is None else backup.weight).detach().cpu()
 
-    layers, owned = {}, set()
+    layers = {}
     for full, module in patcher.packed_layers():
-        name = full.removeprefix(PREFIX)
-        tensors = {leaf: original(f"{name}.{leaf}", t) for leaf, t in module.layer(name).tensors.items()}
-        layers[name] = module.original or QuantizedLayer(name, module.spec, tensors)
-        owned |= {f"{name}.{leaf}" for leaf in tensors}
+        layer = module.layer(full.removeprefix(PREFIX))
+        tensors = {leaf: original(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
+        layers[layer.name] = module.original or QuantizedLayer(layer.name, layer.spec, tensors)
     state = patcher.model.diffusion_model.state_dict()
-    return layers, {k: original(k, t) for k, t in state.items() if k not in owned}
+    return layers, {k: original(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}

@@ -1,18 +1,31 @@
 """ComfyUI operations whose Linear holds a quantized layer where there is one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import comfy.model_management
 import comfy.ops
 import torch
 
 from ...kernels import quant_linear
-from ...kernels.lora import with_lora
 from ...quant_core.linear import QuantizedLayer
-from ...quant_core.spec import TENSOR_NAMES
+from ...quant_core.side import Kronecker, Side, bias_correction
+from ...quant_core.spec import TENSOR_NAMES, LinearSpec
+
+BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors
 
 
 class RequantizationError(RuntimeError):
     """Something tried to write a float weight into a packed layer."""
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A side as parameters of a layer: `spec` with its low rank in, tensors by name, first out-channel of each Kronecker product."""
+
+    spec: LinearSpec
+    parameters: dict[str, torch.nn.Parameter]
+    rows: tuple[int, ...]
 
 
 def is_quantized(module) -> bool:
@@ -31,15 +44,19 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
         class Linear(comfy.ops.manual_cast.Linear):
             spec = None
             before = None  # a `kernels.before.Before` that the activation quantizer computes instead of a module in front
+            wrapped = False  # whether something stands in front of `forward`; the module in front then computes `before`
             original = None  # the layer as in the file, where it was requantized for this card
+            attached = ()  # the key of the side beside this layer
+            _kept = {}
+            _base = None  # (spec, {name: parameter}) of what an attached side took the place of
+            loose = ()  # names of an attached side's tensors that the layer itself does not have
+            rows = ()  # first out-channel of each attached Kronecker product
 
             def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
                 torch.nn.Module.__init__(self)
                 self.in_features, self.out_features = in_features, out_features
                 self.weight = self.bias = None
                 self.float_dtype = dtype
-                self.lora = []
-                self._with_lora = None
 
             def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
                 layer = take(prefix.removesuffix("."))
@@ -72,50 +89,127 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
 
             def convert_weight(self, weight, inplace=False, **kwargs):
                 """What ModelPatcher reads when this layer is merged into another model: real values."""
-                return self.layer().dequantize() if is_quantized(self) else weight
+                return self.layer().to(weight.device).dequantize() if is_quantized(self) else weight
+
+            def convert_bias(self, bias, inplace=False, **kwargs):
+                """The model's own bias: the stored one also holds the correction for shifted activations."""
+                correction = bias_correction(self.layer()) if is_quantized(self) else None
+                return bias if correction is None else bias + correction.to(bias.device)
+
+            def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **kwargs):
+                correction = bias_correction(self.layer()) if is_quantized(self) else None
+                bias = (bias if correction is None else bias - correction.to(bias.device)).to(self.bias.dtype)
+                return self._set("bias", bias, inplace_update, return_weight)
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
                 if is_quantized(self):
                     raise RequantizationError("a patch would overwrite a packed weight; only plain LoRA can be added to a quantized layer")
-                if return_weight:
-                    return weight
                 rounded = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
+                return self._set("weight", rounded, inplace_update, return_weight)
+
+            def _set(self, name, tensor, inplace_update, return_weight):
+                if return_weight:
+                    return tensor
                 if inplace_update:
-                    self.weight.data.copy_(rounded)
+                    getattr(self, name).data.copy_(tensor)
                 else:
-                    self.weight = torch.nn.Parameter(rounded, requires_grad=False)
+                    setattr(self, name, torch.nn.Parameter(tensor, requires_grad=False))
                 return None
 
             def layer(self, name="") -> QuantizedLayer:
-                """The quantized layer as a record sharing this module's tensors."""
-                return QuantizedLayer(name, self.spec, {k: p.data for k in TENSOR_NAMES if (p := getattr(self, k, None)) is not None})
+                """The quantized layer as a record sharing this module's tensors, without what is attached to it."""
+                held = {k: getattr(self, k, None) for k in TENSOR_NAMES} | (self._base[1] if self._base else {})
+                spec = self._base[0] if self._base else self.spec
+                return QuantizedLayer(name, spec, {k: held[k].data for k in TENSOR_NAMES if held[k] is not None})
+
+            def attach(self, key, make_side: Callable[[], Side], dtype, keep=0):
+                """Puts a side beside the packed weight, in the place of what was there; an empty key takes it off.
+
+                Its tensors are parameters, so that ComfyUI counts and moves them with the layer; a merged low-rank branch takes the
+                place of the layer's own, which waits in `_base`. keep: former sides to hold on to, by key.
+                """
+                former = (self.attached, self._detach())
+                if keep and former[0]:
+                    self._kept = {**self._kept, former[0]: former[1]}
+                    while len(self._kept) > keep:
+                        del self._kept[next(iter(self._kept))]
+                elif not keep:
+                    self._kept = {}
+                if key:
+                    made = self._kept.pop(key, None) or self._made(make_side(), dtype)
+                    self._base = (self.spec, {k: getattr(self, k) for k in made.parameters if k in TENSOR_NAMES})
+                    self.spec, self.rows = made.spec, made.rows
+                    for name, parameter in made.parameters.items():
+                        self.__dict__.pop(name, None)
+                        self.register_parameter(name, parameter)
+                    self.loose = tuple(k for k in made.parameters if k not in TENSOR_NAMES)
+                self.attached = key
+
+            def _made(self, side, dtype):
+                layer, device = self.layer(), self.weight.device
+                spec, tensors = side.merged(layer.to(side.device), dtype)
+                for i, term in enumerate(side.kronecker):
+                    tensors |= {f"kronecker{i}_left": term.left.to(dtype), f"kronecker{i}_right": term.right.to(dtype)}
+                if side.dense is not None:
+                    tensors[DENSE] = side.dense.to(dtype)
+                held = {k: torch.nn.Parameter(t.to(device).contiguous(), requires_grad=False) for k, t in tensors.items()}
+                return Attached(spec, held, tuple(t.first for t in side.kronecker))
+
+            def _detach(self):
+                """Back to the layer as it was, with its own tensors. Returns what was attached."""
+                if self._base is None:
+                    return None
+                spec, own = self._base
+                former = Attached(self.spec, {k: getattr(self, k) for k in (*own, *self.loose)}, self.rows)
+                for name in self.loose:
+                    delattr(self, name)
+                for name, parameter in own.items():
+                    if parameter is not None and parameter.device != self.weight.device:  # the layer was moved in the meantime
+                        parameter.data = parameter.data.to(self.weight.device)
+                    self.register_parameter(name, parameter)
+                self.spec, self._base, self.loose, self.rows = spec, None, (), ()
+                return former
 
             def forward(self, x, *args, **kwargs):
                 if not is_quantized(self):
                     return super().forward(x, *args, **kwargs)
                 if self.weight_function:
-                    raise RequantizationError("a weight patch reached a packed layer; only plain LoRA can be added to a quantized layer")
-                tensors = {k: getattr(self, k) for k in TENSOR_NAMES}
-                tensors = {k: p.to(x.device) for k, p in tensors.items() if p is not None}
+                    raise RequantizationError("a weight patch reached a packed layer, which only takes what ComfyUI's LoRA loaders make")
+                tensors, stream = self._tensors_on(x.device)
+                if self.bias_function:
+                    tensors["bias"] = tensors["bias"].clone()  # they add in place
                 for function in self.bias_function:
                     tensors["bias"] = function(tensors["bias"])
-                spec = self.spec
-                if self.lora:
-                    spec, low_rank = self._low_rank_with_lora(tensors, x)
-                    tensors |= low_rank
-                return quant_linear(x, spec, tensors, before=self.before)
+                if BIAS_OFFSET in tensors:
+                    tensors["bias"] = tensors["bias"].float() + tensors[BIAS_OFFSET]
+                before = None if self.wrapped else self.before
+                if before is not None and (self.rows or DENSE in tensors):
+                    x, before = before(x), None
+                y = quant_linear(x, self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}, before=before)
+                for i, first in enumerate(self.rows):
+                    term = Kronecker(tensors[f"kronecker{i}_left"], tensors[f"kronecker{i}_right"])(x)
+                    y[..., first : first + term.shape[-1]] += term
+                if DENSE in tensors:
+                    y += torch.nn.functional.linear(x, tensors[DENSE].to(x.dtype))
+                if stream is not None:
+                    stream.wait_stream(comfy.model_management.current_stream(x.device))
+                return y
 
-            def set_lora(self, branches):
-                """Triples (down (r, K), up (n, r) with the strength in it, first out-channel)."""
-                self.lora, self._with_lora = branches, None
+            def _tensors_on(self, device):
+                """({name: tensor on `device`}, the stream that copied or None). A layer left in memory is copied at each call, on a
+                stream of its own, so that the copy runs beside the layer before it."""
+                held = {k: p for k in (*TENSOR_NAMES, *self.loose) if (p := getattr(self, k)) is not None}
+                if self.weight.device == device:
+                    return {k: p if p.device == device else p.to(device) for k, p in held.items()}, None
+                stream = comfy.model_management.get_offload_stream(device)
+                fast = comfy.model_management.device_supports_non_blocking(device)
+                moved = {k: comfy.model_management.cast_to(p, None, device, non_blocking=fast, stream=stream) for k, p in held.items()}
+                comfy.model_management.sync_stream(device, stream)
+                return moved, stream
 
-            def _low_rank_with_lora(self, tensors, x):
-                """The spec and the low-rank tensors with the LoRA branches in, made once and not at each step."""
-                key = (x.device, x.dtype)
-                if self._with_lora is None or self._with_lora[0] != key:
-                    branches = [(d.to(x.device), u.to(x.device), first) for d, u, first in self.lora]
-                    spec, merged = with_lora(self.spec, tensors, branches, x.dtype)
-                    self._with_lora = (key, spec, {k: merged[k] for k in ("proj_down", "proj_up")})
-                return self._with_lora[1:]
+            def __setattr__(self, name, value):
+                if name == "forward":  # ComfyUI's bypass loaders put their own there, which must see the layer's real input
+                    super().__setattr__("wrapped", getattr(value, "__func__", None) is not type(self).forward)
+                super().__setattr__(name, value)
 
     return NibbleOperations

@@ -1,0 +1,200 @@
+"""ComfyUI's patches of a weight as what stands beside a packed layer (`quant_core.side`).
+
+A patch is ModelPatcher's tuple (strength, value, strength_model, offset, function), applied in order as
+`comfy.lora.calculate_weight` does. LoRA, LoHa and LoKr keep their structure; DoRA by out-channel is a gain and a LoRA; the rest
+(full differences, `set`, OFT, BOFT, GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
+"""
+
+from dataclasses import dataclass
+
+import comfy.lora
+import comfy.utils
+import torch
+from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter.loha import LoHaAdapter
+from comfy.weight_adapter.lokr import LoKrAdapter
+from comfy.weight_adapter.lora import LoRAAdapter
+
+from ...quant_core.side import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
+
+
+class UnsupportedPatch(RuntimeError):
+    """A patch that a quantized layer cannot take."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The rows and columns of a weight (N, K) that a patch is for; ComfyUI's offset is (dimension, start, length)."""
+
+    first: int
+    rows: int
+    column: int
+    columns: int
+
+    @classmethod
+    def of(cls, offset, out_features, in_features):
+        first, rows, column, columns = 0, out_features, 0, in_features
+        if offset is not None and offset[0] == 0:
+            first, rows = offset[1:]
+        elif offset is not None:
+            column, columns = offset[1:]
+        return cls(first, rows, column, columns)
+
+
+def refused(patch, out_features: int, in_features: int) -> str:
+    """Why a packed layer cannot take a patch; "" if it can."""
+    _, value, _, offset, _ = patch
+    at = Region.of(offset, out_features, in_features)
+    size = f"{at.rows} x {at.columns} weights"
+    if isinstance(value, list):
+        return "a merge with another model, which would be a second full-precision model beside this one,"
+    if isinstance(value, tuple):
+        kind, tensors = ("diff", value) if len(value) == 1 else (value[0], value[1])
+        if kind == "model_as_lora":
+            return "another model as LoRA, which would be a second full-precision model beside this one,"
+        if kind not in ("diff", "set"):
+            return f"a patch of the unknown kind {kind!r}"
+        shape = tuple(tensors[0].shape)
+        return "" if shape == (at.rows, at.columns) else f"a full difference of {_by(shape)} on {size}, made for another model,"
+    if not isinstance(value, WeightAdapterBase):
+        return f"a patch of the unknown kind {type(value).__name__}"
+    if isinstance(value, LoRAAdapter) and value.weights[5] is not None:
+        return f"a LoRA that reshapes the weight to {_by(value.weights[5])}"
+    shape = _shape(value)
+    if shape is not None and shape != (at.rows, at.columns):
+        return f"a {value.name} of {_by(shape)} on {size}, made for another model,"
+    return ""
+
+
+def _by(shape) -> str:
+    return " x ".join(str(int(n)) for n in shape)
+
+
+def _shape(adapter):
+    """(n, k) of an adapter's difference; None where only applying it tells."""
+    w = adapter.weights
+    if isinstance(adapter, LoRAAdapter):
+        return (w[0].shape[0], w[1].shape[1:].numel()) if w[3] is None else None
+    if isinstance(adapter, LoHaAdapter):
+        return (w[0].shape[0], w[1].shape[1]) if w[5] is None else None
+    if isinstance(adapter, LoKrAdapter) and w[7] is None:
+        sizes = [(w[i] if w[i] is not None else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta")) for i, j in ((0, 3), (1, 5))]
+        if sizes[1].ndim == 2:
+            return tuple(a * b for a, b in zip(sizes[0].shape, sizes[1].shape, strict=True))
+    return None
+
+
+def effective(patches) -> list:
+    """Those that change a weight: at strength 0 only ComfyUI's "set", and what also scales the weight, do."""
+    return [p for p in patches if p[0] or p[2] != 1.0 or (isinstance(p[1], tuple) and p[1][0] == "set")]
+
+
+def side_of(patches, layer, key: str, device) -> Side:
+    """What `patches` put beside a QuantizedLayer, computed on `device`. Raises UnsupportedPatch."""
+    side = Side(layer.spec.out_features, layer.spec.in_features)
+    base = []  # the dequantized weight, made once and only where an adapter asks for it
+
+    def weight():
+        if not base:
+            base.append(layer.to(device).dequantize())
+        return side.weight(base[0])
+
+    for patch in patches:
+        if reason := refused(patch, layer.spec.out_features, layer.spec.in_features):
+            raise UnsupportedPatch(f"{key}: {reason} cannot be put beside a quantized layer")
+        _add(side, patch, key, weight, device)
+    return side
+
+
+def _add(side, patch, key, weight, device):
+    strength, value, strength_model, offset, function = patch
+    at = Region.of(offset, side.out_features, side.in_features)
+    whole_rows = at.columns == side.in_features
+    if isinstance(value, tuple) and function is None and whole_rows:
+        _add_difference(side, value, at, strength, strength_model, device)
+        return
+    term = _structured(value, device) if isinstance(value, WeightAdapterBase) else None
+    if isinstance(term, LowRank) and function is comfy.utils.swap_scale_shift:  # reorders rows, so it commutes with the product
+        term, function = LowRank(term.down, function(term.up)), None
+    magnitude = _dora_scale(value)
+    by_row = magnitude is None or (magnitude.shape[0] == at.rows and isinstance(term, LowRank))
+    if term is not None and function is None and whole_rows and by_row:
+        _scale(side, at, strength_model, device)
+        if magnitude is not None:
+            rows = weight()[at.first : at.first + at.rows]
+            ratio = magnitude.to(device, torch.float32).flatten() / (rows.norm(dim=1) + torch.finfo(torch.float32).eps)
+            side.scale_rows(1 + strength * (ratio - 1), at.first)
+            term = LowRank(term.down, term.up * ratio[:, None])
+        _append(side, term, at.first, strength)
+    elif isinstance(term, LowRank) and function is None and magnitude is None and strength_model == 1.0:
+        down = term.down.new_zeros(term.down.shape[0], side.in_features)
+        down[:, at.column : at.column + at.columns] = term.down
+        side.low_rank.append(LowRank(down, term.up * strength))
+    else:
+        _add_dense(side, patch, key, weight, device)
+
+
+def _scale(side, at, strength_model, device):
+    if strength_model != 1.0:
+        side.scale_rows(torch.full((at.rows,), float(strength_model), device=device), at.first)
+
+
+def _add_difference(side, value, at, strength, strength_model, device):
+    """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
+    kind, tensor = ("diff", value[0]) if len(value) == 1 else (value[0], value[1][0])
+    _scale(side, at, 0.0 if kind == "set" else strength_model, device)
+    side.add_dense(tensor.to(device, torch.float32) * (1.0 if kind == "set" else strength), at.first)
+
+
+def _add_dense(side, patch, key, weight, device):
+    """Whatever ComfyUI makes of the weight, minus the weight."""
+    strength, value, *_ = patch
+    current = weight()
+    if torch.device(device).type == "meta":
+        side.add_dense(current)
+        return
+    after = comfy.lora.calculate_weight([patch], current.clone(), key)
+    if strength and isinstance(value, WeightAdapterBase) and torch.equal(after, current) and not _is_zero(value):
+        raise UnsupportedPatch(f"{key}: ComfyUI could not apply a {value.name} to {_by(current.shape)} weights; its log says why")
+    side.add_dense(after - current)
+
+
+def _append(side, term, first, strength):
+    if isinstance(term, LowRank):
+        side.low_rank.append(LowRank(term.down, term.up * strength, first))
+    else:
+        side.kronecker.append(Kronecker(term.left * strength, term.right, first))
+
+
+def _dora_scale(value):
+    index = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}.get(type(value))
+    return None if index is None else value.weights[index]
+
+
+def _is_zero(adapter) -> bool:
+    return any(torch.is_tensor(w) and not w.any() for w in adapter.weights)
+
+
+def _structured(adapter, device) -> LowRank | Kronecker | None:
+    """The difference that an adapter adds at strength 1, alpha in it, fp32; None where it has no cheaper form than dense."""
+    w = [t.to(device, torch.float32) if torch.is_tensor(t) else t for t in adapter.weights]
+    if isinstance(adapter, LoRAAdapter) and w[3] is None and w[5] is None:
+        up, down = w[0].flatten(1), w[1].flatten(1)
+        return LowRank(down, up * _alpha(w[2], down.shape[0]))
+    if isinstance(adapter, LoHaAdapter) and w[5] is None:
+        up, down = hadamard_low_rank((w[0], w[1]), (w[3], w[4]))
+        cheaper = down.shape[0] * (up.shape[0] + down.shape[1]) < up.shape[0] * down.shape[1]
+        return LowRank(down, up * _alpha(w[2], w[1].shape[0])) if cheaper else None
+    if isinstance(adapter, LoKrAdapter) and w[7] is None:
+        left = w[0] if w[0] is not None else w[3] @ w[4]
+        factors = None if w[1] is not None else (w[5], w[6])
+        right = w[1] if w[1] is not None else w[5] @ w[6]
+        if right.ndim != 2:
+            return None
+        rank = None if w[0] is not None and w[1] is not None else (w[4] if w[1] is not None else w[6]).shape[0]
+        return kronecker_or_low_rank(left * (_alpha(w[2], rank) if rank else 1.0), right, factors)
+    return None
+
+
+def _alpha(alpha, rank) -> float:
+    return 1.0 if alpha is None else float(alpha) / rank

@@ -1,0 +1,92 @@
+"""ComfyUI's own code in the test process, on the CPU, for what HTTP cannot reach: patchers, partial loads, hundreds of adapters."""
+
+import hashlib
+import sys
+
+import pytest
+import torch
+
+from comfyui_nibble.quant_core.families import detect
+from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.methods import by_name
+from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.spec import TENSOR_NAMES
+from comfyui_nibble.tests.host.server import find_comfyui
+
+
+@pytest.fixture(scope="session")
+def comfy():
+    """The package `comfy`, with the modules that the tests use. ComfyUI's folder goes last on the path."""
+    sys.path.append(str(find_comfyui()))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import comfy
+    import comfy.hooks
+    import comfy.lora
+    import comfy.model_management
+    import comfy.sd
+    import comfy.utils
+
+    return comfy
+
+
+@pytest.fixture(scope="session")
+def tiny_packed(comfy, tiny_state):
+    """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales, shifted codes after GELU."""
+    from comfyui_nibble.nodes.host.build import build
+
+    shapes = {k: tuple(v.shape) for k, v in tiny_state.items()}
+    method = by_name("svdquant")
+    config = method.configured(rank=8, gptq=False, iterations=0)
+    layers = {}
+    for layer, _ in quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, config):
+        layers[layer.name] = layer
+    rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
+    info = {"family": "flux", "provenance": {}, "report": [], "source": "test"}
+
+    def make():
+        return build(layers.get, {n: layer.spec for n, layer in layers.items()}, dict(rest), info)
+
+    return make
+
+
+def module(patcher, key):
+    """The module of a weight's key."""
+    import comfy.utils
+
+    return comfy.utils.get_attr(patcher.model, key.removesuffix(".weight"))
+
+
+def attached_weight(m) -> torch.Tensor:
+    """The weight (N, K), fp32, that a packed module applies with all that stands beside it."""
+    tensors = {k: p.data for k in TENSOR_NAMES if (p := getattr(m, k, None)) is not None}
+    weight = QuantizedLayer("", m.spec, tensors).dequantize()
+    for i, first in enumerate(m.rows):
+        matrix = torch.kron(getattr(m, f"kronecker{i}_left"), getattr(m, f"kronecker{i}_right"))
+        weight[first : first + len(matrix)] += matrix
+    return weight + m.dense if "dense" in m.loose else weight
+
+
+def packed_hash(patcher) -> str:
+    """Of the codes of all packed layers."""
+    digest = hashlib.sha256()
+    for _, m in patcher.packed_layers():
+        digest.update(m.weight.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load(patcher):
+    """As before a sampling run."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher
+
+
+def forward(patcher, seed=0, batch=1) -> torch.Tensor:
+    """The network's output on seeded inputs, after a load."""
+    g = torch.Generator().manual_seed(seed)
+    x, context, pooled = (torch.randn(batch, *s, generator=g) for s in ((16, 16, 16), (8, 128), (128,)))
+    with torch.no_grad():
+        return load(patcher).model.diffusion_model(x, torch.full((batch,), 0.7), context, pooled, guidance=torch.full((batch,), 3.5))
