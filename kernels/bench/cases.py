@@ -10,7 +10,7 @@ from ...quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from ..plan import NATIVE_INT4
 from ..target import Target
 
-RANK = 32
+RANK = LORA_RANK = 32
 # (out-channels, in-channels)
 LAYERS = {
     "FLUX": ((3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)),
@@ -104,6 +104,8 @@ def columns(target: Target) -> tuple[Column, ...]:
     found = (
         Column("qgemm", "gemm", "channel"),
         Column("operator", "operator", first, rank=RANK),
+        # A LoRA is more columns of the low-rank branch: this is the operator with one of rank 32 beside SVDQuant's 32.
+        Column("operator + LoRA", "operator", first, rank=RANK + LORA_RANK),
         Column(f"operator {other}", "operator", other, rank=RANK),
         Column("split4", "gemm", "channel", slices=4),
         Column("quantize", "quantize", first, rank=RANK),

@@ -6,7 +6,7 @@ from .timing import Timing
 # Targets for Hopper at FLUX_TOKENS. Ratios of speed; the int8 ceiling is the measured one.
 OPERATOR_WIDE, OPERATOR_NARROW, WIDE, NARROW = 1.5, 1.3, 9216, 3072
 GEMM_OF_INT8, GEMM_OF_CEILING = 0.9, 0.65
-OPERATOR_OVER_GEMM, SPLIT_OVER_GEMM = 1.12, 1.05
+OPERATOR_OVER_GEMM, SPLIT_OVER_GEMM, LORA_OVER_OPERATOR = 1.12, 1.05, 1.05
 
 
 def cell(timing: Timing, flops: int | None, reference_ms: float | None, note: str = "") -> dict:
@@ -47,6 +47,7 @@ def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
             continue
         torch_ms, int8_ms, gemm_ms = _ms(row, "torch"), _ms(row, "torch int8"), _ms(row, "qgemm")
         operator_ms, split_ms, peak = _ms(row, "operator"), _ms(row, "split4"), ceilings.get("int8_flops")
+        lora = ratio(_ms(row, "operator + LoRA"), operator_ms)
         if row["n"] >= WIDE:
             state(row, f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}", ratio(torch_ms, operator_ms), OPERATOR_WIDE)
         if row["n"] == NARROW:
@@ -55,6 +56,7 @@ def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
         rate = ratio(2000 * row["m"] * row["n"] * row["k"], gemm_ms)
         state(row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING)
         state(row, f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm", ratio(operator_ms, gemm_ms), OPERATOR_OVER_GEMM, False)
+        state(row, f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator", lora, LORA_OVER_OPERATOR, False)
         state(row, f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm", ratio(split_ms, gemm_ms), SPLIT_OVER_GEMM, False)
     return out
 

@@ -7,7 +7,7 @@ import torch
 from ..plan import lower
 from ..target import Target
 from ..tuning import Problem, Tile, TileCache, cache_for, candidates
-from .cases import Case, Column
+from .cases import RANK, Case, Column
 from .ours import gemm_work, layer_of
 from .timing import Work, measure
 from .verify import Difference, against_eager
@@ -23,7 +23,7 @@ def problem_of(case: Case, column: Column, target: Target) -> Problem:
 
 def tuned_columns(columns) -> list[Column]:
     """One column a tile: a plain product takes the tile of the operator, so that is timed with its low-rank branch and bias."""
-    return [c for c in columns if c.kind == "operator" or c.slices > 1]
+    return [c for c in columns if (c.kind == "operator" and c.rank == RANK) or c.slices > 1]
 
 
 @contextmanager

@@ -62,9 +62,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         missing = unmatched.keys_of(patches)
         self._check(patches, strength_patch, strength_model)
         if missing and not patches:
-            raise UnsupportedPatch(
-                unmatched.sentence(missing, "and none has a layer in this model, so the LoRA was made for another one")
-            )
+            raise UnsupportedPatch(unmatched.sentence(missing, "and none has a layer in this model, so the LoRA was made for another one"))
         added = super().add_patches(patches, strength_patch, strength_model)
         self._say(missing, added)
         return added
@@ -186,17 +184,24 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         self.unpatch_hooks()
         self._attach(self.patches)  # before the sizes are taken
         super().load(*args, **kwargs)
-        self._no_weight_functions()
+        self._take_off_functions()
 
     def partially_unload(self, *args, **kwargs):
         freed = super().partially_unload(*args, **kwargs)
-        self._no_weight_functions()
+        self._take_off_functions()
         return freed
 
-    def _no_weight_functions(self):
-        """ModelPatcher puts a LowVramPatch on layers it leaves in memory, which would requantize."""
+    def _take_off_functions(self):
+        """ModelPatcher puts a LowVramPatch on layers it leaves in memory. On a packed weight it would requantize; on a tensor that was
+        patched when its layer still fitted, which is in `backup`, it would act a second time."""
         for _, module in self.packed_layers():
             module.weight_function = []
+        for key in ():
+            name, _, leaf = key.rpartition(".")
+            module = comfy.utils.get_attr(self.model, name)
+            functions = getattr(module, f"{leaf}_function", ())
+            if any(getattr(f, "is_lowvram_patch", False) for f in functions):
+                setattr(module, f"{leaf}_function", [f for f in functions if not getattr(f, "is_lowvram_patch", False)])
 
     def _attach(self, patches, keep=0):
         """Puts beside each packed layer what `patches`, {key: list}, ask for. A layer that has it already is left alone. keep: how many

@@ -20,6 +20,8 @@ from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.kernels.tuning import Problem, candidates
 from comfyui_nibble.tests.support import relative_error
 
+COLUMNS = {"qgemm", "operator", "operator + LoRA", "operator channel", "split4", "quantize"}  # without a GPU
+
 
 def python(code, cwd, interpret=True):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"XDG_CACHE_HOME": str(cwd), "OMP_NUM_THREADS": "1"}
@@ -48,7 +50,7 @@ def test_command_without_a_gpu_compares_and_says_that_nothing_was_timed(tmp_path
     for row in doc["rows"]:
         assert not row["failed"]
         assert row["cells"] == {}
-        assert set(row["checks"]) == {"qgemm", "operator", "operator channel", "split4", "quantize"}
+        assert set(row["checks"]) == COLUMNS
         assert all(check["ok"] for found in row["checks"].values() for check in found.values())
 
 
@@ -108,7 +110,7 @@ def test_a_whole_run_with_a_made_up_clock(tmp_path):
     doc = json.loads((tmp_path / "b.json").read_text())
     cells = doc["rows"][0]["cells"]
     assert cells.pop("torch fp8") == {"reason": "RuntimeError: no such product"}
-    assert set(cells) == {"torch", "torch int8", "qgemm", "operator", "operator channel", "split4", "quantize", *baselines.KITCHEN}
+    assert set(cells) == {"torch", "torch int8", *COLUMNS, *baselines.KITCHEN}
     assert all(c["ms"] == 2.0 and c["copies"] >= 1 for c in cells.values())
     assert cells["operator"]["speedup"] == 1.0
     assert cells["quantize"]["speedup"] is None
@@ -212,17 +214,19 @@ def made_up_row(n, k, m=cases.FLUX_TOKENS, **ms):
 def test_targets():
     n, k, m = 9216, 3072, cases.FLUX_TOKENS
     wide = made_up_row(n, k, torch=3.0, torch_int8=1.8, qgemm=2.0, operator=2.0, split4=2.2)
+    wide["cells"]["operator + LoRA"] = timed(2.08)
     narrow = made_up_row(3072, k, torch=2.5, torch_int8=None, qgemm=1.5, operator=2.0, split4=1.5)
     other = made_up_row(n, k, 256, torch=3.0, operator=1.0)
     ceiling = 2000 * m * n * k / 2.0 / 0.65
     found = report.targets([wide, narrow, other], {"int8_flops": ceiling}, 90)
     stated = {(t["case"], t["target"]): (t["value"], t["met"]) for t in found}
-    assert len(stated) == len(found) == 10
+    assert len(stated) == len(found) == 12
     at = lambda row, start: next(v for (case, target), v in stated.items() if case == row["name"] and target.startswith(start))
     assert at(wide, "operator at least 1.5 x torch") == (1.5, True)
     assert at(wide, "qgemm at least 0.9") == (0.9, True)
     assert at(wide, "qgemm at least 0.65") == (pytest.approx(0.65), True)
     assert at(wide, "operator at most 1.12") == (1.0, True)
+    assert at(wide, "a LoRA of rank 32 at most 1.05") == (1.04, True)
     assert at(wide, "split4 at most 1.05") == (1.1, False)
     assert at(narrow, "operator at least 1.3 x torch") == (1.25, False)
     assert at(narrow, "qgemm at least 0.9") == (None, None)
@@ -271,7 +275,7 @@ def test_columns_of_cards():
     names = lambda arch: {c.name: c for c in cases.columns(Target("cuda", arch, (3, 6)))}
     hopper, ada = names(90), names(89)
     assert hopper["operator"].grain == hopper["quantize"].grain == "channel"
-    assert set(hopper) == {"qgemm", "operator", "operator W8A8", "split4", "quantize"}
+    assert set(hopper) == {"qgemm", "operator", "operator + LoRA", "operator W8A8", "split4", "quantize"}
     assert ada["operator"].grain == "group"
     assert ada["operator int8"].target(Target("cuda", 89, (3, 6))).arch not in cases.NATIVE_INT4
     for shapes in cases.LAYERS.values():
