@@ -196,7 +196,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         patched when its layer still fitted, which is in `backup`, it would act a second time."""
         for _, module in self.packed_layers():
             module.weight_function = []
-        for key in ():
+        for key in self.backup:
             name, _, leaf = key.rpartition(".")
             module = comfy.utils.get_attr(self.model, name)
             functions = getattr(module, f"{leaf}_function", ())
