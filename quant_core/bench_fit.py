@@ -13,8 +13,7 @@ from .calibration.plan import HESSIAN_WIDTH, inputs_of
 from .calibration.statistics import hessian_blocks
 from .families import FLUX, Layer, Part
 from .linear import QuantizedLayer
-from .methods import Method, Problem
-from .methods.parts import fit_weight_only
+from .methods import Method, Problem, fit_problem
 from .methods.problem import output_sqnr
 from .report import Row, bits_per_weight
 
@@ -107,18 +106,15 @@ def fit_block(method: Method, block: str = "single_blocks.0", hidden: int = 3072
         "modulation.lin": (3 * hidden, hidden),
     }
     layers = FLUX.layers({f"{block}.{name}.weight": shape for name, shape in shapes.items()})
-    stats = {i.name: statistics(next(layer for layer in layers if layer.name == i.name), 2048) for i in inputs_of(layers)}
-    plain = torch.randn(3 * hidden, hidden, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-    weights = {layer.name: weight(layer, stats[layer.name]) if layer.name in stats else plain for layer in layers}
+    stats = {i.name: statistics(next(layer for layer in layers if layer.input == i.name), 2048) for i in inputs_of(layers)}
+    weights = {layer.name: weight(layer, stats[layer.input]) for layer in layers}
     block_bytes = sum(w.nbytes for w in weights.values())
     hessian_bytes = sum(h.nbytes for s in stats.values() for h in s.hessians.values())
     rows, started = [], time.perf_counter()
     with PeakMemory() as memory:
         for layer in layers:
-            problem = Problem(
-                layer, weights[layer.name], torch.zeros(layer.out_features, dtype=torch.bfloat16), stats.pop(layer.name, None)
-            )
-            done: QuantizedLayer = fit_weight_only(problem) if layer.weight_only else method.fit(problem, method.config).layer
+            problem = Problem(layer, weights[layer.name], torch.zeros(layer.out_features, dtype=torch.bfloat16), stats.pop(layer.input))
+            done: QuantizedLayer = fit_problem(problem, method, method.config).layer
             rows.append(Row(layer.name, block, layer.in_features, layer.out_features, done.spec.describe(), nbytes=done.nbytes))
             del problem
     return {

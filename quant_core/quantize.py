@@ -8,8 +8,7 @@ import torch
 from .calibration.file import Calibration, CalibrationError
 from .families import Layer
 from .linear import QuantizedLayer
-from .methods import Fitted, Method, Problem
-from .methods.parts import fit_weight_only
+from .methods import Method, Problem, fit_problem
 from .methods.problem import output_sqnr
 from .report import Row
 from .spec import SpecError
@@ -37,33 +36,40 @@ def quantize_layers(
         if reason := _not_quantizable(layer):
             yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason)
             continue
-        weight = get(f"{layer.name}.weight").to(device)
-        if weight.dtype.itemsize == 1:  # fp8 has no arithmetic; bf16 holds all of its values
-            weight = weight.to(torch.bfloat16)
-        bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
-        for leaf, tensor in (("weight", weight), ("bias", bias)):
-            if tensor is not None and not torch.isfinite(tensor).all():
-                raise NonFiniteWeight(
-                    f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it."
-                )
-        statistics = None
-        if calibration is not None and not layer.weight_only:
-            statistics = calibration.get(layer.input)
-            if statistics.width != layer.in_features:
-                raise CalibrationError(
-                    f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}"
-                )
-        problem = Problem(layer, weight, bias, statistics)
+        problem = problem_of(layer, get, keys, calibration, device)
         try:
-            fitted = Fitted(fit_weight_only(problem)) if layer.weight_only else method.fit(problem, config)
+            fitted = fit_problem(problem, method, config)
         except SpecError as error:
             raise SpecError(f"layer {layer.name}: {error}") from error
         sqnr = output_sqnr(problem, fitted.layer)
-        cpu = QuantizedLayer(layer.name, fitted.layer.spec, {k: t.cpu() for k, t in fitted.layer.tensors.items()})
+        cpu = fitted.layer.to("cpu")
         row = Row(layer.name, layer.block, layer.in_features, layer.out_features, cpu.spec.describe())
         row.sqnr_db, row.choices, row.nbytes = sqnr, fitted.choices, cpu.nbytes
         row.seconds = time.perf_counter() - started
         yield cpu, row
+
+
+def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True) -> Problem:
+    """A layer's weight, bias and statistics on the device; the statistics None without calibration.
+
+    Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises NonFiniteWeight and CalibrationError.
+    """
+    weight = get(f"{layer.name}.weight").to(device)
+    if weight.dtype.itemsize == 1:  # fp8 has no arithmetic; bf16 holds all of its values
+        weight = weight.to(torch.bfloat16)
+    bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
+    for leaf, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and not torch.isfinite(tensor).all():
+            raise NonFiniteWeight(
+                f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it."
+            )
+    statistics = None
+    # Calibrations of 0.2 and before have no inputs of weight-only layers; those are rounded to nearest then.
+    if calibration is not None and (not layer.weight_only or layer.input in calibration.names):
+        statistics = calibration.get(layer.input, second_moments)
+        if statistics.width != layer.in_features:
+            raise CalibrationError(f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}")
+    return Problem(layer, weight, bias, statistics)
 
 
 def _not_quantizable(layer: Layer) -> str:

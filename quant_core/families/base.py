@@ -25,7 +25,7 @@ class Layer:
     """A linear layer to quantize.
 
     name: the module, without ".weight". block: the transformer block it belongs to. input: the layer whose input it
-    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16, no calibration.
+    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16.
     """
 
     name: str

@@ -69,7 +69,8 @@ FLUX = Family(
     title="FLUX.1",
     block=r"(?:double|single)_blocks\.\d+",
     rules=(
-        Rule(r"(img|txt)_mod\.lin|modulation\.lin", weight_only=True),
+        # All of them read SiLU of the one vector of time, guidance and pooled text.
+        Rule(r"(img|txt)_mod\.lin|modulation\.lin", weight_only=True, shared_input="double_blocks.0.img_mod.lin"),
         Rule(r"(img|txt)_attn\.qkv"),
         Rule(r"(img|txt)_attn\.proj"),
         Rule(r"(img|txt)_mlp\.0"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from . import convrot, rtn, svdquant
+from . import convrot, rtn, svdquant, weight_only
 from .problem import Fitted, Problem
 
 
@@ -41,4 +41,11 @@ def by_name(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Fitted", "Method", "Problem", "by_name"]
+def fit_problem(problem: Problem, method: Method, config) -> Fitted:
+    """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ."""
+    if not problem.layer.weight_only:
+        return method.fit(problem, config)
+    return weight_only.fit(problem, getattr(config, "rank", 0), getattr(config, "gptq", False))
+
+
+__all__ = ["METHODS", "Fitted", "Method", "Problem", "by_name", "fit_problem"]

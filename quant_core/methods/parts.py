@@ -4,8 +4,8 @@ import torch
 
 from ..linear import QuantizedLayer
 from ..packing import pack
-from ..quantizers import absmax_scale, best_clip_scale, dequantize, quantize
-from ..spec import LinearSpec, PartSpec, WeightSpec
+from ..quantizers import absmax_scale, dequantize, quantize
+from ..spec import LinearSpec, PartSpec
 from ..transforms import fold_weight
 from .problem import Problem, row_chunks
 
@@ -74,15 +74,3 @@ def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
         tensors["bias"] = bias
     spec = LinearSpec(problem.layer.in_features, problem.layer.out_features, tuple(p["spec"] for p in parts), bias is not None)
     return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})
-
-
-def fit_weight_only(problem: Problem) -> QuantizedLayer:
-    """W4A16, group 64, clip by least squares: adaLN modulation, where M is the batch and memory is all that counts."""
-    part = PartSpec(0, problem.layer.in_features, WeightSpec(), None)
-    codes, scales = [], []
-    for rows in row_chunks(*problem.weight.shape):
-        weight = problem.weight[rows].float()
-        scale = best_clip_scale(weight, 4, "group").to(problem.dtype)
-        codes.append(quantize(weight, scale.float(), 4, "group"))
-        scales.append(scale)
-    return assemble(problem, [{"spec": part, "codes": torch.cat(codes), "scales": torch.cat(scales), "smooth": None, "low_rank": None}])

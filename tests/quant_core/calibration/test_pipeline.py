@@ -98,7 +98,7 @@ def pixart(state):
 
 
 KINDS = {
-    "flux": SimpleNamespace(family=FLUX, build=flux, pipeline=FluxPipeline, layers=16, weight_only=4, inputs=12),
+    "flux": SimpleNamespace(family=FLUX, build=flux, pipeline=FluxPipeline, layers=16, weight_only=4, inputs=13),
     "pixart": SimpleNamespace(family=PIXART, build=pixart, pipeline=PixArtSigmaPipeline, layers=14, weight_only=0, inputs=13),
 }
 
@@ -207,8 +207,7 @@ def test_quantizes_the_transformer_of_the_pipeline(done, tmp_path):
     assert pack.provenance["calibration"] == {"hash": Calibration(done.out).hash, "samples": SAMPLES, "seed": 0}
     sqnr = {row["name"]: row["sqnr_db"] for row in pack.report}
     assert sum(layer.weight_only for layer in layers.values()) == done.weight_only
-    assert {name for name, db in sqnr.items() if db is None} == {name for name, layer in layers.items() if layer.weight_only}
-    assert min(db for db in sqnr.values() if db is not None) > 15
+    assert min(sqnr.values()) > 15
     found = json.loads(nibble("inspect", out, "--json"))
     assert (found["kind"], found["family"], found["quantized layers"]) == ("Nibble model", done.family.name, done.layers)
 
