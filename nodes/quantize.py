@@ -12,16 +12,9 @@ from ..quant_core.quantize import quantize_layers
 from ..quant_core.report import as_text
 from .calibrate import CalibrationType
 from .host.build import build
+from .host.carry import keep_sampling_patches
 from .host.progress import steps
 from .host.source import ModelSource
-
-
-def _keep_patches(model, quantized):
-    """What sampling nodes before this one have set (ModelSamplingFlux, attention patches, wrappers) stays in force."""
-    twin = model.clone()
-    quantized.model_options = twin.model_options
-    quantized.object_patches = {k: v for k, v in twin.object_patches.items() if not k.startswith("diffusion_model.")}
-    quantized.wrappers, quantized.callbacks = twin.wrappers, twin.callbacks
 
 
 class NibbleQuantize(io.ComfyNode):
@@ -78,6 +71,6 @@ class NibbleQuantize(io.ComfyNode):
             }
             specs = {name: layer.spec for name, layer in layers.items()}
             quantized = build(lambda name: layers.pop(name, None), specs, rest, info)
-        _keep_patches(model, quantized)
+        keep_sampling_patches(model, quantized)
         paths, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths))
