@@ -1,0 +1,148 @@
+"""Nibble Guard."""
+
+import uuid
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..kernels import paths_of
+from ..kernels.target import target_of
+from ..quant_core.budget import for_memory, for_quality
+from ..quant_core.formats.provenance import VERSION
+from ..quant_core.guard import PRECISIONS, as_units, by_layer, higher, measure, w4a8, w8a8
+from ..quant_core.guard_report import Decision, as_text, rows_after
+from ..quant_core.quantize import problem_of
+from .calibrate import CalibrationType
+from .host.build import ATTACHMENT, build, unpatched
+from .host.carry import keep_sampling_patches
+from .host.patcher import NibblePatcher
+from .host.progress import steps
+from .host.source import ModelSource
+
+NAME = "Nibble Guard"
+QUALITY, MEMORY = "quality (dB)", "memory (MiB)"
+
+
+class NibbleGuard(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleGuard",
+            display_name=NAME,
+            category="Nibble",
+            description="Measures each layer of a quantized model on the calibration's held-out tokens and keeps the worst at W4A8, W8A8 or 16 bit, under a stated quality or memory budget.",
+            search_aliases=["mixed precision", "sensitivity", "w8a8", "w4a8", "quality", "budget", "repair"],
+            inputs=[
+                io.Model.Input("model", tooltip="The full-precision model that the other one was quantized from, with the same LoRAs."),
+                io.Model.Input("quantized", tooltip="The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays as it is."),
+                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the full-precision model; errors are measured on its held-out tokens."),
+                io.Combo.Input("budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip="quality: raise what is below quality_db, at the least extra memory. memory: take away as much noise as fits into memory_mib."),
+                io.Float.Input("quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip="For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB is an error of 1 % of the energy."),
+                io.Float.Input("memory_mib", default=256.0, min=0.0, max=1048576.0, step=16.0, tooltip="For memory: how much larger the model may get. At 0 layers may still become W4A8, which costs speed on some cards but no memory."),
+                io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip="layer: each on its own. block: the layers of a transformer block change together."),
+                io.Boolean.Input("allow_w4a8", default=True, tooltip="Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards with INT4 tensor cores."),
+                io.Boolean.Input("allow_w8a8", default=True, tooltip="Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of about 4.5."),
+                io.Boolean.Input("allow_16_bit", default=True, tooltip="Allow the original weight in 16 bit. It has no error, so every quality can be reached."),
+            ],
+            outputs=[
+                io.Model.Output("model", tooltip="A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save Model."),
+                io.String.Output("report", tooltip="What was raised and why, and what it costs. Connect to Preview as Text."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, quantized, calibration, budget, quality_db, memory_mib, unit, allow_w4a8, allow_w8a8, allow_16_bit):
+        allowed = tuple(p for p, wanted in zip(PRECISIONS, (allow_w4a8, allow_w8a8, allow_16_bit), strict=True) if wanted)
+        if not allowed:
+            raise ValueError(f"{NAME}: no precision is allowed. Switch on at least one of W4A8, W8A8 and 16 bit.")
+        by, limit = ("quality", quality_db) if budget == QUALITY else ("memory", int(memory_mib * 2**20))
+        pick = for_quality if by == "quality" else for_memory
+        pick((), limit)  # refuses a budget that means nothing before the work is done
+        source = ModelSource(model)
+        fingerprint = source.fingerprint()
+        require_guardable(quantized, fingerprint)
+        calibration.require_model(fingerprint)
+        device = comfy.model_management.get_torch_device()
+        # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
+        with torch.inference_mode(False), torch.no_grad():
+            layers, rest = unpatched(quantized)
+            plan = [layer for layer in source.family.layers(source.shapes) if layer.name in layers and higher(layers[layer.name].spec)]
+            if not comfy.model_management.is_device_cpu(device) and plan:
+                # As for Nibble Quantize: 16 bytes a weight of the largest layer.
+                comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
+            # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would fill 18 GB.
+            numbers = measure(plan, layers, source.get, source.shapes, calibration, allowed, device)
+            measured = list(steps(numbers, len(plan)))
+            units = as_units(measured, blocks := unit == "block")
+            chosen = pick(units, limit)
+            weight_only = len(layers) - len(plan)
+            decision = Decision(by, limit, blocks, allowed, measured, units, chosen, by_layer(measured, chosen, blocks), weight_only)
+            changing = [layer for layer in plan if layer.name in decision.layers]
+            made = {}
+            for layer in steps(changing, len(changing)):
+                made[layer.name] = make(source, layer, layers.pop(layer.name), decision.layers[layer.name], rest, device)
+            layers |= {name: layer for name, layer in made.items() if layer is not None}
+            specs = {name: layer.spec for name, layer in layers.items()}
+            info = quantized.attachments[ATTACHMENT]
+            info = info | {
+                "provenance": guarded(info["provenance"], decision, calibration),
+                "report": rows_after(info["report"], decision, plan, made),
+                "source": f"{info['source']}, raised by {NAME}",
+            }
+            result = build(lambda name: layers.pop(name, None), specs, rest, info)
+        keep_sampling_patches(quantized, result)
+        result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
+        _, lines = paths_of(specs, target_of(device))
+        return io.NodeOutput(result, "\n".join([as_text(decision, f"{source.family.title}, {NAME}"), "", *lines]))
+
+
+def make(source, layer, quantized, precision, rest, device):
+    """The layer at a precision, on the CPU; None at 16 bit, where its original tensors go to `rest`."""
+    if precision == "W4A8":  # the same tensors: nothing to load, nothing to copy
+        return w4a8(quantized)
+    problem = problem_of(layer, source.get, source.shapes, None, device)
+    if precision == "W8A8":
+        return w8a8(problem, quantized.to(device)).to("cpu")
+    tensors = {"weight": problem.weight} | ({} if problem.bias is None else {"bias": problem.bias})
+    # In 16 bit also where ComfyUI holds the source in fp32, as on a CPU.
+    rest |= {f"{layer.name}.{leaf}": t.to("cpu", problem.dtype, copy=True) for leaf, t in tensors.items()}
+    return None
+
+
+def guarded(provenance: dict, decision: Decision, calibration) -> dict:
+    """The provenance of a quantized model with what Guard did; a second Guard adds to the list."""
+    entry = {
+        "budget": decision.by,
+        "limit": decision.limit,
+        "unit": "block" if decision.blocks else "layer",
+        "precisions": list(decision.allowed),
+        "calibration": calibration.hash,
+        "raised": decision.layers,
+        "nibble": VERSION,
+    }
+    return provenance | {"guard": [*provenance.get("guard", ()), entry]}
+
+
+def require_guardable(quantized, fingerprint):
+    """Raises ValueError where `quantized` is not a Nibble model made from the model of this fingerprint, or has injections."""
+    if not isinstance(quantized, NibblePatcher):
+        raise ValueError(
+            f"{NAME}: the model at 'quantized' was not quantized by Nibble. Connect the output of Nibble Quantize or Nibble Load Diffusion Model."
+        )
+    if quantized.injections:
+        raise ValueError(
+            f"{NAME}: the quantized model has injections ({', '.join(quantized.injections)}), which hold on to its own layers. "
+            f"Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
+        )
+    if other := sorted(origins(quantized.attachments[ATTACHMENT]["provenance"]) - {fingerprint}):
+        raise ValueError(
+            f"{NAME}: the quantized model was made from model {', '.join(other)}, the full-precision model is {fingerprint}. "
+            "Connect the model that it was quantized from, with the same LoRAs at the same strengths."
+        )
+
+
+def origins(provenance: dict) -> set[str]:
+    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them."""
+    found = {str(provenance.get("model"))}
+    return found.union(*(origins(provenance[side]) for side in ("a", "b") if side in provenance))
