@@ -2,11 +2,23 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .bake import NibbleBakeLora
 from .calibrate import NibbleCalibrate, NibbleCalibrationPrompts
 from .files import NibbleLoadDiffusionModel, NibbleSaveModel
+from .guard import NibbleGuard
 from .quantize import NibbleQuantize
+from .swap import NibbleSwapBlocks
 
 
 class NibbleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [NibbleCalibrate, NibbleCalibrationPrompts, NibbleQuantize, NibbleSaveModel, NibbleLoadDiffusionModel]
+        return [
+            NibbleCalibrate,
+            NibbleCalibrationPrompts,
+            NibbleQuantize,
+            NibbleGuard,
+            NibbleBakeLora,
+            NibbleSaveModel,
+            NibbleLoadDiffusionModel,
+            NibbleSwapBlocks,
+        ]

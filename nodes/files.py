@@ -21,7 +21,7 @@ class NibbleSaveModel(io.ComfyNode):
             description="Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion Model.",
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
-                io.Model.Input("model", tooltip="A model from Nibble Quantize, without LoRAs after it."),
+                io.Model.Input("model", tooltip="A model quantized by Nibble. LoRAs on it go through Nibble Bake LoRA first."),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/nibble",
@@ -40,7 +40,13 @@ class NibbleSaveModel(io.ComfyNode):
             )
         if model.patches:
             raise ValueError(
-                f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Save before the LoRA loader."
+                f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble Bake LoRA in "
+                "between to write them into the layers, or save before the LoRA loader."
+            )
+        if model.injections:
+            raise ValueError(
+                f"Nibble Save Model: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which "
+                "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and bake it."
             )
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)

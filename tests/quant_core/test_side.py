@@ -17,7 +17,11 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def quantized(parts=(Part(0, K),), method="svdquant", **options):
+PLAIN = (Part(0, K),)
+GELU_HALVES = (Part(0, 64), Part(64, K, after_gelu=True))
+
+
+def quantized(parts=PLAIN, method="svdquant", **options):
     layer = Layer("layer", "block", K, N, parts, "layer")
     chosen = by_name(method)
     return chosen.fit(Problem(layer, randn(N, K), randn(N, seed=1), None), chosen.configured(rank=8, **options)).layer
@@ -66,10 +70,7 @@ def test_scaling_rows_scales_all_that_is_there():
     assert side.kronecker == []  # rows 48 to 70 of 96 were scaled
 
 
-GELU_HALVES = (Part(0, 64), Part(64, K, after_gelu=True))
-
-
-@pytest.mark.parametrize("parts", [(Part(0, K),), (Part(0, K, after_gelu=True),), GELU_HALVES])
+@pytest.mark.parametrize("parts", [PLAIN, (Part(0, K, after_gelu=True),), GELU_HALVES])
 def test_gain_scales_the_output_but_not_the_models_bias(parts):
     """Activations after GELU are shifted and the stored bias takes the shift back: that share of it scales with the weight."""
     layer, side = quantized(parts), Side(N, K)
@@ -90,7 +91,7 @@ def test_gain_scales_the_output_but_not_the_models_bias(parts):
     assert torch.equal(tensors["weight"], layer.tensors["weight"])
 
 
-@pytest.mark.parametrize("parts", [(Part(0, K),), GELU_HALVES])
+@pytest.mark.parametrize("parts", [PLAIN, GELU_HALVES])
 def test_low_rank_joins_the_layers_own(parts):
     layer, side = quantized(parts), Side(N, K)
     side.low_rank += [LowRank(randn(4, K), randn(N, 4)), LowRank(randn(2, K, seed=1), randn(32, 2), 64)]
