@@ -31,10 +31,14 @@ class Kronecker:
     first: int = 0
 
     def __call__(self, x):
-        """x (..., K) -> (..., a c) without the (a c, K) matrix."""
-        left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        inner = x.unflatten(-1, (left.shape[1], right.shape[1])) @ right.T  # (..., b, c)
-        return (left @ inner).flatten(-2)
+        return kronecker_linear(x, self.left, self.right)
+
+
+def kronecker_linear(x, left, right):
+    """x (..., K) -> (..., a c) without the (a c, K) matrix. A function, since torch.compile cannot make a Kronecker."""
+    left, right = left.to(x.dtype), right.to(x.dtype)
+    inner = x.unflatten(-1, (left.shape[1], right.shape[1])) @ right.T  # (..., b, c)
+    return (left @ inner).flatten(-2)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels import quant_linear
 from ...quant_core.linear import QuantizedLayer
-from ...quant_core.side import Kronecker, Side, bias_correction
+from ...quant_core.side import Side, bias_correction, kronecker_linear
 from ...quant_core.spec import TENSOR_NAMES, LinearSpec
 
 BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors
@@ -187,7 +187,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     x, before = before(x), None
                 y = quant_linear(x, self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}, before=before)
                 for i, first in enumerate(self.rows):
-                    term = Kronecker(tensors[f"kronecker{i}_left"], tensors[f"kronecker{i}_right"])(x)
+                    term = kronecker_linear(x, tensors[f"kronecker{i}_left"], tensors[f"kronecker{i}_right"])
                     y[..., first : first + term.shape[-1]] += term
                 if DENSE in tensors:
                     y += torch.nn.functional.linear(x, tensors[DENSE].to(x.dtype))
@@ -198,7 +198,8 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
             def _tensors_on(self, device):
                 """({name: tensor on `device`}, the stream that copied or None). A layer left in memory is copied at each call, on a
                 stream of its own, so that the copy runs beside the layer before it."""
-                held = {k: p for k in (*TENSOR_NAMES, *self.loose) if (p := getattr(self, k)) is not None}
+                # No `:=` in here: torch.compile breaks the graph at it.
+                held = {k: getattr(self, k) for k in (*TENSOR_NAMES, *self.loose) if getattr(self, k) is not None}
                 if self.weight.device == device:
                     return {k: p if p.device == device else p.to(device) for k, p in held.items()}, None
                 stream = comfy.model_management.get_offload_stream(device)

@@ -57,10 +57,17 @@ def test_partial_loads_and_unloads_change_nothing(comfy, base, kind):
     patched = with_lora(base, adapter(kind, MLP) | lora_on(QKV, LINEAR2))
     want, before = forward(patched), packed_hash(base)
     comfy.model_management.unload_all_models()
-    for share in (0.05, 0.3, 0.6, 0.95):
-        patched.partially_load(CPU, int(patched.model_size() * share) - patched.loaded_size())
+    size = patched.model_size()
+    for share in (0.05, 0.3, 0.6, 0.95):  # from nothing
+        patched.detach()
+        patched.partially_load(CPU, int(size * share))
+        there = [m for m in patched.model.modules() if getattr(m, "comfy_patched_weights", False)]
         assert patched.model.model_lowvram
-        assert patched.loaded_size() <= share * patched.model_size()
+        assert patched.loaded_size() == sum(comfy.model_management.module_size(m) for m in there) <= share * size
+        assert relative_error(want, run(patched)) < 1e-6
+    patched.detach()
+    for share in (0.2, 0.5, 0.8):  # more and more
+        patched.partially_load(CPU, int(size * share) - patched.loaded_size())
         assert relative_error(want, run(patched)) < 1e-6
     patched.partially_load(CPU, 10**12)
     freed = patched.partially_unload(CPU, patched.loaded_size() // 2)
@@ -104,17 +111,18 @@ def hooked(comfy, patcher, *groups):
 def test_hook_lora_acts_while_its_conditioning_runs(comfy, base):
     with_branch = with_lora(base, lora_on(QKV, seed=9))
     plain, want = forward(with_branch), forward(with_lora(with_branch, lora_on(QKV, MLP), 0.8))
-    group, other = (comfy.hooks.create_hook_lora(lora_on(*keys), 0.8, 0.0) for keys in ((QKV, MLP), (LINEAR2,)))
+    want_other = forward(with_lora(with_branch, lora_on(QKV, LINEAR2, seed=3), 0.8))
+    group, other = (comfy.hooks.create_hook_lora(t, 0.8, 0.0) for t in (lora_on(QKV, MLP), lora_on(QKV, LINEAR2, seed=3)))
     patcher, before = hooked(comfy, with_branch, group, other), packed_hash(base)
-    for hooks, out in ((group, want), (None, plain), (group, want), (other, None), (None, plain)):
+    for hooks, out in ((group, want), (other, want_other), (None, plain), (group, want), (other, want_other), (None, plain)):
         patcher.apply_hooks(hooks)
-        if out is not None:
-            assert relative_error(out, run(patcher)) < 1e-6
+        assert relative_error(out, run(patcher)) < 1e-6
         assert packed_hash(base) == before
     assert relative_error(plain, want) > 0.01
-    patcher.apply_hooks(group)
-    patcher.cleanup()
-    assert torch.equal(run(patcher), plain)
+    for end in (patcher.unpatch_hooks, patcher.cleanup):
+        patcher.apply_hooks(group)
+        end()
+        assert torch.equal(run(patcher), plain)
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr", "diff"])
