@@ -14,8 +14,9 @@ from ..quant_core.guard import PRECISIONS, as_units, by_layer, higher, measure, 
 from ..quant_core.guard_report import Decision, as_text, rows_after
 from ..quant_core.quantize import problem_of
 from .calibrate import CalibrationType
-from .host.build import ATTACHMENT, build, unpatched
+from .host.build import ATTACHMENT, build
 from .host.carry import keep_sampling_patches
+from .host.half import take_apart
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.source import ModelSource
@@ -66,7 +67,8 @@ class NibbleGuard(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
-            layers, rest = unpatched(quantized)
+            half = take_apart(quantized)
+            layers, rest = half.layers, half.rest
             plan = [layer for layer in source.family.layers(source.shapes) if layer.name in layers and higher(layers[layer.name].spec)]
             if not comfy.model_management.is_device_cpu(device) and plan:
                 # As for Nibble Quantize: 16 bytes a weight of the largest layer.

@@ -44,7 +44,7 @@ def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
 
 
 def higher(spec: LinearSpec) -> list[str]:
-    """The PRECISIONS above what a layer has, cheapest first; [] for a weight-only layer, whose error no calibration measures."""
+    """The PRECISIONS above what a layer has, cheapest first; [] for a weight-only layer."""
     if any(p.activation is None for p in spec.parts):
         return []
     weights, activations = {p.weight.bits for p in spec.parts}, {p.activation.bits for p in spec.parts}

@@ -16,7 +16,7 @@ class Decision:
     """What was asked for and what came out. by: "quality" or "memory"; limit: in dB or in bytes; blocks: the unit is a block.
 
     units: all that were measured; chosen: those that change; layers: {layer: precision} of the layers that do. weight_only: the
-    number of layers that no calibration measures.
+    number of layers without quantized activations.
     """
 
     by: str
@@ -49,7 +49,7 @@ def as_text(decision: Decision, title: str) -> str:
     )
     lines = [f"{title}: {aim}; allowed: {', '.join(d.allowed)}"]
     if d.weight_only:
-        lines.append(f"Not measured and left as they are: {d.weight_only} weight-only layers, whose inputs no calibration observes")
+        lines.append(f"Not measured and left as they are: {d.weight_only} weight-only layers, which quantize no activations")
     if not d.measured:
         return "\n".join([*lines, "No layer with quantized activations is left to raise."])
     count = {p: list(d.layers.values()).count(p) for p in d.allowed}
