@@ -6,17 +6,28 @@ import shutil
 from itertools import combinations
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random, taesd_shapes
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.server import PACK
+from comfyui_nibble.tests.support import relative_error
 
 FOLDER = PACK / "workflows"
-NAMES = ["flux_4bit", "pixart_4bit"]
+QUANTIZED = ["Load", "Calibrate", "Quantize", "Sample"]
+GROUPS = {
+    "flux_4bit": QUANTIZED,
+    "pixart_4bit": QUANTIZED,
+    "flux_4bit_two_loras": ["Load", "LoRA", "Sample"],
+    "flux_find_blocks": ["Load", "Calibrate", "Swap", "Guard", "Sample"],
+}
+NAMES = list(GROUPS)
 CHROMIUM = shutil.which("chromium")
 # Only in the UI: what the frontend does with a seed after a run, and notes.
 UI_ONLY_WIDGETS, UI_ONLY_NODES = {"control_after_generate"}, {"MarkdownNote"}
+H = 256  # hidden width of the small FLUX
 
 
 def workflow(name):
@@ -25,6 +36,10 @@ def workflow(name):
 
 def twin(name):
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def of_kind(graph, kind):
+    return {key: n for key, n in graph.items() if n["class_type"] == kind}
 
 
 def test_these_are_all():
@@ -54,11 +69,20 @@ def test_nothing_overlaps_and_every_node_is_in_a_group(name):
     boxes = [(x, y - title_bar, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in graph["nodes"])]
     for a, b in combinations(boxes, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
-    assert [g["title"] for g in graph["groups"]] == ["Load", "Calibrate", "Quantize", "Sample"]
+    assert [g["title"] for g in graph["groups"]] == GROUPS[name]
     groups = [(x, y, x + w, y + h) for x, y, w, h in (g["bounding"] for g in graph["groups"])]
     for n, box in zip(graph["nodes"], boxes, strict=True):
         inside = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
         assert len(inside) == (n["type"] not in UI_ONLY_NODES), n["type"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["UNETLoader", "DualCLIPLoader", "NibbleCalibrationPrompts", "FluxGuidance", "EmptySD3LatentImage", "NibbleCalibrate"]
+)
+def test_find_blocks_calibrates_as_flux_4bit(kind):
+    """So that a finished calibration serves both; small values hide a difference from the runs below."""
+    values = lambda name: [{k: v for k, v in n["inputs"].items() if not isinstance(v, list)} for n in of_kind(twin(name), kind).values()]
+    assert values("flux_find_blocks") == values("flux_4bit")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +98,7 @@ def models(server):
     """Small random files under the very names that the workflows use."""
     folder = server.base / "models"
     (folder / "text_encoders").mkdir(exist_ok=True)
-    for name, shapes, channels in (("flux_4bit", flux_shapes(hidden=256), 16), ("pixart_4bit", pixart_shapes(), 4)):
+    for name, shapes, channels in (("flux_4bit", flux_shapes(hidden=H), 16), ("pixart_4bit", pixart_shapes(), 4)):
         for n in twin(name).values():
             match n["class_type"]:
                 case "UNETLoader":
@@ -85,7 +109,21 @@ def models(server):
                     # Only listed, never opened: see `shrunk`.
                     for key in n["inputs"].keys() & {"clip_name", "clip_name1", "clip_name2"}:
                         (folder / "text_encoders" / n["inputs"][key]).touch()
+    g = torch.Generator().manual_seed(0)
+    for n in of_kind(twin("flux_4bit_two_loras"), "LoraLoader").values():
+        lora = {}
+        for layer, rows, columns in (("double_blocks.0.img_attn.qkv", 3 * H, H), ("single_blocks.0.linear2", H, 5 * H)):
+            lora[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(4, columns, generator=g) * 0.12
+            lora[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=g) * 0.12
+        save_file(lora, folder / "loras" / n["inputs"]["lora_name"])
     return folder
+
+
+@pytest.fixture(scope="module")
+def flux_4bit(server, models):
+    """What running the first workflow gave. Others start from the file that it saves, and one from its calibration."""
+    graph = shrunk(twin("flux_4bit"), 128)
+    return graph, server.run(graph)
 
 
 def shrunk(graph, pixels):
@@ -96,6 +134,7 @@ def shrunk(graph, pixels):
         "EmptySD3LatentImage": {"width": pixels, "height": pixels},
         "EmptyLatentImage": {"width": pixels, "height": pixels},
         "KSampler": {"steps": 2},
+        "NibbleSwapBlocks": {"blocks": "double 0"},
     }
     out = {}
     for key, n in graph.items():
@@ -108,33 +147,103 @@ def shrunk(graph, pixels):
     return out
 
 
-# PixArt's position embedding needs 272 pixels or more.
-@pytest.mark.parametrize(("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7)])
-def test_twin_runs(server, models, name, pixels, layers):
+def pictures_are(server, outputs, nodes, pixels):
+    """What these SaveImage nodes saved, read; none may be of one flat colour, as NaN would give."""
     from PIL import Image
 
-    graph = shrunk(twin(name), pixels)
-    outputs = server.run(graph)
-    of = lambda kind: outputs[next(key for key, n in graph.items() if n["class_type"] == kind)]
+    for item in (outputs[key]["images"][0] for key in nodes):
+        with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as picture:
+            assert picture.size == (pixels, pixels)
+            assert any(low < high for low, high in picture.getextrema())
+
+
+def saved_name(graph, outputs):
+    return re.search(r"(\S+\.safetensors)", outputs[next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0])[1]
+
+
+def with_latents(graph):
+    """The graph with what each KSampler gives saved under `latents_` and the kind of node that its model comes from."""
+    out = dict(graph)
+    for key, n in of_kind(graph, "KSampler").items():
+        kind = graph[n["inputs"]["model"][0]]["class_type"]
+        out[f"latents_{kind}"] = node("SaveLatent", samples=[key, 0], filename_prefix="workflow")
+    return out
+
+
+# PixArt's position embedding needs 272 pixels or more.
+@pytest.mark.parametrize(("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7)])
+def test_twin_runs(server, models, request, name, pixels, layers):
+    if name == "flux_4bit":
+        graph, outputs = request.getfixturevalue(name)
+    else:
+        graph = shrunk(twin(name), pixels)
+        outputs = server.run(graph)
+    of = lambda kind: outputs[next(iter(of_kind(graph, kind)))]
 
     report = of("PreviewAny")["text"][0]
     assert f"{layers} layers" in report
     assert "Layer SQNR on held-out tokens" in report
 
-    saved = re.search(r"(\S+\.safetensors)", of("NibbleSaveModel")["text"][0])[1]
-    pack = PackFile(server.base / "output" / "diffusion_models" / saved)
+    pack = PackFile(server.base / "output" / "diffusion_models" / saved_name(graph, outputs))
     assert len(pack.specs) == layers
     assert pack.provenance["method"] == "svdquant_r"
     assert pack.provenance["calibration"]["samples"] == 4
+    pictures_are(server, outputs, of_kind(graph, "SaveImage"), pixels)
 
-    item = of("SaveImage")["images"][0]
-    with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as picture:
-        assert picture.size == (pixels, pixels)
-        assert any(low < high for low, high in picture.getextrema())  # NaN would give one flat colour
+
+def test_two_loras_run(server, flux_4bit):
+    graph = with_latents(shrunk(twin("flux_4bit_two_loras"), 128))
+    first, second = of_kind(graph, "LoraLoader")
+    [loader] = of_kind(graph, "NibbleLoadDiffusionModel").values()
+    assert loader["inputs"]["model_name"] == saved_name(*flux_4bit)
+    path = server.base / "output" / "diffusion_models" / saved_name(*flux_4bit)
+    before = path.read_bytes()
+
+    def sampled(*off):
+        without = {key: graph[key] | {"inputs": graph[key]["inputs"] | {"strength_model": 0.0}} for key in off}
+        outputs = server.run(graph | without)
+        pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
+        return server.latents(outputs, "latents_LoraLoader")
+
+    found = [sampled(), sampled(first), sampled(second), sampled(first, second)]
+    for a, b in combinations(found, 2):
+        assert relative_error(a, b) > 0.02  # 0.040 to 0.059
+    assert path.read_bytes() == before
+
+
+def test_find_blocks_runs(server, flux_4bit):
+    graph = with_latents(shrunk(twin("flux_find_blocks"), 128))
+    folder = server.base / "output" / "nibble_calibration"
+    calibrations = lambda: {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    before = calibrations()
+    outputs = server.run(graph)
+    assert calibrations() == before  # the first workflow's was read, and no other was made
+    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
+
+    of = lambda kind: server.latents(outputs, f"latents_{kind}")
+    full, packed, guarded = of("UNETLoader"), of("NibbleLoadDiffusionModel"), of("NibbleGuard")
+    # 0.0049 and, guarded, 0.0045 of 0.0081.
+    assert 0 < relative_error(full, of("NibbleSwapBlocks")) < relative_error(full, packed)
+    assert relative_error(full, guarded) < relative_error(full, packed)
+    assert relative_error(packed, of("NibbleSwapBlocks")) > 0.002  # 0.0074
+
+    swapped, report = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
+    assert "A with double 0 of B" in swapped
+    assert re.search(r"[1-9]\d* of \d+ measured layers raised", report)
+
+    name = saved_name(graph, outputs)
+    pack = PackFile(server.base / "output" / "diffusion_models" / name)
+    assert pack.provenance["guard"][0]["limit"] == 24.0
+    # The saved file in place of Guard samples the same.
+    guard = next(iter(of_kind(graph, "NibbleGuard")))
+    ends = ("SaveImage", "SaveLatent", "PreviewAny", "NibbleSaveModel")
+    again = {key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends}
+    again[guard] = node("NibbleLoadDiffusionModel", model_name=name)
+    assert torch.equal(server.latents(server.run(again), "latents_NibbleGuard"), guarded)
 
 
 @pytest.fixture(scope="module")
-def page(server, models):
+def page(server, models, flux_4bit):
     """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in page.errors."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     if CHROMIUM is None:
