@@ -90,3 +90,16 @@ def forward(patcher, seed=0, batch=1) -> torch.Tensor:
     x, context, pooled = (torch.randn(batch, *s, generator=g) for s in ((16, 16, 16), (8, 128), (128,)))
     with torch.no_grad():
         return load(patcher).model.diffusion_model(x, torch.full((batch,), 0.7), context, pooled, guidance=torch.full((batch,), 3.5))
+
+
+def sample(patcher, steps=2, hooks=None, callback=None) -> torch.Tensor:
+    """Latents of ComfyUI's own sampler on seeded inputs; hooks: a HookGroup of the conditioning."""
+    import comfy.sample
+
+    g = torch.Generator().manual_seed(0)
+    noise, context, pooled = (torch.randn(1, *s, generator=g) for s in ((16, 16, 16), (8, 128), (128,)))
+    prompt = [[context, {"pooled_output": pooled, "guidance": 3.5} | ({"hooks": hooks} if hooks else {})]]
+    latent = torch.zeros(1, 16, 16, 16)
+    return comfy.sample.sample(
+        patcher, noise, steps, 1.0, "euler", "simple", prompt, prompt, latent, callback=callback, disable_pbar=True, seed=0
+    )

@@ -29,8 +29,8 @@ class GraphError(RuntimeError):
 class Server:
     """Starts ComfyUI with its base directory at `base`. Use as a context manager."""
 
-    def __init__(self, comfyui: Path, base: Path, pack: bool = True):
-        self.comfyui, self.base = comfyui, base
+    def __init__(self, comfyui: Path, base: Path, pack: bool = True, options: tuple[str, ...] = ()):
+        self.comfyui, self.base, self.options = comfyui, base, options
         for folder in ("models/diffusion_models", "models/loras", "models/vae", "custom_nodes", "input", "output"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         if pack:
@@ -43,7 +43,7 @@ class Server:
 
     def __enter__(self):
         command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
-        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--cache-none"]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--cache-none", *self.options]
         self.log = open(self.base / "server.log", "w")
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as users run it, without the tests' interpreter
         self.process = subprocess.Popen(command, cwd=self.comfyui, env=environment, stdout=self.log, stderr=subprocess.STDOUT)

@@ -9,6 +9,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from comfyui_nibble.quant_core.demo import pictures
 
+from . import memory, options
+
 
 class TestCaptions(io.ComfyNode):
     """Captions of the small model, one a line -> one conditioning entry each."""
@@ -131,9 +133,37 @@ class TestLoadOnHopper(io.ComfyNode):
             return loader.execute(model_name)
 
 
+class TestAfter(io.ComfyNode):
+    """The model as it is, once the latents have been sampled."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("model"), io.Latent.Input("samples")]
+        return io.Schema("TestAfter", category="test", inputs=inputs, outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model, samples):
+        return io.NodeOutput(model)
+
+
+class TestSharedTensors(io.ComfyNode):
+    """The names of `model`'s tensors that lie in the same memory as the tensor of that name in `source`, one a line."""
+
+    @classmethod
+    def define_schema(cls):
+        inputs = [io.Model.Input("model"), io.Model.Input("source")]
+        return io.Schema("TestSharedTensors", category="test", inputs=inputs, outputs=[io.String.Output()])
+
+    @classmethod
+    def execute(cls, model, source):
+        ours, theirs = (m.model.diffusion_model.state_dict() for m in (model, source))
+        return io.NodeOutput("\n".join(k for k, t in ours.items() if k in theirs and t.data_ptr() == theirs[k].data_ptr()))
+
+
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        return [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder, TestLoadOnHopper]
+        ours = [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder, TestLoadOnHopper, TestAfter, TestSharedTensors]
+        return [*ours, *memory.NODES, *options.NODES]
 
 
 async def comfy_entrypoint():
