@@ -103,7 +103,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
 
             def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
                 if is_quantized(self):
-                    raise RequantizationError("a patch would overwrite a packed weight; only plain LoRA can be added to a quantized layer")
+                    raise RequantizationError("a patch would overwrite a packed weight; adapters stand beside it instead")
                 rounded = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
                 return self._set("weight", rounded, inplace_update, return_weight)
 

@@ -31,6 +31,15 @@ def comfy():
     return comfy
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """The small model's layers take longer to share out than to compute: on busy cores two threads are ten times slower than one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def tiny_packed(comfy, tiny_state):
     """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales, shifted codes after GELU."""

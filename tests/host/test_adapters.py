@@ -68,7 +68,7 @@ def merged(patcher, key):
 
 
 @pytest.fixture(scope="module")
-def base(tiny_packed):
+def base(tiny_packed, one_thread):
     return tiny_packed()
 
 

@@ -10,7 +10,7 @@ from comfyui_nibble.tests.support import relative_error
 
 
 @pytest.fixture(scope="module")
-def base(tiny_packed):
+def base(tiny_packed, one_thread):
     return tiny_packed()
 
 

@@ -30,7 +30,7 @@ def run_both(server, case, **options):
     return outputs, relative_error(server.latents(outputs, "full_latent"), quantized), server.base / "output" / "diffusion_models" / name
 
 
-@pytest.mark.parametrize(("method", "distance"), [("svdquant_r", 0.15), ("svdquant", 0.2), ("convrot", 0.2)])
+@pytest.mark.parametrize(("method", "distance"), [("svdquant_r", 0.15), ("svdquant", 0.2), ("splitquant", 0.2), ("convrot", 0.2)])
 def test_small_flux(server, method, distance):
     outputs, error, path = run_both(server, FLUX_TINY, method=method, samples=8, steps=6, prefix=f"diffusion_models/{method}")
     assert error < distance

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_packed):
+def base(tiny_packed, one_thread):
     return tiny_packed()
 
 
