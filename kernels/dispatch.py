@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from ..quant_core.spec import LinearSpec, parse
+from ..quant_core.transforms import transform_activation
 from . import ops
 from .plan import NATIVE_INT4, TURING, has_groups
 from .quant_linear import eager
@@ -182,9 +183,31 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} should have the shape {shape} for {spec.describe()}, found {tuple(tensors[name].shape)}")
     rows = x.reshape(-1, spec.in_features)
+    if "transform" in tensors:
+        return _learned(rows, spec, tensors, lora, before, target).reshape(*x.shape[:-1], spec.out_features)
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
     if path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
         y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
     else:
         y = ops.quant_linear(rows, spec, tensors, lora, before)
     return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+def _learned(rows, spec, tensors, lora, before, target):
+    """A layer with learned transforms: no kernel fuses them yet, so torch smooths and transforms x, and the rest is a plain layer of
+    what comes out. The low-rank branches see the raw x."""
+    rows = rows if before is None else before(rows)
+    pieces = []
+    for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
+        piece = rows[:, part.start : part.stop]
+        if factors is not None:  # in fp32: bf16 between the two products doubles the codes that flip
+            piece = transform_activation(piece.float(), smooth, 0, factors=factors).to(rows.dtype)
+        pieces.append(piece)
+    plain = {k: t for k, t in tensors.items() if k not in ("transform", "proj_down", "proj_up")}
+    y = quant_linear(torch.cat(pieces, 1), spec.without_learned(), plain, target=target)
+    for i, part in enumerate(spec.parts if spec.rank else ()):
+        low = rows[:, part.start : part.stop] @ tensors["proj_down"][part.start : part.stop].to(rows.dtype)
+        y.addmm_(low, tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].to(rows.dtype).T)
+    for down, up, first in lora:
+        y[:, first : first + up.shape[0]].addmm_(rows @ down.to(rows.dtype).T, up.to(rows.dtype).T)
+    return y

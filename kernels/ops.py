@@ -12,13 +12,14 @@ import re
 
 import torch
 
-from ..quant_core.spec import TENSOR_NAMES, parse
+from ..quant_core.spec import parse
 from . import before as fusible
 from .target import kernel_target
 
 NAMESPACE = re.sub(r"\W", "_", __package__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
+_TENSORS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")  # of a layer, as in its schema
 _SCHEMAS = {
     "layer": "(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, Tensor? proj_up, "
     "Tensor? bias, Tensor[] lora_down, Tensor[] lora_up, int[] lora_first, int prologue, Tensor? mod_scale, Tensor? mod_shift, float eps) "
@@ -40,15 +41,15 @@ def quant_linear(x, spec, tensors, lora=(), before=None):
     """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N). Arguments as in `dispatch`."""
     downs, ups, firsts = [down for down, _, _ in lora], [up for _, up, _ in lora], [first for _, _, first in lora]
     kind, *modulation = before.operands(slice(None)) if before is not None else fusible.NOTHING
-    return layer(x, spec.text, *(tensors.get(name) for name in TENSOR_NAMES), downs, ups, firsts, kind, *modulation)
+    return layer(x, spec.text, *(tensors.get(name) for name in _TENSORS), downs, ups, firsts, kind, *modulation)
 
 
 def _layer(x, spec, *args):
     from .lora import with_lora
     from .quant_linear import fast
 
-    tensors = {name: tensor for name, tensor in zip(TENSOR_NAMES, args, strict=False) if tensor is not None}
-    downs, ups, firsts, *prologue = args[len(TENSOR_NAMES) :]
+    tensors = {name: tensor for name, tensor in zip(_TENSORS, args, strict=False) if tensor is not None}
+    downs, ups, firsts, *prologue = args[len(_TENSORS) :]
     spec, tensors = with_lora(parse(spec), tensors, list(zip(downs, ups, firsts, strict=True)), x.dtype)
     run = fast.weight_only if spec.weight_only else fast.quant_linear
     return run(x if x.stride(-1) == 1 else x.contiguous(), spec, tensors, kernel_target(x.device), fusible.restored(*prologue))

@@ -10,7 +10,7 @@ import torch
 
 
 class BudgetError(ValueError):
-    """A budget that means nothing."""
+    """A budget that means nothing, or that nothing meets."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,49 @@ def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
     least = [min(o.extra for o in menu) for menu in menus]
     spare = budget - sum(least)  # never below 0: to stay costs nothing
     step = max(1, math.ceil(spare / steps))
-    costs = [[-(-(o.extra - low) // step) for o in menu] for menu, low in zip(menus, least, strict=True)]
-    room = spare // step
-    noise, picks = torch.zeros(room + 1, dtype=torch.float64), []  # noise[c]: the least for at most c steps
-    for menu, cost in zip(menus, costs, strict=True):
-        after, pick = torch.full_like(noise, torch.inf), torch.zeros(room + 1, dtype=torch.int8)
-        for i, (option, c) in enumerate(zip(menu, cost, strict=True)):
-            if c <= room:
-                less = (there := noise[: room + 1 - c] + option.noise) < after[c:]
-                after[c:][less], pick[c:][less] = there[less], i
-        noise = after
-        picks.append(pick)
-    chosen, left = {}, int((noise == noise[-1]).nonzero()[0])
-    for i in reversed(range(len(units))):
-        pick = int(picks[i][left])
-        left -= costs[i][pick]
-        if pick:
-            chosen[units[i].name] = menus[i][pick]
-    return dict(reversed(chosen.items()))
+    costs = [[(-(-(o.extra - low) // step), o.noise) for o in menu] for menu, low in zip(menus, least, strict=True)]
+    totals = Totals.of(costs, spare // step)
+    picks = totals.trace(totals.best(0, spare // step))
+    return {u.name: menu[pick] for u, menu, pick in zip(units, menus, picks, strict=True) if pick}
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The least noise at each total cost: exact dynamic programming over menus of (cost, noise), one item of each to be taken.
+
+    noise: (room + 1,) fp64, inf at totals that cannot be had. costs: of the items. picks: the item of each menu at each total.
+    """
+
+    noise: torch.Tensor
+    costs: list[list[int]]
+    picks: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, menus: list[list[tuple[int, float]]], room: int) -> "Totals":
+        """For totals 0..room; costs are whole numbers, 0 or more. Of equal noise the item that stands first in its menu is kept."""
+        noise, picks = torch.full((room + 1,), torch.inf, dtype=torch.float64), []
+        noise[0] = 0.0
+        for menu in menus:
+            after, pick = torch.full_like(noise, torch.inf), torch.zeros(room + 1, dtype=torch.int8)
+            for i, (cost, added) in enumerate(menu):
+                if cost <= room:
+                    less = (there := noise[: room + 1 - cost] + added) < after[cost:]
+                    after[cost:][less], pick[cost:][less] = there[less], i
+            noise = after
+            picks.append(pick)
+        return cls(noise, [[cost for cost, _ in menu] for menu in menus], picks)
+
+    def best(self, low: int, high: int) -> int | None:
+        """The lowest total within low..high among those of least noise; None where none can be had."""
+        window = self.noise[low : high + 1]
+        if not len(window) or not torch.isfinite(least := window.min()):
+            return None
+        return low + int((window == least).nonzero()[0])
+
+    def trace(self, total: int) -> list[int]:
+        """The item of each menu that a total is made of."""
+        out = []
+        for costs, picks in zip(reversed(self.costs), reversed(self.picks), strict=True):
+            out.append(int(picks[total]))
+            total -= costs[out[-1]]
+        return out[::-1]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,12 @@ def _bar(unit):
     from tqdm import tqdm
 
     return lambda items, total: tqdm(items, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
+
+
+def _device(name):
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 @app.command()
@@ -30,17 +37,15 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png an
 def quantize(
     source: Annotated[Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")],
     destination: Annotated[Path, typer.Argument(help="The file to write. Put it into ComfyUI's models/diffusion_models.")],
-    method: Annotated[str, typer.Option(help="svdquant_r, svdquant, convrot or rtn.")] = "svdquant_r",
+    method: Annotated[str, typer.Option(help="svdquant_r, svdquant, splitquant, convrot, rtn or robuq.")] = "svdquant_r",
     calibration: Annotated[
         Path | None, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`; data-free without.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="SVDQuant: rank of the 16-bit branch; 32 if not given.")] = None,
-    gptq: Annotated[bool | None, typer.Option(help="SVDQuant: try GPTQ rounding; on if not given.")] = None,
+    rank: Annotated[int | None, typer.Option(help="SVDQuant and RobuQ: rank of the 16-bit branch; 32 if not given.")] = None,
+    gptq: Annotated[bool | None, typer.Option(help="SVDQuant and RobuQ: try GPTQ rounding; on if not given.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
 ):
     """Quantizes a checkpoint to a Nibble file. A run that was stopped goes on where it was."""
-    import torch
-
     from .calibration import Calibration
     from .methods import by_name
     from .quantize_file import quantize_file
@@ -48,11 +53,44 @@ def quantize(
 
     chosen = by_name(method)
     config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None})
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     statistics = Calibration(calibration) if calibration else None
-    rows = quantize_file(source, destination, chosen, config, statistics, device, _bar("block"))
+    rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"))
     typer.echo(as_text(rows, f"{destination} ({chosen.title})"))
+
+
+@app.command()
+def allocate(
+    source: Annotated[Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")],
+    destination: Annotated[
+        Path, typer.Argument(help="The file to write. A table of sensitivities (.json) and a plot (.png) go beside it.")
+    ],
+    calibration: Annotated[Path, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`.")],
+    budget: Annotated[str, typer.Option(help="A3: 3 activation bits on average; W2.5: weight bits; 600MB, 6.5GB: the size of the file.")],
+    menu: Annotated[
+        str, typer.Option(help="robuq: its activation bits 2, 3, 4 or 8. mixed: robuq, svdquant_r, W8A8 and 16 bit.")
+    ] = "robuq",
+    gains: Annotated[Path | None, typer.Option(help="JSON {layer: factor of its noise}, by what arrives at the end of a sampling.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the 16-bit branches.")] = 32,
+    gptq: Annotated[bool, typer.Option(help="Try GPTQ rounding.")] = True,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Gives each layer a precision of its own under a budget, by measured noise, and quantizes. A stopped run goes on where it was."""
+    from . import allocate_file, allocate_plot, mixed
+    from .allocate import parse_budget
+    from .calibration import Calibration
+    from .report import as_text
+
+    asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
+    weights = allocate_file.read_gains(gains) if gains else None
+    done, rows = allocate_file.allocate_file(source, destination, Calibration(calibration), asked, config, weights, _device(device), _bar)
+    typer.echo(allocate_file.as_text(done, str(destination)))
+    typer.echo("\n" + as_text(rows, f"{destination} ({menu})"))
+    if find_spec("matplotlib") is None:
+        typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
+        return
+    picture = Path(f"{destination}.png")
+    allocate_plot.plot(picture, done)
+    typer.echo(f"\n{picture}")
 
 
 @app.command()

@@ -48,10 +48,11 @@ class QuantizedLayer:
     def dequantize(self) -> torch.Tensor:
         """The weight (N, K) that the layer effectively applies to the raw x, low rank included, fp32."""
         out = []
-        for i, (part, packed, scales, smooth) in enumerate(self.spec.split(self.tensors)):
+        parts = zip(self.spec.split(self.tensors), self.spec.factors(self.tensors), strict=True)
+        for i, ((part, packed, scales, smooth), factors) in enumerate(parts):
             grain = "group" if part.scale_rows > 1 else "channel"
             folded = dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group)
-            weight = unfold_weight(folded, smooth, part.rotation)
+            weight = unfold_weight(folded, smooth, part.rotation, factors)
             if part.rank:
                 up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
                 weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
@@ -60,9 +61,8 @@ class QuantizedLayer:
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""
-        cuts = {
-            k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in ("smooth_factor", "proj_down")
-        }
+        whole = ("smooth_factor", "proj_down", "transform")
+        cuts = {k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in whole}
         shared = {k: t for k, t in self.tensors.items() if k not in cuts}
         return [
             QuantizedLayer(name, replace(self.spec, out_features=size), shared | {k: c[i].contiguous() for k, c in cuts.items()})

@@ -33,7 +33,7 @@ def quantize_layers(
     """
     for layer in layers:
         started = time.perf_counter()
-        if reason := _not_quantizable(layer):
+        if reason := not_quantizable(layer):
             yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason)
             continue
         problem = problem_of(layer, get, keys, calibration, device)
@@ -41,6 +41,10 @@ def quantize_layers(
             fitted = fit_problem(problem, method, config)
         except SpecError as error:
             raise SpecError(f"layer {layer.name}: {error}") from error
+        if fitted.layer is None:
+            note = "; ".join(f"{k} {v}" for k, v in fitted.choices.items())
+            yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=note)
+            continue
         sqnr = output_sqnr(problem, fitted.layer)
         cpu = fitted.layer.to("cpu")
         row = Row(layer.name, layer.block, layer.in_features, layer.out_features, cpu.spec.describe())
@@ -72,7 +76,8 @@ def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device,
     return Problem(layer, weight, bias, statistics)
 
 
-def _not_quantizable(layer: Layer) -> str:
+def not_quantizable(layer: Layer) -> str:
+    """Why no kernel takes the layer, "" where one does."""
     for part in layer.parts:
         if (part.stop - part.start) % 64:
             where = f"K = {layer.in_features}" if len(layer.parts) == 1 else f"in-channels {part.start}..{part.stop}"

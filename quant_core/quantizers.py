@@ -54,3 +54,16 @@ def best_clip_scale(weight: torch.Tensor, bits: int, granularity: str, group: in
         error = grouped(rest, granularity, group).square().sum(-1)
         best, best_error = torch.where(error < best_error, scale, best), torch.minimum(error, best_error)
     return best
+
+
+def ternary_scale(weight: torch.Tensor) -> torch.Tensor:
+    """Scales (rows, 1), fp32, at which codes {-1, 0, 1} have the least squared error on weight (rows, K): the exact optimum of each row.
+
+    With the k largest magnitudes coded, the best scale is their mean S_k / k and the error falls by S_k^2 / k: one sort and one
+    cumulative sum find the best k. What is above half of that scale are those k (Lloyd's condition), so `quantize` at 2 bits gives the
+    codes. 7.2 dB on a Gaussian, where k is 54 % and the scale 1.22 sigma; with the mean magnitude as the scale (BitNet) 5.8 dB.
+    """
+    sums = weight.float().abs().sort(-1, descending=True).values.cumsum(-1)
+    counts = torch.arange(1, weight.shape[-1] + 1, device=weight.device)
+    best = (sums.square() / counts).argmax(-1, keepdim=True)
+    return sums.gather(-1, best) / (best + 1)

@@ -9,7 +9,7 @@ import torch
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
-TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
+TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")
 GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
 
 
@@ -61,7 +61,8 @@ class WeightSpec:
 class PartSpec:
     """One range of in-channels with its own transform, quantizers and low-rank branch.
 
-    activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none.
+    activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none. kronecker: (p1, p2) of a learned
+    transform of slices of p1 p2 channels, () for none; one pair of factors for all slices, or with `per_slice` one for each.
     """
 
     start: int
@@ -71,6 +72,8 @@ class PartSpec:
     smooth: bool = False
     rotation: int = 0
     rank: int = 0
+    kronecker: tuple[int, ...] = ()
+    per_slice: bool = False
 
     def __post_init__(self):
         _check(0 <= self.start < self.stop, f"empty range of in-channels {self.start}..{self.stop}")
@@ -80,11 +83,23 @@ class PartSpec:
             if q is not None and q.granularity == "group":
                 _check(q.group > 0 and self.width % q.group == 0, f"group {q.group} does not divide {self.width} channels")
         shifted = self.activation is not None and self.activation.shift != 0
-        _check(not (shifted and self.rotation), "a shift cannot be combined with a rotation")
+        _check(not (shifted and (self.rotation or self.kronecker)), "a shift cannot be combined with a rotation or a learned transform")
+        if self.kronecker:
+            _check(len(self.kronecker) == 2 and min(self.kronecker) > 0, f"kronecker must be two sizes, found {self.kronecker}")
+            size = self.kronecker[0] * self.kronecker[1]
+            _check(self.width % size == 0, f"slices of {size} channels do not divide {self.width}")
+            _check(not self.rotation, "a rotation and a learned transform exclude each other")
+        else:
+            _check(not self.per_slice, "per_slice goes with a learned transform only")
 
     @property
     def width(self) -> int:
         return self.stop - self.start
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of factors of the learned transform."""
+        return (self.width // (self.kronecker[0] * self.kronecker[1]) if self.per_slice else 1) if self.kronecker else 0
 
     @property
     def bytes_per_row(self) -> int:
@@ -108,6 +123,8 @@ class LinearSpec:
     proj_down      16 bit (K, R)         on the raw x, each part's rows to its own R columns
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
+    transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2 values;
+                                         absent without a learned transform
     ============== ===================== ==========================================================
 
     text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
@@ -150,6 +167,19 @@ class LinearSpec:
             yield part, codes, scales, tensors["smooth_factor"][part.start : part.stop] if part.smooth else None
             column, row = column + part.bytes_per_row, row + part.scale_rows
 
+    def factors(self, tensors: dict):
+        """Yields of each part the factors of its learned transform, (pairs, p1, p1) and (pairs, p2, p2), or None."""
+        at = 0
+        for part in self.parts:
+            if not part.kronecker:
+                yield None
+                continue
+            p1, p2 = part.kronecker
+            size = part.pairs * (p1 * p1 + p2 * p2)
+            pairs = tensors["transform"][at : at + size].view(part.pairs, -1)
+            yield pairs[:, : p1 * p1].reshape(-1, p1, p1), pairs[:, p1 * p1 :].reshape(-1, p2, p2)
+            at += size
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors this layer must have, and their shapes."""
         n, out = self.out_features, dict(self.weight_shapes)
@@ -160,10 +190,17 @@ class LinearSpec:
             out["proj_up"] = (n, self.rank * len(self.parts))
         if self.bias:
             out["bias"] = (n,)
+        if size := sum(p.pairs * sum(k * k for k in p.kronecker) for p in self.parts):
+            out["transform"] = (size,)
         return out
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """Without the fields of learned transforms where there are none, as versions before 0.3 wrote it."""
+        data = asdict(self)
+        for part in data["parts"]:
+            if not part["kronecker"]:
+                del part["kronecker"], part["per_slice"]
+        return data
 
     @classmethod
     def from_json(cls, data) -> "LinearSpec":
@@ -173,11 +210,18 @@ class LinearSpec:
         parts = []
         for raw in data["parts"]:
             raw = _fields(PartSpec, raw)
+            _check(isinstance(raw["kronecker"], (list, tuple)), "kronecker must be a list")
+            raw["kronecker"] = tuple(raw["kronecker"])
             raw["weight"] = WeightSpec(**_fields(WeightSpec, raw["weight"]))
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
         return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"])
+
+    def without_learned(self) -> "LinearSpec":
+        """What is left when x comes smoothed and transformed where there is a learned transform, and the low rank is added elsewhere."""
+        plain = lambda p: replace(p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False)
+        return replace(self, parts=tuple(map(plain, self.parts)))
 
     def as_w8a8(self) -> "LinearSpec":
         """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low rank stay."""
@@ -192,6 +236,12 @@ class LinearSpec:
         words = [f"W{part.weight.bits}A{act}", grain]
         words += ["smooth"] * any(p.smooth for p in self.parts)
         words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
+        learned = next((p for p in self.parts if p.kronecker), None)
+        words += (
+            []
+            if learned is None
+            else [f"{learned.width // (learned.kronecker[0] * learned.kronecker[1])} slices {'x'.join(map(str, learned.kronecker))}"]
+        )
         words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
         words += [f"r{self.rank}"] * bool(self.rank)
         return " ".join(words)
@@ -214,17 +264,20 @@ def _text(values) -> str:
 def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
     in_features, out_features, parts, bias = json.loads(text)
-    part = lambda start, stop, weight, act, *rest: PartSpec(start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, *rest)
+    part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
+        start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, smooth, rotation, rank, tuple(kronecker), per_slice
+    )
     return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias)
 
 
+_LATER = {ActivationSpec: {"clip": 1.0}, PartSpec: {"kronecker": (), "per_slice": False}}  # fields that older files do not have
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def _fields(cls, data) -> dict:
     _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
     names = {f.name: f for f in fields(cls)}
-    data = {"clip": 1.0, **data} if cls is ActivationSpec else data  # files of 0.1 have none
+    data = _LATER.get(cls, {}) | data
     _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {sorted(data)}")
     for name, f in names.items():
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")

@@ -42,23 +42,32 @@ def rotation_size(width: int, limit: int) -> int:
     return min(width & -width, 1 << (limit.bit_length() - 1)) if limit else 0
 
 
-def transform_activation(x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0) -> torch.Tensor:
-    """T x of a part: shift, divide by the smoothing factor (K,), rotate. x (..., K), any float dtype, same dtype out."""
+def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, p1), right (1 or S, p2, p2)."""
+    slices = x.unflatten(-1, (-1, left.shape[-1], right.shape[-1]))
+    return (left.mT.to(x.dtype) @ slices @ right.to(x.dtype)).flatten(-3)
+
+
+def transform_activation(x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0, factors=None) -> torch.Tensor:
+    """T x of a part: shift, divide by the smoothing factor (K,), rotate or apply the Kronecker `factors` (left, right). x (..., K), any
+    float dtype, same dtype out."""
     if shift:
         x = x + shift
     if smooth is not None:
         x = x / smooth.to(x.dtype)
-    return rotate(x, rotation)
+    return rotate(x, rotation) if factors is None else kronecker(x, *factors)
 
 
-def fold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
-    """W T^-1, so that (W T^-1)(T x) = W x. weight (N, K) -> (N, K)."""
+def fold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None) -> torch.Tensor:
+    """W T^-1, so that (W T^-1)(T x) = W x. weight (N, K) -> (N, K). Factors are inverted in fp64: they need not be orthogonal."""
     if smooth is not None:
         weight = weight * smooth.to(weight.dtype)
-    return rotate(weight, rotation)
+    if factors is None:
+        return rotate(weight, rotation)
+    return kronecker(weight, *(torch.linalg.inv(p.double()).mT.to(weight.dtype) for p in factors))
 
 
-def unfold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
+def unfold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None) -> torch.Tensor:
     """The inverse of `fold_weight`: a weight of the transformed input back to the raw input."""
-    weight = rotate(weight, rotation)
+    weight = rotate(weight, rotation) if factors is None else kronecker(weight, *(p.mT for p in factors))
     return weight if smooth is None else weight / smooth.to(weight.dtype)

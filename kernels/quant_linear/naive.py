@@ -7,10 +7,10 @@ from ...quant_core.quantizers import absmax_scale, quantize
 from ...quant_core.transforms import transform_activation
 
 
-def quantize_activation(x, part, smooth=None):
+def quantize_activation(x, part, smooth=None, factors=None):
     """Q(Tx) of one part. x (M, part.width) float -> codes (M, width) int8 or uint8, scale (M or 1, groups) fp32."""
     spec = part.activation
-    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift)
+    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift, factors)
     scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned, spec.clip)
     return quantize(tx, scale, spec.bits, spec.granularity, spec.group, spec.unsigned), scale
 
@@ -22,16 +22,16 @@ def quant_linear(x, spec, tensors, lora=()):
     strength is folded into `up`.
     """
     y = torch.zeros(x.shape[0], spec.out_features, device=x.device)
-    for i, (part, packed, scales, smooth) in enumerate(spec.split(tensors)):
+    for i, ((part, packed, scales, smooth), factors) in enumerate(zip(spec.split(tensors), spec.factors(tensors), strict=True)):
         xp = x[:, part.start : part.stop].float()
         codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()
 
         # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a block.
         step = part.weight.group if part.weight.granularity == "group" else part.width
         if part.activation is None:
-            tx, a_scale = transform_activation(xp, smooth, part.rotation), None
+            tx, a_scale = transform_activation(xp, smooth, part.rotation, factors=factors), None
         else:
-            tx, a_scale = quantize_activation(xp, part, smooth)
+            tx, a_scale = quantize_activation(xp, part, smooth, factors)
             if part.activation.granularity == "group":
                 step = min(step, part.activation.group)
         for k in range(0, part.width, step):

@@ -42,7 +42,7 @@ NAIVE = Method("naive", "Per tensor W4A4", METHODS["rtn"].fit, RTNConfig(activat
 
 def methods() -> list[Method]:
     """In the order of the contact sheet."""
-    return [METHODS["svdquant_r"], METHODS["svdquant"], METHODS["convrot"], METHODS["rtn"], NAIVE]
+    return [*(METHODS[name] for name in ("svdquant_r", "svdquant", "splitquant", "robuq", "convrot", "rtn")), NAIVE]
 
 
 def diffusers_modules(layers, model) -> dict:

@@ -9,18 +9,19 @@ from safetensors.torch import save_file
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str]):
     """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 
 def save_text(path: Path, text: str):
     """The same for text."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
+    """Gives a temporary path in the same folder, whose file takes the place of `path` if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from . import convrot, rtn, svdquant, weight_only
+from . import convrot, robuq, rtn, splitquant, svdquant, weight_only
 from .problem import Fitted, Problem
 
 
@@ -28,8 +28,10 @@ METHODS = {
     for m in (
         Method("svdquant_r", "SVDQuant with a Hadamard rotation", svdquant.fit, svdquant.SVDQuantConfig(rotation=256)),
         Method("svdquant", "SVDQuant", svdquant.fit, svdquant.SVDQuantConfig()),
+        Method("splitquant", "SplitQuant (4 slices share a transform, no low rank)", splitquant.fit, splitquant.SplitQuantConfig()),
         Method("convrot", "ConvRot (per token and channel)", convrot.fit, convrot.ConvRotConfig()),
         Method("rtn", "Round to nearest (baseline)", rtn.fit, rtn.RTNConfig()),
+        Method("robuq", "RobuQ (ternary weights)", robuq.fit, robuq.RobuQConfig()),
     )
 }
 

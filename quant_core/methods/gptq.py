@@ -24,16 +24,16 @@ def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     return lower.flip(0, 1)
 
 
-def quantize(weight_t: torch.Tensor, factor: dict, bits: int, group: int, dtype: torch.dtype, block: int = 128):
+def quantize(weight_t: torch.Tensor, factor: dict, bits: int, group: int, dtype: torch.dtype, block: int = 128, scales=None):
     """Codes (K, N) int8 and scales (G, N) in `dtype` of a folded weight.
 
     weight_t (K, N) fp32, the weight transposed; destroyed. factor: {(start, stop): upper_factor}, covering all K.
-    Scales are set at the start of each group from the weights as updated so far.
+    Scales are set at the start of each group from the weights as updated so far, or are those given, (G, N) in `dtype`.
     """
     k, n = weight_t.shape
     low, top = code_range(bits)
     codes = torch.empty(k, n, dtype=torch.int8, device=weight_t.device)
-    scales = torch.empty(k // group, n, dtype=dtype, device=weight_t.device)
+    given, scales = scales, torch.empty(k // group, n, dtype=dtype, device=weight_t.device) if scales is None else scales
     for (start, stop), c in sorted(factor.items()):
         for first in range(start, stop, block):
             last = min(first + block, stop)
@@ -43,8 +43,9 @@ def quantize(weight_t: torch.Tensor, factor: dict, bits: int, group: int, dtype:
             for j in range(last - first):
                 if (first + j) % group == 0:
                     g = (first + j) // group
-                    scale = absmax_scale(columns[j : j + group].T, bits, "channel").squeeze(1).to(dtype)
-                    scales[g] = scale.clamp(min=torch.finfo(dtype).tiny)
+                    if given is None:
+                        scale = absmax_scale(columns[j : j + group].T, bits, "channel").squeeze(1).to(dtype)
+                        scales[g] = scale.clamp(min=torch.finfo(dtype).tiny)
                     scale = scales[g].float()
                 column = columns[j]
                 rounded = (column / scale).round_().clamp_(low, top)

@@ -10,34 +10,36 @@ from ..transforms import fold_weight
 from .problem import Problem, row_chunks
 
 
-def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype, scale_of=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to nearest: weight (N, K) fp32 -> codes (N, K) int8, scales (N, G) in `dtype`.
 
-    The codes are rounded against the stored scale, so that its own rounding costs nothing.
+    scale_of(weight) -> (N, G): from absmax if not given. The codes are rounded against the stored scale, so that its own rounding
+    costs nothing.
     """
-    scale = absmax_scale(weight, spec.bits, spec.granularity, spec.group).to(dtype)
+    scale = absmax_scale(weight, spec.bits, spec.granularity, spec.group) if scale_of is None else scale_of(weight)
+    scale = scale.to(dtype)
     scale = scale.clamp(min=torch.finfo(dtype).tiny)
     return quantize(weight, scale.float(), spec.bits, spec.granularity, spec.group), scale.expand(weight.shape[0], -1)
 
 
-def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None):
+def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None, factors=None, scale_of=None):
     """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N, R)) or None."""
     n, width = weight.shape
     codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(n, part.scale_rows, dtype=scale_dtype, device=weight.device)
     # A scale for the whole tensor needs the whole tensor.
     for rows in [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width):
-        codes[rows], scales[rows] = weight_codes(folded(weight, rows, part, smooth, low_rank), part.weight, scale_dtype)
+        codes[rows], scales[rows] = weight_codes(folded(weight, rows, part, smooth, low_rank, factors), part.weight, scale_dtype, scale_of)
     return codes, scales
 
 
-def folded(weight, rows, part: PartSpec, smooth, low_rank=None) -> torch.Tensor:
+def folded(weight, rows, part: PartSpec, smooth, low_rank=None, factors=None) -> torch.Tensor:
     """fold(W - U D^T) of some rows, fp32."""
     chunk = weight[rows].float()
     if low_rank is not None:
         down, up = low_rank
         chunk = torch.addmm(chunk, up[rows].float(), down.float().T, alpha=-1)
-    return fold_weight(chunk, smooth, part.rotation)
+    return fold_weight(chunk, smooth, part.rotation, factors)
 
 
 def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
@@ -53,7 +55,8 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
 
 
 def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
-    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None, "low_rank" or None}."""
+    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None, "low_rank" or None}, and
+    "factors" (left, right) where it has a learned transform."""
     tensors = {
         "weight": torch.cat([pack(p["codes"], p["spec"].weight.bits) for p in parts], 1),
         "weight_scale": torch.cat([p["scales"].T for p in parts]).contiguous(),
@@ -64,6 +67,8 @@ def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
     if parts[0]["low_rank"] is not None:
         tensors["proj_down"] = torch.cat([p["low_rank"][0] for p in parts]).to(problem.dtype)
         tensors["proj_up"] = torch.cat([p["low_rank"][1] for p in parts], 1).to(problem.dtype)
+    if learned := [f.to(problem.dtype).flatten(1) for p in parts for f in [p.get("factors")] if f is not None for f in f]:
+        tensors["transform"] = torch.cat([torch.cat(pair, 1).flatten() for pair in zip(learned[::2], learned[1::2], strict=True)])
     bias = problem.bias
     for p in parts:
         if p["spec"].activation is not None and p["spec"].activation.shift:

@@ -47,9 +47,10 @@ class Problem:
 
 @dataclass
 class Fitted:
-    """A quantized layer and what a report says of it. choices: what was chosen, by name; sqnr_db: on the report tokens."""
+    """A quantized layer, None where it stays in 16 bit, and what a report says of it. choices: what was chosen, by name; sqnr_db: on the
+    report tokens."""
 
-    layer: QuantizedLayer
+    layer: QuantizedLayer | None
     choices: dict = field(default_factory=dict)
     sqnr_db: float | None = None
 

@@ -49,14 +49,19 @@ def fit(problem: Problem, config: SVDQuantConfig) -> Fitted:
     """Fits each part of the layer on its own. Without statistics: no smoothing, plain SVD, round to nearest."""
     parts, choices = [], {}
     for i, part in enumerate(problem.layer.parts):
-        fitted, chosen = _Part(problem, part, config).fit()
+        fitted, chosen = PartFit(problem, part, config).fit()
         parts.append(fitted)
         choices |= chosen if len(problem.layer.parts) == 1 else {f"{i}.{k}": v for k, v in chosen.items()}
     return Fitted(assemble(problem, parts), choices)
 
 
-class _Part:
-    """The fit of one part: its slice of the weight, tokens to judge by, and the exact output on them."""
+class PartFit:
+    """The fit of one part: its slice of the weight, tokens to judge by, and the exact output on them.
+
+    scale_of: the scales of rounding to nearest, as `weight_codes` takes it. RobuQ overrides that, `_specs` and `_refined`.
+    """
+
+    scale_of = None
 
     def __init__(self, problem, part, config):
         self.config, self.part, self.dtype = config, part, problem.dtype
@@ -72,14 +77,12 @@ class _Part:
         """The best found: ({"spec", "codes", "scales", "smooth", "low_rank"}, choices)."""
         best = self._best_transform()
         if self.x is not None:
-            factor = self._factor(best)
-            for name in self.config.low_rank if self.rank else ():
-                if name == "whitened" and factor:
-                    best = min(best, self._rounded(best["spec"], best["smooth"], "whitened", factor, best["chosen"]), key=_error)
-            best = self._iterated(best)
-            if self.config.gptq and factor:
-                best = min(best, self._gptq(best, factor), key=_error)
+            best = self._refined(best, self._factor(best))
         return {k: best[k] for k in ("spec", "codes", "scales", "smooth", "low_rank")}, best["chosen"]
+
+    def _refined(self, best, factor):
+        best = self._iterated(self._whitened(best, factor))
+        return min(best, self._gptq(best, factor), key=error_of) if self.config.gptq and factor else best
 
     # -- candidates ------------------------------------------------------------------------------------------------------
 
@@ -94,18 +97,23 @@ class _Part:
         if self.config.rotation:
             yield make(ActivationSpec(), rotation_size(self.part.stop - self.part.start, self.config.rotation))
 
+    def _candidates(self):
+        for spec in self._specs():
+            for label, smooth in self._smooths(spec.activation.shift):
+                yield spec, label, smooth
+
     def _best_transform(self):
         if self.x is None:
             # GELU's lower bound needs no data; elsewhere a rotation is the only guard against outliers.
             first, last = (specs := list(self._specs()))[0], specs[-1]
             return self._rounded(first if first.activation.unsigned else last, None, "plain", None, {"data": "none"})
-        candidates = [(spec, label, smooth) for spec in self._specs() for label, smooth in self._smooths(spec.activation.shift)]
+        candidates = list(self._candidates())
         rough = self._every_few_rows()
         candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])
         full = (
             self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)}) for p, t, s in candidates[: self.config.finalists]
         )
-        return min(full, key=_error)
+        return min(full, key=error_of)
 
     def _every_few_rows(self):
         """The same part with at most `rough_rows` out-channels, for a first ranking: 26 candidates on a 3072 x 3072
@@ -140,7 +148,7 @@ class _Part:
     def _rounded(self, spec, smooth, low_rank, factor, chosen, base=None):
         """Low rank of fold(W - base), then round to nearest."""
         pair = self._low_rank(spec, smooth, factor, base)
-        codes, scales = round_part(self.weight, spec, smooth, self.dtype, pair)
+        codes, scales = round_part(self.weight, spec, smooth, self.dtype, pair, scale_of=self.scale_of)
         chosen = chosen | ({"low_rank": low_rank} if self.rank else {}) | {"rounding": "nearest"}
         return self._judged({"spec": spec, "codes": codes, "scales": scales, "smooth": smooth, "low_rank": pair, "chosen": chosen})
 
@@ -155,15 +163,23 @@ class _Part:
             down = down / smooth[:, None]
         return down.to(self.dtype), u.to(self.dtype)
 
-    def _iterated(self, best):
+    def _whitened(self, best, factor):
+        """`best`, or what is better with the low rank that is best in the metric of the data."""
+        if not (self.rank and factor and "whitened" in self.config.low_rank):
+            return best
+        return min(best, self._rounded(best["spec"], best["smooth"], "whitened", factor, best["chosen"]), key=error_of)
+
+    def _iterated(self, best, factor=None):
+        """`best` after rounds of L = SVD(W - Q), Q = quant(W - L) for as long as they help. factor: of the metric of that SVD."""
         for _ in range(self.config.iterations if self.rank else 0):
             part = best["spec"]
 
             def quantized(rows, best=best, part=part):
-                return dequantize(best["codes"][rows], best["scales"][rows].float(), "group", part.weight.group)
+                return dequantize(best["codes"][rows], best["scales"][rows].float(), part.weight.granularity, part.weight.group)
 
             chosen = {k: v for k, v in best["chosen"].items() if k not in ("low_rank", "rounding")}
-            again = self._rounded(part, best["smooth"], "iterated", None, chosen, quantized)
+            label = "iterated" if factor is None else "whitened, iterated"
+            again = self._rounded(part, best["smooth"], label, factor, chosen, quantized)
             if again["error"] >= best["error"]:
                 break
             best = again
@@ -173,10 +189,13 @@ class _Part:
         residual = torch.empty(self.weight.shape[1], self.weight.shape[0], device=self.weight.device)
         for rows in row_chunks(*self.weight.shape):
             residual[:, rows] = folded(self.weight, rows, best["spec"], best["smooth"], best["low_rank"]).T
-        codes, scales = gptq.quantize(residual, factor, 4, GROUP, self.dtype)
+        codes, scales = self._gptq_codes(residual, best, factor)
         del residual
         codes, scales = codes.T.contiguous(), scales.T.contiguous()
         return self._judged(best | {"codes": codes, "scales": scales, "chosen": best["chosen"] | {"rounding": "gptq"}})
+
+    def _gptq_codes(self, residual, best, factor):
+        return gptq.quantize(residual, factor, best["spec"].weight.bits, GROUP, self.dtype)
 
     def _blocks(self):
         return [b for b in sorted(self.statistics.hessians) if self.part.start <= b[0] < self.part.stop]
@@ -209,7 +228,7 @@ class _Part:
     def _error_of(self, candidate):
         spec, smooth = candidate["spec"], candidate["smooth"]
         codes, scale = quantize_activation(self.x, spec, smooth)
-        tx = dequantize(codes, scale, "group", spec.activation.group)
+        tx = dequantize(codes, scale, spec.activation.granularity, spec.activation.group)
         if spec.activation.shift:
             # Quantized weights also multiply the shift, which the bias takes back.
             tx = tx - (spec.activation.shift / smooth if smooth is not None else spec.activation.shift)
@@ -218,7 +237,7 @@ class _Part:
             low = self.x @ candidate["low_rank"][0].float()
         error = 0.0
         for rows in row_chunks(*self.weight.shape):
-            weight = dequantize(candidate["codes"][rows], candidate["scales"][rows].float(), "group", spec.weight.group)
+            weight = dequantize(candidate["codes"][rows], candidate["scales"][rows].float(), spec.weight.granularity, spec.weight.group)
             rest = torch.addmm(self.y[:, rows], tx, weight.T, alpha=-1)
             if low is not None:
                 rest.addmm_(low, candidate["low_rank"][1][rows].float().T, alpha=-1)
@@ -226,7 +245,7 @@ class _Part:
         return error
 
 
-def _error(candidate):
+def error_of(candidate):
     return candidate["error"]
 
 

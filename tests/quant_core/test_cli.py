@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from comfyui_nibble.quant_core import mixed
 from comfyui_nibble.quant_core import quantize_file as job
+from comfyui_nibble.quant_core.budget import BudgetError
 from comfyui_nibble.quant_core.cli import app
 from comfyui_nibble.quant_core.demo import run, tiny_flux
 from comfyui_nibble.quant_core.families import FLUX
@@ -72,6 +74,35 @@ def test_quantize_then_inspect(tmp_path, calibration):
     assert not (tmp_path / "q.safetensors.partial").exists()
     assert json.loads(nibble("inspect", calibration, "--json"))["kind"] == "calibration"
     assert "FLUX.1" in nibble("inspect", tiny_flux.CHECKPOINT)
+
+
+def test_robuq(tmp_path, calibration):
+    out = tmp_path / "q.safetensors"
+    text = nibble("quantize", tiny_flux.CHECKPOINT, out, "--method", "robuq", "--calibration", calibration, "--rank", 0, "--device", "cpu")
+    assert "RobuQ (ternary weights)" in text
+    assert "W2A4 per channel smooth H256" in text
+    assert PackFile(out).specs["single_blocks.0.linear2"].parts[1].weight.bits == 2
+
+
+def test_allocate(tmp_path, calibration, monkeypatch):
+    fast = (("smooth", ((0.5, 0.5),)), ("iterations", 0), ("finalists", 1))
+    entries = tuple(mixed.Entry(f"A{b}", "robuq", (("activation_bits", b), *fast)) for b in (2, 3, 8))
+    monkeypatch.setitem(mixed.MENUS, "robuq", entries)
+    out, gains = tmp_path / "q.safetensors", tmp_path / "gains.json"
+    gains.write_text('{"single_blocks.1.linear1": 1000}')
+    args = ("allocate", tiny_flux.CHECKPOINT, out, "--calibration", calibration, "--rank", 0, "--no-gptq", "--device", "cpu")
+    text = nibble(*args, "--budget", "A3", "--gains", gains)
+    assert "q.safetensors: 3 activation bits on average" in text
+    assert "16 layers: " in text
+    specs = PackFile(out).specs
+    assert {p.activation.bits for p in specs["single_blocks.1.linear1"].parts} == {8}
+    assert {p.activation.bits for s in specs.values() if not s.weight_only for p in s.parts} >= {2, 8}
+    assert (tmp_path / "q.safetensors.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "q.safetensors.sensitivity.json").read_text())["layers"]) == 16
+    with pytest.raises(
+        BudgetError, match="no assignment of the 12 layers meets 9 activation bits on average. The closest that can be met: "
+    ):
+        nibble(*args, "--budget", "A9")
 
 
 def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
@@ -154,6 +185,8 @@ def test_calibration_of_another_model_names_both(tmp_path, tiny_state, calibrati
         (("quantize", "nothing.safetensors", "out"), "nothing.safetensors: not found"),
         (("quantize", "a", "b", "--method", "magic"), "unknown method 'magic'"),
         (("calibrate", ".", "out"), "not a diffusers pipeline folder"),
+        (("allocate", "a", "b", "--calibration", "c", "--budget", "3"), "budget '3': expected an average of bits"),
+        (("allocate", "a", "b", "--calibration", "c", "--budget", "A3", "--menu", "all"), "unknown menu 'all'"),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path):

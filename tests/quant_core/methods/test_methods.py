@@ -92,7 +92,7 @@ def test_float16_models_keep_float16(make_problem):
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(ValueError, match="svdquant_r, svdquant, convrot, rtn"):
+    with pytest.raises(ValueError, match="svdquant_r, svdquant, splitquant, convrot, rtn, robuq"):
         by_name("gguf")
     with pytest.raises(ValueError, match=r"no option \['ranks'\]"):
         by_name("svdquant").configured(ranks=3)
