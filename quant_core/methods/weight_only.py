@@ -18,22 +18,28 @@ from .problem import Fitted, Problem, row_chunks
 def fit(problem: Problem, rank: int = 0, use_gptq: bool = False, damp: float = 0.01) -> Fitted:
     """Round to nearest with the clip of least squares; with statistics also GPTQ and a whitened low rank of `rank`, whichever is best on
     held-out tokens."""
-    tokens, statistics = problem.tokens("select"), problem.statistics
-    candidates = [_nearest(problem, None, {"rounding": "nearest"})]
-    if tokens is not None and statistics.hessians:
-        factor = {b: gptq.upper_factor(h.to(problem.weight.device, torch.float32), damp) for b, h in statistics.hessians.items()}
-        pairs = [None]
-        rank = min(rank, *problem.weight.shape)
-        if rank:
-            v, u = truncated(lambda rows: problem.weight[rows].float(), problem.weight.shape, rank, factor)
-            pairs.append((v.to(problem.dtype), u.to(problem.dtype)))
-            candidates.append(_nearest(problem, pairs[1], {"low_rank": "whitened", "rounding": "nearest"}))
-        for pair in pairs if use_gptq else ():
-            chosen = {"low_rank": "whitened"} if pair is not None else {}
-            candidates.append(_gptq(problem, pair, factor, chosen | {"rounding": "gptq"}))
-        candidates.sort(key=lambda c: _error(problem, c[0], tokens))
-    part, chosen = candidates[0]
+    tokens, best = problem.tokens("select"), None
+    for candidate in _candidates(problem, rank, use_gptq, damp, tokens):  # one beside the best in memory
+        error = 0.0 if tokens is None else _error(problem, candidate[0], tokens)
+        if best is None or error < best[0]:
+            best = (error, *candidate)
+    _, part, chosen = best
     return Fitted(assemble(problem, [part]), chosen)
+
+
+def _candidates(problem, rank, use_gptq, damp, tokens):
+    yield _nearest(problem, None, {"rounding": "nearest"})
+    if tokens is None or not problem.statistics.hessians:
+        return
+    factor = {b: gptq.upper_factor(h.to(problem.weight.device, torch.float32), damp) for b, h in problem.statistics.hessians.items()}
+    if use_gptq:
+        yield _gptq(problem, None, factor, {"rounding": "gptq"})
+    if rank := min(rank, *problem.weight.shape):
+        v, u = truncated(lambda rows: problem.weight[rows].float(), problem.weight.shape, rank, factor)
+        pair = (v.to(problem.dtype), u.to(problem.dtype))
+        yield _nearest(problem, pair, {"low_rank": "whitened", "rounding": "nearest"})
+        if use_gptq:
+            yield _gptq(problem, pair, factor, {"low_rank": "whitened", "rounding": "gptq"})
 
 
 def _part(problem, pair):
