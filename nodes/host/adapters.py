@@ -18,6 +18,9 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from ...quant_core.side import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
 
 
+NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+
+
 class UnsupportedPatch(RuntimeError):
     """A patch that a quantized layer cannot take."""
 
@@ -62,7 +65,7 @@ def refused(patch, out_features: int, in_features: int) -> str:
         return f"a LoRA that reshapes the weight to {_by(value.weights[5])}"
     shape = _shape(value)
     if shape is not None and shape != (at.rows, at.columns):
-        return f"a {value.name} of {_by(shape)} on {size}, made for another model,"
+        return f"a {NAMES.get(value.name, value.name)} of {_by(shape)} on {size}, made for another model,"
     return ""
 
 

@@ -19,12 +19,10 @@ H = 256
 
 @pytest.fixture(scope="module")
 def start(server):
-    """The quantized file, the latents of both models, and those of the quantized one with all that Guard can raise at 16 bit.
-
-    Most of the small FLUX's error is its W4A16 modulation, which Guard does not touch: 0.103 of full precision's latents as
-    quantized, 0.094 with all else exact. So what Guard does is measured against the latter.
+    """The quantized file, the latents of both models, and those of the quantized one with all that Guard can raise at 16 bit, which
+    are what its work is measured against: it leaves the modulation alone. One step: over more, flipped codes part the trajectories.
     """
-    outputs = server.run(quantize_graph(FLUX_TINY, prefix="diffusion_models/unguarded", **CALIBRATION))
+    outputs = server.run(quantize_graph(FLUX_TINY, prefix="diffusion_models/unguarded", sample_steps=1, **CALIBRATION))
     full, quantized = server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent")
     name = saved_name(outputs)
     found = SimpleNamespace(full=full, quantized=quantized, name=name, pack=packed(server, name))
@@ -56,7 +54,7 @@ def guard_graph(start, prefix="diffusion_models/guarded", **options):
         "guard": node("NibbleGuard", model=["load", 0], quantized=["packed", 0], calibration=["calibrate", 0], **(settings | options)),
         "report": node("PreviewAny", source=["guard", 1]),
         "save": node("NibbleSaveModel", model=["guard", 0], filename_prefix=prefix),
-        "sample": sampling(["guard", 0], ["prompt", 0], ["latent", 0]),
+        "sample": sampling(["guard", 0], ["prompt", 0], ["latent", 0], steps=1),
         "out": node("SaveLatent", samples=["sample", 0], filename_prefix="guarded"),
     }
 
@@ -65,7 +63,7 @@ def guard(server, start, **options):
     """(report, file, relative error of the latents as in `start`); the saved file must sample the same latents."""
     outputs = server.run(guard_graph(start, **options))
     latents, name = server.latents(outputs, "out"), saved_name(outputs)
-    assert torch.equal(server.latents(server.run(load_graph(FLUX_TINY, name)), "out"), latents)
+    assert torch.equal(server.latents(server.run(load_graph(FLUX_TINY, name, sample_steps=1)), "out"), latents)
     text = outputs["report"]["text"][0]
     return text, packed(server, name), relative_error(start.exact, latents)
 
@@ -89,7 +87,7 @@ def test_quality_budget_is_reached(server, start):
     assert all(r["sqnr_db"] >= target for r in after.values() if r["sqnr_db"] is not None)
     changed = {n for n in start.pack.specs if pack.specs.get(n) != start.pack.specs[n]}
     assert changed == below == set(pack.provenance["guard"][0]["raised"])
-    assert error < 0.5 * start.error  # 0.016 of 0.041
+    assert error < 0.4 * start.error  # 0.020 of 0.07
     assert f"{len(below)} of 12 measured layers raised" in text
     assert len(re.findall(r"below the target 30 dB", text)) == len(below)
     # Measured on the same tokens as by Nibble Quantize, so what stays has the row that it had.
@@ -119,7 +117,7 @@ def test_memory_budget_is_kept(server, start, unit, mib):
     assert 0 < extra <= mib * 2**20
     said = re.search(r"\+([\d.]+) KiB of (409.6 KiB|1.0 MiB) allowed", text)
     assert float(said[1]) == pytest.approx(extra / 1024, abs=0.06)
-    assert error < 0.8 * start.error  # 0.030 and 0.021 of 0.041
+    assert error < 0.6 * start.error  # 0.034 and 0.022 of 0.07
     assert "Not raised further" in text
     if unit == "block":
         raised = pack.provenance["guard"][0]["raised"]
@@ -139,7 +137,7 @@ def test_no_memory_still_gets_w4a8(server, start):
     for name in raised:
         assert all(torch.equal(t, pack.layer(name).tensors[k]) for k, t in start.pack.layer(name).tensors.items())
         assert rows(pack)[name]["sqnr_db"] > rows(start.pack)[name]["sqnr_db"]
-    assert error < 0.9 * start.error  # 0.032 of 0.041
+    assert error < 0.6 * start.error  # 0.035 of 0.07
 
 
 def test_guarded_in_the_graph_and_again(server, start):

@@ -290,7 +290,7 @@ def test_lora_of_another_width_lists_the_first_misfits(base):
     with pytest.raises(RuntimeError) as caught:
         with_lora(base, wide)
     message = str(caught.value)
-    assert f"{QKV}.weight: a lora of 768 x 512 on 768 x 256 weights, made for another model," in message
+    assert f"{QKV}.weight: a LoRA of 768 x 512 on 768 x 256 weights, made for another model," in message
     assert "3 such layers in all" in message
     assert not base.patches
 
@@ -298,7 +298,7 @@ def test_lora_of_another_width_lists_the_first_misfits(base):
 def test_misfit_on_a_layer_in_16_bit_is_an_error_too(base):
     """ComfyUI would log it and sample without."""
     key = "diffusion_model.final_layer.linear"
-    with pytest.raises(RuntimeError, match=rf"{key}.weight: a lora of 64 x 512 on 64 x 256 weights"):
+    with pytest.raises(RuntimeError, match=rf"{key}.weight: a LoRA of 64 x 512 on 64 x 256 weights"):
         with_lora(base, {f"{key}.lora_up.weight": randn(64, 4), f"{key}.lora_down.weight": randn(4, 512)})
 
 

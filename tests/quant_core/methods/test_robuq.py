@@ -117,12 +117,15 @@ def test_robuq_is_far_above_ternary_rounding(make_problem):
     assert rtn < 6
 
 
-@pytest.mark.parametrize(
-    ("option", "margin"), [({"smooth": ((0.0, 0.0),)}, 8), ({"rank": 0}, 1.5), ({"gptq": False}, 2), ({"iterations": 0}, 0.4)]
-)
+@pytest.mark.parametrize(("option", "margin"), [({"smooth": ((0.0, 0.0),)}, 8), ({"rank": 0}, 1.5), ({"iterations": 0}, 0.4)])
 def test_each_ingredient_earns_its_place(make_problem, option, margin):
-    """16.1 dB; 5.2, 13.9, 13.0 and 15.4 without. The first: a rotation does not remove channel outliers, smoothing does."""
+    """16.1 dB; 5.2, 13.9 and 15.4 without. The first: a rotation does not remove channel outliers, smoothing does."""
     assert decibel(make_problem) > decibel(make_problem, **option) + margin
+
+
+def test_gptq_earns_its_place(make_problem):
+    """13.9 and 10.2 dB. With a low rank it is 0.4 to 3 dB, by which candidate the rounding of sums lets win."""
+    assert decibel(make_problem, rank=0) > decibel(make_problem, rank=0, gptq=False) + 3
 
 
 def test_more_activation_bits_are_better(make_problem):
