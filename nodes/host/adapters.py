@@ -17,7 +17,6 @@ from comfy.weight_adapter.lora import LoRAAdapter
 
 from ...quant_core.side import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
 
-
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
