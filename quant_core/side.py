@@ -11,6 +11,7 @@ from ..kernels.lora import with_lora
 from .linear import QuantizedLayer
 from .methods.parts import shift_correction
 from .packing import unpack
+from .transforms import kronecker
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,8 @@ class Kronecker:
     first: int = 0
 
     def __call__(self, x):
-        return kronecker_linear(x, self.left, self.right)
-
-
-def kronecker_linear(x, left, right):
-    """x (..., K) -> (..., a c) without the (a c, K) matrix. A function, since torch.compile cannot make a Kronecker."""
-    left, right = left.to(x.dtype), right.to(x.dtype)
-    inner = x.unflatten(-1, (left.shape[1], right.shape[1])) @ right.T  # (..., b, c)
-    return (left @ inner).flatten(-2)
+        """x (..., K) -> (..., a c) without the (a c, K) matrix."""
+        return kronecker(x, self.left.mT, self.right.mT)
 
 
 @dataclass

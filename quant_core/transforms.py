@@ -43,8 +43,8 @@ def rotation_size(width: int, limit: int) -> int:
 
 
 def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, p1), right (1 or S, p2, p2)."""
-    slices = x.unflatten(-1, (-1, left.shape[-1], right.shape[-1]))
+    """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, q1), right (1 or S, p2, q2)."""
+    slices = x.unflatten(-1, (-1, left.shape[-2], right.shape[-2]))
     return (left.mT.to(x.dtype) @ slices @ right.to(x.dtype)).flatten(-3)
 
 

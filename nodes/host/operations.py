@@ -9,8 +9,9 @@ import torch
 
 from ...kernels import quant_linear
 from ...quant_core.linear import QuantizedLayer
-from ...quant_core.side import Side, bias_correction, kronecker_linear
+from ...quant_core.side import Side, bias_correction
 from ...quant_core.spec import TENSOR_NAMES, LinearSpec
+from ...quant_core.transforms import kronecker
 
 BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors
 
@@ -187,7 +188,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     x, before = before(x), None
                 y = quant_linear(x, self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}, before=before)
                 for i, first in enumerate(self.rows):
-                    term = kronecker_linear(x, tensors[f"kronecker{i}_left"], tensors[f"kronecker{i}_right"])
+                    term = kronecker(x, tensors[f"kronecker{i}_left"].mT, tensors[f"kronecker{i}_right"].mT)
                     y[..., first : first + term.shape[-1]] += term
                 if DENSE in tensors:
                     y += torch.nn.functional.linear(x, tensors[DENSE].to(x.dtype))
