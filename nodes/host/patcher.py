@@ -38,7 +38,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if not hasattr(model, "nibble_size"):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
-        self._sides = (None, 0)
+        self._sides = None
 
     def packed_layers(self):
         """(name, module) of the quantized layers; names as in the state dict, without a leaf."""
@@ -158,19 +158,20 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         return self.model.nibble_size + self._side_bytes()
 
     def _shapes(self):
-        """{layer: Side without values} of the patched packed layers."""
-        return {
-            name: side_of(patches, module.layer(name).to("meta"), name, "meta")
-            for name, module in self.packed_layers()
-            if (patches := effective(self.patches.get(f"{name}.weight", [])))
-        }
+        """{layer: Side without values} of the patched packed layers. Kept until the patches change, with the bytes they take."""
+        if self._sides is None or self._sides[0] != self.patches_uuid:
+            dtype, shapes, total = self.model.get_dtype_inference(), {}, 0
+            for name, module in self.packed_layers():
+                if patches := effective(self.patches.get(f"{name}.weight", [])):
+                    layer = module.layer(name).to("meta")
+                    shapes[name] = side_of(patches, layer, name, "meta")
+                    total += shapes[name].nbytes(layer, dtype)
+            self._sides = (self.patches_uuid, shapes, total)
+        return self._sides[1]
 
     def _side_bytes(self):
-        if self._sides[0] != self.patches_uuid:
-            modules, dtype = dict(self.packed_layers()), self.model.get_dtype_inference()
-            total = sum(side.nbytes(modules[n].layer(n).to("meta"), dtype) for n, side in self._shapes().items())
-            self._sides = (self.patches_uuid, total)
-        return self._sides[1]
+        self._shapes()
+        return self._sides[2]
 
     # -- loading -------------------------------------------------------------------------------------------------------
 

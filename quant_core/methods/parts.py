@@ -7,7 +7,7 @@ from ..packing import pack
 from ..quantizers import absmax_scale, dequantize, quantize
 from ..spec import LinearSpec, PartSpec
 from ..transforms import fold_weight
-from .problem import Problem, row_chunks
+from .problem import Fitted, Problem, row_chunks
 
 
 def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype, scale_of=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,6 +52,16 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
     for rows in row_chunks(*codes.shape):
         out[rows] = dequantize(codes[rows], scales[rows].float(), grain, part.weight.group) @ per_channel
     return out
+
+
+def fit_parts(problem: Problem, fit_part) -> Fitted:
+    """The layer of fit_part(part) -> ({"spec", "codes", ...} as `assemble` takes it, {choice: value}) for each part of the problem."""
+    parts, choices = [], {}
+    for i, part in enumerate(problem.layer.parts):
+        fitted, chosen = fit_part(part)
+        parts.append(fitted)
+        choices |= chosen if len(problem.layer.parts) == 1 else {f"{i}.{k}": v for k, v in chosen.items()}
+    return Fitted(assemble(problem, parts), choices)
 
 
 def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:

@@ -15,7 +15,7 @@ from ..quantizers import ternary_scale
 from ..spec import ActivationSpec, PartSpec, WeightSpec
 from ..transforms import rotation_size, transform_activation
 from . import gptq
-from .parts import assemble
+from .parts import fit_parts
 from .problem import Fitted, Problem
 from .svdquant import PartFit, SVDQuantConfig, error_of
 
@@ -51,12 +51,7 @@ def fit(problem: Problem, config: RobuQConfig) -> Fitted:
 
     Raises SpecError for activation bits that are not 2, 3, 4 or 8.
     """
-    parts, choices = [], {}
-    for i, part in enumerate(problem.layer.parts):
-        fitted, chosen = RobuQPart(problem, part, config).fit()
-        parts.append(fitted)
-        choices |= chosen if len(problem.layer.parts) == 1 else {f"{i}.{k}": v for k, v in chosen.items()}
-    return Fitted(assemble(problem, parts), choices)
+    return fit_parts(problem, lambda part: RobuQPart(problem, part, config).fit())
 
 
 class RobuQPart(PartFit):

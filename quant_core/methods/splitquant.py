@@ -15,7 +15,7 @@ from ..quantizers import absmax_scale, code_range, dequantize, grouped, quantize
 from ..spec import ActivationSpec, PartSpec, WeightSpec
 from ..transforms import fold_weight, hadamard, kronecker, transform_activation
 from . import gptq
-from .parts import assemble, folded, round_part
+from .parts import fit_parts, folded, round_part
 from .problem import Fitted, Problem, row_chunks
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -76,12 +76,7 @@ def start_factor(size: int, seed: int) -> torch.Tensor:
 
 def fit(problem: Problem, config: SplitQuantConfig) -> Fitted:
     """Fits each part of the layer on its own. Without statistics: the start, no smoothing, no clip."""
-    parts, choices = [], {}
-    for i, part in enumerate(problem.layer.parts):
-        fitted, chosen = _Part(problem, part, config).fit()
-        parts.append(fitted)
-        choices |= chosen if len(problem.layer.parts) == 1 else {f"{i}.{k}": v for k, v in chosen.items()}
-    return Fitted(assemble(problem, parts), choices)
+    return fit_parts(problem, lambda part: _Part(problem, part, config).fit())
 
 
 class _Part:

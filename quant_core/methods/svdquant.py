@@ -15,7 +15,7 @@ from ..spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from ..transforms import rotate, rotation_size
 from . import gptq
 from .lowrank import truncated
-from .parts import assemble, folded, round_part
+from .parts import fit_parts, folded, round_part
 from .problem import Fitted, Problem, row_chunks
 
 
@@ -47,12 +47,7 @@ class SVDQuantConfig:
 
 def fit(problem: Problem, config: SVDQuantConfig) -> Fitted:
     """Fits each part of the layer on its own. Without statistics: no smoothing, plain SVD, round to nearest."""
-    parts, choices = [], {}
-    for i, part in enumerate(problem.layer.parts):
-        fitted, chosen = PartFit(problem, part, config).fit()
-        parts.append(fitted)
-        choices |= chosen if len(problem.layer.parts) == 1 else {f"{i}.{k}": v for k, v in chosen.items()}
-    return Fitted(assemble(problem, parts), choices)
+    return fit_parts(problem, lambda part: PartFit(problem, part, config).fit())
 
 
 class PartFit:
