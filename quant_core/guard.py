@@ -80,6 +80,15 @@ def noise_of(problem: Problem, layer: QuantizedLayer) -> float:
     return 10 ** (-output_sqnr(problem, layer) / 10)
 
 
+def require_tokens(problem: Problem, calibration: Calibration):
+    """Raises CalibrationError where the calibration holds no token to judge the layer by."""
+    if (tokens := problem.tokens("report")) is None or not len(tokens):
+        raise CalibrationError(
+            f"calibration {calibration.path}: no held-out tokens of layer {problem.layer.input} to measure errors on. "
+            "Calibrate with 2 samples or more."
+        )
+
+
 @dataclass(frozen=True)
 class Measured:
     """The numbers of one layer. what: its precision, e.g. "W4A4"; options: {precision: (bytes, noise)}, empty if it can only stay."""
@@ -113,11 +122,7 @@ def measure(
     """
     for layer in layers:
         problem = problem_of(layer, get, keys, calibration, device, second_moments=False)
-        tokens = problem.tokens("report")
-        if tokens is None or not len(tokens):
-            raise CalibrationError(
-                f"calibration {calibration.path}: no held-out tokens of layer {layer.input} to measure errors on. Calibrate with 2 samples or more."
-            )
+        require_tokens(problem, calibration)
         here = quantized[layer.name].to(device)
         options = {c.precision: (c.nbytes, c.noise) for c in candidates(problem, here, allowed)}
         what = here.spec.describe().split()[0]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .calibration.file import Calibration, CalibrationError
+from .calibration.file import Calibration
 from .families import Layer
 from .formats.atomic import save_text
-from .guard import noise_of
+from .guard import noise_of, require_tokens
 from .linear import QuantizedLayer
 from .methods import fit_problem
 from .mixed import MIXED, MixedConfig, variants
@@ -96,11 +96,7 @@ def _measured(layer, get, keys, calibration, config, device):
         fitted = fit_problem(make(), MIXED, config).layer
         here.cells["W4A16"] = _cell(problem, fitted)
         return here
-    tokens = problem.tokens("report")
-    if tokens is None or not len(tokens):
-        raise CalibrationError(
-            f"calibration {calibration.path}: no held-out tokens of layer {layer.input} to measure errors on. Calibrate with 2 samples or more."
-        )
+    require_tokens(problem, calibration)
     for entry, made in variants(make, config):
         here.cells[entry.name] = _cell(problem, made)
     return here

@@ -42,6 +42,26 @@ def folded(weight, rows, part: PartSpec, smooth, low_rank=None, factors=None) ->
     return fold_weight(chunk, smooth, part.rotation, factors)
 
 
+def folded_t(weight, part: PartSpec, smooth, low_rank=None, factors=None) -> torch.Tensor:
+    """fold(W - U D^T) transposed, (w, N) fp32, as GPTQ wants it and uses it up."""
+    out = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        out[:, rows] = folded(weight, rows, part, smooth, low_rank, factors).T
+    return out
+
+
+def column_absmax(weight) -> torch.Tensor:
+    """Largest magnitude of each in-channel of a weight (N, w), (w,) fp32."""
+    return torch.stack([weight[rows].abs().amax(0) for rows in row_chunks(*weight.shape)]).amax(0).float()
+
+
+def smoothing(x, w, alpha, beta, dtype) -> torch.Tensor:
+    """s (w,) = x^alpha / w^beta for statistics of the two sides, rounded to `dtype` before anything is folded with it, fp32."""
+    s = x.clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
+    # Mean log 0 keeps s in the range of fp16; the scales absorb the constant.
+    return (s / s.log().mean().exp()).clamp(1e-3, 1e3).to(dtype).float()
+
+
 def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
     """What the shift of the activations adds to the output, (N,) fp32: sum_k (shift / s_k) Wq[n, k]."""
     out = torch.empty(codes.shape[0], device=codes.device)

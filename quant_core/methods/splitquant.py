@@ -15,7 +15,7 @@ from ..quantizers import absmax_scale, code_range, dequantize, grouped, quantize
 from ..spec import ActivationSpec, PartSpec, WeightSpec
 from ..transforms import fold_weight, hadamard, kronecker, transform_activation
 from . import gptq
-from .parts import fit_parts, folded, round_part
+from .parts import column_absmax, fit_parts, folded_t, round_part, smoothing
 from .problem import Fitted, Problem, row_chunks
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -101,12 +101,11 @@ class _Part:
         clip, chosen = 1.0, {"smooth": label}
         if self.config.steps and self.sizes:
             before = self._rough_error(smooth, factors)
-            trained = train(self.x, self.weight, smooth, factors, self.config)
-            if trained is not None and self._rough_error(trained[0].to(self.dtype).float(), self._stored(trained[1])) < before:
-                smooth, factors = trained[0].to(self.dtype).float(), self._stored(trained[1])
-                chosen["transform"] = "trained"
-            else:  # diverged, or no better on its own tokens
-                chosen["transform"] = "start"
+            chosen["transform"] = "start"  # kept where training diverges, or is no better on its own tokens
+            if (trained := train(self.x, self.weight, smooth, factors, self.config)) is not None:
+                after = (trained[0].to(self.dtype).float(), self._stored(trained[1]))
+                if self._rough_error(*after) < before:
+                    (smooth, factors), chosen["transform"] = after, "trained"
         if self.config.clip:
             clip = min(CLIPS, key=lambda c: self._rough_error(smooth, factors, c))
             chosen["clip"] = f"{clip:g}"
@@ -127,11 +126,15 @@ class _Part:
         return tuple(f.to(self.dtype).float() for f in factors)
 
     def _smooths(self):
-        w = torch.stack([self.weight[rows].abs().amax(0) for rows in row_chunks(*self.weight.shape)]).amax(0).float()
+        w = column_absmax(self.weight)
         for alpha, beta in self.config.smooth:
-            s = self.absmax.clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
-            s = (s / s.log().mean().exp()).clamp(1e-3, 1e3)
-            yield s.to(self.dtype).float(), f"absmax {alpha:g}/{beta:g}"
+            yield smoothing(self.absmax, w, alpha, beta, self.dtype), f"absmax {alpha:g}/{beta:g}"
+
+    def _seen(self, smooth, factors, clip):
+        """The fit tokens as the product sees them: transformed, rounded, and real values again."""
+        tx = transform_activation(self.x, smooth, 0, factors=factors)
+        scale = absmax_scale(tx, 4, "token", clip=clip)
+        return dequantize(quantize(tx, scale, 4, "token"), scale, "token")
 
     def _rough_error(self, smooth, factors, clip=1.0) -> float:
         """Of the output on the fit tokens, on every n-th out-channel."""
@@ -139,10 +142,7 @@ class _Part:
         folded = fold_weight(weight, smooth, 0, factors)
         scale = absmax_scale(folded, 4, "channel")
         rounded = dequantize(quantize(folded, scale, 4, "channel"), scale, "channel")
-        tx = transform_activation(self.x, smooth, 0, factors=factors)
-        a_scale = absmax_scale(tx, 4, "token", clip=clip)
-        tx = dequantize(quantize(tx, a_scale, 4, "token"), a_scale, "token")
-        return float((self.x @ weight.T - tx @ rounded.T).double().square().sum())
+        return float((self.x @ weight.T - self._seen(smooth, factors, clip) @ rounded.T).double().square().sum())
 
     def _finished(self, smooth, factors, clip):
         spec = PartSpec(
@@ -168,18 +168,13 @@ class _Part:
             upper[a, b] = gptq.upper_factor(h.contiguous(), self.config.damp)
         if not upper:
             return None
-        rest = torch.empty(*self.weight.T.shape, device=self.weight.device)
-        for rows in row_chunks(*self.weight.shape):
-            rest[:, rows] = folded(self.weight, rows, nearest["spec"], smooth, None, factors).T
+        rest = folded_t(self.weight, nearest["spec"], smooth, factors=factors)
         codes, _ = gptq.quantize(rest, upper, 4, rest.shape[0], torch.float32, scales=nearest["scales"].T.contiguous())
         return nearest | {"codes": codes.T.contiguous()}
 
     def _error(self, part) -> float:
         """Energy of the output's error on the fit tokens, with the codes as they are."""
-        tx = transform_activation(self.x, part["smooth"], 0, factors=part["factors"])
-        scale = absmax_scale(tx, 4, "token", clip=part["spec"].activation.clip)
-        tx = dequantize(quantize(tx, scale, 4, "token"), scale, "token")
-        error = 0.0
+        tx, error = self._seen(part["smooth"], part["factors"], part["spec"].activation.clip), 0.0
         for rows in row_chunks(*self.weight.shape):
             weight = dequantize(part["codes"][rows], part["scales"][rows], "channel")
             error += (self.x @ self.weight[rows].float().T - tx @ weight.T).double().square().sum().item()

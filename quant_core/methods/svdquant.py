@@ -15,7 +15,7 @@ from ..spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from ..transforms import rotate, rotation_size
 from . import gptq
 from .lowrank import truncated
-from .parts import fit_parts, folded, round_part
+from .parts import column_absmax, fit_parts, folded, folded_t, round_part, smoothing
 from .problem import Fitted, Problem, row_chunks
 
 
@@ -126,17 +126,14 @@ class PartFit:
         if stats.hessians:
             diagonal = torch.cat([stats.hessians[b].diagonal() for b in self._blocks()]).to(absmax)
             kinds["rms"] = (diagonal / stats.count).sqrt() + shift
-        w = torch.stack([self.weight[rows].abs().amax(0) for rows in row_chunks(*self.weight.shape)]).amax(0).float()
+        w = column_absmax(self.weight)
         seen = set()
         for kind in self.config.smooth_statistics:
             for alpha, beta in self.config.smooth:
                 if kind not in kinds or ((alpha, beta) == (0, 0) and (0, 0) in seen):
                     continue
                 seen.add((alpha, beta))
-                s = kinds[kind].clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
-                # Mean log 0 keeps s in the range of fp16; the scales absorb the constant. Rounded first, then folded.
-                s = (s / s.log().mean().exp()).clamp(1e-3, 1e3)
-                yield f"{kind} {alpha:g}/{beta:g}", s.to(self.dtype).float()
+                yield f"{kind} {alpha:g}/{beta:g}", smoothing(kinds[kind], w, alpha, beta, self.dtype)
 
     # -- steps -----------------------------------------------------------------------------------------------------------
 
@@ -181,9 +178,7 @@ class PartFit:
         return best
 
     def _gptq(self, best, factor):
-        residual = torch.empty(self.weight.shape[1], self.weight.shape[0], device=self.weight.device)
-        for rows in row_chunks(*self.weight.shape):
-            residual[:, rows] = folded(self.weight, rows, best["spec"], best["smooth"], best["low_rank"]).T
+        residual = folded_t(self.weight, best["spec"], best["smooth"], best["low_rank"])
         codes, scales = self._gptq_codes(residual, best, factor)
         del residual
         codes, scales = codes.T.contiguous(), scales.T.contiguous()

@@ -11,7 +11,7 @@ from ..quantizers import GROUP, best_clip_scale, dequantize, quantize
 from ..spec import PartSpec, WeightSpec
 from . import gptq
 from .lowrank import truncated
-from .parts import assemble, folded
+from .parts import assemble, folded, folded_t
 from .problem import Fitted, Problem, row_chunks
 
 
@@ -59,10 +59,7 @@ def _nearest(problem, pair, chosen):
 
 def _gptq(problem, pair, factor, chosen):
     part = _part(problem, pair)
-    rest = torch.empty(*problem.weight.T.shape, device=problem.weight.device)
-    for rows in row_chunks(*problem.weight.shape):
-        rest[:, rows] = folded(problem.weight, rows, part["spec"], None, pair).T
-    codes, scales = gptq.quantize(rest, factor, 4, GROUP, problem.dtype)
+    codes, scales = gptq.quantize(folded_t(problem.weight, part["spec"], None, pair), factor, 4, GROUP, problem.dtype)
     return part | {"codes": codes.T.contiguous(), "scales": scales.T.contiguous()}, chosen
 
 

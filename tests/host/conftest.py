@@ -6,7 +6,7 @@ import pytest
 
 from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random
-from comfyui_nibble.tests.host.inside import comfy, one_thread, tiny_packed  # noqa: F401
+from comfyui_nibble.tests.host.inside import base, comfy, full, one_thread, tiny_packed  # noqa: F401
 from comfyui_nibble.tests.host.server import Server, find_comfyui
 
 COMFYUI = find_comfyui()
@@ -24,9 +24,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    started = Server(COMFYUI, base)
-    models = base / "models" / "diffusion_models"
+    folder = tmp_path_factory.mktemp("comfyui")
+    started = Server(COMFYUI, folder)
+    models = folder / "models" / "diffusion_models"
     shutil.copy(tiny_flux.CHECKPOINT, models / "tiny_flux.safetensors")
     save_random(models / "pixart.safetensors", pixart_shapes())
     with started:

@@ -60,6 +60,18 @@ def tiny_packed(comfy, tiny_state):
     return make
 
 
+@pytest.fixture(scope="module")
+def base(tiny_packed, one_thread):
+    """The small packed FLUX, one for the tests of a file."""
+    return tiny_packed()
+
+
+@pytest.fixture(scope="module")
+def full(comfy, tiny_state):
+    """The same model in full precision, as ComfyUI loads it."""
+    return comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
+
+
 def module(patcher, key):
     """The module of a weight's key."""
     import comfy.utils

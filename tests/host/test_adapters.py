@@ -67,11 +67,6 @@ def merged(patcher, key):
     return comfy.lora.calculate_weight(patcher.patches[f"{key}.weight"], module(patcher, key).layer().dequantize(), key)
 
 
-@pytest.fixture(scope="module")
-def base(tiny_packed, one_thread):
-    return tiny_packed()
-
-
 @pytest.mark.parametrize("strength", [1.0, -0.6])
 @pytest.mark.parametrize("key", [QKV, MLP, LINEAR2])
 @pytest.mark.parametrize("kind", KINDS)

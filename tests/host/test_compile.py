@@ -9,16 +9,6 @@ from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QK
 from comfyui_nibble.tests.support import relative_error
 
 
-@pytest.fixture(scope="module")
-def base(tiny_packed, one_thread):
-    return tiny_packed()
-
-
-@pytest.fixture(scope="module")
-def full(comfy, tiny_state):
-    return comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()

@@ -14,11 +14,6 @@ from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, QKV, adapter, 
 from comfyui_nibble.tests.support import relative_error
 
 
-@pytest.fixture(scope="module")
-def base(tiny_packed, one_thread):
-    return tiny_packed()
-
-
 @pytest.mark.parametrize("kind", ["lora", "hook", "hook beside a LoRA", "bypass"])
 def test_sampling_again_after_an_interrupt(comfy, base, kind):
     tensors = adapter("lora and bias", QKV) | adapter("dora", MLP)

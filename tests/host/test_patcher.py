@@ -12,16 +12,6 @@ from comfyui_nibble.tests.support import relative_error
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def base(tiny_packed, one_thread):
-    return tiny_packed()
-
-
-@pytest.fixture(scope="module")
-def full(comfy, tiny_state):
-    return comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
-
-
 def lora_on(*keys, seed=0):
     out = {}
     for key in keys:
