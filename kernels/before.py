@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu, layer_norm
 
+from .plan import alike
+
 NONE, GELU, LAYERNORM = 0, 1, 2
 NOTHING = (NONE, None, None, 0.0)
 
@@ -41,8 +43,8 @@ class LayerNormModulate(Before):
         return torch.addcmul(self.shift[:, None], normed, 1 + self.scale[:, None]).flatten(0, 1)
 
     def fits(self, spec):
-        # The mean needs the whole row, a launch sees the parts that are alike.
-        return len({(p.width, p.activation, p.smooth, p.rotation) for p in spec.parts}) == 1
+        # The mean needs the whole row: a launch sees the parts that are alike, a program with a learned transform one of them.
+        return len(spec.parts) == 1 or (len({alike(p) for p in spec.parts}) == 1 and not spec.parts[0].kronecker)
 
     def operands(self, columns):
         return LAYERNORM, self.scale[:, columns], self.shift[:, columns], self.eps

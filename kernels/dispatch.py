@@ -13,10 +13,12 @@ import torch
 from ..quant_core.spec import LinearSpec, parse
 from ..quant_core.transforms import transform_activation
 from . import ops
-from .plan import NATIVE_INT4, TURING, has_groups
+from .plan import NATIVE_INT4, TURING, has_groups, kernel_of
 from .quant_linear import eager
 from .target import MIN_INT4, MIN_TRITON, Target, target_of
+from .tuning import kronecker_limits, kronecker_tile
 
+_TRANSFORMED = "x transformed by torch"
 ROW_LIMIT = 64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
 
 
@@ -101,6 +103,34 @@ def _wide_groups(spec, target):
     return None
 
 
+def _products_16(spec, target):
+    return f"Triton has no 16-bit tensor-core product for sm_{target.arch}" if target.backend == "cuda" and target.arch < 80 else None
+
+
+def _whole_bytes(spec, target):
+    """Rows of a slice begin at whole bytes of packed codes."""
+    bad = next((p for p in spec.parts if p.kronecker and p.kronecker[1] % 2 and not kernel_of(p, target)[1]), None)
+    return None if bad is None else f"slices of {_sizes(bad)} channels, odd rows of which two codes of one byte would be in two"
+
+
+def _tile_of_transform(spec, target):
+    for part in (p for p in spec.parts if p.kronecker):
+        p1, p2 = part.kronecker
+        tile = kronecker_tile(target, p1, p2, part.width // (p1 * p2), part.per_slice)
+        side, values = kronecker_limits(target, tile)
+        if max(tile.sides) > side or tile.values > values:
+            padded = f"{tile.slices} slices of {tile.sides[0]} x {tile.sides[1]} after padding"
+            return f"{padded}, above {side} a side or {values} values a token"
+        if tile.shared > target.shared_bytes:
+            found = f"{target} has {target.shared_bytes >> 10}"
+            return f"slices of {_sizes(part)} channels take {tile.shared >> 10} KiB of shared memory, {found}"
+    return None
+
+
+def _sizes(part):
+    return " x ".join(map(str, part.kronecker))
+
+
 def _int4_triton(spec, target):
     if target.triton < MIN_INT4:
         return f"needs Triton {'.'.join(map(str, MIN_INT4))}, found {'.'.join(map(str, target.triton))}"
@@ -115,6 +145,16 @@ def _turing_groups(spec, target):
 
 _BASE = (_gpu, _triton)
 _QUANT = (*_BASE, _QUANTIZED, _NO_TENSOR_SCALE, _GROUPS, _ROTATION)
+
+# Of a learned transform inside the quantizer; otherwise torch transforms x in front of it.
+FUSED = "transform in the quantizer"
+FUSED_TRANSFORM = (
+    _QUANTIZED,
+    _products_16,
+    _every("one activation scale each {a.group} channels", lambda p: not p.kronecker or p.activation.granularity == "token"),
+    _whole_bytes,
+    _tile_of_transform,
+)
 
 # Fastest first.
 PATHS = {
@@ -131,19 +171,28 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
         target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
     refused = []
     for name, requirements in PATHS.items():
-        reason = next((r for check in requirements if (r := check(spec, target))), None)
+        reason = _first(requirements, spec, target)
         if reason is None:
-            return Choice(name, tuple(refused))
+            against = _first(FUSED_TRANSFORM, spec, target) if any(p.kronecker for p in spec.parts) else None
+            return Choice(name, (*refused, (FUSED, against)) if against else tuple(refused))
         refused.append((name, reason))
     reasons = {reason for _, reason in refused}
     return Choice("eager", (("triton", reasons.pop()),) if len(reasons) == 1 else tuple(refused))
 
 
+def _first(requirements, spec, target):
+    return next((reason for check in requirements if (reason := check(spec, target))), None)
+
+
 @torch.compiler.assume_constant_result
 def _path(spec: str, device, dtype, asked: tuple | None) -> str:
-    """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the Target asked for."""
+    """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the Target asked for. Where the
+    path takes x transformed by torch, _TRANSFORMED."""
     target = Target(*asked) if asked else target_of(device)
-    return choose(parse(spec), target).path if dtype in target.dtypes else "eager"
+    if dtype not in target.dtypes:
+        return "eager"
+    choice = choose(parse(spec), target)
+    return _TRANSFORMED if choice.path != "eager" and FUSED in dict(choice.refused) else choice.path
 
 
 def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
@@ -182,19 +231,31 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
     for name, shape in spec.weight_shapes:
         if tensors[name].shape != shape:
             raise ValueError(f"{name} should have the shape {shape} for {spec.describe()}, found {tuple(tensors[name].shape)}")
+    if spec.order:
+        return _ordered(x, spec, tensors, lora, before, target)
     rows = x.reshape(-1, spec.in_features)
-    if "transform" in tensors:
-        return _learned(rows, spec, tensors, lora, before, target).reshape(*x.shape[:-1], spec.out_features)
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
-    if path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
+    if path == _TRANSFORMED:
+        y = _transformed(rows, spec, tensors, lora, before, target)
+    elif path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
         y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
     else:
         y = ops.quant_linear(rows, spec, tensors, lora, before)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _learned(rows, spec, tensors, lora, before, target):
-    """A layer with learned transforms: no kernel fuses them yet, so torch smooths and transforms x, and the rest is a plain layer of
+def _ordered(x, spec, tensors, lora, before, target):
+    """A layer with an order of its own: torch gathers the channels of x and of what is a matrix over the raw x."""
+    order, rows = tensors["channel_order"], x.reshape(-1, spec.in_features)
+    rows = (rows if before is None else before(rows)).index_select(1, order)
+    lora = [(down.index_select(1, order), up, first) for down, up, first in lora]
+    plain = {k: t for k, t in tensors.items() if k != "channel_order"}
+    y = quant_linear(rows, spec.without_order(), plain, lora, target=target)
+    return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+def _transformed(rows, spec, tensors, lora, before, target):
+    """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the rest is a plain layer of
     what comes out. The low-rank branches see the raw x."""
     rows = rows if before is None else before(rows)
     pieces = []

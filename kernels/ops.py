@@ -19,14 +19,17 @@ from .target import kernel_target
 NAMESPACE = re.sub(r"\W", "_", __package__)
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_TENSORS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")  # of a layer, as in its schema
+_TENSORS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")  # of a layer, as in its schema
 _SCHEMAS = {
     "layer": "(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, Tensor? proj_up, "
-    "Tensor? bias, Tensor[] lora_down, Tensor[] lora_up, int[] lora_first, int prologue, Tensor? mod_scale, Tensor? mod_shift, float eps) "
+    "Tensor? bias, Tensor? transform, Tensor[] lora_down, Tensor[] lora_up, int[] lora_first, int prologue, Tensor? mod_scale, Tensor? mod_shift, float eps) "
     "-> Tensor",
     "quantize_activation": "(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor(c!)? low, Tensor? smooth, Tensor? down, "
     "Tensor? mod_scale, Tensor? mod_shift, int width, int count, int planes, int bits, bool unsigned, bool grouped, int rotation, "
     "float shift, float clip, int prologue, float eps) -> ()",
+    "quantize_kronecker": "(Tensor x, Tensor(a!) codes, Tensor(b!) scale, Tensor? smooth, Tensor factors, Tensor? mod_scale, "
+    "Tensor? mod_shift, int count, int slices, int p1, int p2, bool per_slice, int planes, int bits, bool unsigned, float clip, "
+    "int prologue, float eps) -> ()",
     "gemm": "(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? low, Tensor? up, Tensor? bias, Tensor(a!) y, "
     "str kernel, int planes, int scales, bool swap, int block, int[] ends, bool act_grouped, bool accumulate) -> ()",
     "weight_only": "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor(a!) y, int bits, int group) -> ()",
@@ -66,8 +69,8 @@ def _launched(folder: str, name: str):
     return run
 
 
-_FOLDERS = {"quantize_activation": "quant_activation", "gemm": "quant_linear", "weight_only": "weight_only"}
-_FOLDERS |= {"quantize_fp4": "fp4", "gemm_fp4": "fp4"}
+_FOLDERS = {"gemm": "quant_linear", "weight_only": "weight_only"}
+_FOLDERS |= dict.fromkeys(("quantize_activation", "quantize_kronecker"), "quant_activation") | {"quantize_fp4": "fp4", "gemm_fp4": "fp4"}
 _FUNCTIONS = {"layer": _layer} | {name: _launched(folder, name) for name, folder in _FOLDERS.items()}
 for _name, _function in _FUNCTIONS.items():
     _library.define(_name + _SCHEMAS[_name])
@@ -77,5 +80,6 @@ for _name, _function in _FUNCTIONS.items():
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
 
 _ops = getattr(torch.ops, NAMESPACE)
-layer, quantize_activation, gemm, weight_only = _ops.layer, _ops.quantize_activation, _ops.gemm, _ops.weight_only
+layer, gemm, weight_only = _ops.layer, _ops.gemm, _ops.weight_only
+quantize_activation, quantize_kronecker = _ops.quantize_activation, _ops.quantize_kronecker
 quantize_fp4, gemm_fp4 = _ops.quantize_fp4, _ops.gemm_fp4

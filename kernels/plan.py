@@ -122,7 +122,11 @@ def batched(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def alike(part: PartSpec) -> tuple:
+    """What parts that one launch quantizes have in common."""
+    return part.width, part.activation, part.smooth, part.rotation, part.kronecker, part.per_slice
+
+
 def _runs(parts) -> tuple[QuantizeRun, ...]:
-    alike = lambda p: (p.width, p.activation, p.smooth, p.rotation)
     runs = [list(items) for _, items in groupby(parts, key=alike)]
     return tuple(QuantizeRun(items[0], len(items)) for items in runs)

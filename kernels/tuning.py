@@ -72,6 +72,61 @@ def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
     return QuantizerTile(32, 2, warps=8 if rotation else 4)
 
 
+@dataclass(frozen=True)
+class KroneckerTile:
+    """rows tokens a program, one after another. sides, slices: p1, p2 and the slices of a part, padded to powers of two. batched: one
+    product a slice. shared: bytes of a row and of the factors in fp16."""
+
+    rows: int
+    sides: tuple[int, int]
+    slices: int
+    warps: int
+    batched: bool
+
+    @property
+    def values(self) -> int:
+        """Of a padded row, all of which registers hold."""
+        return self.slices * self.sides[0] * self.sides[1]
+
+    @property
+    def shared(self) -> int:
+        return 2 * (self.values + (self.slices if self.batched else 1) * sum(s * s for s in self.sides))
+
+
+def kronecker_limits(target: Target, tile: KroneckerTile) -> tuple[int, int]:
+    """The longest side of a slice, and the most values of a padded row that registers hold: 32 a thread in 16 warps. RDNA
+    spills above a quarter of that, RDNA 3 with sides of 64, CDNA with 128, a warp for each slice above 64 a thread."""
+    arch = str(target.arch)
+    values = 4096 if arch.startswith("gfx1") else 16384
+    side = 32 if arch.startswith("gfx11") else 64 if target.backend == "hip" else 128
+    return side, min(values, 2048 * tile.slices) if tile.batched else values
+
+
+def kronecker_tile(target: Target, p1: int, p2: int, slices: int, per_slice: bool) -> KroneckerTile:
+    """Of `quant_activation.kronecker`, whether or not it fits the card.
+
+    Four tokens a program: at M = 4608 that is two rounds of an RTX 4090, and the factors, 6 kB for 24 x 32, are read once in 25 kB of x.
+    """
+    tile = KroneckerTile(3 if target.interpreted else 4, (_padded(p1), _padded(p2)), _power(slices), 1, per_slice and slices > 1)
+    share = 2048 if str(target.arch).startswith("gfx9") else 512 if target.backend == "hip" else 1024  # values of a warp
+    warps = min(max(tile.values // share, 1), 16)
+    if tile.batched:  # more warps than slices would do the same work twice
+        warps = min(warps, tile.slices)
+    elif target.arch in (100, 103) and warps in (4, 8):  # these make the products tcgen05, whose result Triton 3.6 cannot transpose
+        warps = 16
+    elif target.arch == 90 and max(tile.sides) == 128:  # 16 warps spill
+        warps = min(warps, 8)
+    return replace(tile, warps=warps)
+
+
+def _padded(side: int) -> int:
+    return max(16, _power(side))
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def low_rank_limit(target: Target, rotation: int) -> int:
     """Columns of the low rank that fit beside the codes in the quantizer. More of them take a product of their own.
 

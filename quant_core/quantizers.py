@@ -1,4 +1,7 @@
-"""Uniform symmetric quantizers. Range and rounding are comfy-kitchen's: signed codes in [-qmax, qmax], scale = absmax / qmax."""
+"""Uniform symmetric quantizers. Range and rounding are comfy-kitchen's: signed codes in [-qmax, qmax], scale = absmax / qmax.
+
+One bit is the sign: codes -1 and 1, no zero (RobuQ's A1; x >= 0 gives 1).
+"""
 
 import torch
 
@@ -7,8 +10,8 @@ TINY = 1e-10
 
 
 def code_range(bits: int, unsigned: bool = False) -> tuple[int, int]:
-    """The clamp range of codes: (-7, 7) at 4 bits (-8 can be stored but is never emitted), (0, 15) unsigned."""
-    top = 2**bits - 1 if unsigned else 2 ** (bits - 1) - 1
+    """The clamp range of codes: (-7, 7) at 4 bits (-8 can be stored but is never emitted), (0, 15) unsigned; (-1, 1) at 1 bit."""
+    top = 2**bits - 1 if unsigned else max(1, 2 ** (bits - 1) - 1)
     return (0 if unsigned else -top), top
 
 
@@ -30,7 +33,12 @@ def absmax_scale(
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, bits: int, granularity: str, group: int = GROUP, unsigned: bool = False):
-    """Codes (rows, K) in int8 (uint8 if unsigned) of x (rows, K) at scales (rows, groups). Rounds half to even."""
+    """Codes (rows, K) in int8 (uint8 if unsigned) of x (rows, K) at scales (rows, groups). Rounds half to even.
+
+    At 1 bit the codes are the signs of x, whatever the scale: what underflows in the division keeps its sign.
+    """
+    if bits == 1:
+        return torch.where(x >= 0, 1, -1).to(torch.int8)
     low, top = code_range(bits, unsigned)
     codes = (grouped(x, granularity, group) / scale.unsqueeze(-1)).round_().clamp_(low, top)
     return codes.reshape(x.shape).to(torch.uint8 if unsigned else torch.int8)

@@ -9,7 +9,7 @@ import torch
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
-TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")
+TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform", "channel_order")
 GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
 
 
@@ -26,7 +26,7 @@ def _check(ok, message):
 class ActivationSpec:
     """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor".
 
-    The scale is clip * absmax / largest code; what lies beyond is clamped.
+    The scale is clip * absmax / largest code; what lies beyond is clamped. bits: 1 (signs: -1 and 1, never unsigned), 2, 3, 4 or 8.
     """
 
     bits: int = 4
@@ -38,7 +38,8 @@ class ActivationSpec:
 
     def __post_init__(self):
         _check(0 < self.clip <= 1, f"clip must be above 0 and at most 1, found {self.clip}")
-        _check(self.bits in (2, 3, 4, 8), f"activation bits must be 2, 3, 4 or 8, found {self.bits}")
+        _check(self.bits in (1, 2, 3, 4, 8), f"activation bits must be 1, 2, 3, 4 or 8, found {self.bits}")
+        _check(self.bits > 1 or not self.unsigned, "1-bit activation codes are -1 and 1, they cannot be unsigned: take 2 bits, or signed")
         _check(self.granularity in ("token", "group", "tensor"), f"unknown activation granularity {self.granularity!r}")
         wide = self.unsigned or self.bits == 8  # 8 bits have room for a shifted range with a sign
         _check(self.shift == 0 or wide, "a shift goes with unsigned or 8-bit activation codes only")
@@ -102,6 +103,11 @@ class PartSpec:
         return (self.width // (self.kronecker[0] * self.kronecker[1]) if self.per_slice else 1) if self.kronecker else 0
 
     @property
+    def factor_values(self) -> int:
+        """Values of the factors of its learned transform, pair by pair."""
+        return self.pairs * sum(k * k for k in self.kronecker)
+
+    @property
     def bytes_per_row(self) -> int:
         return self.width * self.weight.bits // 8
 
@@ -125,6 +131,8 @@ class LinearSpec:
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2 values;
                                          absent without a learned transform
+    channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel channel_order[i] of the raw x; absent
+                                         without `order`. All tensors above hold in-channels in this order.
     ============== ===================== ==========================================================
 
     text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
@@ -135,6 +143,7 @@ class LinearSpec:
     out_features: int
     parts: tuple[PartSpec, ...]
     bias: bool = True
+    order: bool = False
 
     def __post_init__(self):
         _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
@@ -175,10 +184,9 @@ class LinearSpec:
                 yield None
                 continue
             p1, p2 = part.kronecker
-            size = part.pairs * (p1 * p1 + p2 * p2)
-            pairs = tensors["transform"][at : at + size].view(part.pairs, -1)
+            pairs = tensors["transform"][at : at + part.factor_values].view(part.pairs, -1)
             yield pairs[:, : p1 * p1].reshape(-1, p1, p1), pairs[:, p1 * p1 :].reshape(-1, p2, p2)
-            at += size
+            at += part.factor_values
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors this layer must have, and their shapes."""
@@ -190,13 +198,17 @@ class LinearSpec:
             out["proj_up"] = (n, self.rank * len(self.parts))
         if self.bias:
             out["bias"] = (n,)
-        if size := sum(p.pairs * sum(k * k for k in p.kronecker) for p in self.parts):
+        if size := sum(p.factor_values for p in self.parts):
             out["transform"] = (size,)
+        if self.order:
+            out["channel_order"] = (self.in_features,)
         return out
 
     def to_json(self) -> dict:
-        """Without the fields of learned transforms where there are none, as versions before 0.3 wrote it."""
+        """Without the fields of learned transforms and of an order where there are none, as versions before 0.3 wrote it."""
         data = asdict(self)
+        if not self.order:
+            del data["order"]
         for part in data["parts"]:
             if not part["kronecker"]:
                 del part["kronecker"], part["per_slice"]
@@ -216,12 +228,16 @@ class LinearSpec:
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
-        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"])
+        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"])
 
     def without_learned(self) -> "LinearSpec":
         """What is left when x comes smoothed and transformed where there is a learned transform, and the low rank is added elsewhere."""
         plain = lambda p: replace(p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False)
         return replace(self, parts=tuple(map(plain, self.parts)))
+
+    def without_order(self) -> "LinearSpec":
+        """What is left when x comes in the order of the parts."""
+        return replace(self, order=False)
 
     def as_w8a8(self) -> "LinearSpec":
         """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low rank stay."""
@@ -229,21 +245,22 @@ class LinearSpec:
         return replace(self, parts=tuple(map(eight, self.parts)))
 
     def describe(self) -> str:
-        """One short phrase for reports, e.g. "W4A4 g64 smooth r32"."""
-        part = self.parts[-1]
+        """One short phrase for reports, e.g. "W4A4 g64 smooth r32". Of the widest part, and what is in more bits beside it."""
+        part = max(self.parts, key=lambda p: (p.width, p.start))
         act = "16" if part.activation is None else str(part.activation.bits)
         grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
         words = [f"W{part.weight.bits}A{act}", grain]
         words += ["smooth"] * any(p.smooth for p in self.parts)
         words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
         learned = next((p for p in self.parts if p.kronecker), None)
-        words += (
-            []
-            if learned is None
-            else [f"{learned.width // (learned.kronecker[0] * learned.kronecker[1])} slices {'x'.join(map(str, learned.kronecker))}"]
-        )
+        if learned is not None:
+            sizes, run = learned.kronecker, sum((p.width, p.kronecker) == (learned.width, learned.kronecker) for p in self.parts)
+            words[1] += " and slice" * (run > 1 and grain != "g64")
+            words.append(f"{run * learned.width // (sizes[0] * sizes[1])} slices {'x'.join(map(str, sizes))}")
         words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
         words += [f"r{self.rank}"] * bool(self.rank)
+        more = sum(p.width for p in self.parts if p.weight.bits > part.weight.bits)
+        words += [f"{more} channels at 8 bit"] * bool(more)
         return " ".join(words)
 
 
@@ -263,14 +280,18 @@ def _text(values) -> str:
 @lru_cache(maxsize=4096)
 def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
-    in_features, out_features, parts, bias = json.loads(text)
+    in_features, out_features, parts, bias, order = json.loads(text)
     part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
         start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, smooth, rotation, rank, tuple(kronecker), per_slice
     )
-    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias)
+    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order)
 
 
-_LATER = {ActivationSpec: {"clip": 1.0}, PartSpec: {"kronecker": (), "per_slice": False}}  # fields that older files do not have
+_LATER = {
+    ActivationSpec: {"clip": 1.0},
+    PartSpec: {"kronecker": (), "per_slice": False},
+    LinearSpec: {"order": False},
+}  # fields that older files do not have
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from ...quant_core.methods.factors import balanced
 from ...quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from ..plan import NATIVE_INT4
 from ..target import Target
@@ -60,7 +61,7 @@ class Column:
     """One of our calls. kind: "operator" (all of quant_linear), "gemm" (the product alone, codes prepared) or "quantize".
 
     grain: "channel" (weights a channel, activations a token), "group" (64), or "W8A8": what group-64 layers become on Hopper.
-    int8: not with the native INT4 kernels.
+    int8: not with the native INT4 kernels. learned: smoothed and transformed as SplitQuant does it, four slices sharing the transform.
     """
 
     name: str
@@ -69,11 +70,14 @@ class Column:
     slices: int = 1
     rank: int = 0
     int8: bool = False
+    learned: bool = False
 
     def spec(self, n: int, k: int) -> LinearSpec:
-        """SVDQuant's layer where there is a rank, else a plain product."""
+        """SVDQuant's layer where there is a rank, else a plain product. What is quantized alone is always smoothed."""
         weight, act = quantizers(self.grain)
-        parts = (PartSpec(a, b, weight, act, smooth=self.rank > 0, rank=self.rank) for a, b in pairwise(slice_edges(k, self.slices)))
+        smooth, kronecker = self.rank > 0 or self.kind == "quantize", balanced(k // 4) if self.learned else ()
+        part = lambda a, b: PartSpec(a, b, weight, act, smooth=smooth, rank=self.rank, kronecker=kronecker)
+        parts = (part(a, b) for a, b in pairwise(slice_edges(k, self.slices)))
         return LinearSpec(k, n, tuple(parts), bias=self.rank > 0)
 
     def target(self, device: Target) -> Target:
@@ -109,6 +113,8 @@ def columns(target: Target) -> tuple[Column, ...]:
         Column(f"operator {other}", "operator", other, rank=RANK),
         Column("split4", "gemm", "channel", slices=4),
         Column("quantize", "quantize", first, rank=RANK),
+        Column("quantize token", "quantize", "channel"),
+        Column("quantize transform", "quantize", "channel", learned=True),
     )
     if target.backend == "cuda" and target.arch in NATIVE_INT4:
         found += tuple(replace(c, name=f"{c.name} int8", int8=True) for c in found)

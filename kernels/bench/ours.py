@@ -3,7 +3,7 @@
 import torch
 
 from .. import ops
-from ..dispatch import choose, quant_linear
+from ..dispatch import FUSED, choose, quant_linear
 from ..plan import lower
 from ..quant_linear import fast
 from ..target import Target
@@ -14,7 +14,9 @@ from .timing import Work
 def refusal(column: Column, n: int, k: int, target: Target) -> str:
     """Why no kernel of the pack takes this layer, "" if one does."""
     choice = choose(column.spec(n, k), column.target(target))
-    return f"no kernel: {choice}" if choice.path == "eager" else ""
+    if choice.path == "eager":
+        return f"no kernel: {choice}"
+    return dict(choice.refused).get(FUSED, "")
 
 
 def operator(x, spec, tensors, target: Target, int8: bool = False):
@@ -56,7 +58,7 @@ def work_of(column: Column, x, spec, tensors, target: Target) -> Work:
     if column.kind == "gemm":
         return gemm_work(x, spec, tensors, target)
     if column.kind == "quantize":
-        tensors = {name: tensors[name] for name in ("smooth_factor", "proj_down") if name in tensors}
+        tensors = {name: tensors[name] for name in ("smooth_factor", "proj_down", "transform") if name in tensors}
         call = lambda x, held: quantized(x, spec, held, target)
     else:
         call = lambda x, held: operator(x, spec, held, target, column.int8)

@@ -7,6 +7,7 @@ from .timing import Timing
 OPERATOR_WIDE, OPERATOR_NARROW, WIDE, NARROW = 1.5, 1.3, 9216, 3072
 GEMM_OF_INT8, GEMM_OF_CEILING = 0.9, 0.65
 OPERATOR_OVER_GEMM, SPLIT_OVER_GEMM, LORA_OVER_OPERATOR = 1.12, 1.05, 1.05
+TRANSFORM_OVER_QUANTIZE = 1.1
 
 
 def cell(timing: Timing, flops: int | None, reference_ms: float | None, note: str = "") -> dict:
@@ -57,6 +58,8 @@ def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
         state(row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING)
         state(row, f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm", ratio(operator_ms, gemm_ms), OPERATOR_OVER_GEMM, False)
         state(row, f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator", lora, LORA_OVER_OPERATOR, False)
+        learned = ratio(_ms(row, "quantize transform"), _ms(row, "quantize token"))
+        state(row, f"transform and quantize at most {TRANSFORM_OVER_QUANTIZE} x quantize", learned, TRANSFORM_OVER_QUANTIZE, False)
         state(row, f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm", ratio(split_ms, gemm_ms), SPLIT_OVER_GEMM, False)
     return out
 
@@ -97,7 +100,7 @@ def _row_text(row: dict) -> list[str]:
 
 
 def _overview(rows: list[dict]) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row["cells"] if name not in ("torch", "quantize", "quantize int8")))
+    names = list(dict.fromkeys(name for row in rows for name in row["cells"] if name.split()[0] != "quantize" and name != "torch"))
     if not names:
         return []
     width = max(len(row["name"]) for row in rows)

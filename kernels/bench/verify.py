@@ -17,6 +17,8 @@ ROWS = 64 + 3  # a tile of tokens and a rest
 CHANNELS = 256
 NAIVE_LIMIT, EAGER_LIMIT = 0.01, 0.02
 WORST_LIMIT = 0.1  # one element, in units of the output's root mean square
+# After a learned transform 0.06 % of 4-bit codes fall the other way: 0.015 of the output, and of 256 channels two steps are 0.13.
+LEARNED_LIMIT, LEARNED_WORST = 0.03, 0.3
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,11 @@ class Check:
     worst: float
     finite: bool
     limit: float
+    worst_limit: float = WORST_LIMIT
 
     @property
     def ok(self) -> bool:
-        return self.finite and self.error <= self.limit and self.worst <= WORST_LIMIT
+        return self.finite and self.error <= self.limit and self.worst <= self.worst_limit
 
     def to_json(self) -> dict:
         return asdict(self) | {"ok": self.ok}
@@ -53,10 +56,10 @@ class Difference:
         self.largest = max(self.largest, float(off.abs().max()))
         self.count += off.numel()
 
-    def check(self, against: str, limit: float) -> Check:
+    def check(self, against: str, limit: float, worst_limit: float = WORST_LIMIT) -> Check:
         rms = max((self.signal / max(self.count, 1)) ** 0.5, 1e-30)
         error = (self.square / max(self.count, 1)) ** 0.5 / rms
-        return Check(against, error, self.largest / rms, self.finite, limit)
+        return Check(against, error, self.largest / rms, self.finite, limit, worst_limit)
 
 
 def ours(x, spec, tensors, target: Target, int8: bool):
@@ -73,7 +76,8 @@ def against_naive(case: Case, column: Column, target: Target, dtype, device) -> 
     y = ours(x.to(device), spec, moved, column.target(target), column.int8)
     difference = Difference()
     difference.add(naive.quant_linear(x, spec, tensors), y)
-    return difference.check("naive", NAIVE_LIMIT)
+    limits = (LEARNED_LIMIT, LEARNED_WORST) if column.learned else (NAIVE_LIMIT, WORST_LIMIT)
+    return difference.check("naive", *limits)
 
 
 def against_eager(y, x, spec, tensors, rows: int = 2048) -> Check:

@@ -6,7 +6,8 @@ import triton.language as tl
 
 from ...quant_core.quantizers import code_range
 from ..target import kernel_target
-from ..tuning import quantizer_tile
+from ..tuning import kronecker_tile, quantizer_tile
+from .kronecker import quantize_kronecker_kernel
 from .triton import quantize_kernel
 
 _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -46,6 +47,49 @@ def quantize_activation(
     )  # fmt: skip
 
 
+def quantize_kronecker(
+    x, codes, scale, smooth, factors, mod_scale, mod_shift, count, slices, p1, p2, per_slice, planes, bits, unsigned, clip, prologue, eps
+):  # fmt: skip
+    """As `quantize_activation` for `count` parts of slices p1 p2 channels each, one scale a token and part. factors: flat, part by part."""
+    tokens, target = x.shape[0], kernel_target(x.device)
+    if not tokens:
+        return
+    tile = kronecker_tile(target, p1, p2, slices, per_slice)
+    empty = scale  # a pointer that is never read
+    quantize_kronecker_kernel[(triton.cdiv(tokens, tile.rows), count)](
+        x, smooth if smooth is not None else empty, factors,
+        mod_scale if mod_scale is not None else empty,
+        mod_shift if mod_shift is not None else empty,
+        codes, scale, tokens, tokens // (mod_scale.shape[0] if mod_scale is not None else 1),
+        x.stride(0), codes.stride(0), codes.stride(0) // max(planes, 1), mod_scale.stride(0) if mod_scale is not None else 0, clip, eps,
+        **kronecker_constants(target, tile, p1, p2, slices, per_slice, prologue, smooth is not None, bits, unsigned, planes),
+        num_warps=tile.warps, num_stages=1,
+    )  # fmt: skip
+
+
+def kronecker_constants(target, tile, p1, p2, slices, per_slice, prologue, smooth, bits, unsigned, planes) -> dict:
+    """The kernel's compile-time arguments."""
+    return {
+        "PROLOGUE": prologue,
+        "SMOOTH": smooth,
+        "PER_SLICE": per_slice,
+        "BATCHED": tile.batched,
+        "P1": p1,
+        "P2": p2,
+        "COUNT": slices,
+        **_code_constants(bits, unsigned, planes),
+        "BM": tile.rows,
+        "PAD1": tile.sides[0],
+        "PAD2": tile.sides[1],
+        "SLICES": tile.slices,
+        "UPCAST": target.interpreted,
+    }
+
+
+def _code_constants(bits, unsigned, planes):
+    return {"TOP": code_range(bits, unsigned)[1], "SIGN": bits == 1, "UNSIGNED": unsigned, "LAYOUT": planes}
+
+
 def constants(target, tile, dtype, rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift=0.0) -> dict:
     """The kernel's compile-time arguments."""
     return {
@@ -55,9 +99,7 @@ def constants(target, tile, dtype, rank, rotation, prologue, smooth, grouped, bi
         # A smoothed value may leave the range of fp16; x itself is exact in its own dtype.
         "ROT_DTYPE": _TL[target.matrix_dtype if smooth or shift else dtype],
         "GROUPED": grouped,
-        "TOP": code_range(bits, unsigned)[1],
-        "UNSIGNED": unsigned,
-        "LAYOUT": planes,
+        **_code_constants(bits, unsigned, planes),
         "RP": max(16, triton.next_power_of_2(rank)) if rank else 0,
         "BM": tile.rows,
         "TILES": max(rotation // 64, 1) if rotation else tile.tiles,

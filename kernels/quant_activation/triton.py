@@ -70,19 +70,25 @@ def _statistics(x_ptr, rows, row_ok, K, eps):
 
 @triton.jit
 def _load(x_ptr, mod_scale_ptr, mod_shift_ptr, rows, mods, row_ok, mean, rstd, start, K, PROLOGUE: tl.constexpr):
-    """Tile (BM, 64) of the layer's input at channel `start`, after the fused step, rounded to the dtype of x as torch would."""
+    """Tile (BM, 64) of the layer's input at channel `start`, after the fused step."""
     k = start + tl.arange(0, 64)
     ok = row_ok[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] + k[None, :], mask=ok, other=0.0)
+    return _prologue(x, mod_scale_ptr, mod_shift_ptr, mods[:, None] + k[None, :], ok, mean[:, None], rstd[:, None], PROLOGUE)
+
+
+@triton.jit
+def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: tl.constexpr):
+    """The fused step on a tile of x whose modulation lies at offsets `mods`, rounded to the dtype of x as torch would. 0 where not ok."""
     if PROLOGUE == GELU:
         v = x.to(tl.float32)
         # tanh(u) = 1 - 2 / (exp(2 u) + 1); GELU with the tanh approximation
         u = 1.5957691216057308 * (v + 0.044715 * v * v * v)
         x = (v * (1.0 - 1.0 / (tl.exp(u) + 1.0))).to(x.dtype)
     elif PROLOGUE == LAYERNORM:
-        normed = ((x.to(tl.float32) - mean[:, None]) * rstd[:, None]).to(x.dtype).to(tl.float32)
-        scale = tl.load(mod_scale_ptr + mods[:, None] + k[None, :], mask=ok, other=0.0).to(tl.float32)
-        shift = tl.load(mod_shift_ptr + mods[:, None] + k[None, :], mask=ok, other=0.0).to(tl.float32)
+        normed = ((x.to(tl.float32) - mean) * rstd).to(x.dtype).to(tl.float32)
+        scale = tl.load(mod_scale_ptr + mods, mask=ok, other=0.0).to(tl.float32)
+        shift = tl.load(mod_shift_ptr + mods, mask=ok, other=0.0).to(tl.float32)
         x = tl.where(ok, normed * (1.0 + scale).to(x.dtype).to(tl.float32) + shift, 0.0).to(x.dtype)
     return x
 
@@ -121,24 +127,41 @@ def _absmax_bits(v):
 
 @triton.jit
 def _scale_of(bits, clip, TOP: tl.constexpr):
+    """The scale of values whose largest magnitude has these bits as an integer."""
     tiny: tl.constexpr = _TINY
     floor = tl.full(bits.shape, tiny, tl.float32).to(tl.int32, bitcast=True)
     return tl.div_rn(tl.maximum(bits, floor).to(tl.float32, bitcast=True) * clip, tl.full(bits.shape, TOP, tl.float32))
 
 
 @triton.jit
-def _store_codes(q_ptr, v, scale, q_rows, row_ok, start, K, plane, TOP: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr):
-    """Rounds (BM, 64) and stores it. LAYOUT 0: two codes a byte, the even channel low. 1, 2, 4: int8, that many planes."""
-    BM: tl.constexpr = v.shape[0]
-    v = tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape))
+def _rounded(v, TOP: tl.constexpr, UNSIGNED: tl.constexpr):
+    """int32 codes of v in units of the scale, to the nearest, half to even."""
     v = tl.minimum(tl.maximum(v, 0.0 if UNSIGNED else -1.0 * TOP), 1.0 * TOP)
-    q = (v + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    return (v + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+
+
+@triton.jit
+def _codes(v, scale, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr):
+    """int32 codes of v (BM, 64) at scale (BM,). SIGN: 1-bit codes, which no scale changes."""
+    if SIGN:
+        q = tl.where(v >= 0.0, 1, -1)
+    else:
+        q = _rounded(tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape)), TOP, UNSIGNED)
+    return q
+
+
+@triton.jit
+def _store_codes(q_ptr, q, q_rows, row_ok, start, K, plane, LAYOUT: tl.constexpr):
+    """Stores codes (BM, N) of the channels start.. below K. LAYOUT 0: two codes a byte, the even channel low. 1, 2, 4: int8, that
+    many planes."""
+    BM: tl.constexpr = q.shape[0]
+    N: tl.constexpr = q.shape[1]
     if LAYOUT == 1:
-        k = start + tl.arange(0, 64)
+        k = start + tl.arange(0, N)
         tl.store(q_ptr + q_rows[:, None] + k[None, :], q.to(tl.int8), mask=row_ok[:, None] & (k < K)[None, :])
     else:
-        even, odd = tl.split(tl.reshape(q, (BM, 32, 2)))
-        k = start // 2 + tl.arange(0, 32)
+        even, odd = tl.split(tl.reshape(q, (BM, N // 2, 2)))
+        k = start // 2 + tl.arange(0, N // 2)
         ok = row_ok[:, None] & (2 * k < K)[None, :]
         if LAYOUT == 0:
             tl.store(q_ptr + q_rows[:, None] + k[None, :], ((even & 15) | (odd << 4)).to(tl.int8), mask=ok)
@@ -146,9 +169,9 @@ def _store_codes(q_ptr, v, scale, q_rows, row_ok, start, K, plane, TOP: tl.const
             tl.store(q_ptr + q_rows[:, None] + k[None, :], even.to(tl.int8), mask=ok)
             tl.store(q_ptr + q_rows[:, None] + (plane + k)[None, :], odd.to(tl.int8), mask=ok)
         else:
-            q0, q2 = tl.split(tl.reshape(even, (BM, 16, 2)))
-            q1, q3 = tl.split(tl.reshape(odd, (BM, 16, 2)))
-            k = start // 4 + tl.arange(0, 16)
+            q0, q2 = tl.split(tl.reshape(even, (BM, N // 4, 2)))
+            q1, q3 = tl.split(tl.reshape(odd, (BM, N // 4, 2)))
+            k = start // 4 + tl.arange(0, N // 4)
             ok = row_ok[:, None] & (4 * k < K)[None, :]
             base = q_ptr + q_rows[:, None] + k[None, :]
             tl.store(base, q0.to(tl.int8), mask=ok)
@@ -162,8 +185,8 @@ def quantize_kernel(
     x_ptr, smooth_ptr, down_ptr, mod_scale_ptr, mod_shift_ptr, q_ptr, s_ptr, low_ptr,
     M, K, width, R, tokens, ldx, ldq, plane, ld_down, ld_low, ld_mod, shift, clip, eps,
     PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, ROTATION: tl.constexpr, ROT_DTYPE: tl.constexpr, GROUPED: tl.constexpr,
-    TOP: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
-    UPCAST: tl.constexpr,
+    TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+    TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: slices of K channels each, with the same settings.
 
@@ -215,11 +238,11 @@ def quantize_kernel(
                     scale = _scale_of(_absmax_bits(v), clip, TOP)
                     g = part * (K // 64) + k0 // 64
                     tl.store(s_ptr + g.to(tl.int64) * M + m, scale, mask=row_ok & (tl.zeros_like(m) + k0 < K))
-                    _store_codes(q_ptr, v, scale, q_rows, row_ok, k0, K, plane, TOP, UNSIGNED, LAYOUT)
+                    _store_codes(q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT)
                 elif step == 0:
                     bits = tl.maximum(bits, _absmax_bits(v))
                 else:
-                    _store_codes(q_ptr, v, scale, q_rows, row_ok, k0, K, plane, TOP, UNSIGNED, LAYOUT)
+                    _store_codes(q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT)
         if not GROUPED and step == 0:
             scale = _scale_of(bits, clip, TOP)
             tl.store(s_ptr + part * M + m, scale, mask=row_ok)

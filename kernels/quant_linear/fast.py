@@ -30,7 +30,7 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
 
 def _fused(spec, target: Target) -> bool:
     """Whether the quantizer computes the low-rank projection down."""
-    return 0 < spec.rank <= min(low_rank_limit(target, p.rotation) for p in spec.parts)
+    return 0 < spec.rank <= min(0 if p.kronecker else low_rank_limit(target, p.rotation) for p in spec.parts)
 
 
 def empty_low(x, spec):
@@ -53,12 +53,21 @@ def quantize(x, spec, tensors, target: Target, step: Gemm, low, before: Before |
         segments = run.count * (part.width // 64 if step.act_grouped else 1)
         ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
         kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
-        ops.quantize_activation(
-            x[:, columns], codes[:, offset:], scale[segment : segment + segments],
-            low[:, ranks] if fused else None, smooth[columns] if part.smooth else None, down[columns] if fused else None,
-            mod_scale, mod_shift, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
-            act.shift, act.clip, kind, eps,
-        )  # fmt: skip
+        out, smoothing = (codes[:, offset:], scale[segment : segment + segments]), smooth[columns] if part.smooth else None
+        if part.kronecker:
+            at = sum(p.factor_values for p in spec.parts[:number])
+            factors = tensors["transform"][at : at + run.count * part.factor_values]
+            p1, p2 = part.kronecker
+            ops.quantize_kronecker(
+                x[:, columns], *out, smoothing, factors, mod_scale, mod_shift, run.count, part.width // (p1 * p2), p1, p2, part.per_slice,
+                step.planes, act.bits, act.unsigned, act.clip, kind, eps,
+            )  # fmt: skip
+        else:
+            ops.quantize_activation(
+                x[:, columns], *out, low[:, ranks] if fused else None, smoothing, down[columns] if fused else None,
+                mod_scale, mod_shift, part.width, run.count, step.planes, act.bits, act.unsigned, step.act_grouped, part.rotation,
+                act.shift, act.clip, kind, eps,
+            )  # fmt: skip
         if spec.rank and not fused:
             for i in range(run.count):
                 at = slice(part.start + i * part.width, part.start + (i + 1) * part.width)

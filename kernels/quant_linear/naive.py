@@ -21,7 +21,9 @@ def quant_linear(x, spec, tensors, lora=()):
     `spec` is a LinearSpec, `tensors` its tensors. `lora`: triples (down (r, K), up (n, r), first out-channel); the
     strength is folded into `up`.
     """
-    y = torch.zeros(x.shape[0], spec.out_features, device=x.device)
+    raw, y = x, torch.zeros(x.shape[0], spec.out_features, device=x.device)
+    if spec.order:
+        x = x[:, tensors["channel_order"]]
     for i, ((part, packed, scales, smooth), factors) in enumerate(zip(spec.split(tensors), spec.factors(tensors), strict=True)):
         xp = x[:, part.start : part.stop].float()
         codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()
@@ -47,7 +49,7 @@ def quant_linear(x, spec, tensors, lora=()):
             up = tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
             y += xp @ down @ up.T
     for down, up, first in lora:
-        y[:, first : first + up.shape[0]] += x.float() @ down.float().T @ up.float().T
+        y[:, first : first + up.shape[0]] += raw.float() @ down.float().T @ up.float().T
     if spec.bias:
         y += tensors["bias"].float()
     return y

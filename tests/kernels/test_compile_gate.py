@@ -81,6 +81,7 @@ SETTINGS = {
     "ConvRot": (0, 256, 0, False, False, 4, False, 2),
     "W8A8": (32, 128, 0, True, False, 8, False, 1),
     "RobuQ": (0, 64, 0, False, False, 3, False, 4),
+    "RobuQ A1": (0, 64, 0, False, False, 1, False, 4),
 }
 TURING_GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i32*") | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*") | {"sx_ptr": "fp32*"}
 TURING_GEMM |= {k: GEMM[k] for k in ("ends", "M", "N", "KB", "ldx", "ldw", "ldy", "ld_sx", "ld_sw")}

@@ -169,10 +169,13 @@ def compiled(module):
 
 
 TWO_PARTS = side_by_side(48, (64, ActivationSpec(), WeightSpec()), (128, UNSIGNED, WeightSpec()), smooth=True, rank=8)
+LEARNED = spec_of(256, 48, TOKEN, CHANNEL, smooth=True, kronecker=(8, 16))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("spec", [TWO_PARTS, SPECS["W4A4"], SPECS["W4"]], ids=["two parts", "one part", "weights only"])
+@pytest.mark.parametrize(
+    "spec", [TWO_PARTS, SPECS["W4A4"], SPECS["W4"], LEARNED], ids=["two parts", "one part", "weights only", "learned transform"]
+)
 def test_compiled_layer_is_one_operator_and_gives_the_same(spec):
     module, x = Layer(spec), inputs(10, 32, HALF).view(2, 5, 32)
     run, graphs = compiled(module)
@@ -196,9 +199,12 @@ def test_compiled_code_is_shared_by_equal_specs_only():
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to the cached Hadamard matrix
-@pytest.mark.parametrize("spec", [TWO_PARTS, SPECS["W4"], spec_of(192, 48, rotation=64)], ids=["two parts", "weights only", "rotation"])
+@pytest.mark.parametrize(
+    "spec", [TWO_PARTS, SPECS["W4"], spec_of(192, 48, rotation=64), LEARNED], ids=["two parts", "weights only", "rotation", "learned"]
+)
 def test_compiled_eager_path_gives_the_same(spec):
-    module, x = QuantLinear(QuantizedLayer("layer", spec, random_tensors(spec))), inputs(10, 192).view(2, 5, 192)
+    k = spec.in_features
+    module, x = QuantLinear(QuantizedLayer("layer", spec, random_tensors(spec))), inputs(10, k).view(2, 5, k)
     run, graphs = compiled(module)
     assert torch.equal(run(x), module(x))
     assert len(graphs) == 1
@@ -218,10 +224,10 @@ def test_lora_merged_in_compiled_code(target):
 
 
 def test_operators_keep_to_their_schemas():
-    for spec in (TWO_PARTS, SPECS["W4"]):
-        tensors, x = random_tensors(spec, dtype=HALF), inputs(5, 192, HALF)
-        parts = [tensors.get(name) for name in ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")]
-        lora = [inputs(4, 192, HALF)], [inputs(16, 4, HALF)], [8]
+    for spec in (TWO_PARTS, SPECS["W4"], LEARNED):
+        tensors, x = random_tensors(spec, dtype=HALF), inputs(5, spec.in_features, HALF)
+        parts = [tensors.get(name) for name in ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")]
+        lora = [inputs(4, spec.in_features, HALF)], [inputs(16, 4, HALF)], [8]
         torch.library.opcheck(ops.layer.default, (x, spec.text, *parts, *lora, *NOTHING))
 
 
@@ -232,6 +238,9 @@ def test_kernels_write_where_their_schemas_say():
     quantize = (x, codes, scale, low, None, tensors["proj_down"], None, None, 192, 1, 2, 4, False, True, 0, 0.0, 1.0, 0, 0.0)
     torch.library.opcheck(ops.quantize_activation.default, quantize, test_utils=checks)
     ops.quantize_activation(*quantize)
+    factors = inputs(1, 8 * 8 + 16 * 16)[0]
+    learned = (x[:, :128], codes[:, :128], scale[:1], None, factors, None, None, 1, 1, 8, 16, False, 2, 4, False, 1.0, 0, 0.0)
+    torch.library.opcheck(ops.quantize_kronecker.default, learned, test_utils=checks)
     sides = (
         codes,
         scale,

@@ -60,7 +60,7 @@ def branch(spec, rank, rows, first, dtype=HALF, seed=7):
     tail=st.sampled_from([0, 8, 36]),
     rank=st.sampled_from([0, 0, 1, 17, 32, 64, 65, 80]),
     weight_bits=st.sampled_from([2, 4, 8]),
-    act=st.sampled_from([ActivationSpec(bits=b) for b in (2, 3, 4, 8)] + [UNSIGNED]),
+    act=st.sampled_from([ActivationSpec(bits=b) for b in (1, 2, 3, 4, 8)] + [UNSIGNED]),
     grouped=st.tuples(st.booleans(), st.booleans()),
     smooth=st.booleans(),
     bias=st.booleans(),

@@ -25,12 +25,14 @@ def by_hand(x, spec, tensors):
             tx = tx / tensors["smooth_factor"][part.start : part.stop].double()
         if part.activation:
             act, top = part.activation, (2**part.activation.bits - 1 if part.activation.unsigned else 2 ** (part.activation.bits - 1) - 1)
+            top = max(top, 1)
             width = {"group": act.group, "token": part.width, "tensor": part.width}[act.granularity]
             for k in range(0, part.width, width):
                 piece = tx[:, k : k + width]
                 scale = piece.abs().amax(1, keepdim=True) if act.granularity != "tensor" else tx.abs().max().expand(len(tx), 1)
                 scale = scale.clamp(min=1e-10) / top
-                tx[:, k : k + width] = (piece / scale).round().clamp(0 if act.unsigned else -top, top) * scale
+                codes = torch.where(piece < 0, -1, 1) if act.bits == 1 else (piece / scale).round().clamp(0 if act.unsigned else -top, top)
+                tx[:, k : k + width] = codes * scale
         codes = unpack(tensors["weight"][:, column : column + part.bytes_per_row], part.weight.bits).double()
         scales = tensors["weight_scale"][row : row + part.scale_rows].double().repeat_interleave(part.width // part.scale_rows, 0)
         y += tx @ (codes * scales.T).T
@@ -51,6 +53,7 @@ SPECS = {
     "per tensor": spec_of(192, 48, act=ActivationSpec(granularity="tensor"), weight=WeightSpec(granularity="channel")),
     "a8": spec_of(192, 48, act=ActivationSpec(bits=8, granularity="token"), weight=WeightSpec(granularity="channel")),
     "2 bit": spec_of(192, 48, act=ActivationSpec(bits=3, granularity="token"), weight=WeightSpec(bits=2, granularity="channel")),
+    "signs": spec_of(192, 48, act=ActivationSpec(bits=1, granularity="token"), weight=WeightSpec(bits=2, granularity="channel")),
     "weight only": spec_of(192, 48, act=None),
     "two parts": LinearSpec(
         256,

@@ -19,6 +19,7 @@ from comfyui_nibble.tests.support import relative_error
 HALF, BF16 = torch.float16, torch.bfloat16
 ROUNDING = {HALF: 5e-4, BF16: 4e-3}  # half a unit in the last place, and fp32 sums
 SIGNED = [ActivationSpec(bits=b) for b in (2, 3, 4, 8)]
+SIGNS = ActivationSpec(bits=1, clip=0.25)
 SHIFTED = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
 CLIPPED = [replace(SIGNED[2], clip=0.8), replace(SHIFTED, clip=0.8)]
 
@@ -79,7 +80,7 @@ def assert_close(got, want, share, scale_error):
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("smooth", [False, True], ids=["", "smooth"])
-@pytest.mark.parametrize("act", [*SIGNED, SHIFTED, *CLIPPED], ids=lambda a: f"{'u' if a.unsigned else 's'}{a.bits} clip {a.clip}")
+@pytest.mark.parametrize("act", [SIGNS, *SIGNED, SHIFTED, *CLIPPED], ids=lambda a: f"{'u' if a.unsigned else 's'}{a.bits} clip {a.clip}")
 def test_equals_the_specification_bit_for_bit(act, smooth, dtype):
     for planes in (0, 1, 2, 4) if act.bits <= 4 else (1, 2, 4):
         for rows, width, chosen in ((15, 192, act), (33, 100, token(act))):
@@ -94,7 +95,7 @@ def test_equals_the_specification_bit_for_bit(act, smooth, dtype):
     count=st.integers(1, 3),
     grouped=st.booleans(),
     smooth=st.booleans(),
-    act=st.sampled_from([*SIGNED[:3], SHIFTED, *CLIPPED]),
+    act=st.sampled_from([SIGNS, *SIGNED[:3], SHIFTED, *CLIPPED]),
     planes=st.sampled_from([0, 1, 2, 4]),
     seed=st.integers(0, 2**31),
 )
@@ -201,6 +202,19 @@ def test_zero_and_outlier_rows():
         assert not codes[[3, 16]].any()
         assert torch.equal(scale[3], torch.full_like(scale[3], TINY) / (2 ** (act.bits - 1) - 1))
         assert abs(int(codes[5, 7])) == 2 ** (act.bits - 1) - 1
+
+
+def test_one_bit_of_what_underflows_in_the_division():
+    """-2e-45 / 1.5 is a zero in fp32 and so counts as positive on both sides; a value of x keeps its sign at any scale."""
+    x = inputs(3, 128, BF16)
+    x[0, :5] = torch.tensor([0.0, -0.0, -1e-39, 1e-39, -2e-45])
+    for act in (SIGNS, token(SIGNS)):
+        for planes in (0, 2):
+            assert_equal(x, part_of(128, act), planes)
+            assert_equal(x, part_of(128, act, smooth=True), planes, smoothing(128, BF16))
+    codes, scale, _ = run(x, part_of(128, token(SIGNS)), 1)
+    assert codes[0, :4].tolist() == [1, 1, -1, 1]
+    assert torch.equal(scale[:, 0], x.float().abs().amax(1) * 0.25)
 
 
 def test_no_token_is_no_launch():

@@ -34,7 +34,7 @@ def problems(spec, target, tokens):
 @given(
     target=st.sampled_from([*CARDS, interpreter()]),
     widths=st.lists(st.integers(1, 96).map(lambda n: 64 * n), min_size=1, max_size=9),
-    bits=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([2, 3, 4, 8])),
+    bits=st.tuples(st.sampled_from([2, 4, 8]), st.sampled_from([1, 2, 3, 4, 8])),
     grouped=st.tuples(st.booleans(), st.booleans()),
     tokens=st.integers(1, 20000),
 )

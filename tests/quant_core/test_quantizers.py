@@ -12,6 +12,15 @@ def test_signed_codes_never_reach_minus_eight():
     assert (code_range(4), code_range(4, unsigned=True), code_range(2), code_range(8)) == ((-7, 7), (0, 15), (-1, 1), (-127, 127))
 
 
+def test_one_bit_is_the_sign():
+    x = torch.tensor([[0.0, -0.0, 3.0, -1e-45, -2.0, 1e-45]])
+    scale = absmax_scale(x, 1, "token", clip=0.5)
+    assert code_range(1) == (-1, 1)
+    assert scale.tolist() == [[1.5]]
+    assert quantize(x, scale, 1, "token").tolist() == [[1, 1, 1, -1, -1, 1]]
+    assert dequantize(quantize(x, scale, 1, "token"), scale, "token").unique().tolist() == [-1.5, 1.5]
+
+
 def test_rounds_half_to_even():
     assert quantize(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), torch.ones(1, 1), 4, "token").tolist() == [[0, 2, 2, 0]]
 
