@@ -127,21 +127,12 @@ class NibbleCalibrate(io.ComfyNode):
                 yield item
 
         def run(sample, capture):
-            evaluation = [0]
-
-            def before(module, args):
-                capture.at(evaluation[0], float(args[1].flatten()[0]))
-                evaluation[0] += 1
-
-            handle = network.register_forward_pre_hook(before)
-            try:
+            with capture.watched(network, lambda args, kwargs: float(args[1].flatten()[0])):
                 noise = comfy.sample.prepare_noise(latent, seed + sample)
                 comfy.sample.sample(
                     model, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
                     callback=lambda *_: bar.update(1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
                 )  # fmt: skip
-            finally:
-                handle.remove()
 
         def place(nbytes):
             device = comfy.model_management.get_torch_device()

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from . import file
 from .plan import plan_passes
 from .statistics import InputStatistics, reservoir_keys
+from .trajectory import Recorder
 
 
 def is_held_out(sample: int, samples: int) -> bool:
@@ -21,13 +23,31 @@ def is_held_out(sample: int, samples: int) -> bool:
 class Capture:
     """Forward pre-hooks that feed statistics. `step` and `timestep` say where in the sampling x belongs."""
 
-    def __init__(self, statistics: dict[str, InputStatistics], seed: int, samples: int):
-        self.statistics, self.seed, self.samples = statistics, seed, samples
+    def __init__(self, statistics: dict[str, InputStatistics], seed: int, samples: int, recorder: Recorder | None = None):
+        self.statistics, self.seed, self.samples, self.recorder = statistics, seed, samples, recorder
         self.sample, self.step, self.timestep, self.calls = 0, 0, 0.0, {}
 
-    def at(self, step: int, timestep: float):
-        """Called before each evaluation of the model."""
+    def at(self, step: int, timestep: float, args: tuple = (), kwargs: dict | None = None):
+        """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is recorded of it."""
         self.step, self.timestep, self.calls = step, timestep, {}
+        if self.recorder is not None and (args or kwargs):
+            self.recorder.add(self.seed, self.sample, step, timestep, is_held_out(self.sample, self.samples), args, kwargs or {})
+
+    @contextmanager
+    def watched(self, network: torch.nn.Module, timestep: Callable[[tuple, dict], float], prepare: Callable[[dict], dict] = lambda k: k):
+        """Calls `at` before each evaluation of the network, counted from 0. timestep(args, kwargs); prepare(kwargs): the ones to use instead."""
+        steps = count()
+
+        def before(module, args, kwargs):
+            kwargs = prepare(kwargs)
+            self.at(next(steps), timestep(args, kwargs), args, kwargs)
+            return args, kwargs
+
+        handle = network.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def hooked(self, modules: dict[str, torch.nn.Module]):
@@ -97,17 +117,18 @@ def calibrate(
         if index != current:
             current, saved = index, time.monotonic()
             statistics = _resume(path, group) if sample else {i.name: i.statistics(reservoir) for i in group}
+            recorder = file.read_recorder(path) if sample else Recorder()
             device = place(sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in group))
             for s in statistics.values():
                 s.to(device)
-        capture = Capture(statistics, seed, samples)
+        capture = Capture(statistics, seed, samples, None if index else recorder)
         capture.sample = sample
         with capture.hooked(modules):
             run(sample, capture)
         # Where saving takes over a second (a pass of FLUX writes gigabytes), it may take a tenth of the time, no more.
         if sample == samples - 1 or cost < 1 or time.monotonic() - saved >= 10 * cost:
             started = time.monotonic()
-            file.save(path, statistics, meta | {"done": sample + 1, "pass": index})
+            file.save(path, statistics, meta | {"done": sample + 1, "pass": index}, recorder)
             saved = time.monotonic()
             cost = saved - started
     return file.Calibration(folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..formats.atomic import save_tensors
 from .statistics import InputStatistics
+from .trajectory import Call, Recorder, Trajectory
 
 VERSION = 1
 
@@ -17,13 +19,16 @@ class CalibrationError(ValueError):
     """A calibration file that is broken, incomplete, or belongs to another model."""
 
 
-def save(path: Path, statistics: dict[str, InputStatistics], meta: dict):
+def save(path: Path, statistics: dict[str, InputStatistics], meta: dict, recorder: Recorder | None = None):
     """Writes the statistics of a pass under a temporary name, then renames. `meta` must hold "model" and "done"."""
     tensors, table = {}, {}
     for name, s in statistics.items():
         table[name] = {"width": s.width, "blocks": s.blocks, "reservoir": s.reservoir, "count": s.count}
         tensors |= {f"{name}|absmax": s.absmax, f"{name}|tokens": s.tokens, f"{name}|keys": s.keys, f"{name}|timesteps": s.timesteps}
         tensors |= {f"{name}|hessian.{a}": h for (a, _), h in s.hessians.items()}
+    if recorder is not None and recorder.calls:
+        meta = meta | {"trajectory": [asdict(call) for call in recorder.calls]}
+        tensors |= {f"trajectory|{name}": t for name, t in recorder.tensors.items()}
     header = json.dumps(meta | {"version": VERSION, "inputs": table})
     save_tensors(Path(path), {k: t.cpu().contiguous() for k, t in tensors.items()}, {"nibble_calibration": header})
 
@@ -56,6 +61,17 @@ def read_statistics(path: Path, name: str, info: dict, second_moments: bool = Tr
     return InputStatistics(name, info["width"], blocks, info["reservoir"], info["count"], *loose)
 
 
+def read_recorder(path: Path) -> Recorder:
+    """The recorded calls of a statistics file, to go on with."""
+    calls = _calls(read_meta(path))
+    with safe_open(path, "pt") as f:
+        return Recorder(calls, {k.partition("|")[2]: f.get_tensor(k) for k in f.keys() if k.startswith("trajectory|")})  # noqa: SIM118
+
+
+def _calls(meta) -> list[Call]:
+    return [Call(**call) for call in meta.get("trajectory", [])]
+
+
 class Calibration:
     """Opened statistics. `meta["model"]`: fingerprint of the model they came from; `hash`: of this calibration."""
 
@@ -65,7 +81,8 @@ class Calibration:
         if not files:
             raise CalibrationError(f"calibration folder {self.path}: holds no .safetensors file")
         metas = [read_meta(f) for f in files]
-        self.meta = {k: v for k, v in metas[0].items() if k != "inputs"}
+        self.meta = {k: v for k, v in metas[0].items() if k not in ("inputs", "trajectory")}
+        self._recorded = [(file, _calls(meta)) for file, meta in zip(files, metas, strict=True) if "trajectory" in meta]
         for file, meta in zip(files, metas, strict=True):
             if meta["model"] != self.meta["model"]:
                 raise CalibrationError(
@@ -92,6 +109,18 @@ class Calibration:
             raise CalibrationError(f"calibration {self.path}: no statistics of layer {name}; it observed {len(self._where)} inputs")
         file, info = self._where[name]
         return read_statistics(file, name, info, second_moments)
+
+    def trajectory(self) -> Trajectory | None:
+        """The recorded inputs of the network; None where there are none (calibrations of 0.3.0 and before, merged ones)."""
+        if not self._recorded:
+            return None
+        path, calls = self._recorded[0]
+
+        def get(name):
+            with safe_open(path, "pt") as f:
+                return f.get_tensor(f"trajectory|{name}")
+
+        return Trajectory(sorted(calls, key=lambda call: (call.sample, call.step)), get)
 
     def require_model(self, fingerprint: str):
         """Raises CalibrationError, naming both, where the calibration belongs to another model."""

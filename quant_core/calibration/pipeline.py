@@ -11,13 +11,15 @@ from ..formats.checkpoint import Checkpoint
 from .collect import calibrate
 from .file import Calibration, fingerprint
 from .plan import inputs_of
+from .prompts import default_prompts
 
 
 def calibrate_pipeline(
-    pipeline: Path, folder: Path, prompts: list[str], *, samples, steps, size, seed, memory, device, progress
+    pipeline: Path, folder: Path, prompts: list[str] | None, *, samples, steps, size, seed, memory, device, progress
 ) -> Calibration:
     """Runs a local diffusers pipeline over the prompts with hooks on its transformer.
 
+    prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids evenly over the classes.
     Raises ImportError without diffusers, ValueError for a folder that is no pipeline, CheckpointError for one without a
     transformer in safetensors files, UnknownArchitecture for a transformer that no family knows.
     """
@@ -44,12 +46,21 @@ def calibrate_pipeline(
 
 
 def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress=lambda items, total: items) -> Calibration:
-    """The same with a loaded pipeline object. size None: the size the model was made for."""
-    transformer = pipe.transformer
-    size = size or (getattr(pipe, "default_sample_size", None) or transformer.config.sample_size) * pipe.vae_scale_factor
+    """The same with a loaded pipeline object. size None: the size the model was made for.
+
+    Raises ValueError for a class that the model does not have, and for another size where it has but one.
+    """
+    transformer, takes = pipe.transformer, signature(pipe.__call__).parameters
+    scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    own = (getattr(pipe, "default_sample_size", None) or transformer.config.sample_size) * scale
+    if size and size != own and "width" not in takes:
+        raise ValueError(f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out")
+    size = size or own
+    by_class = "class_labels" in takes
+    prompts = class_ids(pipe, prompts, samples) if by_class else prompts or default_prompts()
     # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and ftfy are installed.
-    options = {"use_resolution_binning": False, "max_area": size * size, "clean_caption": False}
-    options = {k: v for k, v in options.items() if k in signature(pipe.__call__).parameters}
+    options = {"use_resolution_binning": False, "max_area": size * size, "clean_caption": False, "width": size, "height": size}
+    options = {k: v for k, v in options.items() if k in takes}
     state = transformer.state_dict()
     family = detect({k: tuple(v.shape) for k, v in state.items()})
     sources = family.diffusers({k: v.shape for k, v in state.items()})
@@ -58,34 +69,35 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     layers = family.layers(shapes)
     inputs = inputs_of(layers)
     modules = {i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight")) for i in inputs}
-    settings = {"steps": steps, "size": size, "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]}
+    settings = {"steps": steps, "size": size, "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16]}
     meta = {"model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)), "family": family.name, "settings": settings}
 
     def run(sample, capture):
-        count = [0]
-
-        def before(module, args, kwargs):
-            timestep = kwargs.get("timestep")
-            capture.at(count[0], float(timestep.flatten()[0]) if timestep is not None else 0.0)
-            count[0] += 1
-            return args, _without_padding(kwargs)
-
-        handle = transformer.register_forward_pre_hook(before, with_kwargs=True)
-        try:
-            generator = torch.Generator().manual_seed(seed + sample)
+        with capture.watched(transformer, lambda args, kwargs: float(kwargs["timestep"].flatten()[0]), _without_padding):
+            prompt = prompts[sample % len(prompts)]
             pipe(
-                prompt=prompts[sample % len(prompts)],
+                **({"class_labels": [prompt]} if by_class else {"prompt": prompt}),
                 num_inference_steps=steps,
-                width=size,
-                height=size,
-                generator=generator,
+                generator=torch.Generator().manual_seed(seed + sample),
                 output_type="latent",
                 **options,
             )
-        finally:
-            handle.remove()
 
     return calibrate(run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress)
+
+
+def class_ids(pipe, lines: list[str] | None, samples: int) -> list[int]:
+    """Ids of the classes that lines name by id or label; of None as many as samples, evenly spread. Raises ValueError naming the line."""
+    count = pipe.transformer.config.num_embeds_ada_norm
+    if lines is None:
+        return [i * count // samples for i in range(samples)]
+    labels = {str(i): i for i in range(count)} | getattr(pipe, "labels", {})
+    for line in lines:
+        if line not in labels:
+            raise ValueError(
+                f"prompt {line!r}: expected a class id from 0 to {count - 1} or a label of the pipeline, such as {list(labels)[-1]!r}"
+            )
+    return [labels[line] for line in lines]
 
 
 def _without_padding(kwargs: dict) -> dict:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from ..calibration import Calibration, calibrate
 from ..calibration.plan import inputs_of
+from ..diffusers_model import modules_of, place
 from ..families import FLUX
-from ..linear import QuantLinear
 from ..methods import METHODS, Method
 from ..methods.rtn import RTNConfig
 from ..quantize import quantize_layers
@@ -45,24 +45,19 @@ def methods() -> list[Method]:
     return [*(METHODS[name] for name in ("svdquant_r", "svdquant", "splitquant", "robuq", "convrot", "rtn")), NAIVE]
 
 
-def diffusers_modules(layers, model) -> dict:
-    """ComfyUI's layer name -> the modules of the diffusers model whose rows it stacks."""
-    names = FLUX.diffusers({k: v.shape for k, v in model.state_dict().items()})
-    return {layer.name: [k.removesuffix(".weight") for k in names[f"{layer.name}.weight"].keys] for layer in layers}
-
-
 def calibrate_tiny(
     model, layers, folder, steps=10, samples=CALIBRATION_SAMPLES, progress=lambda items, total: items, model_hash="demo"
 ) -> Calibration:
     """Statistics of the small model over random captions, four pictures a run."""
     rng = np.random.default_rng(5)
     captions = [[pictures.random_scene(rng).caption for _ in range(4)] for _ in range(samples)]
-    names = diffusers_modules(layers, model)
+    names = modules_of(FLUX, layers, model)
     inputs = inputs_of(layers)
     modules = {i.name: model.get_submodule(names[i.name][0]) for i in inputs}
 
     def run(sample, capture):
-        tiny_flux.sample(model, captions[sample], steps, seed=100 + sample, on_step=capture.at)
+        with capture.watched(model, lambda args, kwargs: float(kwargs["timestep"][0])):
+            tiny_flux.sample(model, captions[sample], steps, seed=100 + sample)
 
     return calibrate(run, modules, inputs, folder, {"model": model_hash}, samples=samples, memory=2**32, progress=progress)
 
@@ -70,16 +65,11 @@ def calibrate_tiny(
 def quantized_copy(model, layers, state_dict, method, calibration):
     """(a copy of the diffusers model with quantized layers in place, report rows)."""
     out, rows = copy.deepcopy(model), []
-    names = diffusers_modules(layers, model)
+    names = modules_of(FLUX, layers, model)
     for layer, row in quantize_layers(layers, state_dict.__getitem__, state_dict, method, method.config, calibration):
         rows.append(row)
-        if layer is None:
-            continue
-        targets = names[layer.name]
-        sizes = [model.get_submodule(t).out_features for t in targets]
-        for target, piece in zip(targets, layer.split_rows(targets, sizes), strict=True):
-            parent, _, leaf = target.rpartition(".")
-            out.get_submodule(parent).register_module(leaf, QuantLinear(piece))
+        if layer is not None:
+            place(out, names[layer.name], layer)
     return out, rows
 
 

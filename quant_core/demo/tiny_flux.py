@@ -37,10 +37,7 @@ def to_diffusers(state_dict: dict) -> dict:
     like = {k: v.shape for k, v in build().state_dict().items()}
     out = {}
     for key, source in FLUX.diffusers(like).items():
-        value = state_dict[key]
-        if source.swap_halves:
-            value = torch.cat(value.chunk(2)[::-1])
-        out |= dict(zip(source.keys, value.split([like[k][0] for k in source.keys]), strict=True))
+        out |= source.write(state_dict[key], [like[k][0] for k in source.keys])
     return out
 
 
@@ -89,14 +86,12 @@ def encode_captions(captions):
 
 
 @torch.no_grad()
-def sample(model, captions, steps=20, seed=0, on_step=None):
+def sample(model, captions, steps=20, seed=0):
     """Euler sampling of the flow from seeded noise, one picture per caption -> latents (B, 16, 16, 16)."""
     context, pooled = encode_captions(captions)
     shape = (len(captions), pictures.LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     times = torch.linspace(1, 0, steps + 1)
-    for step, (t, t_next) in enumerate(pairwise(times)):
-        if on_step is not None:
-            on_step(step, t.item())
+    for t, t_next in pairwise(times):
         x = x + (t_next - t) * predict(model, x, t.expand(len(captions)), context, pooled)
     return x
