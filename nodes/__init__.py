@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .allocate import NibbleAllocateBits
 from .bake import NibbleBakeLora
 from .calibrate import NibbleCalibrate, NibbleCalibrationPrompts
 from .files import NibbleLoadDiffusionModel, NibbleSaveModel
@@ -16,6 +17,7 @@ class NibbleExtension(ComfyExtension):
             NibbleCalibrate,
             NibbleCalibrationPrompts,
             NibbleQuantize,
+            NibbleAllocateBits,
             NibbleGuard,
             NibbleBakeLora,
             NibbleSaveModel,

@@ -19,6 +19,7 @@ from .host.carry import keep_sampling_patches
 from .host.half import take_apart
 from .host.patcher import NibblePatcher
 from .host.progress import steps
+from .host.quantized import make_room
 from .host.source import ModelSource
 
 NAME = "Nibble Guard"
@@ -70,9 +71,7 @@ class NibbleGuard(io.ComfyNode):
             half = take_apart(quantized)
             layers, rest = half.layers, half.rest
             plan = [layer for layer in source.family.layers(source.shapes) if layer.name in layers and higher(layers[layer.name].spec)]
-            if not comfy.model_management.is_device_cpu(device) and plan:
-                # As for Nibble Quantize: 16 bytes a weight of the largest layer.
-                comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
+            make_room(plan, device)
             # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would fill 18 GB.
             numbers = measure(plan, layers, source.get, source.shapes, calibration, allowed, device)
             measured = list(steps(numbers, len(plan)))

@@ -1,8 +1,8 @@
 """Which precision each layer takes under a budget: RobuQ's AMPN (ICML 2026), for any menu of methods and widths.
 
 The noise-to-signal ratios of the layers' outputs are summed, as AMPN sums its sensitivities, each times a weight, and the sum is
-minimised by exact dynamic programming (`budget.Totals`, which Nibble Guard uses too). Without the weights of `gains.measure` the sum says
-little of pictures: at 3 activation bits on average it was 0.8 dB better than 3 everywhere in the small FLUX, and the pictures 2.6 dB worse.
+minimised by exact dynamic programming (`budget.Totals`, which Nibble Guard uses too). Without the weights of `gains.measure` pictures
+of the small FLUX at 2.5 activation bits on average come out between 26.0 and 28.4 dB, by the calibration; with them at 28.3.
 """
 
 import math
@@ -17,11 +17,16 @@ from .sensitivity import Cell, Sensitivity
 STEPS = 2**16
 NEAR = 0.99  # an average counts as met from here on
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+ONE_X = (
+    "1x is the cost by the speed proxy (multiply-adds at the peak rates of int4, int8 and 16 bit) with every layer at its most expensive "
+    "quantized entry: int8 products. All W4A4 is 0.5x, all 16 bit 2x."
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: "activation" or "weight", value bits on average over the weights of the layers that the menu is for, or "memory", bytes.
+    """kind: "activation" or "weight", value bits on average over the weights of the layers that the menu is for, "memory", bytes, or
+    "speed", the cost of the speed proxy (`sensitivity.relative_cost`) as a multiple of `reference_cost`.
 
     An average counts a layer by its in-channels times out-channels, its multiply-adds a token. Bits are those of the codes; side data,
     such as scales and low rank, count as memory only.
@@ -30,29 +35,47 @@ class Budget:
     kind: str
     value: float
 
+    @property
+    def average(self) -> bool:
+        return self.kind in ("activation", "weight")
+
     def of(self, cell: Cell) -> float:
-        return {"activation": cell.activation_bits, "weight": cell.weight_bits, "memory": cell.nbytes}[self.kind]
+        return {"activation": cell.activation_bits, "weight": cell.weight_bits, "memory": cell.nbytes, "speed": cell.cost}[self.kind]
 
     def text(self, value: float | None = None) -> str:
-        """E.g. "3.02 activation bits on average", "61.3 MB"."""
+        """E.g. "3.02 activation bits on average", "61.3 MB", "0.8x the reference cost"."""
         value = self.value if value is None else value
+        if self.kind == "speed":
+            return f"{value:.4g}x the reference cost"
         if self.kind == "memory":
             unit = next((u for u in ("GB", "MB") if value >= _UNITS[u]), "KB")
             return f"{value / _UNITS[unit]:.4g} {unit}"
         return f"{value:.4g} {self.kind} bits on average"
 
 
+def reference_cost(layer: Sensitivity) -> float:
+    """What 1x of a speed budget is for a layer: its most expensive quantized entry, an int8 product under the menus of `mixed`.
+
+    All W4A4 is 0.5x then, all 16 bit 2x. A menu of 16 bit alone is its own reference.
+    """
+    quantized = [c.cost for c in layer.cells.values() if c.activation_bits < 16]
+    return max(quantized or [c.cost for c in layer.cells.values()])
+
+
 def parse_budget(text: str) -> Budget:
-    """A Budget of "A3" or "W2.5", bits on average, or of "600MB", "6.5 GB", "900 MiB". Raises BudgetError otherwise."""
-    match = re.fullmatch(r"([AW])\s*([0-9.]+)|([0-9.]+)\s*([KMG]i?B)", text.strip(), re.IGNORECASE)
-    number = match and (match[2] or match[3])
-    if not match or number.count(".") > 1 or number == "." or float(number) <= 0:
+    """A Budget of "A3" or "W2.5", bits on average, of "600MB", "6.5 GB", "900 MiB", or of "0.8x", "80%", a cost. Raises BudgetError otherwise."""
+    match = re.fullmatch(r"(?P<kind>[AW])?\s*(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)\s*(?P<unit>[KMG]i?B|x|%)?", text.strip(), re.IGNORECASE)
+    if not match or bool(match["kind"]) == bool(match["unit"]) or float(match["number"]) <= 0:
         raise BudgetError(
-            f"budget {text!r}: expected an average of bits, A3 for activations or W2.5 for weights, or a size such as 600MB or 6.5GB"
+            f"budget {text!r}: expected an average of bits, A3 for activations or W2.5 for weights, a size such as 600MB or 6.5GB, or a cost "
+            f"such as 0.8x or 80%. {ONE_X}"
         )
-    if match[1]:
-        return Budget({"A": "activation", "W": "weight"}[match[1].upper()], float(number))
-    return Budget("memory", float(number) * _UNITS[match[4].upper()])
+    number, unit = float(match["number"]), (match["unit"] or "").upper()
+    if match["kind"]:
+        return Budget({"A": "activation", "W": "weight"}[match["kind"].upper()], number)
+    if unit in ("X", "%"):
+        return Budget("speed", number / (100 if unit == "%" else 1))
+    return Budget("memory", number * _UNITS[unit])
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ def allocate(table: list[Sensitivity], budget: Budget, weights: Mapping[str, flo
     """The entries with the least noise, summed over the layers, that meet the budget.
 
     weights: {layer: factor of its noise}, 1 where there is none; the place for measured gains on the final latent. held: bytes that a
-    memory budget pays beside the table's. Memory is met by all that fits; an average from 99 % of the budget on. Costs are counted
+    memory budget pays beside the table's. Memory and cost are met by all that fits; an average from 99 % of the budget on. Costs are counted
     in their common divisor or, where that would be more than 2^16 steps, rounded up to steps: the optimum then is that of a budget
     smaller by at most one step a layer. Raises BudgetError with the closest two budgets that can be met.
     """
@@ -80,6 +103,7 @@ def allocate(table: list[Sensitivity], budget: Budget, weights: Mapping[str, flo
         closest = " and ".join(budget.text(value) for value in problem.closest())
         raise BudgetError(
             f"no assignment of the {len(problem.menus)} layers meets {budget.text()}. The closest that can be met: {closest}."
+            + f" {ONE_X}" * (budget.kind == "speed")
         )
     return problem.allocation(totals.trace(total))
 
@@ -112,11 +136,11 @@ class _Problem:
         if not self.layers:
             raise BudgetError("no layer has quantized activations: there is nothing to allocate")
         self.gain = [weights.get(s.name, 1.0) for s in self.layers]
-        average = budget.kind != "memory"
-        scale = lambda s: s.weights if average else 1
+        scale = lambda s: s.weights if budget.average else 1
         self.costs = [[round(budget.of(c) * scale(s)) for c in s.cells.values()] for s in self.layers]
-        self.held = 0 if average else held + sum(c.nbytes for s in table if s.fixed for c in s.cells.values())
-        self.whole = sum(s.weights for s in self.layers) if average else 1
+        self.held = held + sum(c.nbytes for s in table if s.fixed for c in s.cells.values()) if budget.kind == "memory" else 0
+        unit = {"memory": lambda s: 0, "speed": reference_cost}.get(budget.kind, lambda s: s.weights)
+        self.whole = sum(map(unit, self.layers)) or 1
         least = [min(costs) for costs in self.costs]
         self.base = sum(least)
         above = [[c - low for c in costs] for costs, low in zip(self.costs, least, strict=True)]
@@ -142,7 +166,7 @@ class _Problem:
         """The best total that meets the budget."""
         if self.room < 0:
             return None
-        low = 0 if self.budget.kind == "memory" else max(0, self._steps(NEAR * self.budget.value * (1 - 1e-6)) + 1)
+        low = 0 if not self.budget.average else max(0, self._steps(NEAR * self.budget.value * (1 - 1e-6)) + 1)
         return totals.best(low, self.room)
 
     def allocation(self, picks) -> Allocation:

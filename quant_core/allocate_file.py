@@ -9,9 +9,12 @@ from pathlib import Path
 from .allocate import Allocation, Budget, allocate, pareto, uniform
 from .budget import decibel
 from .calibration.file import Calibration
+from .families import Layer
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
+from .gains import SAMPLES, of_calibration
 from .mixed import MIXED, MixedConfig
+from .quantize import not_quantizable
 from .quantize_file import quantize_file
 from .report import Row
 from .sensitivity import Sensitivity, sensitivity
@@ -38,8 +41,10 @@ def allocate_file(
     weights: Mapping[str, float] | None = None,
     device: str = "cpu",
     progress: Callable[[str], Callable[[Iterable, int], Iterable]] = lambda unit: lambda items, total: items,
+    base3: bool = False,
 ) -> tuple[Allocated, list[Row]]:
-    """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file.
+    """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as they
+    are in memory: base3, see `pack.save`, makes the file smaller than that.
 
     The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another budget measures nothing again.
     weights: as in `allocate`, of `gains.measure`. progress(unit): a progress bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
@@ -51,14 +56,19 @@ def allocate_file(
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
     table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
-    held = _untouched(checkpoint, {s.name for s in table})
+    done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
+    chosen = replace(config, layers=done.allocation.layers)
+    rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("block"), base3)
+    return done, rows
+
+
+def decide(table: list[Sensitivity], budget: Budget, config: MixedConfig, weights: Mapping[str, float] | None, held: int) -> Allocated:
+    """The allocation, and what it is compared with. held: bytes beside the table. Raises BudgetError, ValueError for gains of other layers."""
     if unknown := set(weights or {}) - {s.name for s in table}:
-        raise ValueError(f"gains are given for layers that {source} does not have: {', '.join(sorted(unknown)[:3])}")
+        raise ValueError(f"gains are given for layers that the model does not have: {', '.join(sorted(unknown)[:3])}")
     chosen = allocate(table, budget, weights, held)
     uniforms = {e.name: uniform(table, e.name, budget, weights, held) for e in config.menu}
-    done = Allocated(budget, table, chosen, uniforms, pareto(table, budget, weights, held), held)
-    rows = quantize_file(source, destination, MIXED, replace(config, layers=chosen.layers), calibration, device, progress("block"))
-    return done, rows
+    return Allocated(budget, table, chosen, uniforms, pareto(table, budget, weights, held), held)
 
 
 def read_gains(path: Path) -> dict[str, float]:
@@ -75,10 +85,36 @@ def read_gains(path: Path) -> dict[str, float]:
     return found
 
 
-def _untouched(checkpoint, quantized) -> int:
-    """Bytes of the tensors that are written as they are."""
-    rest = (k for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized)
-    return sum(checkpoint.get(k).nbytes for k in rest)
+def measured_gains(
+    source: Path, calibration: Calibration, device: str = "cpu", progress=lambda items, total: items, samples: int = SAMPLES
+):
+    """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept beside the calibration.
+
+    Raises the errors of `of_calibration` and, where something is left to measure, ValueError for a source that is no such folder.
+    """
+    from . import diffusers_model
+
+    checkpoint = Checkpoint(source)
+    calibration.require_model(checkpoint.fingerprint())
+    layers = with_choice(checkpoint.family.layers(checkpoint.shapes))
+
+    def network():
+        model = diffusers_model.full(source, device)
+        names = diffusers_model.modules_of(checkpoint.family, layers, model)
+        return model, {name: [model.get_submodule(t) for t in targets] for name, targets in names.items()}
+
+    return of_calibration(calibration, [layer.name for layer in layers], network, device, progress, samples)
+
+
+def with_choice(layers: Iterable[Layer]) -> list[Layer]:
+    """Those that a menu is for, and whose gains count."""
+    return [layer for layer in layers if not layer.weight_only and not not_quantizable(layer)]
+
+
+def untouched(keys: Iterable[str], table: list[Sensitivity]) -> list[str]:
+    """The tensors that are written as they are."""
+    quantized = {s.name for s in table}
+    return [k for k in keys if k.rpartition(".")[0] not in quantized]
 
 
 def as_text(done: Allocated, title: str) -> str:

@@ -2,24 +2,42 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from .allocate_file import Allocated
 from .formats.atomic import replacing
 
+DPI = 110
+
 
 def plot(path: Path, done: Allocated):
-    """Writes a PNG: bars of activation and weight bits by layer, above the Pareto curve of budget against mean noise.
+    """Writes the picture of `figure` as a PNG. Raises ImportError without matplotlib."""
+    with replacing(path) as temporary:
+        figure(done).savefig(temporary, dpi=DPI, format="png")
 
-    Points of the curve without noise, all layers in 16 bit, have no place on its logarithmic axis. Raises ImportError without matplotlib.
+
+def pixels(done: Allocated) -> torch.Tensor:
+    """The same picture (H, W, 3), fp32 in [0, 1]."""
+    canvas = figure(done).canvas
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).float() / 255
+
+
+def figure(done: Allocated):
+    """Bars of activation and weight bits by layer, above the Pareto curve of budget against mean noise.
+
+    Points of the curve without noise, all layers in 16 bit, have no place on its logarithmic axis.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     layers = [s for s in done.table if not s.fixed]
     cells = [s.cells[done.allocation.layers[s.name]] for s in layers]
     places = range(len(layers))
-    figure, (bars, curve) = plt.subplots(2, 1, figsize=(max(8, 0.16 * len(layers)), 9))
+    made = Figure(figsize=(max(8, 0.16 * len(layers)), 9), dpi=DPI)
+    FigureCanvasAgg(made)
+    bars, curve = made.subplots(2, 1)
     bars.bar([x - 0.2 for x in places], [c.activation_bits for c in cells], 0.4, label="activation bits")
     bars.bar([x + 0.2 for x in places], [c.weight_bits for c in cells], 0.4, label="weight bits")
     bars.set_xticks(list(places), [s.name for s in layers], rotation=90, fontsize=7)
@@ -41,13 +59,13 @@ def plot(path: Path, done: Allocated):
     curve.set_xlabel(label)
     curve.set_ylabel("mean noise-to-signal ratio of layer outputs")
     curve.legend()
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    made.tight_layout()
+    return made
 
 
 def _unit(budget):
     if budget.kind == "memory":
         return 1e6, "MB of the file"
+    if budget.kind == "speed":
+        return 1, "cost by the speed proxy, 1 with every layer at its most expensive quantized entry"
     return 1, f"{budget.kind} bits on average"

@@ -29,9 +29,9 @@ def _activations(method, *bits):
 
 # Entries that share a fit follow each other.
 MENUS = {
-    "robuq": _activations("robuq", 2, 3, 4, 8),
+    "robuq": _activations("robuq", 1, 2, 3, 4, 8),
     "mixed": (
-        *_activations("robuq", 2, 3, 4),
+        *_activations("robuq", 1, 2, 3, 4),
         Entry("svdquant_r W4A4", "svdquant_r"),
         Entry("svdquant_r W4A8", "svdquant_r", raised="W4A8"),
         Entry("svdquant_r W8A8", "svdquant_r", raised="W8A8"),

@@ -1,7 +1,5 @@
 """What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate` works on."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +8,7 @@ import torch
 
 from .calibration.file import Calibration
 from .families import Layer
-from .formats.atomic import save_text
+from .formats.table import Table
 from .guard import noise_of, require_tokens
 from .linear import QuantizedLayer
 from .methods import fit_problem
@@ -78,13 +76,13 @@ def sensitivity(
     whose width no kernel takes are left out. Raises CalibrationError where no token was held out, ValueError for a damaged table,
     and what `problem_of` does.
     """
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    done = _read(Path(path), key)
+    table = Table(path, settings, "sensitivities")
+    done = {row.name: row for row in table.parsed(_row)}
     layers = [layer for layer in layers if not not_quantizable(layer)]
     for layer in progress(layers, len(layers)):
         if layer.name not in done:
             done[layer.name] = _measured(layer, get, keys, calibration, config, device)
-            save_text(path, json.dumps({"settings": key, "layers": [asdict(s) for s in done.values()]}, indent=1) + "\n")
+            table.add(asdict(done[layer.name]))
     return [done[layer.name] for layer in layers]
 
 
@@ -113,14 +111,5 @@ def _cell(problem, layer: QuantizedLayer | None) -> Cell:
     return Cell(noise, layer.nbytes, activation, mean(lambda p: p.weight.bits), relative_cost(layer.spec) * macs)
 
 
-def _read(path, key) -> dict[str, Sensitivity]:
-    if not path.exists():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        if table["settings"] != key:
-            return {}
-        rows = [Sensitivity(**row | {"cells": {name: Cell(**c) for name, c in row["cells"].items()}}) for row in table["layers"]]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a table of sensitivities ({error}). Delete it to measure again.") from error
-    return {row.name: row for row in rows}
+def _row(row: dict) -> Sensitivity:
+    return Sensitivity(**row | {"cells": {name: Cell(**c) for name, c in row["cells"].items()}})

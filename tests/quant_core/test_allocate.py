@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.quant_core.allocate import Budget, allocate, pareto, parse_budget, uniform
+from comfyui_nibble.quant_core.allocate import Budget, allocate, pareto, parse_budget, reference_cost, uniform
 from comfyui_nibble.quant_core.budget import BudgetError, Totals
 from comfyui_nibble.quant_core.sensitivity import Cell, Sensitivity
 
 
 def layer(name, n, k, *cells, fixed=False):
-    """cells: (entry, noise, bytes, activation bits, weight bits)."""
-    made = {entry: Cell(noise, nbytes, a, w, 2.0 * n * k) for entry, noise, nbytes, a, w in cells}
+    """cells: (entry, noise, bytes, activation bits, weight bits). The cost is 2 a weight, 1 at 2 activation bits and 4 in 16 bit."""
+    made = {entry: Cell(noise, nbytes, a, w, {2: 1.0, 16: 4.0}.get(a, 2.0) * n * k) for entry, noise, nbytes, a, w in cells}
     return Sensitivity(name, "b", k, n, fixed, made)
 
 
@@ -34,21 +34,24 @@ def exhaustive(table, budget, weights=None, held=0):
     for pick in itertools.product(*(s.cells.values() for s in table)):
         if budget.kind == "memory":
             reached = held + sum(c.nbytes for c in pick)
+        elif budget.kind == "speed":
+            quantized = [[c.cost for c in s.cells.values() if c.activation_bits < 16] for s in table]
+            reached = sum(c.cost for c in pick) / sum(map(max, quantized))
         else:
             reached = sum(budget.of(c) * s.weights for c, s in zip(pick, table, strict=True)) / sum(s.weights for s in table)
         noise = sum(weights.get(s.name, 1) * c.noise for c, s in zip(pick, table, strict=True))
         reachable.add(reached)
-        low = -math.inf if budget.kind == "memory" else 0.99 * budget.value
+        low = -math.inf if budget.kind in ("memory", "speed") else 0.99 * budget.value
         if low <= reached <= budget.value * (1 + 1e-9) and (best is None or noise < best):
             best = noise
     return best, sorted(reachable)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["activation", "weight", "memory"]), st.floats(0.02, 1.1), st.booleans())
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(["activation", "weight", "memory", "speed"]), st.floats(0.02, 1.1), st.booleans())
 def test_equals_exhaustive_search(seed, kind, place, weighted):
     """Also that a budget is refused exactly where nothing meets it, with the closest two that can be met."""
-    table = random_table(seed)
+    table = random_table(seed, bits=(2, 3, 4, 16))
     weights = {f"l{i}": i + 0.5 for i in range(0, 5, 2)} if weighted else None
     _, reachable = exhaustive(table, Budget(kind, 1.0))
     budget = Budget(kind, reachable[0] * 0.97 + place * (reachable[-1] - reachable[0]))
@@ -58,22 +61,24 @@ def test_equals_exhaustive_search(seed, kind, place, weighted):
         two = below[-1:] + above[:1] if below and above else below or above
         with pytest.raises(BudgetError) as error:
             allocate(table, budget, weights)
-        assert str(error.value).endswith(" and ".join(budget.text(v) for v in two) + ".")
+        assert f"closest that can be met: {' and '.join(budget.text(v) for v in two)}." in str(error.value)
         return
     found = allocate(table, budget, weights)
     assert math.isclose(found.noise, best, rel_tol=1e-12)
     assert found.reached <= budget.value * (1 + 1e-5)
     cells = [s.cells[found.layers[s.name]] for s in table]
     assert math.isclose(found.noise, sum((weights or {}).get(s.name, 1) * c.noise for s, c in zip(table, cells, strict=True)))
-    assert found.cost == 2 * sum(s.weights for s in table)
+    assert found.cost == sum(c.cost for c in cells)
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("kind", "share"), [("activation", 0.2), ("activation", 0.6), ("memory", 0.3), ("memory", 0.9)])
+@pytest.mark.parametrize(
+    ("kind", "share"), [("activation", 0.2), ("activation", 0.6), ("memory", 0.3), ("memory", 0.9), ("speed", 0.1), ("speed", 0.7)]
+)
 def test_budget_is_met_within_one_percent(seed, kind, share):
     """228 layers, bytes without a common step."""
-    table = random_table(seed, 228)
-    low, high = (uniform(table, e, Budget(kind, 1)).reached for e in ("A2", "A8"))
+    table = random_table(seed, 228, (2, 3, 8, 16))
+    low, high = (uniform(table, e, Budget(kind, 1)).reached for e in ("A2", "A16"))
     budget = Budget(kind, low + share * (high - low))
     assert 0.99 * budget.value <= allocate(table, budget).reached <= budget.value * (1 + 1e-5)
 
@@ -128,6 +133,36 @@ def test_average_that_nothing_meets(bits, closest):
         allocate(TABLE, Budget("activation", bits))
 
 
+def test_speed_is_relative_to_the_most_expensive_quantized_entry():
+    """Weights 4096 and 8192: a at int4 and b at int8 are (1 + 2 2) / (2 + 2 2) of all int8."""
+    table = [
+        layer("a", 64, 64, ("A2", 0.10, 10, 2, 2), ("A4", 0.01, 20, 4, 2), ("16 bit", 0.0, 80, 16, 16)),
+        layer("b", 64, 128, ("A2", 0.30, 10, 2, 2), ("A4", 0.02, 20, 4, 2), ("16 bit", 0.0, 80, 16, 16)),
+        layer("mod", 640, 64, ("W4A16", 0.5, 7, 16, 4), fixed=True),
+    ]
+    assert [reference_cost(s) for s in table[:2]] == [2 * 4096, 2 * 8192]
+    found = allocate(table, Budget("speed", 0.9))
+    assert (found.layers, found.reached) == ({"a": "A2", "b": "A4"}, pytest.approx(5 / 6))
+    assert uniform(table, "A2", Budget("speed", 1)).reached == 0.5
+    assert uniform(table, "16 bit", Budget("speed", 1)).reached == 2
+    assert allocate(table, Budget("speed", 9)).layers == {"a": "16 bit", "b": "16 bit"}
+    with pytest.raises(
+        BudgetError, match=r"meets 0.4x the .* met: 0.5x the reference cost and 0.6667x the reference cost\. 1x is the cost by"
+    ):
+        allocate(table, Budget("speed", 0.4))
+    curve = pareto(table, Budget("speed", 1))
+    assert curve[0] == (0.5, pytest.approx(0.4))
+    assert curve[-1] == (2, 0)
+
+
+def test_menu_without_a_choice_of_speed_says_so():
+    """RobuQ's layers are int8 products at every width: only 1x can be met from below."""
+    table = [layer("a", 64, 64, ("A3", 0.1, 10, 3, 2), ("A4", 0.01, 20, 4, 2))]
+    assert allocate(table, Budget("speed", 1)).layers == {"a": "A4"}
+    with pytest.raises(BudgetError, match="closest that can be met: 1x the reference cost. 1x is"):
+        allocate(table, Budget("speed", 0.9))
+
+
 def test_nothing_to_allocate():
     with pytest.raises(BudgetError, match="no layer has quantized activations"):
         allocate(TABLE[2:], Budget("activation", 3))
@@ -163,13 +198,15 @@ def test_totals_trace():
         ("w2.5", Budget("weight", 2.5)),
         ("600MB", Budget("memory", 6e8)),
         ("6.5 GiB", Budget("memory", 6.5 * 2**30)),
+        ("0.9x", Budget("speed", 0.9)),
+        ("80 %", Budget("speed", 0.8)),
     ],
 )
 def test_budgets_as_text(text, budget):
     assert parse_budget(text) == budget
 
 
-@pytest.mark.parametrize("text", ["", "3", "A", "A0", "A1.2.3", "12 potatoes", "-4GB", "A.", "MB"])
+@pytest.mark.parametrize("text", ["", "3", "A", "A0", "A1.2.3", "12 potatoes", "-4GB", "A.", "MB", "x", "0x", "A3x", "3%%"])
 def test_budgets_that_mean_nothing(text):
-    with pytest.raises(BudgetError, match="expected an average of bits"):
+    with pytest.raises(BudgetError, match="expected an average of bits.* or a cost such as 0.8x or 80%. 1x is"):
         parse_budget(text)

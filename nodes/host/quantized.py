@@ -1,0 +1,75 @@
+"""A quantized model from a full-precision one, in the graph: what Nibble Quantize and Nibble Allocate Bits share."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import comfy.model_management
+
+from ...quant_core.formats.blocks import BlockStore
+from ...quant_core.gains import of_calibration
+from ...quant_core.quantize import quantize_layers
+from ...quant_core.training.presets import UNTRAINED
+from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
+from ...quant_core.training.trainer import Trainer, require_trajectory
+from .build import build
+from .carry import keep_sampling_patches
+from .progress import steps
+
+
+def training_store(calibration, source, provenance) -> BlockStore:
+    """Where a training keeps what is finished."""
+    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
+    return BlockStore(Path(f"{calibration.path}.{key}.training"), source.family.name, provenance)
+
+
+def _trainer(model, source, plan, calibration, store):
+    require_trajectory(calibration)
+    comfy.model_management.load_models_gpu([model])
+    network = model.model.diffusion_model
+    modules = {layer.name: [(network.get_submodule(layer.name), slice(0, layer.out_features))] for layer in plan}
+    blocks = {name: [network.get_submodule(name)] for name, _ in blocks_of(plan)}
+    gains = of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps)
+    streams = source.family.stream_of(source.family.streams)
+    check = comfy.model_management.throw_exception_if_processing_interrupted
+    return Trainer(network, list(blocks), modules, calibration.trajectory(), store.folder, model.load_device, streams, gains, check)
+
+
+def make_room(plan, device):
+    """fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight."""
+    if not comfy.model_management.is_device_cpu(device) and plan:
+        comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
+
+
+def quantized(model, source, plan, method, config, calibration, provenance, device, preset=UNTRAINED):
+    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer: LinearSpec}).
+
+    source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
+    training could touch. With a preset that trains, finished blocks are kept beside the calibration: a stopped run goes on.
+    """
+    layers, rows = {}, []
+    if preset == UNTRAINED:
+        for layer, row in steps(quantize_layers(plan, source.get, source.shapes, method, config, calibration, device), len(plan)):
+            rows.append(row)
+            if layer is not None:
+                layers[layer.name] = layer
+    else:
+        provenance["training"] = asdict(preset)
+        store = training_store(calibration, source, provenance)
+        trainer = _trainer(model, source, plan, calibration, store)
+        work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
+        for _ in steps(work, steps_of(plan, preset)):
+            pass
+        layers, rows = finished(plan, preset, store)
+    rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
+    info = {
+        "family": source.family.name,
+        "provenance": provenance,
+        "report": [r.to_json() for r in rows],
+        "source": f"{source.family.title}, quantized in the graph",
+    }
+    specs = {name: layer.spec for name, layer in layers.items()}
+    made = build(lambda name: layers.pop(name, None), specs, rest, info)
+    keep_sampling_patches(model, made)
+    return made, rows, specs

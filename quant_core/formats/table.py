@@ -1,0 +1,42 @@
+"""A table that grows row by row: JSON that is whole after each row, gone on with by a run of the same settings only."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from .atomic import save_text
+
+
+class Table:
+    """rows: what a run of the same `settings` has left in `path`, [] where there is none or of others; `add` writes one more.
+
+    Raises ValueError for a file that is no table.
+    """
+
+    def __init__(self, path: Path, settings: dict, what: str):
+        self.path, self.what = Path(path), what
+        self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        self.rows = []
+        if not self.path.exists():
+            return
+        try:
+            found = json.loads(self.path.read_text(encoding="utf-8"))
+            if found["settings"] == self._key:
+                self.rows = list(found["layers"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+
+    def parsed(self, row: Callable[[dict], object]) -> list:
+        """row(r) of each. A row that `row` cannot take is a damaged table."""
+        try:
+            return [row(r) for r in self.rows]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(error) from error
+
+    def add(self, row: dict):
+        self.rows.append(row)
+        save_text(self.path, json.dumps({"settings": self._key, "layers": self.rows}, indent=1) + "\n")
+
+    def _damaged(self, error):
+        return ValueError(f"{self.path}: not a table of {self.what} ({error}). Delete it to measure again.")
