@@ -7,6 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import pack
+from ..quant_core.report import file_storage
 from .host.build import ATTACHMENT, load, unpatched
 from .host.patcher import NibblePatcher
 
@@ -27,13 +28,20 @@ class NibbleSaveModel(io.ComfyNode):
                     default="diffusion_models/nibble",
                     tooltip="Folder and name within the output folder. Files in output/diffusion_models can be loaded at once.",
                 ),
+                io.Boolean.Input(
+                    "base3",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Ternary weights take 1.6 instead of 2 bits in the file. Memory stays the same; versions before 0.4 cannot read it.",
+                ),
             ],
             outputs=[io.String.Output("path", tooltip="Where the file is.")],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix):
+    def execute(cls, model, filename_prefix, base3=False):
         if not isinstance(model, NibblePatcher):
             raise ValueError(
                 "Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
@@ -50,14 +58,15 @@ class NibbleSaveModel(io.ComfyNode):
             )
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
-        rest = {k: _narrow(t) for k, t in rest.items()}
+        rest = {k: narrow(t) for k, t in rest.items()}
         folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
         path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"])
-        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB"))
+        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3)
+        text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(pack.PackFile(path))}"
+        return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+def narrow(tensor: torch.Tensor) -> torch.Tensor:
     """bf16 where that is exact: ComfyUI on a CPU holds bf16 files in fp32."""
     if tensor.dtype == torch.float32 and torch.equal(tensor.bfloat16().float(), tensor):
         return tensor.bfloat16()

@@ -9,6 +9,7 @@ from ..kernels.target import target_of
 from .calibration.file import Calibration
 from .formats.checkpoint import Checkpoint, CheckpointError, open_safetensors
 from .formats.pack import PackFile
+from .report import file_storage
 
 
 def describe(path: Path) -> dict:
@@ -49,6 +50,7 @@ def _packed(pack: PackFile) -> dict:
         "file bytes": pack.path.stat().st_size,
         "quantized layers": len(pack.specs),
         "block bits per weight": round(8 * block_bytes / max(1, weights), 3),
+        "storage": file_storage(pack),
         "left in 16 bit": [row["name"] for row in pack.report if not row["nbytes"]],
         "provenance": pack.provenance,
         "runs on this machine": paths_of(pack.specs, target_of("cuda" if torch.cuda.is_available() else "cpu"))[1],

@@ -3,6 +3,7 @@
 import torch
 
 PACKABLE_BITS = (2, 4, 8)
+TRITS = 5  # a byte: 3^5 = 243
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -31,6 +32,29 @@ def unpack(packed: torch.Tensor, bits: int, unsigned: bool = False) -> torch.Ten
         fields = torch.stack([raw << (8 - bits * (i + 1)) for i in range(per_byte)], -1).flatten(-2)
         return fields >> (8 - bits) if unsigned else fields.view(torch.int8) >> (8 - bits)
     return raw if unsigned else raw.view(torch.int8)
+
+
+def pack_base3(codes: torch.Tensor) -> torch.Tensor:
+    """Codes -1, 0 and 1 (..., K), any integer dtype -> uint8 (..., ceil(K / 5)): 1.6 bits a code, on disk only.
+
+    A byte is the sum of (code + 1) 3^i over its five codes, the first at i = 0; rows are filled up with zeros. Raises ValueError for
+    other codes.
+    """
+    if codes.numel() and (codes.min() < -1 or codes.max() > 1):
+        raise ValueError(f"packing in base 3 needs codes -1, 0 and 1, found {int(codes.min())} to {int(codes.max())}")
+    digits = torch.nn.functional.pad(codes + 1, (0, -codes.shape[-1] % TRITS), value=1).to(torch.uint8)
+    packed = digits[..., 0::TRITS].clone()
+    for i in range(1, TRITS):
+        packed += digits[..., i::TRITS] * 3**i
+    return packed
+
+
+def unpack_base3(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse of `pack_base3`: uint8 (..., ceil(count / 5)) -> int8 (..., count). Raises ValueError for bytes that it does not write."""
+    if packed.numel() and packed.max() >= 3**TRITS:
+        raise ValueError(f"five trits are a byte of at most {3**TRITS - 1}, found {int(packed.max())}")
+    digits = torch.stack([packed // 3**i % 3 for i in range(TRITS)], -1).flatten(-2)
+    return digits[..., :count].to(torch.int8) - 1
 
 
 def _per_byte(bits: int) -> int:

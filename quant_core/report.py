@@ -1,6 +1,9 @@
 """What quantization cost, layer by layer, as text and as JSON."""
 
 from dataclasses import asdict, dataclass, field
+from math import prod
+
+from .formats.pack import PackFile
 
 
 @dataclass
@@ -36,6 +39,35 @@ def bits_per_weight(rows) -> float:
     return 8 * sum(r.nbytes for r in rows) / max(1, sum(r.weights for r in rows))
 
 
+FOUR_BITS = 4 + 16 / 64
+STORAGE = (
+    "  (fp32 and bf16: 4 and 2 bytes a value. 4-bit: 4.25 bits a quantized weight, 64 codes sharing a 16-bit scale, and 2 bytes a value of "
+    "the rest. Ours: codes, scales, smoothing, low rank and biases.)"
+)
+
+
+def storage(what: str, nbytes: int, weights: int, rest: int = 0) -> str:
+    """E.g. "Blocks, 5.1 MB: 15.2x smaller than fp32, 7.6x than bf16, 2.0x than 4-bit with scales"; STORAGE says what that means.
+
+    weights: of the layers to quantize, also of those left in 16 bit; rest: other values.
+    """
+    four = weights * FOUR_BITS / 8 + 2 * rest
+    fp32 = 4 * (weights + rest)
+    return (
+        f"{what}, {nbytes / 1e6:.1f} MB: {fp32 / nbytes:.1f}x smaller than fp32, {fp32 / 2 / nbytes:.1f}x than bf16, "
+        f"{four / nbytes:.2f}x than 4-bit with scales"
+    )
+
+
+def file_storage(pack: PackFile) -> str:
+    """`storage` of a whole file as it lies on the disk, header included."""
+    layers = {row["name"] for row in pack.report} | set(pack.specs)
+    shapes = pack.logical_shapes()
+    weights = sum(prod(s) for k, s in shapes.items() if k.endswith(".weight") and k.removesuffix(".weight") in layers)
+    trits = f", {len(pack.base3)} ternary layers in base 3" * bool(pack.base3)
+    return storage(f"Whole file{trits}", pack.path.stat().st_size, weights, sum(map(prod, shapes.values())) - weights)
+
+
 def sqnr_summary(rows) -> dict:
     """{"mean", "min"} in dB over the layers whose error was measured; None without calibration."""
     measured = [r.sqnr_db for r in rows if r.sqnr_db is not None]
@@ -53,6 +85,8 @@ def as_text(rows, title: str, notes=(), paths=None) -> str:
         title,
         f"{len(done)} layers: {before / 2**20:.1f} MiB at 16 bit -> {after / 2**20:.1f} MiB, {bits_per_weight(rows):.2f} bits a weight with all side data",
     ]
+    if done:
+        lines += [storage("Blocks", after + 2 * sum(r.weights for r in kept), sum(r.weights for r in rows)), STORAGE]
     summary = sqnr_summary(rows)
     if summary["mean"] is None:
         lines.append("Layer errors were not measured: no calibration was connected.")

@@ -1,7 +1,8 @@
 """The pack's own file: one safetensors file with packed layers, the untouched rest, and a JSON description in its header.
 
 Metadata key "nibble": {"version", "family", "layers": {name: LinearSpec}, "provenance", "report"}. Tensor keys are
-ComfyUI's module names with the suffixes that LinearSpec lists.
+ComfyUI's module names with the suffixes that LinearSpec lists. Version 2 has "base3" beside: names of layers whose `weight` holds the
+trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and not as in memory, four a byte.
 """
 
 import json
@@ -10,29 +11,42 @@ from pathlib import Path
 import torch
 
 from ..linear import QuantizedLayer
+from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
 from .atomic import save_tensors
 from .checkpoint import CheckpointError, open_safetensors
 
-VERSION = 1
+VERSION = 2  # written where a layer is in base 3; 1 otherwise, which pack versions up to 0.3 read
 
 
 class PackError(CheckpointError):
     """A file that claims to be a Nibble model and is not a sound one."""
 
 
-def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], family: str, provenance: dict, report: list):
-    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized."""
+def save(
+    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], family: str, provenance: dict, report: list, base3: bool = False
+):
+    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized.
+
+    base3: ternary layers take 1.6 instead of 2 bits a code in the file; the same codes are read from it.
+    """
     tensors = {f"{name}.{leaf}": t for name, layer in layers.items() for leaf, t in layer.tensors.items()}
     if both := set(tensors) & set(rest):
         raise ValueError(f"tensors given twice, as part of a quantized layer and apart: {sorted(both)[:3]}")
+    trits = {}
+    for name, layer in layers.items() if base3 else ():
+        if all(p.weight.bits == 2 for p in layer.spec.parts):
+            codes = unpack(layer.tensors["weight"].cpu(), 2)
+            if codes.min() > -2:
+                trits[name] = pack_base3(codes)
+    tensors |= {f"{name}.weight": packed for name, packed in trits.items()}
     header = {
-        "version": VERSION,
+        "version": VERSION if trits else 1,
         "family": family,
         "layers": {name: layer.spec.to_json() for name, layer in layers.items()},
         "provenance": provenance,
         "report": report,
-    }
+    } | ({"base3": list(trits)} if trits else {})
     everything = {k: t.detach().cpu().contiguous() for k, t in (tensors | rest).items()}
     save_tensors(Path(path), everything, {"format": "pt", "nibble": json.dumps(header)})
 
@@ -40,7 +54,8 @@ def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor],
 class PackFile:
     """An opened Nibble model. Nothing is read but the header until a layer is asked for.
 
-    family, provenance, report: as saved. specs: {layer name: LinearSpec}. rest: keys of the 16-bit tensors.
+    family, provenance, report: as saved. specs: {layer name: LinearSpec}. rest: keys of the 16-bit tensors. base3: names of the layers
+    stored so, which `layer` gives in the layout of memory as any other.
     Raises PackError naming the file and the key.
     """
 
@@ -55,20 +70,27 @@ class PackFile:
         header = self._parse(text)
         self.family, self.provenance, self.report = header["family"], header["provenance"], header["report"]
         self._keys = set(self._file.keys())
+        self.base3 = frozenset(header.get("base3", ()))
         self.specs, owned = {}, set()
         for name, raw in header["layers"].items():
             try:
                 self.specs[name] = spec = LinearSpec.from_json(raw)
             except (SpecError, TypeError) as error:
                 raise PackError(f"{self.path}: description of layer {name}: {error}") from error
+            if name in self.base3 and any(p.weight.bits != 2 for p in spec.parts):
+                raise PackError(f"{self.path}: layer {name} is said to be in base 3, which takes weights of 2 bits: {spec.describe()}")
             for leaf, shape in spec.shapes().items():
                 key = f"{name}.{leaf}"
+                if leaf == "weight" and name in self.base3:
+                    shape = (spec.out_features, -(-spec.in_features // TRITS))
                 if key not in self._keys:
                     raise PackError(f"{self.path}: the header describes layer {name}, but the tensor {key} is missing")
                 found = tuple(self._file.get_slice(key).get_shape())
                 if found != shape:
                     raise PackError(f"{self.path}: {key}: expected the shape {shape} from the header, found {found}")
                 owned.add(key)
+        if unknown := self.base3 - set(self.specs):
+            raise PackError(f"{self.path}: layers said to be in base 3 that the header does not describe: {', '.join(sorted(unknown)[:3])}")
         self.rest = sorted(self._keys - owned)
 
     def _parse(self, text):
@@ -87,15 +109,30 @@ class PackFile:
                 raise PackError(
                     f"{self.path}: header entry {key!r}: expected {kind.__name__}, found {type(header).__name__ if not isinstance(header, dict) else header.get(key)!r}"
                 )
+        trits = header.get("base3", [])
+        if not isinstance(trits, list) or not all(isinstance(name, str) for name in trits) or (trits and version < 2):
+            raise PackError(
+                f"{self.path}: header entry 'base3': expected names of layers in a file of version 2, found {str(trits)[:80]!r}"
+            )
         return header
 
     def layer(self, name: str) -> QuantizedLayer:
-        """One layer, memory-mapped."""
+        """One layer, memory-mapped but for weights in base 3."""
         tensors = {leaf: self._file.get_tensor(f"{name}.{leaf}") for leaf in TENSOR_NAMES if leaf in self.specs[name].shapes()}
         try:
+            if name in self.base3:
+                tensors["weight"] = self._trits(name, tensors["weight"])
             return QuantizedLayer(name, self.specs[name], tensors)
         except SpecError as error:
             raise PackError(f"{self.path}: {error}") from error
+
+    def _trits(self, name, packed) -> torch.Tensor:
+        if packed.dtype != torch.uint8:
+            raise SpecError(f"layer {name}: weight in base 3 has the dtype {packed.dtype}, not torch.uint8")
+        try:
+            return pack(unpack_base3(packed, self.specs[name].in_features), 2)
+        except ValueError as error:
+            raise SpecError(f"layer {name}: weight: {error}") from error
 
     def tensor(self, key: str) -> torch.Tensor:
         """One of the 16-bit tensors, memory-mapped."""

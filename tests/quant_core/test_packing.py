@@ -4,7 +4,7 @@ from comfy_kitchen.backends.eager import svdquant as kitchen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.quant_core.packing import pack, unpack
+from comfyui_nibble.quant_core.packing import pack, pack_base3, unpack, unpack_base3
 
 
 def test_even_channel_is_the_low_nibble():
@@ -41,3 +41,26 @@ def test_width_that_does_not_fill_bytes_is_refused():
 def test_unknown_width_is_refused():
     with pytest.raises(ValueError, match="2, 4 or 8 bits, not 3"):
         pack(torch.zeros(1, 8), 3)
+
+
+def test_five_trits_are_a_byte_first_code_lowest():
+    packed = pack_base3(torch.tensor([[1, -1, -1, -1, -1, 1, 1, 1, 1, 1, -1]]))
+    assert packed.tolist() == [[2, 242, 0 + 3 + 9 + 27 + 81]]  # the last row end is filled with zeros, digit 1
+    assert packed.dtype == torch.uint8
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
+def test_trits_survive(rows, width, seed):
+    codes = torch.randint(-1, 2, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    packed = pack_base3(codes)
+    assert packed.shape == (rows, -(-width // 5))
+    assert packed.max() <= 242
+    assert torch.equal(unpack_base3(packed, width), codes)
+
+
+def test_what_is_no_trit_is_refused():
+    with pytest.raises(ValueError, match="needs codes -1, 0 and 1, found -2 to 1"):
+        pack_base3(torch.tensor([[1, -2]]))
+    with pytest.raises(ValueError, match="a byte of at most 242, found 243"):
+        unpack_base3(torch.tensor([[243]], dtype=torch.uint8), 5)

@@ -4,9 +4,11 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from comfyui_nibble.quant_core.families import Part, UnknownArchitecture
@@ -29,8 +31,6 @@ def saved(layer, tmp_path):
 
 
 def rewrite(path, change_header=None, change_tensors=None):
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as f:
         header = json.loads(f.metadata()["nibble"])
     tensors = load_file(path)
@@ -50,6 +50,58 @@ def test_round_trip_is_bit_exact(layer, saved):
     assert (opened.family, opened.provenance, opened.report) == ("flux", {"method": "svdquant"}, [{"name": layer.name}])
 
 
+@pytest.fixture
+def ternary(make_problem):
+    """Two parts, 64 and 256 in-channels: 320 codes, 64 bytes a row, and one of 192: 39 bytes with a code over."""
+    parts = (Part(0, 64), Part(64, 320, after_gelu=True))
+    config = METHODS["robuq"].configured(rank=8, gptq=False, iterations=0)
+    layers = [METHODS["robuq"].fit(make_problem(48, k, p, calibrated=False), config).layer for k, p in ((320, parts), (192, None))]
+    return {name: replace(layer, name=name) for name, layer in zip(("two", "one"), layers, strict=True)}
+
+
+def test_base_3_gives_the_same_layers(ternary, layer, tmp_path):
+    layers = ternary | {layer.name: layer}
+    for base3 in (False, True):
+        pack.save(tmp_path / f"{base3}", layers, {}, "flux", {}, [], base3)
+    plain, small = pack.PackFile(tmp_path / "False"), pack.PackFile(tmp_path / "True")
+    assert small.base3 == set(ternary)  # and not the layer of 4 bits
+    assert not plain.base3
+    assert small.logical_shapes() == plain.logical_shapes()
+    for name in layers:
+        a, b = plain.layer(name), small.layer(name)
+        assert a.spec == b.spec
+        assert all(torch.equal(a.tensors[k], b.tensors[k]) and a.tensors[k].dtype == b.tensors[k].dtype for k in a.tensors)
+    stored = load_file(tmp_path / "True")
+    assert {n: tuple(stored[f"{n}.weight"].shape) for n in ternary} == {"two": (48, 64), "one": (48, 39)}
+    versions = [json.loads(safe_open(tmp_path / f"{b}", "pt").metadata()["nibble"])["version"] for b in (False, True)]
+    assert versions == [1, 2]  # what needs no new reader says so
+
+
+def test_two_bits_that_are_no_trits_stay_two_bits(ternary, tmp_path):
+    one = ternary["one"]
+    weight = one.tensors["weight"].clone()
+    weight[3, 5] = 0b10  # the code -2
+    pack.save(tmp_path / "m", {"one": replace(one, tensors=one.tensors | {"weight": weight})}, {}, "flux", {}, [], base3=True)
+    opened = pack.PackFile(tmp_path / "m")
+    assert not opened.base3
+    assert torch.equal(opened.layer("one").tensors["weight"], weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[:, :-1].contiguous(), r"one.weight: expected the shape \(48, 39\) from the header, found \(48, 38\)"),
+        (lambda t: t.view(torch.int8), "layer one: weight in base 3 has the dtype torch.int8"),
+        (lambda t: torch.full_like(t, 243), "layer one: weight: five trits are a byte of at most 242, found 243"),
+    ],
+)
+def test_unsound_base_3(ternary, tmp_path, change, message):
+    pack.save(tmp_path / "m", ternary, {}, "flux", {}, [], base3=True)
+    rewrite(tmp_path / "m", change_tensors=lambda t: t.update({"one.weight": change(t["one.weight"])}))
+    with pytest.raises(pack.PackError, match=f"m: {message}"):
+        pack.PackFile(tmp_path / "m").layer("one")
+
+
 def test_logical_shapes_are_those_before_quantization(layer, saved):
     assert pack.PackFile(saved).logical_shapes() == {
         f"{layer.name}.weight": (64, 320),
@@ -66,7 +118,16 @@ def test_tensor_given_twice_is_refused(layer, tmp_path):
 @pytest.mark.parametrize(
     ("header", "tensors", "message"),
     [
-        (lambda h: h.update(version=2), None, r"model.safetensors: format version 2; .*Update"),
+        (lambda h: h.update(version=3), None, r"model.safetensors: format version 3; this version of the pack reads up to 2\. Update"),
+        (lambda h: h.update(base3=["a"]), None, r"'base3': expected names of layers in a file of version 2"),
+        (lambda h: h.update(version=2, base3="a"), None, "'base3': expected names of layers"),
+        (lambda h: h.update(version=2, base3=[1]), None, "'base3': expected names of layers"),
+        (lambda h: h.update(version=2, base3=["x"]), None, "in base 3 that the header does not describe: x"),
+        (
+            lambda h: h.update(version=2, base3=["blocks.0.linear"]),
+            None,
+            "layer blocks.0.linear is said to be in base 3, which takes weights of 2",
+        ),
         (lambda h: h.update(version="x"), None, "header entry 'version': expected int, found 'x'"),
         (lambda h: {k: v for k, v in h.items() if k != "layers"}, None, "header entry 'layers'"),
         (lambda h: "not json", None, "not JSON"),
