@@ -9,6 +9,7 @@ import torch
 from ...kernels import requantize_at_load
 from ...kernels.before import Gelu
 from ...kernels.target import target_of
+from ...quant_core.families import by_name
 from ...quant_core.formats.pack import PackFile
 from ...quant_core.linear import QuantizedLayer
 from ...quant_core.requantize import to_w8a8
@@ -77,8 +78,13 @@ class _FusedGelu(torch.nn.Module):
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
-    """A Nibble file as a model. Weights stay memory-mapped until ComfyUI moves them."""
+    """A Nibble file as a model. Weights stay memory-mapped until ComfyUI moves them. Raises DetectionError where ComfyUI has no such model."""
     pack = PackFile(path)
+    if not (family := by_name(pack.family)).comfyui:
+        raise DetectionError(
+            f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers pipeline: see `load` in "
+            "quant_core/diffusers_model.py."
+        )
     info = {"family": pack.family, "provenance": pack.provenance, "report": pack.report, "source": str(path)}
     rest = {key: pack.tensor(key) for key in pack.rest}
     patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info)

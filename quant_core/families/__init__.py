@@ -1,10 +1,11 @@
 """Model families: which linear layers are quantized, how, and what the same tensors are called elsewhere."""
 
 from .base import Family, Layer, Part, UnknownArchitecture
+from .dit import DIT
 from .flux import FLUX
 from .pixart import PIXART
 
-FAMILIES = (FLUX, PIXART)
+FAMILIES = (FLUX, PIXART, DIT)
 
 
 def detect(shapes: dict[str, tuple[int, ...]]) -> Family:

@@ -39,7 +39,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rule:
-    """Pattern of module names within a block; `split`: "gelu" for x after GELU, "attn|gelu" for the two halves."""
+    """Pattern of module names within a block; `split`: "gelu" for x after GELU, "attn|gelu" for the two halves.
+
+    shared_input: the layer whose input this one shares; "{block}" in it stands for the block at hand.
+    """
 
     pattern: str
     split: str = ""
@@ -63,13 +66,21 @@ class Stacked:
         tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         return torch.cat(tensor.chunk(2)[::-1]) if self.swap_halves else tensor
 
+    def write(self, tensor: torch.Tensor, rows: list[int]) -> dict[str, torch.Tensor]:
+        """The inverse of `read`. rows: of each of diffusers' tensors."""
+        if self.swap_halves:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        return dict(zip(self.keys, tensor.split(rows), strict=True))
+
 
 @dataclass(frozen=True)
 class Family:
     """name: in files. block: regular expression of a block's prefix; `rules`: the layers within it.
 
     signature: ComfyUI keys that must be there; `without`: key prefixes that must not (relatives with another layout).
-    diffusers: {diffusers shapes} -> {ComfyUI key: Stacked}.
+    diffusers: {diffusers shapes} -> {ComfyUI key: Stacked}. diffusers_class: its name in diffusers. comfyui: whether ComfyUI has the
+    model; the names of one that it does not have are diffusers' own. streams: beginnings of layer names within a block of each output of
+    blocks with two, in ComfyUI's order and in diffusers'.
     """
 
     name: str
@@ -79,6 +90,10 @@ class Family:
     signature: tuple[str, ...]
     diffusers_signature: tuple[str, ...]
     diffusers: Callable[[dict], dict[str, Stacked]]
+    diffusers_class: str
+    comfyui: bool = True
+    streams: tuple[str, ...] = ()
+    diffusers_streams: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
 
     def matches(self, shapes) -> bool:
@@ -86,6 +101,11 @@ class Family:
 
     def matches_diffusers(self, shapes) -> bool:
         return all(k in shapes for k in self.diffusers_signature)
+
+    @staticmethod
+    def stream_of(streams: tuple[str, ...]) -> Callable[[str], int | None]:
+        """layer name -> which of a block's outputs its stream is, None for layers of all."""
+        return lambda name: next((i for i, s in enumerate(streams) if re.match(rf".+?\.\d+\.{s}", name)), None)
 
     def layers(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
         """The layers to quantize, block by block in the order of the forward pass."""
@@ -105,7 +125,7 @@ class Family:
             parts = (Part(0, n), Part(n, k, after_gelu=True))  # out-channels = hidden = width of the attention half
         else:
             parts = (Part(0, k, after_gelu=rule.split == "gelu"),)
-        return Layer(name, block, k, n, parts, rule.shared_input or name, rule.weight_only)
+        return Layer(name, block, k, n, parts, rule.shared_input.format(block=block) or name, rule.weight_only)
 
 
 def _block_order(block: str):

@@ -87,4 +87,7 @@ FLUX = Family(
         "transformer_blocks.0.attn.add_q_proj.weight",
     ),
     diffusers=_diffusers,
+    diffusers_class="FluxTransformer2DModel",
+    streams=("img_", "txt_"),
+    diffusers_streams=("txt_", "img_"),
 )

@@ -60,4 +60,5 @@ PIXART = Family(
     signature=("blocks.0.cross_attn.q_linear.weight", "blocks.0.scale_shift_table", "t_block.1.weight"),
     diffusers_signature=("transformer_blocks.0.scale_shift_table", "adaln_single.linear.weight", "pos_embed.proj.weight"),
     diffusers=_diffusers,
+    diffusers_class="PixArtTransformer2DModel",
 )

@@ -153,3 +153,17 @@ def test_lora_that_fits_nothing(server, quantized):
         GraphError, match=r"double_blocks.0.img_attn.qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights, made for another model"
     ):
         server.run(graph)
+
+
+def test_dit_is_for_diffusers(comfy, tmp_path):
+    """ComfyUI has no such model: said before its detection sees the file."""
+    from diffusers import DiTTransformer2DModel
+
+    from comfyui_nibble.nodes.host.build import DetectionError, load
+    from comfyui_nibble.quant_core.methods import METHODS
+    from comfyui_nibble.quant_core.quantize_file import quantize_file
+
+    DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=32, num_layers=1, sample_size=8).save_pretrained(tmp_path / "dit")
+    quantize_file(tmp_path / "dit", tmp_path / "q.safetensors", METHODS["rtn"], METHODS["rtn"].config)
+    with pytest.raises(DetectionError, match=r"q.safetensors: a DiT model, which ComfyUI does not have. It runs in a diffusers pipeline"):
+        load(tmp_path / "q.safetensors")
