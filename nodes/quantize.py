@@ -8,12 +8,11 @@ from ..kernels import paths_of
 from ..kernels.target import target_of
 from ..quant_core.formats.provenance import provenance
 from ..quant_core.methods import METHODS, by_name
-from ..quant_core.quantize import quantize_layers
 from ..quant_core.report import as_text
+from ..quant_core.training.presets import NAMES, UNTRAINED, preset
+from ..quant_core.training.trainer import require_trajectory
 from .calibrate import CalibrationType
-from .host.build import build
-from .host.carry import keep_sampling_patches
-from .host.progress import steps
+from .host.quantized import make_room, quantized
 from .host.source import ModelSource
 
 
@@ -32,6 +31,7 @@ class NibbleQuantize(io.ComfyNode):
                 io.Combo.Input("method", options=list(METHODS), default="svdquant_r", tooltip="svdquant_r: SVDQuant with a rotation in the layers where it helps, the default. svdquant: without, in comfy-kitchen's svdquant_w4a4 conventions. splitquant: 4 slices share a transform, no low rank and no groups. convrot: ComfyUI's own, no low rank. rtn: baseline. robuq: ternary weights and a low rank, about half of svdquant's memory at a clear loss (pictures of the small test model 29 dB close to the original, svdquant_r 37)."),
                 io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="SVDQuant and RobuQ: rank of the 16-bit branch. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
                 io.Boolean.Input("gptq", default=True, advanced=True, tooltip="SVDQuant, SplitQuant and RobuQ: also try GPTQ rounding and keep it where it is better on held-out tokens."),
+                io.Combo.Input("training", options=list(NAMES), default="none", optional=True, tooltip="SplitQuant and RobuQ: then train what was quantized against the full-precision model, on inputs of the network that the calibration recorded. standard: minutes on the pack's small model. best: longer. Stopped runs go on where they were; what is finished stays in a folder beside the calibration."),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other."),
@@ -40,37 +40,21 @@ class NibbleQuantize(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, method, rank, gptq, calibration=None):
+    def execute(cls, model, method, rank, gptq, calibration=None, training="none"):
+        chosen, trained = by_name(method), preset(method, training)
+        if trained != UNTRAINED:
+            require_trajectory(calibration)
         source = ModelSource(model)
-        chosen = by_name(method)
         config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if hasattr(chosen.config, k)})
         fingerprint = source.fingerprint()
         if calibration is not None:
             calibration.require_model(fingerprint)
         plan = source.family.layers(source.shapes)
         device = comfy.model_management.get_torch_device()
-        if not comfy.model_management.is_device_cpu(device) and plan:
-            # fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight.
-            comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
-        layers, rows = {}, []
+        make_room(plan, device)
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
-            work = quantize_layers(plan, source.get, source.shapes, chosen, config, calibration, device)
-            for layer, row in steps(work, len(plan)):
-                rows.append(row)
-                if layer is not None:
-                    layers[layer.name] = layer
-            rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
             origin = provenance(fingerprint, chosen.name, config, calibration)
-            report = [r.to_json() for r in rows]
-            info = {
-                "family": source.family.name,
-                "provenance": origin,
-                "report": report,
-                "source": f"{source.family.title}, quantized in the graph",
-            }
-            specs = {name: layer.spec for name, layer in layers.items()}
-            quantized = build(lambda name: layers.pop(name, None), specs, rest, info)
-        keep_sampling_patches(model, quantized)
+            made, rows, specs = quantized(model, source, plan, chosen, config, calibration, origin, device, trained)
         paths, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(quantized, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths))
+        return io.NodeOutput(made, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths))

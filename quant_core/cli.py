@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+Base3 = Annotated[bool, typer.Option("--base3", help="Ternary weights take 1.6 instead of 2 bits in the file; memory stays the same.")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 
@@ -43,19 +44,34 @@ def quantize(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="SVDQuant and RobuQ: rank of the 16-bit branch; 32 if not given.")] = None,
     gptq: Annotated[bool | None, typer.Option(help="SVDQuant and RobuQ: try GPTQ rounding; on if not given.")] = None,
+    training: Annotated[
+        str,
+        typer.Option(
+            help="none, standard or best: SplitQuant and RobuQ, then trained against the full-precision model of a diffusers folder."
+        ),
+    ] = "none",
+    base3: Base3 = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
 ):
     """Quantizes a checkpoint to a Nibble file. A run that was stopped goes on where it was."""
     from .calibration import Calibration
+    from .formats.pack import PackFile
     from .methods import by_name
     from .quantize_file import quantize_file
-    from .report import as_text
+    from .report import as_text, file_storage
+    from .training.plot import plot
+    from .training.presets import UNTRAINED, preset
 
     chosen = by_name(method)
     config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None})
     statistics = Calibration(calibration) if calibration else None
-    rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"))
-    typer.echo(as_text(rows, f"{destination} ({chosen.title})"))
+    trained = preset(method, training)
+    rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"), base3, trained)
+    typer.echo(as_text(rows, f"{destination} ({chosen.title})", [file_storage(PackFile(destination))]))
+    losses = Path(f"{destination}.losses.json")
+    if trained != UNTRAINED and losses.is_file() and find_spec("matplotlib") is not None:
+        plot(losses.with_suffix(".png"), losses)
+        typer.echo(f"\n{losses.with_suffix('.png')}")
 
 
 @app.command()
@@ -65,32 +81,68 @@ def allocate(
         Path, typer.Argument(help="The file to write. A table of sensitivities (.json) and a plot (.png) go beside it.")
     ],
     calibration: Annotated[Path, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`.")],
-    budget: Annotated[str, typer.Option(help="A3: 3 activation bits on average; W2.5: weight bits; 600MB, 6.5GB: the size of the file.")],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="A3: 3 activation bits on average; W2.5: weight bits; 600MB, 6.5GB: the size of the file; 0.8x or 80%: at most this cost by the "
+            "speed proxy, 1x with every layer at the menu's most expensive quantized entry (int8 products; all W4A4 is 0.5x, 16 bit 2x)."
+        ),
+    ],
     menu: Annotated[
-        str, typer.Option(help="robuq: its activation bits 2, 3, 4 or 8. mixed: robuq, svdquant_r, W8A8 and 16 bit.")
+        str, typer.Option(help="robuq: its activation bits 1, 2, 3, 4 or 8. mixed: robuq, svdquant_r, W8A8 and 16 bit.")
     ] = "robuq",
-    gains: Annotated[Path | None, typer.Option(help="JSON {layer: factor of its noise}, by what arrives at the end of a sampling.")] = None,
+    gains: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON {layer: factor of its noise}, from `nibble gains`; auto: measure them as that does, SOURCE being a diffusers folder."
+        ),
+    ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Rank of the 16-bit branches.")] = 32,
     gptq: Annotated[bool, typer.Option(help="Try GPTQ rounding.")] = True,
+    base3: Base3 = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
 ):
     """Gives each layer a precision of its own under a budget, by measured noise, and quantizes. A stopped run goes on where it was."""
     from . import allocate_file, allocate_plot, mixed
     from .allocate import parse_budget
     from .calibration import Calibration
-    from .report import as_text
+    from .formats.pack import PackFile
+    from .report import as_text, file_storage
 
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
-    weights = allocate_file.read_gains(gains) if gains else None
-    done, rows = allocate_file.allocate_file(source, destination, Calibration(calibration), asked, config, weights, _device(device), _bar)
+    statistics, device = Calibration(calibration), _device(device)
+    if gains == "auto":
+        weights = allocate_file.measured_gains(source, statistics, device, _bar("layer"))
+    else:
+        weights = allocate_file.read_gains(gains) if gains else None
+    done, rows = allocate_file.allocate_file(source, destination, statistics, asked, config, weights, device, _bar, base3)
     typer.echo(allocate_file.as_text(done, str(destination)))
-    typer.echo("\n" + as_text(rows, f"{destination} ({menu})"))
+    typer.echo("\n" + as_text(rows, f"{destination} ({menu})", [file_storage(PackFile(destination))]))
     if find_spec("matplotlib") is None:
         typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
         return
     picture = Path(f"{destination}.png")
     allocate_plot.plot(picture, done)
     typer.echo(f"\n{picture}")
+
+
+@app.command()
+def gains(
+    source: Annotated[Path, typer.Argument(help="A diffusers `transformer` folder, the model of the calibration.")],
+    calibration: Annotated[Path, typer.Argument(help="Statistics from `nibble calibrate`, which record some inputs of the whole network.")],
+    out: Annotated[Path, typer.Argument(help="The JSON file to write, for `nibble allocate --gains`.")],
+    samples: Annotated[int, typer.Option(min=1, help="Recorded samplings to go through for each layer, at 5 of their steps.")] = 2,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where it was, a second one is free."""
+    from .allocate_file import measured_gains
+    from .calibration import Calibration
+    from .formats.atomic import save_text
+
+    found = measured_gains(source, Calibration(calibration), _device(device), _bar("layer"), samples)
+    save_text(out, json.dumps(found, indent=1) + "\n")
+    for name, gain in sorted(found.items(), key=lambda item: -item[1]):
+        typer.echo(f"{gain:10.4f}  {name}")
 
 
 @app.command()
@@ -115,9 +167,14 @@ def inspect(
 
 @app.command()
 def calibrate(
-    pipeline: Annotated[Path, typer.Argument(help="A diffusers FLUX or PixArt pipeline folder (with model_index.json).")],
+    pipeline: Annotated[Path, typer.Argument(help="A diffusers FLUX, PixArt or DiT pipeline folder (with model_index.json).")],
     destination: Annotated[Path, typer.Argument(help="Folder for the statistics.")],
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt a line. Default: the 64 prompts of the pack.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, one prompt a line; with DiT one class id or label. Default: the 64 prompts of the pack, or ids evenly spread."
+        ),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Sampling runs, over the prompts in turn.")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="Steps a run.")] = 12,
     size: Annotated[int | None, typer.Option(min=16, help="Width and height in pixels; the model's own if not given.")] = None,
@@ -127,9 +184,8 @@ def calibrate(
 ):
     """Gathers statistics with a diffusers pipeline, for `nibble quantize`. In ComfyUI use the node Nibble Calibrate."""
     from .calibration.pipeline import calibrate_pipeline
-    from .calibration.prompts import default_prompts
 
-    lines = default_prompts()
+    lines = None
     if prompts is not None:
         lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not lines:

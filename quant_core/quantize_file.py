@@ -1,20 +1,23 @@
 """`nibble quantize`: a checkpoint file in, a Nibble file out, block by block; a killed run goes on where it stopped."""
 
-import hashlib
-import json
-import shutil
+import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby
+from dataclasses import asdict
 from pathlib import Path
 
+from . import diffusers_model
 from .calibration.file import Calibration
 from .formats import pack
+from .formats.blocks import BlockStore
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
+from .gains import of_calibration
 from .methods import Method
-from .quantize import quantize_layers
 from .report import Row
+from .training.presets import UNTRAINED, Preset
+from .training.stages import blocks_of, finished, quantize_blocks, steps_of
+from .training.trainer import Trainer, require_trajectory
 
 
 def quantize_file(
@@ -25,47 +28,55 @@ def quantize_file(
     calibration: Calibration | None = None,
     device: str = "cpu",
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    base3: bool = False,
+    preset: Preset = UNTRAINED,
 ) -> list[Row]:
-    """Quantizes `source` into `destination` and returns the rows of the report.
+    """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `pack.save`.
 
     Each finished block is kept in `<destination>.partial/` until the whole is written. Host memory: one layer at a time
-    (1.3 GB above the page cache for a 12B FLUX with ConvRot); source and finished blocks stay memory-mapped. Raises the errors of Checkpoint, Calibration and
-    quantize_layers.
+    (1.3 GB above the page cache for a 12B FLUX with ConvRot); source and finished blocks stay memory-mapped. With a preset that trains,
+    the source must be a diffusers folder, whose model is loaded; the losses go to `<destination>.losses.json`.
+    Raises the errors of Checkpoint, Calibration, quantize_layers and Trainer.
     """
     checkpoint = Checkpoint(source)
     fingerprint = checkpoint.fingerprint()
     if calibration is not None:
         calibration.require_model(fingerprint)
     settings = provenance(fingerprint, method.name, config, calibration)
-    partial = _partial_folder(destination, settings)
-    layers = checkpoint.family.layers(checkpoint.shapes)
-    blocks = [(name, list(group)) for name, group in groupby(layers, key=lambda layer: layer.block)]
+    if preset != UNTRAINED:
+        settings["training"] = asdict(preset)
+    store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
+    plan = checkpoint.family.layers(checkpoint.shapes)
+    trainer = None if preset == UNTRAINED else trainer_of(source, checkpoint.family, plan, calibration, device, store.folder)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
-        for name, members in progress(blocks, len(blocks)):
-            path = partial / f"{name}.safetensors"
-            if path.exists():
-                continue
-            done = list(quantize_layers(members, checkpoint.get, checkpoint.shapes, method, config, calibration, device))
-            quantized = {layer.name: layer for layer, _ in done if layer is not None}
-            pack.save(path, quantized, {}, checkpoint.family.name, settings, [row.to_json() for _, row in done])
+        work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
+        for _ in progress(work, steps_of(plan, preset)):
+            pass
         settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
-    files = [pack.PackFile(partial / f"{name}.safetensors") for name, _ in blocks]
-    quantized = {name: f.layer(name) for f in files for name in f.specs}
-    report = [row for f in files for row in f.report]
+    quantized, rows = finished(plan, preset, store)
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
-    pack.save(destination, quantized, rest, checkpoint.family.name, settings, report)
-    shutil.rmtree(partial)
-    return [Row(**row) for row in report]
+    pack.save(destination, quantized, rest, checkpoint.family.name, settings, [row.to_json() for row in rows], base3)
+    if trainer is not None and trainer.losses.is_file():
+        trainer.losses.replace(f"{destination}.losses.json")
+    store.remove()
+    return rows
 
 
-def _partial_folder(destination, settings) -> Path:
-    """The folder of finished blocks; emptied where it belongs to a run with other settings."""
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = Path(f"{destination}.partial")
-    marker = folder / "settings.sha256"
-    if folder.exists() and not (marker.exists() and marker.read_text() == key):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    marker.write_text(key)
-    return folder
+def trainer_of(source: Path, family, plan, calibration: Calibration | None, device, folder: Path) -> Trainer:
+    """A Trainer of a diffusers `transformer` folder. Raises NoTrajectory, ValueError for another kind of source."""
+    model = diffusers_model.full(source, device)
+    names = diffusers_model.modules_of(family, plan, model)
+    modules = {}
+    for layer, targets in names.items():
+        edge = 0
+        modules[layer] = []
+        for module in map(model.get_submodule, targets):
+            modules[layer].append((module, slice(edge, edge + module.out_features)))
+            edge += module.out_features
+    blocks = [re.match(r"(.+?\.\d+)\.", names[members[0].name][0])[1] for _, members in blocks_of(plan)]
+    require_trajectory(calibration)
+    held = {name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)}
+    gains = of_calibration(calibration, list(held), lambda: (model, held), device)
+    streams = family.stream_of(family.diffusers_streams)
+    return Trainer(model, blocks, modules, calibration.trajectory(), folder, device, streams, gains)

@@ -84,9 +84,9 @@ def fit_parts(problem: Problem, fit_part) -> Fitted:
     return Fitted(assemble(problem, parts), choices)
 
 
-def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
+def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = None) -> QuantizedLayer:
     """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None, "low_rank" or None}, and
-    "factors" (left, right) where it has a learned transform."""
+    "factors" (left, right) where it has a learned transform. order (K,): the raw in-channel at each place, None as they are."""
     tensors = {
         "weight": torch.cat([pack(p["codes"], p["spec"].weight.bits) for p in parts], 1),
         "weight_scale": torch.cat([p["scales"].T for p in parts]).contiguous(),
@@ -107,5 +107,8 @@ def assemble(problem: Problem, parts: list[dict]) -> QuantizedLayer:
             bias = -correction if bias is None else bias.float() - correction
     if bias is not None:
         tensors["bias"] = bias
-    spec = LinearSpec(problem.layer.in_features, problem.layer.out_features, tuple(p["spec"] for p in parts), bias is not None)
+    if order is not None:
+        tensors["channel_order"] = order.int()
+    specs = tuple(p["spec"] for p in parts)
+    spec = LinearSpec(problem.layer.in_features, problem.layer.out_features, specs, bias is not None, order is not None)
     return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})

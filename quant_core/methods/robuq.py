@@ -2,8 +2,7 @@
 
 The rotation makes tokens look Gaussian, so that one clip in sigmas fits all of them; weights are {-1, 0, 1} times a scale per channel.
 Differences from the paper, judged on held-out tokens: channels are smoothed before the rotation, which alone leaves strong outliers in
-place (the small FLUX with hard ones at rank 0: 6.8 dB without smoothing, 14.0 without rotation, 16.2 with both); the ternary codes may come from GPTQ; the low rank is fitted in the metric of the data. Not here: training; 1-bit activations,
-which ActivationSpec does not have; a second trit plane, a t1 + b t2, whose codes are uniform only at a = 3 b, where they are nine of
+place (the small FLUX with hard ones at rank 0: 6.8 dB without smoothing, 14.0 without rotation, 16.2 with both); the ternary codes may come from GPTQ; the low rank is fitted in the metric of the data. Not here: training; a second trit plane, a t1 + b t2, whose codes are uniform only at a = 3 b, where they are nine of
 the fifteen levels that the same four stored bits have.
 """
 
@@ -19,15 +18,16 @@ from .parts import fit_parts
 from .problem import Fitted, Problem
 from .svdquant import PartFit, SVDQuantConfig, error_of
 
-# Where a uniform quantizer with 2^bits - 1 levels has its largest code, in sigmas, for the least squared error on a Gaussian.
-SIGMA_CLIP = {2: 1.22, 3: 1.95, 4: 2.45, 8: 3.94}
+# Where a uniform quantizer with 2^bits - 1 levels (at 1 bit two, without a zero) has its largest code, in sigmas, for the least squared
+# error on a Gaussian. At 1 bit that is the mean of |x|, sqrt(2 / pi) sigma: 4.4 dB.
+SIGMA_CLIP = {1: 0.7979, 2: 1.22, 3: 1.95, 4: 2.45, 8: 3.94}
 
 
 @dataclass(frozen=True)
 class RobuQConfig:
     """Each field is one choice, for ablations; what is not explained is as in SVDQuantConfig.
 
-    activation_bits: 2, 3, 4 or 8. clip: factors of the Gaussian-optimal clip to try, () for absmax. rotation: largest Hadamard block.
+    activation_bits: 1, 2, 3, 4 or 8. clip: factors of the Gaussian-optimal clip to try, () for absmax. rotation: largest Hadamard block.
     iterations: rounds of ternary and low rank in turn, of each kind of low rank, stopped at the first that does not help.
     """
 
@@ -49,7 +49,7 @@ class RobuQConfig:
 def fit(problem: Problem, config: RobuQConfig) -> Fitted:
     """Fits each part of the layer on its own. Without statistics: rotation, Gaussian clip, ternary by least squares, plain SVD.
 
-    Raises SpecError for activation bits that are not 2, 3, 4 or 8.
+    Raises SpecError for activation bits that are not 1, 2, 3, 4 or 8.
     """
     return fit_parts(problem, lambda part: RobuQPart(problem, part, config).fit())
 

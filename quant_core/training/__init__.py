@@ -1,0 +1,1 @@
+"""Training of quantized models: reconstruction block by block, then distillation of runs of blocks."""
