@@ -33,14 +33,15 @@ def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
     Without the shift: it is there for unsigned codes, and signed ones are 0.2 dB better off without (41.75 against 41.55 dB after
     a GELU). So the bias is the original one.
     """
-    parts = []
+    parts, order = [], quantized.tensors.get("channel_order")
+    weight = problem.weight if order is None else problem.weight.index_select(1, order)
     for part, _, _, smooth in quantized.spec.split(quantized.tensors):
         spec = replace(part, weight=WeightSpec(8, "channel"), activation=ActivationSpec(8, "token"), rank=0, kronecker=(), per_slice=False)
         # Rounded as `assemble` stores it, and only then folded.
         smooth = None if smooth is None else smooth.to(problem.dtype).float()
-        codes, scales = round_part(problem.weight[:, part.start : part.stop], spec, smooth, torch.float32)
+        codes, scales = round_part(weight[:, part.start : part.stop], spec, smooth, torch.float32)
         parts.append({"spec": spec, "codes": codes, "scales": scales, "smooth": smooth, "low_rank": None})
-    return assemble(problem, parts)
+    return assemble(problem, parts, order)
 
 
 def higher(spec: LinearSpec) -> list[str]:

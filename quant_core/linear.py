@@ -27,8 +27,12 @@ class QuantizedLayer:
             tensor = self.tensors[key]
             if tuple(tensor.shape) != shape:
                 raise SpecError(f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}")
-            if (key == "weight") != (tensor.dtype == torch.int8) or not (key == "weight" or tensor.is_floating_point()):
+            whole = {"weight": torch.int8, "channel_order": torch.int32}.get(key)
+            if not (tensor.is_floating_point() if whole is None else tensor.dtype == whole):
                 raise SpecError(f"layer {self.name}: {key} has the dtype {tensor.dtype}")
+            if key == "channel_order" and tensor.is_cpu and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int()):
+                # On the CPU, as it comes from a file: on a card an index out of range would end the process.
+                raise SpecError(f"layer {self.name}: channel_order is no permutation of 0 to {len(tensor) - 1}")
 
     @property
     def nbytes(self) -> int:
@@ -57,11 +61,12 @@ class QuantizedLayer:
                 up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
                 weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
             out.append(weight)
-        return torch.cat(out, 1)
+        out = torch.cat(out, 1)
+        return torch.empty_like(out).index_copy_(1, self.tensors["channel_order"].long(), out) if self.spec.order else out
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""
-        whole = ("smooth_factor", "proj_down", "transform")
+        whole = ("smooth_factor", "proj_down", "transform", "channel_order")
         cuts = {k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in whole}
         shared = {k: t for k, t in self.tensors.items() if k not in cuts}
         return [

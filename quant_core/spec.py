@@ -246,7 +246,7 @@ class LinearSpec:
 
     def describe(self) -> str:
         """One short phrase for reports, e.g. "W4A4 g64 smooth r32". Of the widest part, and what is in more bits beside it."""
-        part = max(self.parts, key=lambda p: (p.width, p.start))
+        part = max(self.parts, key=lambda p: (p.width, -p.weight.bits, p.start))
         act = "16" if part.activation is None else str(part.activation.bits)
         grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
         words = [f"W{part.weight.bits}A{act}", grain]

@@ -23,7 +23,7 @@ def quant_linear(x, spec, tensors, lora=()):
     """
     raw, y = x, torch.zeros(x.shape[0], spec.out_features, device=x.device)
     if spec.order:
-        x = x[:, tensors["channel_order"]]
+        x = x.index_select(1, tensors["channel_order"])
     for i, ((part, packed, scales, smooth), factors) in enumerate(zip(spec.split(tensors), spec.factors(tensors), strict=True)):
         xp = x[:, part.start : part.stop].float()
         codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()

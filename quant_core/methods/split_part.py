@@ -34,6 +34,8 @@ class SplitPart:
         self.slices = config.slices if config.slices <= room else max(s for s in range(1, room + 1) if width % s == 0)
         self.step = slice_width(width, self.slices)
         self.sizes = balanced(self.step) if config.transform != "identity" else ()
+        if self.sizes and self.sizes[1] % 2:  # 47 x 16, not 16 x 47: kernels pack two codes of a row into a byte
+            self.sizes = self.sizes[::-1]
         self.group = {"token": width, "slice": self.step, "group": 64}[config.scales]
         self.absmax = self.x = None
         self.hessians = {}

@@ -64,6 +64,9 @@ class Student(torch.nn.Module):
         super().__init__()
         if problem.weight.is_inference():  # as ComfyUI loads models; autograd refuses to keep those
             problem = replace(problem, weight=problem.weight.clone())
+        self.order = start.tensors.get("channel_order")
+        if self.order is not None:  # everything inside is in the order of the parts
+            problem = replace(problem, weight=problem.weight.index_select(1, self.order))
         self.problem, self.kinds = problem, frozenset(kinds)
         tensors, rank = start.tensors, start.spec.rank
         parts = zip(start.spec.split(tensors), start.spec.factors(tensors), strict=True)
@@ -86,6 +89,8 @@ class Student(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """`rows`: out-channels to compute, for models that keep parts of a fused layer apart."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         y = sum(part(x.float(), rows) for part in self.parts)
         return (y if self.bias is None else y + self.bias[rows]).to(x.dtype)
 
@@ -101,7 +106,7 @@ class Student(torch.nn.Module):
     def layer(self) -> QuantizedLayer:
         """The layer as it will be stored; the codes are rounded against what is stored of scales, smoothing and factors."""
         problem = replace(self.problem, bias=None if self.bias is None else self.bias.detach().to(self._bias_dtype(), copy=True))
-        return assemble(problem, [part.stored() for part in self.parts])
+        return assemble(problem, [part.stored() for part in self.parts], self.order)
 
     def _bias_dtype(self):
         return torch.float32 if self.problem.bias is None or "bias" in self.kinds else self.problem.bias.dtype
