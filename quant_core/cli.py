@@ -10,6 +10,8 @@ import typer
 
 Base3 = Annotated[bool, typer.Option("--base3", help="Ternary weights take 1.6 instead of 2 bits in the file; memory stays the same.")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+ablate = typer.Typer(no_args_is_help=True, help="Measures what each choice of a method costs and brings on the small FLUX.")
+app.add_typer(ablate, name="ablate")
 
 
 def _bar(unit):
@@ -225,6 +227,25 @@ def bench(
     code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=typer.echo)
     if code:
         raise typer.Exit(code)
+
+
+@ablate.command("splitquant")
+def ablate_splitquant(
+    out: Annotated[Path, typer.Option(help="Folder for rows.json, ablation.txt and ablation.png.")],
+    quick: Annotated[bool, typer.Option("--quick", help="1 and 4 slices with scales of tokens, untrained.")] = False,
+    severity: Annotated[float, typer.Option(help="Of the outliers: 1 hard, 0.4 mild, 0 none.")] = 1.0,
+):
+    """SplitQuant's slices, transforms, scales and training on the small FLUX, hours; a stopped run goes on behind its last row."""
+    from .ablate import run
+    from .ablate.plot import plot
+    from .ablate.splitquant import entries
+    from .formats.atomic import save_text
+
+    text = run.as_text(rows := run.run(out, entries(quick), severity, _bar("row")))
+    save_text(out / "ablation.txt", text + "\n")
+    typer.echo(text)
+    if find_spec("matplotlib") is not None:
+        plot(out / "ablation.png", rows)
 
 
 def main():

@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from . import diffusers_model
 from .calibration.file import Calibration
+from .families import Family, Layer
 from .formats import pack
 from .formats.blocks import BlockStore
 from .formats.checkpoint import Checkpoint
@@ -47,7 +50,10 @@ def quantize_file(
         settings["training"] = asdict(preset)
     store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
     plan = checkpoint.family.layers(checkpoint.shapes)
-    trainer = None if preset == UNTRAINED else trainer_of(source, checkpoint.family, plan, calibration, device, store.folder)
+    trainer = None
+    if preset != UNTRAINED:
+        require_trajectory(calibration)
+        trainer = trainer_of(diffusers_model.full(source, device), checkpoint.family, plan, calibration, device, store.folder)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
         work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
@@ -63,9 +69,8 @@ def quantize_file(
     return rows
 
 
-def trainer_of(source: Path, family, plan, calibration: Calibration | None, device, folder: Path) -> Trainer:
-    """A Trainer of a diffusers `transformer` folder. Raises NoTrajectory, ValueError for another kind of source."""
-    model = diffusers_model.full(source, device)
+def trainer_of(model: torch.nn.Module, family: Family, plan: list[Layer], calibration: Calibration, device, folder: Path) -> Trainer:
+    """A Trainer of a diffusers model in full precision."""
     names = diffusers_model.modules_of(family, plan, model)
     modules = {}
     for layer, targets in names.items():
@@ -75,7 +80,6 @@ def trainer_of(source: Path, family, plan, calibration: Calibration | None, devi
             modules[layer].append((module, slice(edge, edge + module.out_features)))
             edge += module.out_features
     blocks = [re.match(r"(.+?\.\d+)\.", names[members[0].name][0])[1] for _, members in blocks_of(plan)]
-    require_trajectory(calibration)
     held = {name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)}
     gains = of_calibration(calibration, list(held), lambda: (model, held), device)
     streams = family.stream_of(family.diffusers_streams)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def _trainer(model, source, plan, calibration, store):
     return Trainer(network, list(blocks), modules, calibration.trajectory(), store.folder, model.load_device, streams, gains, check)
 
 
+@contextmanager
+def _in_training():
+    """ComfyUI's own flag: its kernels of rotary embeddings have no gradient."""
+    before = comfy.model_management.in_training
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
+
+
 def make_room(plan, device):
     """fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight."""
     if not comfy.model_management.is_device_cpu(device) and plan:
@@ -59,8 +71,9 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
         store = training_store(calibration, source, provenance)
         trainer = _trainer(model, source, plan, calibration, store)
         work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
-        for _ in steps(work, steps_of(plan, preset)):
-            pass
+        with _in_training():
+            for _ in steps(work, steps_of(plan, preset)):
+                pass
         layers, rows = finished(plan, preset, store)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
     info = {

@@ -145,14 +145,15 @@ def train(
         for step in range(len(state.losses), config.steps):
             for student in students.values():
                 student.renew()
-            losses = losses_of(chain, run, _picked(by_sample, config, step), config.coherence)
-            if state.unit is None:
-                state.unit = [max(float(loss.detach()), 1e-20) for loss in losses]
-            losses = [loss / unit for loss, unit in zip(losses, state.unit, strict=True)]
-            if note := state.seen(sum(float(loss.detach()) for loss in losses) / len(losses)):
-                return Trained(state.losses, note)
-            optimizer.zero_grad()
-            _backward(losses, owners, stream_of if config.isolate else lambda name: None)
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():  # ComfyUI's blocks add to their streams in place
+                losses = losses_of(chain, run, _picked(by_sample, config, step), config.coherence)
+                if state.unit is None:
+                    state.unit = [max(float(loss.detach()), 1e-20) for loss in losses]
+                losses = [loss / unit for loss, unit in zip(losses, state.unit, strict=True)]
+                if note := state.seen(sum(float(loss.detach()) for loss in losses) / len(losses)):
+                    return Trained(state.losses, note)
+                optimizer.zero_grad()
+                _backward(losses, owners, stream_of if config.isolate else lambda name: None)
             optimizer.step()
             schedule.step()
             if (step + 1) % state.window == 0 or step + 1 == config.steps:

@@ -101,7 +101,7 @@ def _train(trainer, stop, members, layers, rows, name, get: Callable, keys, cali
     problems = {m.name: problem_of(m, get, keys, calibration, device, second_moments) for m in members if m.name in layers}
     layers, outcome = trainer.run(stop, problems, {n: layer.to(device) for n, layer in layers.items()}, name)
     for row in rows:
-        if row.name in layers and not (layers[row.name].spec.weight_only or layers[row.name].spec.order):
+        if row.name in layers and not layers[row.name].spec.weight_only:
             layer = layers[row.name]
             row.sqnr_db, row.nbytes, row.what = output_sqnr(problems[row.name], layer), layer.nbytes, layer.spec.describe()
             row.choices["training" if name == row.block else "distillation"] = outcome.text

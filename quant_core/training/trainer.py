@@ -93,10 +93,8 @@ class Trainer:
         """
         with torch.inference_mode(False):
             run = Run(self.at, stop, self.calls, self.held, self.sample, self.weight, self.quantized, self._outputs(stop, self.full, {}))
-            # Left as they are: weight-only layers, and those whose channels SplitQuant has put into another order.
-            left = {n for n, layer in layers.items() if layer.spec.weight_only or layer.spec.order}
-            students = {n: Student(problems[n], layers[n], self.config.kinds, self.config.affine) for n in layers if n not in left}
-            others = {n: layers[n] for n in left}
+            others = {n: layer for n, layer in layers.items() if layer.spec.weight_only}  # left as they are
+            students = {n: Student(problems[n], layers[n], self.config.kinds, self.config.affine) for n in layers if n not in others}
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
