@@ -3,13 +3,21 @@
 import json
 import re
 import shutil
+from dataclasses import asdict
 from itertools import combinations
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from comfyui_nibble.quant_core import gains
+from comfyui_nibble.quant_core.allocate_file import with_choice
+from comfyui_nibble.quant_core.calibration.reconstruct import WINDOWS
+from comfyui_nibble.quant_core.calibration.trajectory import CALLS
+from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.training.presets import PRESETS
+from comfyui_nibble.quant_core.training.stages import blocks_of
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random, taesd_shapes
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.server import PACK
@@ -22,8 +30,13 @@ GROUPS = {
     "pixart_4bit": QUANTIZED,
     "flux_4bit_two_loras": ["Load", "LoRA", "Sample"],
     "flux_find_blocks": ["Load", "Calibrate", "Swap", "Guard", "Sample"],
+    "flux_three_methods": QUANTIZED,
+    "flux_splitquant_trained": QUANTIZED,
+    "flux_robuq_budget": ["Load", "Calibrate", "Allocate", "Sample"],
 }
 NAMES = list(GROUPS)
+TRAINING = PRESETS["splitquant"]["standard"]
+STAGES = [config for config in (TRAINING.blocks, TRAINING.distill) if config is not None]
 CHROMIUM = shutil.which("chromium")
 # Only in the UI: what the frontend does with a seed after a run, and notes.
 UI_ONLY_WIDGETS, UI_ONLY_NODES = {"control_after_generate"}, {"MarkdownNote"}
@@ -76,13 +89,32 @@ def test_nothing_overlaps_and_every_node_is_in_a_group(name):
         assert len(inside) == (n["type"] not in UI_ONLY_NODES), n["type"]
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("flux") and "Calibrate" in GROUPS[n]])
 @pytest.mark.parametrize(
     "kind", ["UNETLoader", "DualCLIPLoader", "NibbleCalibrationPrompts", "FluxGuidance", "EmptySD3LatentImage", "NibbleCalibrate"]
 )
-def test_find_blocks_calibrates_as_flux_4bit(kind):
-    """So that a finished calibration serves both; small values hide a difference from the runs below."""
+def test_calibrates_as_flux_4bit(name, kind):
+    """So that a finished calibration serves all; small values hide a difference from the runs below."""
     values = lambda name: [{k: v for k, v in n["inputs"].items() if not isinstance(v, list)} for n in of_kind(twin(name), kind).values()]
-    assert values("flux_find_blocks") == values("flux_4bit")
+    assert values(name) == values("flux_4bit")
+
+
+def test_notes_say_how_often_the_network_runs():
+    """At FLUX.1's 57 blocks and 228 layers, on 128 recorded inputs of 16 samples."""
+    note = lambda name: next(n["widgets_values"][0] for n in workflow(name)["nodes"] if n["type"] == "MarkdownNote")
+    plan = detect(flux_shapes(19, 38)).layers(flux_shapes(19, 38))
+    text = note("flux_splitquant_trained")
+    for config in STAGES:
+        assert f"{config.steps} steps of {config.calls} inputs" in text
+    assert f"{sum(config.steps * config.calls for config in STAGES)} of the whole network with gradients" in text
+    # Before, after and at the start, after each eighth and at the end; and twice to carry all inputs along.
+    judgings = sum(3 + config.steps // (config.steps // WINDOWS) + (config.steps % (config.steps // WINDOWS) > 0) for config in STAGES)
+    assert f"{judgings * CALLS // 4 + 2 * CALLS * len(STAGES)} without" in text
+    replays = gains.SAMPLES * gains.STEPS
+    assert f"{(len(blocks_of(plan)) + 2) * replays} more" in text
+    layers = len(with_choice(plan))
+    assert f"each of {layers} layers" in note("flux_robuq_budget")
+    assert f"the network {(layers + 2) * replays} times" in note("flux_robuq_budget")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,26 +179,44 @@ def shrunk(graph, pixels):
     return out
 
 
-def pictures_are(server, outputs, nodes, pixels):
-    """What these SaveImage nodes saved, read; none may be of one flat colour, as NaN would give."""
+def size_of(server, outputs, key):
+    """Of the picture that an image node wrote, which may not be of one flat colour, as NaN would give."""
     from PIL import Image
 
-    for item in (outputs[key]["images"][0] for key in nodes):
-        with Image.open(server.base / "output" / item["subfolder"] / item["filename"]) as picture:
-            assert picture.size == (pixels, pixels)
-            assert any(low < high for low, high in picture.getextrema())
+    [item] = outputs[key]["images"]
+    with Image.open(server.base / item["type"] / item["subfolder"] / item["filename"]) as picture:
+        assert any(low < high for low, high in picture.getextrema()[:3])
+        return picture.size
 
 
-def saved_name(graph, outputs):
-    return re.search(r"(\S+\.safetensors)", outputs[next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0])[1]
+def pictures_are(server, outputs, nodes, pixels):
+    for key in nodes:
+        assert size_of(server, outputs, key) == (pixels, pixels)
+
+
+def saved_name(graph, outputs, save=None):
+    """Of the file that Nibble Save Model wrote; save: its key, where there are several."""
+    return re.search(r"(\S+\.safetensors)", outputs[save or next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0])[1]
+
+
+def packs_of(server, graph, outputs):
+    """{method, or kind of the node that made it: the saved file}"""
+    folder = server.base / "output" / "diffusion_models"
+    saves = of_kind(graph, "NibbleSaveModel").items()
+    return {maker(graph, n): PackFile(folder / saved_name(graph, outputs, key)) for key, n in saves}
+
+
+def maker(graph, n):
+    """Where a node's model comes from: the method of Nibble Quantize, else the kind of node."""
+    source = graph[n["inputs"]["model"][0]]
+    return source["inputs"].get("method", source["class_type"])
 
 
 def with_latents(graph):
-    """The graph with what each KSampler gives saved under `latents_` and the kind of node that its model comes from."""
+    """The graph with what each KSampler gives saved under `latents_` and `maker`."""
     out = dict(graph)
     for key, n in of_kind(graph, "KSampler").items():
-        kind = graph[n["inputs"]["model"][0]]["class_type"]
-        out[f"latents_{kind}"] = node("SaveLatent", samples=[key, 0], filename_prefix="workflow")
+        out[f"latents_{maker(graph, n)}"] = node("SaveLatent", samples=[key, 0], filename_prefix="workflow")
     return out
 
 
@@ -184,7 +234,7 @@ def test_twin_runs(server, models, request, name, pixels, layers):
     assert f"{layers} layers" in report
     assert "Layer SQNR on held-out tokens" in report
 
-    pack = PackFile(server.base / "output" / "diffusion_models" / saved_name(graph, outputs))
+    pack = packs_of(server, graph, outputs)["svdquant_r"]
     assert len(pack.specs) == layers
     assert pack.provenance["method"] == "svdquant_r"
     assert pack.provenance["calibration"]["samples"] == 4
@@ -240,6 +290,80 @@ def test_find_blocks_runs(server, flux_4bit):
     again = {key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends}
     again[guard] = node("NibbleLoadDiffusionModel", model_name=name)
     assert torch.equal(server.latents(server.run(again), "latents_NibbleGuard"), guarded)
+
+
+def run_on_calibration_of(server, first, name):
+    """(graph, outputs) of a workflow that reads the calibration of `first` and makes no other."""
+    made = lambda: {p for p in (server.base / "output" / "nibble_calibration").iterdir() if p.is_dir() and p.suffix != ".training"}
+    before, graph = made(), with_latents(shrunk(twin(name), 128))
+    outputs = server.run(graph)
+    assert made() == before
+    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
+    return graph, outputs
+
+
+@pytest.fixture(scope="module")
+def three_methods(server, flux_4bit):
+    return run_on_calibration_of(server, flux_4bit, "flux_three_methods")
+
+
+def test_three_methods_run(server, three_methods):
+    graph, outputs = three_methods
+    packs = packs_of(server, graph, outputs)
+    assert list(packs) == ["svdquant_r", "splitquant", "robuq"]
+    for method, pack in packs.items():
+        assert pack.provenance["method"] == method
+        assert "training" not in pack.provenance
+        assert len(pack.specs) == 13
+        assert pack.path.name == f"flux1-dev-{method}_00001_.safetensors"
+    reports = [outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny")]
+    for title, report in zip(("SVDQuant", "SplitQuant", "RobuQ"), reports, strict=True):
+        assert title in report.splitlines()[0]
+    of = lambda maker: server.latents(outputs, f"latents_{maker}")
+    errors = {method: relative_error(of("UNETLoader"), of(method)) for method in packs}
+    assert 0 < errors["svdquant_r"] < errors["splitquant"] < errors["robuq"]  # 0.0081, 0.0121, 0.0193
+    bits = {
+        method: {part.weight.bits for s in pack.specs.values() if not s.weight_only for part in s.parts} for method, pack in packs.items()
+    }
+    assert bits == {"svdquant_r": {4}, "splitquant": {4}, "robuq": {2}}
+
+
+def test_splitquant_trained_runs(server, flux_4bit, three_methods):
+    graph, outputs = run_on_calibration_of(server, flux_4bit, "flux_splitquant_trained")
+    pack = packs_of(server, graph, outputs)["splitquant"]
+    assert pack.provenance["method"] == "splitquant"
+    assert pack.provenance["training"] == json.loads(json.dumps(asdict(TRAINING)))
+    [losses] = (server.base / "output" / "nibble_calibration").glob("*.training/losses.json")
+    runs = json.loads(losses.read_text(encoding="utf-8")).values()
+    assert {len(run["losses"]) for run in runs} == {config.steps for config in STAGES}
+    [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
+    assert len(re.findall(r" trained \+\d", report)) == 10 * len(STAGES)  # all but the modulation
+    # Against the same method untrained, of the other workflow: one prompt and one seed.
+    full, untrained = (server.latents(three_methods[1], f"latents_{maker}") for maker in ("UNETLoader", "splitquant"))
+    trained = server.latents(outputs, "latents_splitquant")
+    assert torch.equal(server.latents(outputs, "latents_UNETLoader"), full)
+    assert 0 < relative_error(full, trained) < relative_error(full, untrained)  # 0.0095 of 0.0121
+
+
+def test_robuq_budget_runs(server, flux_4bit):
+    graph, outputs = run_on_calibration_of(server, flux_4bit, "flux_robuq_budget")
+    pack = packs_of(server, graph, outputs)["NibbleAllocateBits"]
+    allocation = pack.provenance["allocation"]
+    assert allocation["budget"] == "3 activation bits on average"
+    assert allocation["gains"] is True
+    of = {name: (spec.parts[0], spec.out_features * spec.in_features) for name, spec in pack.specs.items() if not spec.weight_only}
+    assert len(of) == 10
+    assert {part.weight.bits for part, _ in of.values()} == {2}
+    mean = sum(part.activation.bits * n for part, n in of.values()) / sum(n for _, n in of.values())
+    assert 2.97 <= mean <= 3.0
+
+    [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
+    assert "Layer noise is weighted by gains" in report
+    assert float(re.search(r"^ *allocated +([\d.]+) activation bits", report, re.MULTILINE)[1]) == pytest.approx(mean, abs=0.006)
+    [plot] = of_kind(graph, "PreviewImage")
+    assert min(size_of(server, outputs, plot)) > 400
+    full, reduced = (server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "NibbleAllocateBits"))
+    assert relative_error(full, reduced) > 0
 
 
 @pytest.fixture(scope="module")

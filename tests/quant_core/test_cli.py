@@ -10,11 +10,15 @@ from typer.testing import CliRunner
 from comfyui_nibble.quant_core import mixed
 from comfyui_nibble.quant_core import quantize_file as job
 from comfyui_nibble.quant_core.budget import BudgetError
+from comfyui_nibble.quant_core.calibration.file import merge
+from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig
 from comfyui_nibble.quant_core.cli import app
 from comfyui_nibble.quant_core.demo import run, tiny_flux
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.training import presets, stages
+from comfyui_nibble.quant_core.training.trainer import NoTrajectory
 
 
 def nibble(*args):
@@ -106,7 +110,7 @@ def test_allocate(tmp_path, calibration, monkeypatch):
 
 
 def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "q.safetensors", [], job.quantize_layers
+    out, seen, real = tmp_path / "q.safetensors", [], stages.quantize_layers
 
     def dies_in_the_third_block(members, *args):
         seen.append(members[0].block)
@@ -114,7 +118,7 @@ def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(members, *args)
 
-    monkeypatch.setattr(job, "quantize_layers", dies_in_the_third_block)
+    monkeypatch.setattr(stages, "quantize_layers", dies_in_the_third_block)
     from comfyui_nibble.quant_core.methods import METHODS
 
     rtn = METHODS["rtn"]
@@ -123,7 +127,7 @@ def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
     assert not out.exists()
     job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config)
     assert seen == ["double_blocks.0", "single_blocks.0", "single_blocks.1", "single_blocks.1"]
-    monkeypatch.setattr(job, "quantize_layers", real)
+    monkeypatch.setattr(stages, "quantize_layers", real)
     whole = tmp_path / "whole.safetensors"
     job.quantize_file(tiny_flux.CHECKPOINT, whole, rtn, rtn.config)
     a, b = load_file(out), load_file(whole)
@@ -140,6 +144,54 @@ def test_diffusers_folder_gives_the_same_model(tmp_path, tiny_state):
     a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def transformer(tmp_path_factory):
+    """The shipped model as a diffusers `transformer` folder."""
+    folder = tmp_path_factory.mktemp("model") / "transformer"
+    tiny_flux.load().save_pretrained(folder)
+    return folder
+
+
+def test_training(tmp_path, transformer, monkeypatch):
+    """The standard preset with a few steps: a stopped run goes on, the file says what was trained."""
+    few = TrainConfig(("transform", "smooth"), steps=4, calls=2)
+    monkeypatch.setitem(presets.PRESETS["splitquant"], "standard", presets.Preset(few, None))
+    checkpoint = Checkpoint(transformer)
+    layers = FLUX.layers(checkpoint.shapes)
+    made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=3, samples=3, model_hash=checkpoint.fingerprint())
+    out = tmp_path / "q.safetensors"
+    args = ["quantize", transformer, out, "--method", "splitquant", "--calibration", made.path, "--device", "cpu", "--no-gptq"]
+    text = nibble(*args, "--training", "standard")
+    pack = PackFile(out)
+    assert pack.provenance["settings"]["gptq"] is False
+    assert pack.provenance["training"]["blocks"]["steps"] == 4
+    told = [row["choices"].get("training") for row in pack.report]
+    assert sum(t is not None for t in told) == 12
+    assert all(t is None or t.startswith(("trained +", "kept its start")) for t in told)
+    assert text.count("training trained") + text.count("training kept its start") == 12
+    assert str(tmp_path / "q.safetensors.losses.png") in text
+    assert (tmp_path / "q.safetensors.losses.png").stat().st_size > 10_000
+    losses = json.loads((tmp_path / "q.safetensors.losses.json").read_text())
+    assert list(losses) == ["double_blocks.0", "single_blocks.0", "single_blocks.1"]
+    assert not (tmp_path / "q.safetensors.partial").exists()
+
+
+def test_training_without_recorded_calls(tmp_path, transformer):
+    checkpoint = Checkpoint(transformer)
+    layers = FLUX.layers(checkpoint.shapes)
+    made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=1, samples=1, model_hash=checkpoint.fingerprint())
+    merge([made.path, made.path], tmp_path / "merged.safetensors")
+    args = ["quantize", transformer, tmp_path / "q", "--method", "splitquant", "--training", "standard", "--device", "cpu"]
+    with pytest.raises(NoTrajectory, match="merged.safetensors: holds no recorded inputs of the network to train on"):
+        nibble(*args, "--calibration", tmp_path / "merged.safetensors")
+    with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
+        nibble(*args)
+    args[1] = tiny_flux.CHECKPOINT
+    with pytest.raises(ValueError, match="expected a diffusers `transformer` folder"):
+        nibble(*args, "--calibration", made.path)
+    assert not (tmp_path / "q").exists()
 
 
 def test_layer_that_does_not_divide_by_64_stays_and_is_named(tmp_path):
@@ -184,6 +236,8 @@ def test_calibration_of_another_model_names_both(tmp_path, tiny_state, calibrati
         (("inspect", "nothing.safetensors"), "nothing.safetensors: not found"),
         (("quantize", "nothing.safetensors", "out"), "nothing.safetensors: not found"),
         (("quantize", "a", "b", "--method", "magic"), "unknown method 'magic'"),
+        (("quantize", "a", "b", "--training", "long"), "unknown training 'long'"),
+        (("quantize", "a", "b", "--training", "best"), "method svdquant_r has no training"),
         (("calibrate", ".", "out"), "not a diffusers pipeline folder"),
         (("allocate", "a", "b", "--calibration", "c", "--budget", "3"), "budget '3': expected an average of bits"),
         (("allocate", "a", "b", "--calibration", "c", "--budget", "A3", "--menu", "all"), "unknown menu 'all'"),

@@ -15,7 +15,7 @@ STREAM = {"blocks.0.img": 0, "blocks.0.txt": 1}.get
 
 
 class Pair(torch.nn.Module):
-    """Both outputs depend on both layers."""
+    """Both outputs depend on both layers. Adds to its streams in place, to what a norm has kept for its gradient too, as ComfyUI's do."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,10 @@ class Pair(torch.nn.Module):
 
     def forward(self, img, txt):
         a, b = self.img(img), self.txt(txt)
-        return img + a.tanh() + b.mean(1, keepdim=True), txt + b.tanh() + a.mean(1, keepdim=True)
+        img += a.tanh() + b.mean(1, keepdim=True)
+        img += 0.1 * torch.nn.functional.layer_norm(img, (64,))
+        txt += b.tanh() + a.mean(1, keepdim=True)
+        return img, txt
 
 
 class Joint(torch.nn.Module):
@@ -58,7 +61,7 @@ class World:
             self.evaluations += torch.is_grad_enabled()  # those of steps, not those that judge
             if self.evaluations == self.dies_at:
                 raise SystemExit
-            return self.network(*inputs[i])
+            return self.network(*(t.clone() for t in inputs[i]))
 
         self.chain = Chain(self.network, ["blocks.0", "blocks.1"], call)
         self.modules = {name: [(self.network.get_submodule(name), slice(0, 64))] for name in LAYERS}
