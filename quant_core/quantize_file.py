@@ -53,7 +53,7 @@ def quantize_file(
     trainer = None
     if preset != UNTRAINED:
         require_trajectory(calibration)
-        trainer = trainer_of(diffusers_model.full(source, device), checkpoint.family, plan, calibration, device, store.folder)
+        trainer = trainer_of(diffusers_model.full(source, device), checkpoint.family, plan, calibration, device, store.folder, preset)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
         work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
@@ -69,7 +69,9 @@ def quantize_file(
     return rows
 
 
-def trainer_of(model: torch.nn.Module, family: Family, plan: list[Layer], calibration: Calibration, device, folder: Path) -> Trainer:
+def trainer_of(
+    model: torch.nn.Module, family: Family, plan: list[Layer], calibration: Calibration, device, folder: Path, preset: Preset
+) -> Trainer:
     """A Trainer of a diffusers model in full precision."""
     names = diffusers_model.modules_of(family, plan, model)
     modules = {}
@@ -81,6 +83,6 @@ def trainer_of(model: torch.nn.Module, family: Family, plan: list[Layer], calibr
             edge += module.out_features
     blocks = [re.match(r"(.+?\.\d+)\.", names[members[0].name][0])[1] for _, members in blocks_of(plan)]
     held = {name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)}
-    gains = of_calibration(calibration, list(held), lambda: (model, held), device)
+    gains = of_calibration(calibration, list(held), lambda: (model, held), device) if preset.adaptive else None
     streams = family.stream_of(family.diffusers_streams)
     return Trainer(model, blocks, modules, calibration.trajectory(), folder, device, streams, gains)

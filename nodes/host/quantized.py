@@ -25,13 +25,13 @@ def training_store(calibration, source, provenance) -> BlockStore:
     return BlockStore(Path(f"{calibration.path}.{key}.training"), source.family.name, provenance)
 
 
-def _trainer(model, source, plan, calibration, store):
+def _trainer(model, source, plan, calibration, store, preset):
     require_trajectory(calibration)
     comfy.model_management.load_models_gpu([model])
     network = model.model.diffusion_model
     modules = {layer.name: [(network.get_submodule(layer.name), slice(0, layer.out_features))] for layer in plan}
     blocks = {name: [network.get_submodule(name)] for name, _ in blocks_of(plan)}
-    gains = of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps)
+    gains = of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps) if preset.adaptive else None
     streams = source.family.stream_of(source.family.streams)
     check = comfy.model_management.throw_exception_if_processing_interrupted
     return Trainer(network, list(blocks), modules, calibration.trajectory(), store.folder, model.load_device, streams, gains, check)
@@ -69,7 +69,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     else:
         provenance["training"] = asdict(preset)
         store = training_store(calibration, source, provenance)
-        trainer = _trainer(model, source, plan, calibration, store)
+        trainer = _trainer(model, source, plan, calibration, store, preset)
         work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
         with _in_training():
             for _ in steps(work, steps_of(plan, preset)):

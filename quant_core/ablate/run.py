@@ -74,7 +74,7 @@ class World:
         store = BlockStore(self.folder / "partial", "flux", {"name": entry.name, "calibration": self.calibration.hash} | entry.settings)
         trainer = None
         if entry.preset != UNTRAINED:
-            trainer = trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", store.folder)
+            trainer = trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", store.folder, entry.preset)
         for _ in quantize_blocks(
             self.plan, self.state.__getitem__, self.state, entry.method, entry.method.config, self.calibration, "cpu", store, entry.preset, trainer
         ):  # fmt: skip

@@ -14,6 +14,11 @@ class Preset:
     distill: TrainConfig | None
     span: int = 4
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether it wants the blocks' gains: rates are a block's, a run of several has the config's."""
+        return self.blocks is not None and self.blocks.adaptive
+
 
 UNTRAINED = Preset(None, None)
 TRANSFORMS = TrainConfig(("transform", "smooth", "clip"), steps=100, rate=5e-3, calls=3, coherence=1.0)

@@ -17,7 +17,6 @@ from comfyui_nibble.quant_core.calibration.trajectory import CALLS
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.quant_core.training.presets import PRESETS
-from comfyui_nibble.quant_core.training.stages import blocks_of
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random, taesd_shapes
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.server import PACK
@@ -111,7 +110,6 @@ def test_notes_say_how_often_the_network_runs():
     judgings = sum(3 + config.steps // (config.steps // WINDOWS) + (config.steps % (config.steps // WINDOWS) > 0) for config in STAGES)
     assert f"{judgings * CALLS // 4 + 2 * CALLS * len(STAGES)} without" in text
     replays = gains.SAMPLES * gains.STEPS
-    assert f"{(len(blocks_of(plan)) + 2) * replays} more" in text
     layers = len(with_choice(plan))
     assert f"each of {layers} layers" in note("flux_robuq_budget")
     assert f"the network {(layers + 2) * replays} times" in note("flux_robuq_budget")

@@ -14,6 +14,7 @@ from comfyui_nibble.quant_core.formats.blocks import BlockStore
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize_file import trainer_of
+from comfyui_nibble.quant_core.training.presets import UNTRAINED
 from comfyui_nibble.quant_core.training.stages import finished, quantize_blocks
 
 SAMPLES, TIMES, SIDE = 3, (1.0, 0.7, 0.3), 4  # the last sample is held out
@@ -39,8 +40,8 @@ class Small:
     checkpoint: Checkpoint
     calibration: Calibration
 
-    def trainer(self, folder, check=lambda: None):
-        made = trainer_of(diffusers_model.full(self.folder), FLUX, self.plan, self.calibration, "cpu", Path(folder))
+    def trainer(self, folder, check=lambda: None, preset=UNTRAINED):
+        made = trainer_of(diffusers_model.full(self.folder), FLUX, self.plan, self.calibration, "cpu", Path(folder), preset)
         made.check = check
         return made
 
@@ -48,7 +49,7 @@ class Small:
         """({layer: quantized}, rows, trainer)."""
         method = by_name(name)
         store = BlockStore(Path(folder), "flux", {"preset": repr(preset)})
-        trainer = self.trainer(store.folder, check)
+        trainer = self.trainer(store.folder, check, preset)
         config = method.configured(**options)
         keys = self.checkpoint.shapes
         work = quantize_blocks(
