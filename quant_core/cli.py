@@ -26,6 +26,20 @@ def _device(name):
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def _options(pairs: list[str]) -> dict:
+    """{name: value} of "name=value"; what is no JSON is text. Raises ValueError for one without a name or a value."""
+    out = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--set {pair}: expected name=value")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png and report.json.")] = Path("nibble_demo")):
     """Samples the small trained FLUX in full precision and under each method, with mild and hard outliers. About 2 minutes."""
@@ -52,6 +66,10 @@ def quantize(
             help="none, standard or best: SplitQuant and RobuQ, then trained against the full-precision model of a diffusers folder."
         ),
     ] = "none",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Another option of the method, as name=value with a JSON value: --set worst=64 --set transform=affine."),
+    ] = None,
     base3: Base3 = False,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
 ):
@@ -65,7 +83,7 @@ def quantize(
     from .training.presets import UNTRAINED, preset
 
     chosen = by_name(method)
-    config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None})
+    config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None} | _options(set_ or []))
     statistics = Calibration(calibration) if calibration else None
     trained = preset(method, training)
     rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"), base3, trained)

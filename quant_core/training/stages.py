@@ -41,7 +41,7 @@ def quantize_blocks(
     """Quantizes and trains all blocks into `store`; yields after each block and each run of blocks, `steps_of` times in all.
 
     Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in the store is not done again.
-    """  # fmt: skip
+    """
     blocks = blocks_of(plan)
     names = [name for name, _ in blocks]
     runs = runs_of(len(blocks), preset.span) if preset.distill else []

@@ -80,6 +80,33 @@ def test_quantize_then_inspect(tmp_path, calibration):
     assert "FLUX.1" in nibble("inspect", tiny_flux.CHECKPOINT)
 
 
+def test_other_options_of_a_method(tmp_path):
+    out = tmp_path / "q.safetensors"
+    nibble(
+        "quantize",
+        tiny_flux.CHECKPOINT,
+        out,
+        "--method",
+        "splitquant",
+        "--set",
+        "slices=1",
+        "--set",
+        "transform=hadamard",
+        "--set",
+        "sort=true",
+    )
+    settings = PackFile(out).provenance["settings"]
+    assert (settings["slices"], settings["transform"], settings["sort"]) == (1, "hadamard", True)
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"), [("slices", "expected name=value"), ("slice=4", "no option"), ("scales=row", "scales must be one of")]
+)
+def test_options_that_are_none(tmp_path, pair, message):
+    with pytest.raises(ValueError, match=message):
+        nibble("quantize", tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", "--method", "splitquant", "--set", pair)
+
+
 def test_robuq(tmp_path, calibration):
     out = tmp_path / "q.safetensors"
     text = nibble("quantize", tiny_flux.CHECKPOINT, out, "--method", "robuq", "--calibration", calibration, "--rank", 0, "--device", "cpu")
