@@ -1,6 +1,18 @@
 """Measures and data that tests share."""
 
 import torch
+from typer.testing import CliRunner
+
+from comfyui_nibble.quant_core.cli import app
+
+
+def nibble(*args) -> str:
+    """What the `nibble` command prints; its errors are raised."""
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def sqnr_db(reference, test) -> float:

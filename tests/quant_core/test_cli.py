@@ -5,28 +5,19 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from comfyui_nibble.quant_core import mixed
 from comfyui_nibble.quant_core import quantize_file as job
 from comfyui_nibble.quant_core.budget import BudgetError
 from comfyui_nibble.quant_core.calibration.file import merge
 from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig
-from comfyui_nibble.quant_core.cli import app
 from comfyui_nibble.quant_core.demo import run, tiny_flux
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.quant_core.training import presets, stages
 from comfyui_nibble.quant_core.training.trainer import NoTrajectory
-
-
-def nibble(*args):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from comfyui_nibble.tests.support import nibble
 
 
 def command(*args):

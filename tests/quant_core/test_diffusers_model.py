@@ -8,11 +8,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from comfyui_nibble.quant_core import allocate_file, diffusers_model
 from comfyui_nibble.quant_core.calibration import Calibration
-from comfyui_nibble.quant_core.cli import app
 from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.families import DIT, detect
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
@@ -20,19 +18,11 @@ from comfyui_nibble.quant_core.formats.pack import PackError, PackFile
 from comfyui_nibble.quant_core.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.quantize_file import quantize_file
-from comfyui_nibble.tests.support import relative_error
+from comfyui_nibble.tests.support import nibble, relative_error
 
 SAMPLES, STEPS, DEPTH = 4, 3, 2
 TOKENS = 2 * 8 * 8  # with and without the class, 16 x 16 latents in patches of 2
 LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "999": "toilet tissue"}
-
-
-def nibble(*args):
-    result = CliRunner().invoke(app, [str(a) for a in args])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def dit():
