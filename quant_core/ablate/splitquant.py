@@ -22,7 +22,6 @@ DEFAULT = (4, "shared", "hadamard", "token", False)
 BASELINES = ("svdquant_r", "svdquant", "convrot")
 WIDTHS = (256, 1024)  # of the parts of the small FLUX's layers
 LEAST = 16  # channels a slice: 256 / 16
-TRAINED_STEPS = 50  # a block; the rows compare pieces of the training with each other
 
 
 @dataclass(frozen=True)
