@@ -15,6 +15,7 @@ from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
 from .atomic import save_tensors
 from .checkpoint import CheckpointError, open_safetensors
+from .opened import Opened
 
 VERSION = 2  # written where a layer is in base 3; 1 otherwise, which pack versions up to 0.3 read
 
@@ -51,13 +52,13 @@ def save(
     save_tensors(Path(path), everything, {"format": "pt", "nibble": json.dumps(header)})
 
 
-class PackFile:
-    """An opened Nibble model. Nothing is read but the header until a layer is asked for.
+class PackFile(Opened):
+    """An opened Nibble model. base3: names of the layers stored so, which `layer` gives in the layout of memory as any other.
 
-    family, provenance, report: as saved. specs: {layer name: LinearSpec}. rest: keys of the 16-bit tensors. base3: names of the layers
-    stored so, which `layer` gives in the layout of memory as any other.
     Raises PackError naming the file and the key.
     """
+
+    kind = "Nibble model"
 
     def __init__(self, path):
         self.path = Path(path)
@@ -135,14 +136,7 @@ class PackFile:
             raise SpecError(f"layer {name}: weight: {error}") from error
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One of the 16-bit tensors, memory-mapped."""
         return self._file.get_tensor(key)
 
-    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
-        """{key: shape} of the model as if it had never been quantized: what model detection wants to see."""
-        shapes = {key: tuple(self._file.get_slice(key).get_shape()) for key in self.rest}
-        for name, spec in self.specs.items():
-            shapes[f"{name}.weight"] = (spec.out_features, spec.in_features)
-            if spec.bias:
-                shapes[f"{name}.bias"] = (spec.out_features,)
-        return shapes
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())

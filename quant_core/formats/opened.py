@@ -1,0 +1,47 @@
+"""What every opened file of a quantized model offers, whatever its format."""
+
+from pathlib import Path
+
+import torch
+
+from ..linear import QuantizedLayer
+from ..spec import LinearSpec
+
+
+class Opened:
+    """Nothing is read but headers until a layer or a tensor is asked for.
+
+    path: the file or folder. kind: one short phrase for reports. family: name of the family, whose ComfyUI key names are used
+    throughout. specs: {layer name: LinearSpec}. rest: keys of all other tensors. provenance, report: as the pack's own file has them,
+    empty where the format has none. notes: sentences on what reading changes of what the file holds; empty where nothing is lost.
+    """
+
+    path: Path
+    kind: str
+    family: str
+    specs: dict[str, LinearSpec]
+    rest: list[str]
+    provenance: dict
+    report: list
+    notes: tuple[str, ...] = ()
+
+    def layer(self, name: str) -> QuantizedLayer:
+        """One quantized layer in the layout of memory."""
+        raise NotImplementedError
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One of `rest`, memory-mapped where nothing has to be changed on it."""
+        raise NotImplementedError
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of one of `rest`, from the header."""
+        raise NotImplementedError
+
+    def logical_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{key: shape} of the model as if it had never been quantized: what model detection wants to see."""
+        shapes = {key: self.shape(key) for key in self.rest}
+        for name, spec in self.specs.items():
+            shapes[f"{name}.weight"] = (spec.out_features, spec.in_features)
+            if spec.bias:
+                shapes[f"{name}.bias"] = (spec.out_features,)
+        return shapes
