@@ -15,6 +15,7 @@ from ..kernels.target import target_of
 from ..quant_core.allocate import parse_budget
 from ..quant_core.allocate_file import as_text, decide, untouched, with_choice
 from ..quant_core.allocate_plot import pixels
+from ..quant_core.families import measured
 from ..quant_core.formats.provenance import provenance
 from ..quant_core.gains import SAMPLES, STEPS, of_calibration
 from ..quant_core.mixed import MENUS, MIXED, MixedConfig
@@ -61,7 +62,7 @@ class NibbleAllocateBits(io.ComfyNode):
         source = ModelSource(model)
         fingerprint = source.fingerprint()
         calibration.require_model(fingerprint)
-        plan = source.family.layers(source.shapes)
+        plan = measured(source.layers, calibration)
         device = comfy.model_management.get_torch_device()
         # First: it needs the whole network on the device, the rest one layer at a time.
         gains = gains_of(model, calibration, [layer.name for layer in with_choice(plan)]) if use_gains else None

@@ -12,8 +12,11 @@ import torch
 from comfy_api.latest import io
 
 from ..quant_core import calibration
+from ..quant_core.calibration.observe import Observation
 from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
+from ..quant_core.families import GENERIC
+from ..quant_core.families.generic import observed
 from .host.progress import steps as progress_steps
 from .host.source import ModelSource, feed
 
@@ -107,9 +110,7 @@ class NibbleCalibrate(io.ComfyNode):
         latent = comfy.sample.fix_empty_latent_channels(
             model, latent_image["samples"], latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal")
         )
-        inputs = inputs_of(source.family.layers(source.shapes), HESSIAN_WIDTH if second_moments else 0)
         network = model.model.diffusion_model
-        modules = {i.name: network.get_submodule(i.name) for i in inputs}
         settings = {"sampler": sampler_name, "scheduler": scheduler, "steps": steps, "cfg": cfg, "second_moments": second_moments}
         meta = {"model": source.fingerprint(), "family": source.family.name, "settings": settings}
         digest = hashlib.sha256()
@@ -126,13 +127,29 @@ class NibbleCalibrate(io.ComfyNode):
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 yield item
 
+        def sampled(sample, steps, callback=None):
+            noise = comfy.sample.prepare_noise(latent, seed + sample)
+            comfy.sample.sample(
+                model, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
+                callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
+            )  # fmt: skip
+
         def run(sample, capture):
             with capture.watched(network, lambda args, kwargs: float(args[1].flatten()[0])):
-                noise = comfy.sample.prepare_noise(latent, seed + sample)
-                comfy.sample.sample(
-                    model, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
-                    callback=lambda *_: bar.update(1), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
-                )  # fmt: skip
+                sampled(sample, steps, lambda *_: bar.update(1))
+
+        plan = source.layers
+        if source.family is GENERIC:
+            with Observation().watching({layer.name: network.get_submodule(layer.name) for layer in plan}) as seen:
+                sampled(0, 1)
+            meta["observed"] = seen.to_json()
+            plan = observed(plan, meta["observed"])
+            if not plan:
+                raise ValueError(
+                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there is nothing to quantize"
+                )
+        inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
+        modules = {i.name: network.get_submodule(i.name) for i in inputs}
 
         def place(nbytes):
             device = comfy.model_management.get_torch_device()

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..kernels import paths_of
 from ..kernels.target import target_of
 from ..quant_core.budget import for_memory, for_quality
+from ..quant_core.families import measured as as_observed
 from ..quant_core.formats.provenance import VERSION
 from ..quant_core.guard import PRECISIONS, as_units, by_layer, higher, measure, w4a8, w8a8
 from ..quant_core.guard_report import Decision, as_text, rows_after
@@ -70,7 +71,7 @@ class NibbleGuard(io.ComfyNode):
         with torch.inference_mode(False), torch.no_grad():
             half = take_apart(quantized)
             layers, rest = half.layers, half.rest
-            plan = [layer for layer in source.family.layers(source.shapes) if layer.name in layers and higher(layers[layer.name].spec)]
+            plan = [layer for layer in as_observed(source.layers, calibration) if layer.name in layers and higher(layers[layer.name].spec)]
             make_room(plan, device)
             # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would fill 18 GB.
             numbers = measure(plan, layers, source.get, source.shapes, calibration, allowed, device)

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
+from ..quant_core.families import measured
 from ..quant_core.formats.provenance import provenance
 from ..quant_core.methods import METHODS, by_name
 from ..quant_core.report import as_text
@@ -49,7 +50,7 @@ class NibbleQuantize(io.ComfyNode):
         fingerprint = source.fingerprint()
         if calibration is not None:
             calibration.require_model(fingerprint)
-        plan = source.family.layers(source.shapes)
+        plan = measured(source.layers, calibration)
         device = comfy.model_management.get_torch_device()
         make_room(plan, device)
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.

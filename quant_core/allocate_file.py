@@ -9,7 +9,7 @@ from pathlib import Path
 from .allocate import Allocation, Budget, allocate, pareto, uniform
 from .budget import decibel
 from .calibration.file import Calibration
-from .families import Layer
+from .families import Layer, measured
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
@@ -52,7 +52,7 @@ def allocate_file(
     checkpoint = Checkpoint(source)
     fingerprint = checkpoint.fingerprint()
     calibration.require_model(fingerprint)
-    layers = checkpoint.family.layers(checkpoint.shapes)
+    layers = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
     table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
@@ -96,7 +96,7 @@ def measured_gains(
 
     checkpoint = Checkpoint(source)
     calibration.require_model(checkpoint.fingerprint())
-    layers = with_choice(checkpoint.family.layers(checkpoint.shapes))
+    layers = with_choice(measured(checkpoint.family.layers(checkpoint.shapes), calibration))
 
     def network():
         model = diffusers_model.full(source, device)

@@ -7,6 +7,7 @@ import torch
 
 from .calibration.file import Calibration, CalibrationError
 from .families import Layer
+from .families.generic import sensitive
 from .linear import QuantizedLayer
 from .methods import Method, Problem, fit_problem
 from .methods.problem import output_sqnr
@@ -83,3 +84,12 @@ def not_quantizable(layer: Layer) -> str:
             where = f"K = {layer.in_features}" if len(layer.parts) == 1 else f"in-channels {part.start}..{part.stop}"
             return f"{where} does not divide by 64"
     return ""
+
+
+def leave_out(layers: dict, rows: list[Row]):
+    """Takes out of `layers` what measured far worse than the rest, in place; its rows then say 16 bit and why. For models without a map."""
+    found = sensitive(rows)
+    for i, row in enumerate(rows):
+        if why := found.get(row.name):
+            layers.pop(row.name, None)
+            rows[i] = Row(row.name, row.block, row.in_features, row.out_features, "16 bit", note=why)

@@ -10,13 +10,14 @@ import torch
 
 from . import diffusers_model
 from .calibration.file import Calibration
-from .families import Family, Layer
+from .families import GENERIC, Family, Layer, measured
 from .formats import pack
 from .formats.blocks import BlockStore
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import of_calibration
 from .methods import Method
+from .quantize import leave_out
 from .report import Row
 from .training.presets import UNTRAINED, Preset
 from .training.stages import blocks_of, finished, quantize_blocks, steps_of
@@ -49,7 +50,7 @@ def quantize_file(
     if preset != UNTRAINED:
         settings["training"] = asdict(preset)
     store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
-    plan = checkpoint.family.layers(checkpoint.shapes)
+    plan = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
     trainer = None
     if preset != UNTRAINED:
         require_trajectory(calibration)
@@ -61,6 +62,8 @@ def quantize_file(
             pass
         settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
     quantized, rows = finished(plan, preset, store)
+    if checkpoint.family is GENERIC:
+        leave_out(quantized, rows)
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
     pack.save(destination, quantized, rest, checkpoint.family.name, settings, [row.to_json() for row in rows], base3)
     if trainer is not None and trainer.losses.is_file():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import comfy.model_management
 
+from ...quant_core.families import GENERIC
 from ...quant_core.formats.blocks import BlockStore
 from ...quant_core.gains import of_calibration
-from ...quant_core.quantize import quantize_layers
+from ...quant_core.quantize import leave_out, quantize_layers
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
 from ...quant_core.training.trainer import Trainer, require_trajectory
@@ -75,6 +76,8 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
             for _ in steps(work, steps_of(plan, preset)):
                 pass
         layers, rows = finished(plan, preset, store)
+    if source.family is GENERIC:
+        leave_out(layers, rows)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
     info = {
         "family": source.family.name,

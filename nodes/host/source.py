@@ -4,6 +4,7 @@ import hashlib
 
 import comfy.lora
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.model_patcher import get_key_weight
 
@@ -20,7 +21,8 @@ class QuantizedSource(RuntimeError):
 class ModelSource:
     """A ModelPatcher as a source of weights under ComfyUI's key names.
 
-    shapes: {key: shape}; family; get(key): the weight with its patches merged, in its own float dtype.
+    shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration; get(key): the weight with
+    its patches merged, in its own float dtype.
     """
 
     def __init__(self, patcher):
@@ -33,6 +35,10 @@ class ModelSource:
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
+        network = patcher.model.diffusion_model
+        # A rule about names may take an embedding for a layer, and only ComfyUI's own operations can be replaced by ours.
+        takes = lambda layer: isinstance(network.get_submodule(layer.name), (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
+        self.layers = [layer for layer in self.family.layers(self.shapes) if takes(layer)]
 
     def _base(self, key):
         weight, _, convert = get_key_weight(self.patcher.model, PREFIX + key)

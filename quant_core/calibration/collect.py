@@ -11,7 +11,7 @@ import torch
 
 from . import file
 from .plan import plan_passes
-from .statistics import InputStatistics, reservoir_keys
+from .statistics import TOKENS, InputStatistics, reservoir_keys
 from .trajectory import Recorder
 
 
@@ -69,11 +69,14 @@ class Capture:
             x = args[0].detach()
             stats.check_finite(x, self.sample, self.step)
             call = self.calls[name] = self.calls.get(name, 0) + 1
-            if is_held_out(self.sample, self.samples):
-                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, x.numel() // stats.width)
+            held_out, count = is_held_out(self.sample, self.samples), x.numel() // stats.width
+            keys = None
+            if held_out or count > TOKENS:
+                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, count)
+            if held_out:
                 stats.hold_out(x, keys, self.timestep)
-            if not is_held_out(self.sample, self.samples) or self.samples == 1:
-                stats.update(x)
+            if not held_out or self.samples == 1:
+                stats.update(x, keys)
 
         return hook
 

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
+# Of one call. A picture of 1024 x 1024 has at most 4.6 thousand tokens in FLUX, 81 frames of 480p have 32760 in Wan: there the second
+# moments of a call cost a quarter of the time, and the fp32 copy of the MLP's input 0.45 instead of 1.8 GB.
+TOKENS = 8192
+
 
 class NonFiniteActivation(ValueError):
     """NaN or Inf at the input of a layer."""
@@ -69,11 +73,14 @@ class InputStatistics:
         """The bound on memory of one input's statistics."""
         return 4 * sum((b - a) ** 2 for a, b in blocks) + 2 * width * reservoir + 4 * width
 
-    def update(self, x: torch.Tensor):
-        """Adds fit tokens x (..., K)."""
-        x = x.reshape(-1, self.width).float()
+    def update(self, x: torch.Tensor, keys: torch.Tensor | None = None):
+        """Adds fit tokens x (..., K). Of more than TOKENS of them the second moments see those with the smallest `keys`, absmax all."""
+        x = x.reshape(-1, self.width)
         self.to(x.device)
-        torch.maximum(self.absmax, x.abs().amax(0), out=self.absmax)
+        torch.maximum(self.absmax, x.abs().amax(0).float(), out=self.absmax)
+        if keys is not None and len(x) > TOKENS:
+            x = x[keys.topk(TOKENS, largest=False).indices.sort().values.to(x.device)]
+        x = x.float()
         for (start, stop), hessian in self.hessians.items():
             block = x[:, start:stop]
             hessian.addmm_(block.T, block)

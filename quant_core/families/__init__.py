@@ -3,32 +3,35 @@
 from .base import Family, Layer, Part, UnknownArchitecture
 from .dit import DIT
 from .flux import FLUX
+from .generic import GENERIC, measured
 from .pixart import PIXART
 
 FAMILIES = (FLUX, PIXART, DIT)
 
 
 def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
-    """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix.
+    """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix; `generic` where no other knows it.
 
-    Raises UnknownArchitecture, listing what is supported.
+    Raises UnknownArchitecture, listing what is supported, for a model without repeated blocks of linear layers.
     """
     for family in FAMILIES:
         if family.matches(shapes) or family.matches_diffusers(shapes):
             return family
+    if GENERIC.matches(shapes):
+        return GENERIC
     examples = ", ".join(sorted(shapes)[:3]) or "no tensors"
     raise UnknownArchitecture(
         f"unknown architecture: {len(shapes)} tensors such as {examples}. Supported: {', '.join(f.title for f in FAMILIES)}, "
-        "with ComfyUI's or diffusers' key names."
+        "with ComfyUI's or diffusers' key names, and any model with repeated blocks of linear layers."
     )
 
 
 def by_name(name: str) -> Family:
     """The family called `name`; UnknownArchitecture otherwise."""
-    for family in FAMILIES:
+    for family in (*FAMILIES, GENERIC):
         if family.name == name:
             return family
     raise UnknownArchitecture(f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}.")
 
 
-__all__ = ["FAMILIES", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect"]
+__all__ = ["FAMILIES", "GENERIC", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect", "measured"]

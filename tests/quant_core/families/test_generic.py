@@ -1,0 +1,128 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_nibble.quant_core.calibration.observe import Observation
+from comfyui_nibble.quant_core.families import FLUX, GENERIC, PIXART, UnknownArchitecture, detect
+from comfyui_nibble.quant_core.families.generic import measured, observed, sensitive
+from comfyui_nibble.quant_core.quantize import leave_out
+from comfyui_nibble.quant_core.report import Row
+from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
+
+
+def linear(*names, n=128, k=128):
+    return {f"{name}.weight": (n, k) for name in names}
+
+
+@pytest.mark.parametrize(("family", "shapes"), [(FLUX, flux_shapes(double=2, single=2)), (PIXART, pixart_shapes(depth=2))])
+def test_the_rules_find_what_a_map_says(family, shapes):
+    """Names, blocks and modulation of known models; the halves of linear2 and GELU are what only a map or a calibration knows."""
+    plain = lambda layers: {(x.name, x.block, x.in_features, x.out_features, x.weight_only) for x in layers}
+    assert plain(GENERIC.layers(shapes)) == plain(family.layers(shapes))
+
+
+def test_blocks_in_natural_order_and_what_stays_out():
+    rests = ("attn.q", "attn.k", "ff.0", "ff.2", "adaLN_modulation.1", "norm1.linear", "pos_embed", "time_mod")
+    shapes = linear(*(f"layers.{i}.{rest}" for i in (0, 1, 2, 10) for rest in rests), "embed", "head.0", "head.2")
+    shapes |= {"layers.0.tiny.weight": (16, 128), "layers.0.conv.weight": (128, 128, 3, 3), "layers.0.norm.weight": (128,)}
+    layers = GENERIC.layers(shapes)
+    assert list(dict.fromkeys(x.block for x in layers)) == ["layers.0", "layers.1", "layers.2", "layers.10"]
+    assert {x.name.split(".", 2)[2] for x in layers} == {*rests} - {"pos_embed"}
+    assert {x.name.split(".", 2)[2] for x in layers if x.weight_only} == {"adaLN_modulation.1", "norm1.linear", "time_mod"}
+
+
+def test_the_outermost_repetition_is_the_block():
+    shapes = linear(*(f"stages.{i}.experts.{j}.{w}" for i in range(2) for j in range(3) for w in ("w1", "w2", "w3")), "stages.0.attn.q")
+    assert {x.block for x in GENERIC.layers(shapes)} == {"stages.0", "stages.1"}
+
+
+def test_no_blocks_is_an_unknown_architecture():
+    with pytest.raises(UnknownArchitecture, match="repeated blocks of linear layers"):
+        detect(linear("encoder", "decoder", "net.0", "net.2"))
+    assert detect(linear(*(f"tf_layers.{i}.{x}" for i in range(2) for x in "abc"))) is GENERIC
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mod, self.q, self.k, self.up, self.down = (torch.nn.Linear(64, 64) for _ in range(5))
+        self.unused = torch.nn.Linear(64, 64)
+
+    def forward(self, x, vec):
+        x = x + self.mod(vec)[:, None]
+        y = self.k(x) * self.q(x)  # k first: the order is that of the calls, not of the names
+        return self.down(torch.nn.functional.gelu(self.up(4 * y)))
+
+
+def test_observation_of_a_network():
+    torch.manual_seed(0)
+    network = torch.nn.ModuleList([Block(), Block()])
+    modules = {name: m for name, m in network.named_modules() if isinstance(m, torch.nn.Linear)}
+    x, vec = torch.randn(2, 40, 64), torch.randn(2, 64)
+    with Observation().watching(modules) as seen:
+        for block in network[::-1]:
+            x = block(x, vec)
+    assert seen.order == [f"{i}.{n}" for i in (1, 0) for n in ("mod", "k", "q", "up", "down")]
+    assert seen.shared == {"1.q": "1.k", "0.q": "0.k", "0.mod": "1.mod"}
+    assert seen.rows["0.mod"] == 2
+    assert seen.rows["0.k"] == 80
+
+    layers = GENERIC.layers({f"blocks.{k}": tuple(v.shape) for k, v in network.state_dict().items()})
+    renamed = lambda name: f"blocks.{name}"
+    meta = {
+        "order": [renamed(n) for n in seen.order],
+        "shared": {renamed(a): renamed(b) for a, b in seen.shared.items()},
+        "rows": {renamed(n): r for n, r in seen.rows.items()},
+    }
+    plan = observed(layers, meta)
+    assert [x.name for x in plan] == meta["order"]  # without the one that was never called
+    assert {x.name for x in plan if x.weight_only} == {"blocks.0.mod", "blocks.1.mod"}
+    assert {x.name: x.input for x in plan}["blocks.0.q"] == "blocks.0.k"
+
+    class Statistics:
+        def __init__(self, tokens):
+            self.tokens = tokens
+
+    class Found:
+        names = ("blocks.0.down", "blocks.0.up")
+
+        def __init__(self):
+            self.meta = {"observed": meta}
+
+        def get(self, name, second_moments):
+            g = torch.nn.functional.gelu(torch.randn(64, 64) * 3)
+            return Statistics(g if name.endswith("down") else g - 1)
+
+    halves = {x.name: x.parts[0].after_gelu for x in measured(layers, Found())}
+    assert [n for n, after in halves.items() if after] == ["blocks.0.down"]
+    assert measured(layers, None) == layers
+
+
+def test_a_tensor_changed_in_place_is_not_shared():
+    a, b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    x = torch.randn(3, 64)
+    with Observation().watching({"a": a, "b": b}) as seen:
+        a(x)
+        b(x.add_(1))
+    assert seen.shared == {}
+
+
+def test_modulation_of_many_rows_stays_in_16_bit():
+    layers = [
+        x for x in GENERIC.layers(linear(*(f"blocks.{i}.{n}" for i in range(2) for n in ("mod.lin", "q", "k")))) if x.block == "blocks.0"
+    ]
+    seen = {"order": [x.name for x in layers], "shared": {}, "rows": {x.name: 512 for x in layers}}
+    assert [x.name for x in observed(layers, seen)] == ["blocks.0.k", "blocks.0.q"]
+
+
+def test_a_layer_far_below_the_median_goes_back_to_16_bit():
+    rows = [Row(f"blocks.{i}.q", f"blocks.{i}", 64, 64, "W4A4", sqnr_db=20.0 + i, nbytes=9) for i in range(7)]
+    rows[2] = replace(rows[2], sqnr_db=10.5)
+    assert list(sensitive(rows)) == ["blocks.2.q"]
+    layers = {row.name: object() for row in rows}
+    leave_out(layers, rows)
+    assert "blocks.2.q" not in layers
+    assert len(layers) == 6
+    assert rows[2].note == "16 bit: 10.5 dB, the median layer has 23.0"
+    assert not rows[2].quantized
