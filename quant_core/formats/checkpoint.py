@@ -8,12 +8,11 @@ from safetensors import SafetensorError, safe_open
 
 from ..calibration.file import fingerprint
 from ..families import detect
+from .errors import CheckpointError
+from .scaled import Scales
+from .shards import files_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-
-
-class CheckpointError(ValueError):
-    """A file that is not a readable safetensors checkpoint."""
 
 
 def open_safetensors(path: Path):
@@ -36,27 +35,32 @@ def open_safetensors(path: Path):
 
 
 class Checkpoint:
-    """A safetensors file, or a folder with one or more (diffusers' `transformer` folder).
+    """A model in 32, 16 or 8-bit floats: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
 
-    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is not stacked from several. Raises
-    CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
+    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor scaled fp8, which becomes
+    bf16. Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
-        if not self.files:
-            raise CheckpointError(f"{self.path}: a folder without .safetensors files")
-        self._where, own = {}, {}
+        self.files = files_of(self.path)
+        self._where, own, dtypes = {}, {}, {}
         for file in self.files:
             handle = open_safetensors(file)
             keys = list(handle.keys())
             prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
             for key in keys:
                 if key.startswith(prefix):
-                    name = key.removeprefix(prefix)
-                    own[name] = tuple(handle.get_slice(key).get_shape())
-                    self._where[name] = (handle, key)
+                    name, piece = key.removeprefix(prefix), handle.get_slice(key)
+                    if name in self._where:
+                        raise CheckpointError(
+                            f"{self.path}: {name} is in {self._where[name][2].name} and in {file.name}. Leave one version of the model in the folder."
+                        )
+                    own[name], dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
+                    self._where[name] = (handle, key, file)
+        self._scales = Scales(self.path, own, dtypes, self._raw)
+        for key in self._scales.keys:
+            del own[key]
         self.family = detect(own)
         self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
         if self._stacks:
@@ -68,9 +72,12 @@ class Checkpoint:
         """The tensor under ComfyUI's name `key`."""
         return self._stacks[key].read(self._read) if key in self._stacks else self._read(key)
 
-    def _read(self, name):
-        handle, key = self._where[name]
+    def _raw(self, name):
+        handle, key, _ = self._where[name]
         return handle.get_tensor(key)
+
+    def _read(self, name):
+        return self._scales.apply(name, self._raw(name))
 
     def fingerprint(self) -> str:
         """What calibrations are tied to; the same for ComfyUI's and diffusers' names of one model."""

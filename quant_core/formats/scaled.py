@@ -1,0 +1,50 @@
+"""fp8 checkpoints with scales, in the two ways that ComfyUI writes them."""
+
+from collections.abc import Callable
+
+import torch
+
+from .errors import CheckpointError
+
+MARKER = "scaled_fp8"  # an empty tensor in files of the older way
+WEIGHT_SCALES = ("scale_weight", "weight_scale")  # older, newer
+BESIDE = ("scale_input", "input_scale", "comfy_quant")
+FP8 = ("F8_E4M3", "F8_E5M2")
+PACKED = ("I8", "U8", "I16", "I32", "I64")
+
+
+class Scales:
+    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the model.
+
+    Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a scalar or one a row.
+    """
+
+    def __init__(self, path, shapes: dict, dtypes: dict[str, str], read: Callable[[str], torch.Tensor]):
+        """Raises CheckpointError for packed weights, scales without an fp8 weight and scales of a wrong kind."""
+        self.path, self.read, self.of = path, read, {}
+        packed = [k for k, d in dtypes.items() if d in PACKED and k.endswith((".weight", ".qweight"))]
+        if packed:
+            raise CheckpointError(
+                f"{path}: {packed[0]} is of dtype {dtypes[packed[0]]}: quantized already. `nibble convert` and Nibble Load Diffusion Model "
+                "read such files; quantizing starts from 16 bit or fp8."
+            )
+        self.keys = {k for k in shapes if k == MARKER or k.rpartition(".")[2] in BESIDE}
+        for key, shape in shapes.items():
+            name, _, leaf = key.rpartition(".")
+            weight = f"{name}.weight"
+            if leaf not in WEIGHT_SCALES or weight not in shapes:
+                continue
+            if dtypes[weight] not in FP8:
+                raise CheckpointError(f"{path}: {key} is a scale, but {weight} is {dtypes[weight]}, not fp8. The file mixes formats.")
+            rows = shapes[weight][0]
+            if dtypes[key] not in ("F32", "F16", "BF16") or shape not in ((), (1,), (rows,), (rows, 1)):
+                raise CheckpointError(f"{path}: {key}: expected one float, or {rows}, found {dtypes[key]} {list(shape)}")
+            self.keys.add(key)
+            self.of[weight] = key
+
+    def apply(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The real values of a weight, bf16 where it has a scale: 2^-9 of a value beside fp8's own 2^-4."""
+        if key not in self.of:
+            return tensor
+        scale = self.read(self.of[key]).float().reshape(-1, *[1] * (tensor.ndim - 1))
+        return (tensor.float() * scale).to(torch.bfloat16)
