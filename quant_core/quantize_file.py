@@ -21,7 +21,7 @@ from .quantize import leave_out
 from .report import Row
 from .training.presets import UNTRAINED, Preset
 from .training.stages import blocks_of, finished, quantize_blocks, steps_of
-from .training.trainer import Trainer, require_trajectory
+from .training.trainer import Trainer, require_chain, require_trajectory
 
 
 def quantize_file(
@@ -54,6 +54,7 @@ def quantize_file(
     trainer = None
     if preset != UNTRAINED:
         require_trajectory(calibration)
+        require_chain(checkpoint.family)
         trainer = trainer_of(diffusers_model.full(source, device), checkpoint.family, plan, calibration, device, store.folder, preset)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)

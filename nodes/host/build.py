@@ -1,5 +1,6 @@
 """A ComfyUI model around quantized layers, through ComfyUI's own model detection on logical shapes."""
 
+import logging
 from itertools import pairwise
 
 import comfy.model_management
@@ -10,8 +11,9 @@ from ...kernels import requantize_at_load
 from ...kernels.before import Gelu
 from ...kernels.target import target_of
 from ...quant_core.families import by_name
-from ...quant_core.formats.pack import PackFile
+from ...quant_core.formats.opening import open_quantized
 from ...quant_core.linear import QuantizedLayer
+from ...quant_core.report import as_report
 from ...quant_core.requantize import to_w8a8
 from .operations import is_quantized, operations_for
 from .patcher import NibblePatcher
@@ -59,7 +61,7 @@ def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
 def _fuse_gelu(model):
     """[Linear, GELU(tanh), quantized Linear]: the GELU is left to the quantizer of the last, which reads its input anyway."""
     for module in model.modules():
-        if isinstance(module, torch.nn.Sequential):
+        if type(module).forward is torch.nn.Sequential.forward:  # Wan's MLP is one that computes the GELU itself
             for i, (act, linear) in enumerate(pairwise(module)):
                 tanh = isinstance(act, torch.nn.GELU) and act.approximate == "tanh"
                 if tanh and is_quantized(linear) and not linear.spec.weight_only:
@@ -78,14 +80,18 @@ class _FusedGelu(torch.nn.Module):
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
-    """A Nibble file as a model. Weights stay memory-mapped until ComfyUI moves them. Raises DetectionError where ComfyUI has no such model."""
-    pack = PackFile(path)
+    """A quantized file of any format that `open_quantized` reads, as a model. Weights stay memory-mapped until ComfyUI moves them, where the
+    format has the layout of memory. Raises DetectionError where ComfyUI has no such model."""
+    pack = open_quantized(path)
+    for note in pack.notes:
+        logging.warning(f"Nibble: {pack.path.name}: {note}")
     if not (family := by_name(pack.family)).comfyui:
         raise DetectionError(
             f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers pipeline: see `load` in "
             "quant_core/diffusers_model.py."
         )
-    info = {"family": pack.family, "provenance": pack.provenance, "report": pack.report, "source": str(path)}
+    provenance = pack.provenance or {"method": pack.kind, "source": {"file": pack.path.name}}
+    info = {"family": pack.family, "provenance": provenance, "report": pack.report or as_report(pack), "source": str(path)}
     rest = {key: pack.tensor(key) for key in pack.rest}
     patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info)
     patcher.cached_patcher_init = (load, (path,))

@@ -14,7 +14,7 @@ from ...quant_core.gains import of_calibration
 from ...quant_core.quantize import leave_out, quantize_layers
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
-from ...quant_core.training.trainer import Trainer, require_trajectory
+from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build
 from .carry import keep_sampling_patches
 from .progress import steps
@@ -28,6 +28,7 @@ def training_store(calibration, source, provenance) -> BlockStore:
 
 def _trainer(model, source, plan, calibration, store, preset):
     require_trajectory(calibration)
+    require_chain(source.family)
     comfy.model_management.load_models_gpu([model])
     network = model.model.diffusion_model
     modules = {layer.name: [(network.get_submodule(layer.name), slice(0, layer.out_features))] for layer in plan}

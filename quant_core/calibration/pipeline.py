@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..families import detect
+from ..families import GENERIC, UnknownArchitecture, detect
 from ..formats.checkpoint import Checkpoint
 from .collect import calibrate
 from .file import Calibration, fingerprint
@@ -17,7 +17,7 @@ from .prompts import default_prompts
 def calibrate_pipeline(
     pipeline: Path, folder: Path, prompts: list[str] | None, *, samples, steps, size, seed, memory, device, progress
 ) -> Calibration:
-    """Runs a local diffusers pipeline over the prompts with hooks on its transformer.
+    """Runs a local diffusers pipeline over the prompts with hooks on its transformer or U-Net.
 
     prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids evenly over the classes.
     Raises ImportError without diffusers, ValueError for a folder that is no pipeline, CheckpointError for one without a
@@ -31,7 +31,7 @@ def calibrate_pipeline(
         raise ValueError(
             f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the ComfyUI node Nibble Calibrate."
         )
-    Checkpoint(Path(pipeline) / "transformer")  # refuses a model that `nibble quantize` could not read, before the text encoders load
+    _mapped(Checkpoint(pipeline).family)  # refuses a model that `nibble quantize` could not read, before the text encoders load
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(
@@ -50,19 +50,22 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
 
     Raises ValueError for a class that the model does not have, and for another size where it has but one.
     """
-    transformer, takes = pipe.transformer, signature(pipe.__call__).parameters
+    takes = signature(pipe.__call__).parameters
+    transformer = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
     scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    own = (getattr(pipe, "default_sample_size", None) or transformer.config.sample_size) * scale
+    latents = getattr(pipe, "default_sample_size", None) or transformer.config.get("sample_size")
+    own = latents * scale if isinstance(latents, int) else None  # video pipelines have a width and a height of their own
     if size and size != own and "width" not in takes:
         raise ValueError(f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out")
     size = size or own
     by_class = "class_labels" in takes
     prompts = class_ids(pipe, prompts, samples) if by_class else prompts or default_prompts()
     # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and ftfy are installed.
-    options = {"use_resolution_binning": False, "max_area": size * size, "clean_caption": False, "width": size, "height": size}
+    options = {"use_resolution_binning": False, "clean_caption": False}
+    options |= {"max_area": size * size, "width": size, "height": size} if size else {}
     options = {k: v for k, v in options.items() if k in takes}
     state = transformer.state_dict()
-    family = detect({k: tuple(v.shape) for k, v in state.items()})
+    family = _mapped(detect({k: tuple(v.shape) for k, v in state.items()}))
     sources = family.diffusers({k: v.shape for k, v in state.items()})
 
     shapes = {k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()}
@@ -73,7 +76,7 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     meta = {"model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)), "family": family.name, "settings": settings}
 
     def run(sample, capture):
-        with capture.watched(transformer, lambda args, kwargs: float(kwargs["timestep"].flatten()[0]), _without_padding):
+        with capture.watched(transformer, _timestep, _without_padding):
             prompt = prompts[sample % len(prompts)]
             pipe(
                 **({"class_labels": [prompt]} if by_class else {"prompt": prompt}),
@@ -84,6 +87,20 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
             )
 
     return calibrate(run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress)
+
+
+def _mapped(family):
+    if family is GENERIC:
+        raise UnknownArchitecture(
+            "a diffusers model that no family has a map of: ComfyUI's names of its layers are not known. Calibrate it in ComfyUI, with the "
+            "node Nibble Calibrate."
+        )
+    return family
+
+
+def _timestep(args, kwargs) -> float:
+    """Transformers get it by name, U-Nets as their second argument."""
+    return float(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0])
 
 
 def class_ids(pipe, lines: list[str] | None, samples: int) -> list[int]:

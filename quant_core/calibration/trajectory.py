@@ -68,8 +68,9 @@ class Trajectory:
 
 def _record(value, found):
     if isinstance(value, torch.Tensor):
-        value = value.detach().cpu().clone()
-        digest = hashlib.blake2b(value.contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=12)
+        # A sampler's expanded timestep of a single value has the stride 0, which a plain clone keeps and `view` refuses.
+        value = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        digest = hashlib.blake2b(value.flatten().view(torch.uint8).numpy().tobytes(), digest_size=12)
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         found[digest.hexdigest()] = value
         return {"tensor": digest.hexdigest()}

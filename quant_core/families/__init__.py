@@ -1,12 +1,18 @@
 """Model families: which linear layers are quantized, how, and what the same tensors are called elsewhere."""
 
 from .base import Family, Layer, Part, UnknownArchitecture
+from .chroma import CHROMA
 from .dit import DIT
 from .flux import FLUX
 from .generic import GENERIC, measured
 from .pixart import PIXART
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3
+from .sdxl import SDXL
+from .wan import WAN, WAN_VACE
+from .z_image import Z_IMAGE
 
-FAMILIES = (FLUX, PIXART, DIT)
+FAMILIES = (FLUX, CHROMA, PIXART, SD3, QWEN_IMAGE, Z_IMAGE, WAN_VACE, WAN, SDXL, DIT)
 
 
 def detect(shapes: dict[str, tuple[int, ...]]) -> Family:

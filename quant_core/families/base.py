@@ -41,13 +41,15 @@ class Layer:
 class Rule:
     """Pattern of module names within a block; `split`: "gelu" for x after GELU, "attn|gelu" for the two halves.
 
-    shared_input: the layer whose input this one shares; "{block}" in it stands for the block at hand.
+    shared_input: the layer whose input this one shares; "{block}" in it stands for the block at hand, "{first}" for the first
+    block of the model that has that layer. rows: only layers with that many times more out- than in-features; 0: all.
     """
 
     pattern: str
     split: str = ""
     weight_only: bool = False
     shared_input: str = ""
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,31 @@ class Stacked:
         return dict(zip(self.keys, tensor.split(rows), strict=True))
 
 
+def renamed(modules: dict[str, str | tuple[str, ...]], ours: str = "", theirs: str = "") -> dict[str, Stacked]:
+    """{ComfyUI key: Stacked} of weights and biases. modules: {ComfyUI's name: diffusers' name or those it stacks}, behind the prefixes."""
+    out = {}
+    for name, others in modules.items():
+        others = (others,) if isinstance(others, str) else others
+        for leaf in ("weight", "bias"):
+            out[f"{ours}{name}.{leaf}"] = Stacked(tuple(f"{theirs}{other}.{leaf}" for other in others))
+    return out
+
+
+def count(keys, stem: str) -> int:
+    """How many blocks stem.0, stem.1 ... the keys have."""
+    return len({k[len(stem) + 1 :].split(".", 1)[0] for k in keys if k.startswith(f"{stem}.")})
+
+
 @dataclass(frozen=True)
 class Family:
-    """name: in files. block: regular expression of a block's prefix; `rules`: the layers within it.
+    """name: in files. block: regular expression of a block's prefix; `rules`: the layers within it. stems: beginnings of the blocks'
+    names in the order of the forward pass, where that is not alphabetical.
 
-    signature: ComfyUI keys that must be there; `without`: key prefixes that must not (relatives with another layout).
+    signature: ComfyUI keys that must be there; `without`: key prefixes, ComfyUI's or diffusers', that must not (relatives with another
+    layout).
     diffusers: {diffusers shapes} -> {ComfyUI key: Stacked}. diffusers_class: its name in diffusers. comfyui: whether ComfyUI has the
     model; the names of one that it does not have are diffusers' own. streams: beginnings of layer names within a block of each output of
-    blocks with two, in ComfyUI's order and in diffusers'.
+    blocks with two, in ComfyUI's order and in diffusers'. chain: whether each block is fed by the one before alone, as training needs.
     """
 
     name: str
@@ -95,12 +114,17 @@ class Family:
     streams: tuple[str, ...] = ()
     diffusers_streams: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    stems: tuple[str, ...] = ()
+    chain: bool = True
 
     def matches(self, shapes) -> bool:
-        return all(k in shapes for k in self.signature) and not any(k.startswith(self.without) for k in shapes if self.without)
+        return self._has(self.signature, shapes)
 
     def matches_diffusers(self, shapes) -> bool:
-        return all(k in shapes for k in self.diffusers_signature)
+        return self._has(self.diffusers_signature, shapes)
+
+    def _has(self, signature, shapes):
+        return all(k in shapes for k in signature) and not any(k.startswith(self.without) for k in shapes if self.without)
 
     @staticmethod
     def stream_of(streams: tuple[str, ...]) -> Callable[[str], int | None]:
@@ -115,19 +139,23 @@ class Family:
             if match is None or len(shape) != 2:
                 continue
             for order, rule in enumerate(self.rules):
-                if re.fullmatch(rule.pattern, match["rest"]):
-                    found.append((_block_order(match["block"]), order, self._layer(key, match["block"], shape, rule)))
-        return [layer for _, _, layer in sorted(found, key=lambda f: f[:2])]
+                if re.fullmatch(rule.pattern, match["rest"]) and rule.rows in (0, shape[0] / shape[1]):
+                    found.append((self._position(match["block"]), order, key.removesuffix(".weight"), match["block"], rule))
+        found.sort(key=lambda f: f[:2])
+        blocks = list(dict.fromkeys(block for *_, block, _ in found))
+        return [self._layer(name, shapes, block, rule, blocks) for *_, name, block, rule in found]
 
-    def _layer(self, key, block, shape, rule):
-        name, (n, k) = key.removesuffix(".weight"), shape
+    def _position(self, block):
+        """input_blocks.4.1 before input_blocks.10.1, and before the blocks within it."""
+        stem = next((i for i, s in enumerate(self.stems) if block.startswith(s)), 0)
+        return stem, [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in block.split(".")]
+
+    def _layer(self, name, shapes, block, rule, blocks):
+        n, k = shapes[f"{name}.weight"]
         if rule.split == "attn|gelu":
             parts = (Part(0, n), Part(n, k, after_gelu=True))  # out-channels = hidden = width of the attention half
         else:
             parts = (Part(0, k, after_gelu=rule.split == "gelu"),)
-        return Layer(name, block, k, n, parts, rule.shared_input.format(block=block) or name, rule.weight_only)
-
-
-def _block_order(block: str):
-    stem, index = block.rsplit(".", 1)
-    return stem, int(index)
+        shared = rule.shared_input.format(block=block, first="{first}")
+        first = next((b for b in blocks if f"{shared.format(first=b)}.weight" in shapes), block)
+        return Layer(name, block, k, n, parts, shared.format(first=first) or name, rule.weight_only)

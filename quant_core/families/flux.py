@@ -5,7 +5,7 @@ deepcompressor's FLUX settings: embedders and final layer untouched, adaLN modul
 attention and MLP halves.
 """
 
-from .base import Family, Rule, Stacked
+from .base import Family, Rule, Stacked, count, renamed
 
 _TOP = {
     "img_in": "x_embedder",
@@ -45,24 +45,35 @@ _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k
 
 
 def _diffusers(shapes):
-    out = {}
+    out = renamed(_TOP)
     for leaf in ("weight", "bias"):
-        for comfy, other in _TOP.items():
-            out[f"{comfy}.{leaf}"] = Stacked((f"{other}.{leaf}",))
         out[f"final_layer.adaLN_modulation.1.{leaf}"] = Stacked((f"norm_out.linear.{leaf}",), swap_halves=True)
+    out |= blocks_from_diffusers(shapes)
+    return {k: s for k, s in out.items() if s.keys[0] in shapes}
+
+
+def blocks_from_diffusers(shapes) -> dict[str, Stacked]:
+    """The blocks' tensors, those that are not there among them."""
+    out = {}
     for ours, theirs, linears, norms in (
         ("double_blocks", "transformer_blocks", _DOUBLE, _DOUBLE_NORMS),
         ("single_blocks", "single_transformer_blocks", _SINGLE, _SINGLE_NORMS),
     ):
-        depth = len({k.split(".")[1] for k in shapes if k.startswith(f"{theirs}.")})
-        for i in range(depth):
-            for comfy, others in linears.items():
-                for leaf in ("weight", "bias"):
-                    out[f"{ours}.{i}.{comfy}.{leaf}"] = Stacked(tuple(f"{theirs}.{i}.{o}.{leaf}" for o in others))
+        for i in range(count(shapes, theirs)):
+            out |= renamed(linears, f"{ours}.{i}.", f"{theirs}.{i}.")
             for comfy, other in norms.items():
                 out[f"{ours}.{i}.{comfy}.scale"] = Stacked((f"{theirs}.{i}.{other}.weight",))
-    return {k: s for k, s in out.items() if s.keys[0] in shapes}
+    return out
 
+
+BLOCK_RULES = (
+    Rule(r"(img|txt)_attn\.qkv"),
+    Rule(r"(img|txt)_attn\.proj"),
+    Rule(r"(img|txt)_mlp\.0"),
+    Rule(r"(img|txt)_mlp\.2", split="gelu"),
+    Rule(r"linear1"),
+    Rule(r"linear2", split="attn|gelu"),
+)
 
 FLUX = Family(
     name="flux",
@@ -71,20 +82,15 @@ FLUX = Family(
     rules=(
         # All of them read SiLU of the one vector of time, guidance and pooled text.
         Rule(r"(img|txt)_mod\.lin|modulation\.lin", weight_only=True, shared_input="double_blocks.0.img_mod.lin"),
-        Rule(r"(img|txt)_attn\.qkv"),
-        Rule(r"(img|txt)_attn\.proj"),
-        Rule(r"(img|txt)_mlp\.0"),
-        Rule(r"(img|txt)_mlp\.2", split="gelu"),
-        Rule(r"linear1"),
-        Rule(r"linear2", split="attn|gelu"),
+        *BLOCK_RULES,
     ),
     signature=("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "double_blocks.0.img_mod.lin.weight"),
-    # Chroma and FLUX.2 share the block names but not the modulation.
-    without=("distilled_guidance_layer.", "double_stream_modulation"),
+    # Chroma and FLUX.2 share the block names but not the modulation; Ovis-Image's MLPs have no GELU.
+    without=("distilled_guidance_layer.", "double_stream_modulation", "double_blocks.0.img_mlp.gate_proj.", "context_embedder_norm."),
     diffusers_signature=(
         "transformer_blocks.0.norm1_context.linear.weight",
         "x_embedder.weight",
-        "transformer_blocks.0.attn.add_q_proj.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
     ),
     diffusers=_diffusers,
     diffusers_class="FluxTransformer2DModel",

@@ -133,4 +133,5 @@ GENERIC = Generic(
     diffusers_signature=(),
     diffusers=lambda shapes: {},
     diffusers_class="",
+    chain=False,  # nobody said so
 )

@@ -3,7 +3,7 @@
 `t_block` (adaLN-single) runs once a step for all blocks and stays in 16 bit, with the embedders and the final layer.
 """
 
-from .base import Family, Rule, Stacked
+from .base import Family, Rule, Stacked, count, renamed
 
 _TOP = {
     "x_embedder.proj": "pos_embed.proj",
@@ -30,16 +30,11 @@ _BLOCK = {
 
 
 def _diffusers(shapes):
-    out = {"final_layer.scale_shift_table": Stacked(("scale_shift_table",))}
-    for leaf in ("weight", "bias"):
-        for comfy, other in _TOP.items():
-            out[f"{comfy}.{leaf}"] = Stacked((f"{other}.{leaf}",))
-    depth = len({k.split(".")[1] for k in shapes if k.startswith("transformer_blocks.")})
-    for i in range(depth):
-        out[f"blocks.{i}.scale_shift_table"] = Stacked((f"transformer_blocks.{i}.scale_shift_table",))
-        for comfy, others in _BLOCK.items():
-            for leaf in ("weight", "bias"):
-                out[f"blocks.{i}.{comfy}.{leaf}"] = Stacked(tuple(f"transformer_blocks.{i}.{o}.{leaf}" for o in others))
+    out = {"final_layer.scale_shift_table": Stacked(("scale_shift_table",))} | renamed(_TOP)
+    for i in range(count(shapes, "transformer_blocks")):
+        ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
+        out[f"{ours}scale_shift_table"] = Stacked((f"{theirs}scale_shift_table",))
+        out |= renamed(_BLOCK, ours, theirs)
     return {k: s for k, s in out.items() if s.keys[0] in shapes}
 
 

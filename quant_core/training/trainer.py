@@ -13,6 +13,7 @@ from ..calibration.file import Calibration
 from ..calibration.reconstruct import Modules, Run, TrainConfig, installed, judged, train
 from ..calibration.segments import Chain
 from ..calibration.trajectory import Trajectory
+from ..families import Family
 from ..formats.atomic import save_text
 from ..linear import QuantizedLayer
 from ..methods.again import round_again
@@ -34,6 +35,19 @@ def require_trajectory(calibration: Calibration | None):
         raise NoTrajectory(
             f"calibration {calibration.path}: holds no recorded inputs of the network to train on, as those made before version 0.4 or merged. "
             "Calibrate again, or set training to none."
+        )
+
+
+class NoChain(ValueError):
+    """Training was asked for, and the model's blocks do not stand one behind the other."""
+
+
+def require_chain(family: Family):
+    """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their place."""
+    if not family.chain:
+        raise NoChain(
+            f"training goes through a model's blocks one after the other, and those of {family.title} also read what other blocks computed. "
+            "Set training to none."
         )
 
 

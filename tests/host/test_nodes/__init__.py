@@ -4,10 +4,12 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
+import comfy.model_detection as detection
 import torch
 from comfy_api.latest import ComfyExtension, io
 
 from comfyui_nibble.quant_core.demo import pictures
+from comfyui_nibble.tests.host.narrow import widths_from_weights
 
 from . import memory, options
 
@@ -31,7 +33,8 @@ class TestCaptions(io.ComfyNode):
 
 
 class TestConditioning(io.ComfyNode):
-    """Seeded random conditioning of any width, `entries` of them."""
+    """Seeded random conditioning of any width, `entries` of them. image_tokens: of CLIP's vision model, as Wan's image to video takes. mask: 1 to
+    go with the attention mask that T5 gives."""
 
     @classmethod
     def define_schema(cls):
@@ -39,16 +42,22 @@ class TestConditioning(io.ComfyNode):
             io.Int.Input(n, default=d, max=2**31)
             for n, d in (("tokens", 16), ("dim", 4096), ("pooled_dim", 768), ("seed", 0), ("entries", 1))
         ]
+        inputs += [io.Int.Input(n, default=0, optional=True) for n in ("image_tokens", "mask")]
         return io.Schema("TestConditioning", category="test", inputs=inputs, outputs=[io.Conditioning.Output()])
 
     @classmethod
-    def execute(cls, tokens, dim, pooled_dim, seed, entries):
+    def execute(cls, tokens, dim, pooled_dim, seed, entries, image_tokens=0, mask=0):
         g = torch.Generator().manual_seed(seed)
         out = []
         for _ in range(entries):
             extra = {"guidance": 3.5}
             if pooled_dim:
                 extra["pooled_output"] = torch.randn(1, pooled_dim, generator=g)
+            if mask:
+                extra["attention_mask"] = torch.ones(1, tokens)
+            if image_tokens:
+                seen = torch.randn(1, image_tokens, 1280, generator=g)
+                extra["clip_vision_output"] = SimpleNamespace(penultimate_hidden_states=seen)
             out.append([torch.randn(1, tokens, dim, generator=g), extra])
         return io.NodeOutput(out)
 
@@ -72,21 +81,26 @@ class TestTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Combo.Input("type", options=["flux", "pixart"]), io.Int.Input("seed", default=0, max=2**31)]
+        inputs = [io.Combo.Input("type", options=["flux", "pixart", "wan", "sdxl"]), io.Int.Input("seed", default=0, max=2**31)]
         return io.Schema("TestTextEncoder", category="test", inputs=inputs, outputs=[io.Clip.Output()])
 
     @classmethod
     def execute(cls, type, seed):
         import comfy.sd
+        import comfy.sdxl_clip
         from comfy.text_encoders import flux, pixart_t5
 
-        if type == "flux":
-            encoder, tokenizer = flux.flux_clip(), flux.FluxTokenizer
-        else:
-            encoder, tokenizer = pixart_t5.pixart_te(), pixart_t5.PixArtTokenizer
+        encoder, tokenizer = {
+            "flux": lambda: (flux.flux_clip(), flux.FluxTokenizer),
+            "pixart": lambda: (pixart_t5.pixart_te(), pixart_t5.PixArtTokenizer),
+            # UMT5, of the same width, whose vocabulary comes with its weights only.
+            "wan": lambda: (pixart_t5.pixart_te(), pixart_t5.PixArtTokenizer),
+            "sdxl": lambda: (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
+        }[type]()
         # The widths of the outputs and the vocabularies stay: models and tokenizers depend on them.
         options = {
-            "clip_l_model_config": {"num_hidden_layers": 2, "intermediate_size": 64},
+            "clip_l_model_config": {"num_hidden_layers": 3 if type == "sdxl" else 2, "intermediate_size": 64},
+            "clip_g_model_config": {"num_hidden_layers": 3, "intermediate_size": 64},
             "t5xxl_model_config": {"num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 64},
         }
         clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), model_options=options)
@@ -158,6 +172,9 @@ class TestSharedTensors(io.ComfyNode):
     def execute(cls, model, source):
         ours, theirs = (m.model.diffusion_model.state_dict() for m in (model, source))
         return io.NodeOutput("\n".join(k for k, t in ours.items() if k in theirs and t.data_ptr() == theirs[k].data_ptr()))
+
+
+detection.detect_unet_config = widths_from_weights(detection.detect_unet_config)
 
 
 class TestExtension(ComfyExtension):

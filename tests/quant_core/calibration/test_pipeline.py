@@ -10,16 +10,19 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError
@@ -27,7 +30,7 @@ from comfyui_nibble.quant_core.calibration.plan import inputs_of
 from comfyui_nibble.quant_core.cli import app
 from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.demo.pictures import TEXT_DIM
-from comfyui_nibble.quant_core.families import FLUX, PIXART, UnknownArchitecture
+from comfyui_nibble.quant_core.families import FLUX, PIXART, SDXL, UnknownArchitecture
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint, CheckpointError
 from comfyui_nibble.quant_core.formats.pack import PackFile
 
@@ -209,7 +212,7 @@ def test_quantizes_the_transformer_of_the_pipeline(done, tmp_path):
     assert sum(layer.weight_only for layer in layers.values()) == done.weight_only
     assert min(sqnr.values()) > 15
     found = json.loads(nibble("inspect", out, "--json"))
-    assert (found["kind"], found["family"], found["quantized layers"]) == ("Nibble model", done.family.name, done.layers)
+    assert (found["kind"], found["family"], found["quantized layers"]) == ("Nibble model", done.family.title, done.layers)
 
 
 def test_inspect_names_the_model_of_both(done):
@@ -264,10 +267,10 @@ def test_kontext_without_a_picture(saved, tmp_path):
 
 def test_other_models_are_refused_before_they_load(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="transformer: not found"):
+    with pytest.raises(CheckpointError, match="without a `transformer` or `unet` folder"):
         nibble("calibrate", tmp_path, tmp_path / "out")
     vae(4).save_pretrained(tmp_path / "transformer")
-    with pytest.raises(UnknownArchitecture, match="Supported: FLUX.1, PixArt-alpha and PixArt-Sigma"):
+    with pytest.raises(UnknownArchitecture, match="Supported: FLUX.1, .*PixArt-alpha and PixArt-Sigma"):
         nibble("calibrate", tmp_path, tmp_path / "out")
 
 
@@ -275,3 +278,34 @@ def test_file_without_prompts_is_named(saved, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="empty.txt: holds no prompts"):
         nibble("calibrate", saved / "flux", tmp_path / "out", "--prompts", tmp_path / "empty.txt")
+
+
+def sdxl():
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), cross_attention_dim=2 * TEXT_DIM, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_DIM,
+    )  # fmt: skip
+    config = clip(TEXT_DIM).config
+    config.projection_dim = TEXT_DIM
+    return StableDiffusionXLPipeline(
+        vae=vae(4), text_encoder=clip(TEXT_DIM), tokenizer=tokenizer(77), text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer_2=tokenizer(77), unet=unet, scheduler=EulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def test_a_u_net(tmp_path):
+    sdxl().save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = ("--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 2, "--size", SIZE, "--device", "cpu")
+    nibble("calibrate", tmp_path / "pipe", tmp_path / "c", *options)
+    checkpoint, calibration = Checkpoint(tmp_path / "pipe"), Calibration(tmp_path / "c")
+    assert checkpoint.family is SDXL
+    layers = SDXL.layers(checkpoint.shapes)
+    assert set(calibration.names) == {layer.input for layer in layers}
+    assert (
+        calibration.get("input_blocks.3.1.proj_in").count == 2 * 2 * (SIZE // 8 // 2) ** 2
+    )  # 2 steps, both halves of CFG, one sample fitted
+    nibble("quantize", tmp_path / "pipe", tmp_path / "q.safetensors", "--calibration", tmp_path / "c", "--method", "rtn")
+    assert set(PackFile(tmp_path / "q.safetensors").specs) == {layer.name for layer in layers}

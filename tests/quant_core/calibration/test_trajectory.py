@@ -33,6 +33,12 @@ def test_tensors_come_back_bit_exact(value):
     assert torch.equal(as_bytes(got), as_bytes(value))
 
 
+def test_a_timestep_expanded_from_one_value():
+    """As some samplers hand it over: its stride is 0."""
+    (got,), _ = replayed(recorded(torch.tensor(0.5).expand(1)))
+    assert torch.equal(got, torch.tensor([0.5]))
+
+
 def test_arguments_keep_their_form():
     y = X[:, 0].clone()
     options = {"cond": [0], "flag": True, "scale": 0.5, "sigmas": y, "patch": print, 3: "no text"}

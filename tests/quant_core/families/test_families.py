@@ -1,10 +1,15 @@
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.families import FLUX, PIXART, detect
+from comfyui_nibble.quant_core.families import FAMILIES, FLUX, PIXART, Family, detect
+from comfyui_nibble.quant_core.families.qwen_image import QWEN_IMAGE
+from comfyui_nibble.quant_core.families.sd3 import SD3
+from comfyui_nibble.quant_core.families.sdxl import SDXL
+from comfyui_nibble.quant_core.families.z_image import Z_IMAGE
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
+from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, sd3_shapes, sdxl_shapes, z_image_shapes
 
 
 def test_flux_map_of_a_full_width_model():
@@ -56,10 +61,66 @@ def test_pixart_map_shares_the_text():
     assert not any(layer.weight_only for layer in layers.values())
 
 
+def test_blocks_within_blocks_are_in_numeric_order():
+    """A U-Net: input before middle before output, 4 before 10, a transformer's projections before its blocks."""
+    blocks = ["input_blocks.4.1", "input_blocks.4.1.transformer_blocks.2", "input_blocks.4.1.transformer_blocks.10", "input_blocks.10.1",
+              "middle_block.1.transformer_blocks.0", "output_blocks.0.1"]  # fmt: skip
+    names = [f"{b}.{'attn2.to_k' if 'transformer' in b else 'proj_in'}" for b in blocks]
+    layers = SDXL.layers({f"{name}.weight": (64, 64) for name in reversed(names)})
+    assert [layer.name for layer in layers] == names
+    assert [layer.block for layer in layers] == blocks
+    # The first block that has such a layer stands for all.
+    assert {layer.input for layer in layers if layer.name.endswith("to_k")} == {names[1]}
+
+
+def test_z_images_blocks_are_in_the_order_of_the_forward_pass():
+    blocks = dict.fromkeys(layer.block.split(".")[0] for layer in Z_IMAGE.layers(z_image_shapes()))
+    assert list(blocks) == ["context_refiner", "noise_refiner", "layers"]
+
+
+def test_sd3_keeps_the_last_blocks_short_modulation():
+    names = [layer.name for layer in SD3.layers(sd3_shapes(2)) if layer.weight_only]
+    assert names == [f"joint_blocks.{b}_block.adaLN_modulation.1" for b in ("0.context", "0.x", "1.x")]
+
+
+def test_streams_of_layers():
+    """Which of a block's outputs a layer's error goes into first, by the order in which ComfyUI returns them."""
+    qwen, sd3 = Family.stream_of(QWEN_IMAGE.streams), Family.stream_of(SD3.streams)
+    text = ("txt_mod.1", "attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj")
+    image = ("img_mod.1", "attn.to_q", "attn.to_out.0", "img_mlp.net.2")
+    assert {qwen(f"transformer_blocks.11.{n}") for n in text} == {sd3("joint_blocks.3.context_block.mlp.fc1")} == {0}
+    assert {qwen(f"transformer_blocks.11.{n}") for n in image} == {sd3("joint_blocks.3.x_block.attn2.qkv")} == {1}
+
+
 def test_relatives_are_not_taken_for_flux():
     shapes = flux_shapes(hidden=128)
     for relative in ("distilled_guidance_layer.in_proj.weight", "double_stream_modulation_img.lin.weight"):
         assert not FLUX.matches(shapes | {relative: (1, 1)})
+    # Ovis-Image: a gated SiLU instead of a GELU, in both libraries' names.
+    assert not FLUX.matches(shapes | {"double_blocks.0.img_mlp.gate_proj.weight": (1, 1)})
+
+
+@pytest.mark.parametrize("made", ["OvisImageTransformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel"])
+def test_relatives_under_diffusers_names_belong_to_no_family(made):
+    import diffusers
+
+    arguments = {"num_layers": 2} | ({"num_single_layers": 1} if "Lumina" not in made else {})
+    with torch.device("meta"):
+        model = getattr(diffusers, made)(**arguments)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert not any(f.matches(shapes) or f.matches_diffusers(shapes) for f in FAMILIES)
+
+
+def test_older_u_nets_are_not_taken_for_sdxl():
+    shapes = sdxl_shapes()
+    assert SDXL.matches(shapes)
+    assert not SDXL.matches(shapes | {"input_blocks.1.1.proj_in.weight": (320, 320)})  # SD 2 unCLIP, Stable Video Diffusion
+    assert not SDXL.matches({k: s for k, s in shapes.items() if "label_emb" not in k})  # SD 1
+
+
+def test_lumina_is_not_taken_for_z_image():
+    shapes = {k.replace("adaLN_modulation.0", "adaLN_modulation.1"): s for k, s in z_image_shapes().items()}
+    assert not Z_IMAGE.matches(shapes)
 
 
 def test_flux_under_diffusers_names_is_the_same_model(tmp_path, tiny_state):

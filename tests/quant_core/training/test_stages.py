@@ -8,13 +8,15 @@ import torch
 
 from comfyui_nibble.quant_core.calibration.file import Calibration, merge
 from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig, installed
+from comfyui_nibble.quant_core.families import FLUX
+from comfyui_nibble.quant_core.families.sdxl import SDXL
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.quant_core.training import trainer as trainer_file
 from comfyui_nibble.quant_core.training.plot import plot
 from comfyui_nibble.quant_core.training.presets import UNTRAINED, Preset
 from comfyui_nibble.quant_core.training.stages import blocks_of, runs_of, steps_of
-from comfyui_nibble.quant_core.training.trainer import NoTrajectory, require_trajectory
+from comfyui_nibble.quant_core.training.trainer import NoChain, NoTrajectory, require_chain, require_trajectory
 
 BLOCKS = ["double_blocks.0", "single_blocks.0", "single_blocks.1"]
 TRAINED = Preset(TrainConfig(("transform", "smooth", "bias"), steps=3, rate=2e-3, calls=2), None)
@@ -225,3 +227,9 @@ def test_calibrations_without_recorded_calls_are_refused(small, tmp_path):
     ):
         require_trajectory(Calibration(tmp_path / "merged.safetensors"))
     require_trajectory(small.calibration)
+
+
+def test_families_whose_blocks_are_no_chain_are_refused():
+    with pytest.raises(NoChain, match=r"those of SDXL also read what other blocks computed. Set training to none"):
+        require_chain(SDXL)
+    require_chain(FLUX)
