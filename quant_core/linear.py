@@ -10,6 +10,8 @@ from .quantizers import dequantize
 from .spec import TENSOR_NAMES, LinearSpec, SpecError
 from .transforms import unfold_weight
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
@@ -28,7 +30,7 @@ class QuantizedLayer:
             if tuple(tensor.shape) != shape:
                 raise SpecError(f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}")
             whole = {"weight": torch.int8, "channel_order": torch.int32}.get(key)
-            if not (tensor.is_floating_point() if whole is None else tensor.dtype == whole):
+            if tensor.dtype not in (_FLOATS if whole is None else (whole,)):
                 raise SpecError(f"layer {self.name}: {key} has the dtype {tensor.dtype}")
             if key == "channel_order" and tensor.is_cpu and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int()):
                 # On the CPU, as it comes from a file: on a card an index out of range would end the process.

@@ -3,7 +3,10 @@
 from dataclasses import asdict, dataclass, field
 from math import prod
 
+from .families import by_name
+from .formats.opened import Opened
 from .formats.pack import PackFile
+from .memory import layer_bytes
 
 
 @dataclass
@@ -66,6 +69,13 @@ def file_storage(pack: PackFile) -> str:
     weights = sum(prod(s) for k, s in shapes.items() if k.endswith(".weight") and k.removesuffix(".weight") in layers)
     trits = f", {len(pack.base3)} ternary layers in base 3" * bool(pack.base3)
     return storage(f"Whole file{trits}", pack.path.stat().st_size, weights, sum(map(prod, shapes.values())) - weights)
+
+
+def as_report(model: Opened) -> list[dict]:
+    """Rows for a file whose format has no report: what each layer is, without errors."""
+    blocks = {layer.name: layer.block for layer in by_name(model.family).layers(model.logical_shapes())}
+    row = lambda name, s: Row(name, blocks.get(name, ""), s.in_features, s.out_features, s.describe(), nbytes=layer_bytes(s))
+    return [row(name, spec).to_json() for name, spec in model.specs.items()]
 
 
 def sqnr_summary(rows) -> dict:

@@ -1,5 +1,6 @@
 """What every opened file of a quantized model offers, whatever its format."""
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -36,6 +37,10 @@ class Opened:
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of one of `rest`, from the header."""
         raise NotImplementedError
+
+    def rest_bytes(self) -> int:
+        """Of `rest` in 16 bit, as ComfyUI holds it."""
+        return sum(2 * prod(self.shape(key)) for key in self.rest)
 
     def logical_shapes(self) -> dict[str, tuple[int, ...]]:
         """{key: shape} of the model as if it had never been quantized: what model detection wants to see."""

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, fields, replace
 
-from . import convrot, robuq, rtn, splitquant, svdquant, weight_only
+from . import convrot, native, robuq, rtn, splitquant, svdquant, weight_only
 from .problem import Fitted, Problem
 
 
 @dataclass(frozen=True)
 class Method:
-    """`config` holds the defaults, `fit(problem, config)` returns a Fitted."""
+    """`config` holds the defaults, `fit(problem, config)` returns a Fitted. weight_only: it fits weight-only layers too."""
 
     name: str
     title: str
     fit: object
     config: object
+    weight_only: bool = False
 
     def configured(self, **options):
         """The config with `options` set. Raises ValueError for an option that the method does not have."""
@@ -32,6 +33,7 @@ METHODS = {
         Method("convrot", "ConvRot (per token and channel)", convrot.fit, convrot.ConvRotConfig()),
         Method("rtn", "Round to nearest (baseline)", rtn.fit, rtn.RTNConfig()),
         Method("robuq", "RobuQ (ternary weights)", robuq.fit, robuq.RobuQConfig()),
+        Method("native", "What stock ComfyUI runs", native.fit, native.NativeConfig(), weight_only=True),
     )
 }
 
@@ -45,7 +47,7 @@ def by_name(name: str) -> Method:
 
 def fit_problem(problem: Problem, method: Method, config) -> Fitted:
     """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ."""
-    if not problem.layer.weight_only:
+    if method.weight_only or not problem.layer.weight_only:
         return method.fit(problem, config)
     return weight_only.fit(problem, getattr(config, "rank", 0), getattr(config, "gptq", False))
 

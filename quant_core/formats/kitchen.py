@@ -1,0 +1,156 @@
+"""Files quantized for ComfyUI itself, for comfy-kitchen or by comfy-quants, read into the one operator.
+
+svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute. float8 layers become bf16.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from ..families import detect
+from ..linear import QuantizedLayer
+from ..spec import LinearSpec, SpecError
+from . import kitchen_declared as declared
+from .checkpoint import PREFIXES, open_safetensors
+from .errors import CheckpointError
+from .kitchen_declared import Declaration, DeclarationError
+from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
+from .opened import Opened
+
+PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know
+
+
+def is_kitchen(keys: Iterable[str], metadata: Mapping[str, str] | None) -> bool:
+    """Whether a safetensors file with these keys and header entries declares quantized layers as ComfyUI does."""
+    return declared.HEADER in (metadata or {}) or any(k.endswith(f".{declared.LEAF}") for k in keys)
+
+
+class KitchenFile(Opened):
+    """One safetensors file with layers declared by `<layer>.comfy_quant` tensors, by the `_quantization_metadata` header, or by both.
+
+    Prefixes of whole checkpoints are stripped. Raises CheckpointError naming the file and the key for what is no sound file or has no
+    layer that this pack runs, and UnknownArchitecture for models without blocks of linear layers.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._file = open_safetensors(self.path)
+        metadata, raw = self._file.metadata() or {}, list(self._file.keys())
+        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in raw)), "")
+        self._keys = {k.removeprefix(prefix): k for k in raw if k.startswith(prefix)}
+        found = self._declared(metadata.get(declared.HEADER), prefix, set(raw))
+        self._layers: dict[str, tuple[Declaration, dict[str, Stored]]] = {}
+        self.specs: dict[str, LinearSpec] = {}
+        leaves = {name: {} for name in found}
+        for key in self._keys:
+            name, _, leaf = key.rpartition(".")
+            if name in leaves:
+                leaves[name][leaf] = self._stored(key)
+        for name, declaration in found.items():
+            try:
+                stored = gather(declaration, leaves[name])
+                spec = spec_of(declaration, stored)
+            except (LayoutError, SpecError) as error:
+                raise CheckpointError(f"{self.path}: layer {name}: {error}. Download or export the file again.") from error
+            self._layers[name] = declaration, stored
+            if spec is not None:
+                self.specs[name] = spec
+        formats = Counter(d.format for d, _ in self._layers.values())
+        if not self.specs:
+            raise CheckpointError(
+                f"{self.path}: no layer of its diffusion model is quantized in a way that this pack runs (found: "
+                f"{', '.join(f'{c} {f}' for f, c in formats.items()) or 'none'}). Load it with Load Diffusion Model."
+            )
+        side = {f"{name}.{leaf}" for name in found for leaf in leaves[name]}
+        dense = {f"{name}.{leaf}" for name in found if name not in self.specs for leaf in ("weight", "bias")}
+        self.rest = sorted(set(self._keys) - (side - dense))
+        self.family = self._family()
+        self.kind = f"ComfyUI quantized model ({', '.join(f'{c} {f}' for f, c in formats.items())})"
+        self.provenance, self.report = self._exported(metadata.get(PROVENANCE))
+        self.notes = tuple(self._notes(leaves, len(raw) - len(self._keys)))
+
+    def _stored(self, key) -> Stored:
+        view = self._file.get_slice(self._keys[key])
+        return Stored(key, tuple(view.get_shape()), view.get_dtype())
+
+    def _declared(self, header, prefix, raw) -> dict[str, Declaration]:
+        """{layer: Declaration} of both places, which must agree."""
+        try:
+            in_header = declared.of_header(header)
+        except DeclarationError as error:
+            raise CheckpointError(f"{self.path}: header entry {declared.HEADER!r}: {error}.") from error
+        # Names come with the prefix or without it; in a whole checkpoint they may also be of its text encoders.
+        outside = {name for name in in_header if prefix and not name.startswith(prefix) and f"{name}.weight" in raw}
+        found = {name.removeprefix(prefix): d for name, d in in_header.items() if name not in outside}
+        if missing := sorted(name for name in found if f"{name}.weight" not in self._keys):
+            raise CheckpointError(
+                f"{self.path}: header entry {declared.HEADER!r} declares the layer {missing[0][:200]} as {found[missing[0]].format}, but the "
+                f"tensor {missing[0][:200]}.weight is missing ({len(missing)} such layers). The file is not whole: download or export it again."
+            )
+        for key in self._keys:
+            name, _, leaf = key.rpartition(".")
+            if leaf != declared.LEAF:
+                continue
+            stored = self._stored(key)
+            try:
+                here = declared.of_tensor(stored.shape, stored.dtype, lambda key=key: self._file.get_tensor(self._keys[key]))
+            except DeclarationError as error:
+                raise CheckpointError(f"{self.path}: {key}: {error}.") from error
+            if found.setdefault(name, here) != here:
+                raise CheckpointError(
+                    f"{self.path}: layer {name}: {key} says '{here}', the header entry {declared.HEADER!r} says '{found[name]}'. Export the file again."
+                )
+        return found
+
+    def _family(self) -> str:
+        shapes = self.logical_shapes()
+        family = detect(shapes)
+        if not family.matches(shapes):
+            raise CheckpointError(
+                f"{self.path}: its tensors have diffusers' names, expected ComfyUI's for {family.title}, whose quantized layers stack several "
+                "of diffusers'. Quantize the full-precision model with Nibble Quantize, or take a file made for ComfyUI."
+            )
+        return family.name
+
+    @staticmethod
+    def _exported(text) -> tuple[dict, list]:
+        """Provenance and report of a file that we wrote; empty for any other, and for what is no JSON of ours."""
+        try:
+            header = json.loads(text or "{}")
+        except (ValueError, RecursionError):
+            return {}, []
+        header = header if isinstance(header, dict) else {}
+        provenance, report = header.get("provenance"), header.get("report")
+        return provenance if isinstance(provenance, dict) else {}, report if isinstance(report, list) else []
+
+    def _notes(self, leaves, outside):
+        if dense := len(self._layers) - len(self.specs):
+            yield f"float8 layers ({dense}) are read as bf16, weight times scale: they take twice the memory, and their input is not quantized"
+        if static := sum("input_scale" in of for name, of in leaves.items() if name in self.specs):
+            yield f"the input_scale of layers ({static}) is not used: x takes its range as it comes, as in comfy-kitchen"
+        if outside:
+            yield f"tensors outside of the diffusion model ({outside}), of text encoders or a VAE, are left out"
+
+    def layer(self, name: str) -> QuantizedLayer:
+        """One layer; convrot, int8 and natural svdquant weights memory-mapped, others rearranged."""
+        declaration, stored = self._layers[name]
+        get = lambda leaf: self._file.get_tensor(self._keys[stored[leaf].key]) if leaf in stored else None
+        try:
+            return QuantizedLayer(name, self.specs[name], tensors_of(declaration, self.specs[name], get))
+        except SpecError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One of `rest`; the weight of a float8 layer times its scale, in bf16."""
+        tensor = self._file.get_tensor(self._keys[key])
+        name, _, leaf = key.rpartition(".")
+        if leaf != "weight" or name not in self._layers:
+            return tensor
+        scale = self._file.get_tensor(self._keys[self._layers[name][1]["weight_scale"].key])
+        return (tensor.float() * scale.float()).to(torch.bfloat16)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._stored(key).shape

@@ -1,0 +1,80 @@
+"""Layers that a format cannot hold, in 8 or 16 bit instead."""
+
+from collections.abc import Iterable
+
+import torch
+
+from ..families import Layer, Part
+from ..linear import QuantizedLayer
+from ..methods import weight_only
+from ..methods.parts import assemble, round_part
+from ..methods.problem import Problem
+from ..side import bias_correction
+from ..spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from .kitchen_declared import ROTATIONS
+
+AS = ("int8", "16 bit")
+NEAREST = "W4A16 rounded to nearest"
+
+
+def dense(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (N, K) that the layer applies to x, bias (N,) or None), fp32. The bias without what corrects shifted activations."""
+    bias = layer.tensors["bias"].float() if layer.spec.bias else None
+    if bias is not None and (correction := bias_correction(layer)) is not None:
+        bias = bias + correction
+    return layer.dequantize(), bias
+
+
+def int8(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer as int8_tensorwise with a rotation: its dequantized weight at 8 bits a row, x at 8 bits a token.
+
+    Its values are rounded once more, at about 40 dB. x has 8 bits, but no groups and no smoothing: under outliers that is about as good. A
+    weight-only layer stays one.
+    """
+    weight, bias = dense(layer)
+    k = weight.shape[1]
+    size = next((s for s in ROTATIONS if k % s == 0), 0)
+    activation = None if layer.spec.weight_only else ActivationSpec(8, "token")
+    spec = PartSpec(0, k, WeightSpec(8, "channel"), activation, rotation=size)
+    codes, scales = round_part(weight, spec, None, torch.float32)
+    return assemble(
+        _problem(layer.name, weight, bias), [{"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}]
+    )
+
+
+def nearest_spec(spec: LinearSpec) -> LinearSpec:
+    """Of `nearest`."""
+    return LinearSpec(spec.in_features, spec.out_features, (PartSpec(0, spec.in_features, WeightSpec(), None),), spec.bias)
+
+
+def nearest(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of least squares."""
+    weight, bias = dense(layer)
+    floats = torch.float16 if any(t.dtype == torch.float16 for t in layer.tensors.values()) else torch.bfloat16
+    return weight_only.fit(_problem(layer.name, weight.to(floats), bias)).layer
+
+
+def _problem(name, weight, bias):
+    n, k = weight.shape
+    return Problem(Layer(name, name, k, n, (Part(0, k),), name), weight, bias, None)
+
+
+def replaced(
+    layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], names: Iterable[str], what: str
+) -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
+    """(layers, rest) with the layers `names` as `what`, NEAREST or one of AS: `nearest`, `int8`, or plain weights and biases in `rest`, in bf16 (fp16 where
+    the layer's own tensors are). Raises ValueError for another `what`."""
+    if what not in (*AS, NEAREST):
+        raise ValueError(f"unknown replacement {what!r}; choose of {', '.join(AS)}")
+    layers, rest = dict(layers), dict(rest)
+    for name in names:
+        if what != "16 bit":
+            layers[name] = (int8 if what == "int8" else nearest)(layers[name])
+            continue
+        layer = layers.pop(name)
+        dtype = torch.float16 if any(t.dtype == torch.float16 for t in layer.tensors.values()) else torch.bfloat16
+        weight, bias = dense(layer)
+        rest[f"{name}.weight"] = weight.to(dtype)
+        if bias is not None:
+            rest[f"{name}.bias"] = bias.to(dtype)
+    return layers, rest

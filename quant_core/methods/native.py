@@ -1,0 +1,98 @@
+"""What stock ComfyUI runs without this pack: convrot_w4a4, int8_tensorwise with a rotation, or 16 bit, layer by layer.
+
+ConvRot (comfy-kitchen's convrot_w4a4) has no smoothing, no groups and no low rank, so it is too coarse for some layers: each gets the
+cheapest format whose output reaches a quality. The clip of a row's range and GPTQ in the rotated space change nothing at run time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..formats.kitchen_declared import ROTATIONS, width_is_read
+from ..quantizers import best_clip_scale, dequantize
+from ..spec import ActivationSpec, PartSpec, WeightSpec
+from ..transforms import rotate
+from . import gptq
+from .parts import assemble, folded, folded_t, round_part
+from .problem import Fitted, Problem, output_sqnr, power_db, row_chunks
+
+BOTH_SIDES = 3.0  # dB: a rotated token is about as Gaussian as a rotated row, so that codes of x add as much error as those of W
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """quality_db: SQNR that the output of a layer must reach on held-out tokens; without calibration that of its weights less 3 dB, which
+    is 16 dB at 4 bits and 40 at 8 whatever the inputs are: every layer has 8 bits then.
+
+    20 is the least at which pictures of the small FLUX are as close to full precision as svdquant's, with no, mild and hard outliers:
+    36.8, 38.4 and 37.4 dB against 35.7, 35.8 and 35.7. At 18 they are 34.2, 36.8 and 37.4 dB. With 0 every layer has 4 bits: 34.2, 36.8
+    and 23.2 dB (hard ones). gptq, damp: as in SVDQuantConfig.
+    """
+
+    quality_db: float = 20.0
+    gptq: bool = True
+    damp: float = 0.01
+
+
+def fit(problem: Problem, config: NativeConfig) -> Fitted:
+    """The best 4-bit candidate where it reaches `quality_db`, else 8 bits, else None: 16 bit. Weight-only layers start at 8 bits, and
+    those whose stored width ComfyUI reads."""
+    for bits in (8,) if problem.layer.weight_only or width_is_read(problem.layer.name) else (4, 8):
+        quality, part, chosen = max((_judged(problem, *c) for c in _candidates(problem, bits, config)), key=lambda f: f[0])
+        if quality >= config.quality_db:
+            return Fitted(assemble(problem, [part]), chosen)
+    return Fitted(None, {"at 8 bits": f"{quality:.1f} dB, below {config.quality_db:g}"})
+
+
+def _judged(problem, part, chosen):
+    """(dB, part, chosen)."""
+    if problem.tokens("select") is None:
+        return _weight_sqnr(problem, part) - BOTH_SIDES, part, chosen
+    return output_sqnr(problem, assemble(problem, [part]), "select"), part, chosen
+
+
+def _candidates(problem, bits, config):
+    """Yields (part, {choice: value}). At 8 bits clipping and GPTQ bring nothing: rounding is 1 % of what x costs at 4 bits."""
+    size = _rotation(problem)
+    spec = PartSpec(0, problem.layer.in_features, WeightSpec(bits, "channel"), ActivationSpec(bits, "token"), rotation=size)
+    yield _nearest(problem, spec), {"rounding": "nearest"}
+    if bits == 8:
+        return
+    clipped = _nearest(problem, spec, lambda w: best_clip_scale(w, bits, "channel"))
+    yield clipped, {"rounding": "nearest, clipped"}
+    if config.gptq and problem.tokens("select") is not None and problem.statistics.hessians:
+        yield _gptq(problem, clipped, config.damp), {"rounding": "gptq, clipped"}
+
+
+def _rotation(problem: Problem) -> int:
+    """The largest block of which all blocks of second moments are multiples; 64 always is one."""
+    edges = {problem.layer.in_features}
+    if problem.statistics is not None:
+        edges |= {edge for block in problem.statistics.blocks for edge in block}
+    return next(s for s in ROTATIONS if all(edge % s == 0 for edge in edges))
+
+
+def _nearest(problem, spec, scale_of=None):
+    codes, scales = round_part(problem.weight, spec, None, torch.float32, scale_of=scale_of)
+    return {"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}
+
+
+def _gptq(problem, start, damp):
+    """The part with codes by GPTQ at the scales it has."""
+    spec, factor = start["spec"], {}
+    for block, moments in problem.statistics.hessians.items():
+        half = rotate(moments.to(problem.weight.device, torch.float32), spec.rotation)
+        factor[block] = gptq.upper_factor(rotate(half.T, spec.rotation), damp)
+    folded_weight = folded_t(problem.weight, spec, None)
+    codes, _ = gptq.quantize(folded_weight, factor, 4, spec.width, torch.float32, scales=start["scales"].T.contiguous())
+    return start | {"codes": codes.T.contiguous()}
+
+
+def _weight_sqnr(problem, part) -> float:
+    signal = noise = 0.0
+    for rows in row_chunks(*problem.weight.shape):
+        want = folded(problem.weight, rows, part["spec"], None)
+        got = dequantize(part["codes"][rows], part["scales"][rows], "channel")
+        signal += want.double().square().sum().item()
+        noise += (want - got).double().square().sum().item()
+    return power_db(signal, noise)

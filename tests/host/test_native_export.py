@@ -1,0 +1,88 @@
+"""A native export in a ComfyUI without this pack: Load Diffusion Model takes it, and computes what the pack does."""
+
+import pytest
+
+from comfyui_nibble.quant_core.families import detect
+from comfyui_nibble.quant_core.formats import native, others
+from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.methods import by_name
+from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.tests.host.conftest import COMFYUI
+from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node
+from comfyui_nibble.tests.host.inside import forward
+from comfyui_nibble.tests.host.server import Server
+from comfyui_nibble.tests.host.test_main_job import run_both
+from comfyui_nibble.tests.support import relative_error
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    with Server(COMFYUI, tmp_path_factory.mktemp("stock"), pack=False) as started:
+        yield started
+
+
+def export(source, destination, what=None):
+    own = PackFile(source)
+    layers, rest = {n: own.layer(n) for n in own.specs}, {k: own.tensor(k) for k in own.rest}
+    if what:
+        layers, rest = others.replaced(layers, rest, native.losses(own.specs), what)
+    native.save(destination, layers, rest, {"family": own.family, "provenance": own.provenance, "report": own.report})
+    return layers
+
+
+def stock_latents(stock, name, steps=8):
+    """(latents, what ComfyUI's log says of the load)."""
+    log = stock.base / "server.log"
+    start = log.stat().st_size
+    graph = load_graph(FLUX_TINY, name, steps) | {"load": node("UNETLoader", unet_name=name, weight_dtype="default")}
+    latents = stock.latents(stock.run(graph), "out")
+    return latents, log.read_bytes()[start:].decode(errors="replace")
+
+
+def test_the_pack_is_not_there(stock):
+    assert "NibbleQuantize" not in stock.get("/object_info")
+
+
+def test_method_native_runs_in_stock_comfyui(server, stock):
+    """One step, in fp32 on both sides, differs by codes that lie in the middle of two and fall on either side: 7e-5 and 2.4e-3 were seen. Over eight steps 4-bit codes
+    of x make that grow to the size of the quantization error itself (0.06 and 0.09 off full precision here), so there only that is bounded."""
+    outputs, _, path = run_both(server, FLUX_TINY, method="native", samples=8, steps=6, prefix="diffusion_models/native")
+    layers = export(path, stock.base / "models" / "diffusion_models" / "native.safetensors")
+    formats = {native.format_of(layer.spec)[0] for layer in layers.values()}
+    assert formats == set(native.FORMATS)
+    one = server.latents(server.run(load_graph(FLUX_TINY, path.name, sample_steps=1)), "out")
+    stocks, log = stock_latents(stock, "native.safetensors", steps=1)
+    assert "Detected mixed precision quantization" in log
+    assert not any(word in log for word in ("unet missing", "unet unexpected", "left over keys", "WARNING"))
+    assert relative_error(one, stocks) < 0.015
+    stocks, _ = stock_latents(stock, "native.safetensors")
+    assert relative_error(server.latents(outputs, "full_latent"), stocks) < 0.15
+
+
+def test_svdquant_as_int8_and_16_bit(server, stock):
+    """What is not native, replaced: as close to full precision as it was."""
+    outputs, error, path = run_both(server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/notnative")
+    full = server.latents(outputs, "full_latent")
+    for what in others.AS:
+        name = f"{what.replace(' ', '')}.safetensors"
+        export(path, stock.base / "models" / "diffusion_models" / name, what)
+        stocks, log = stock_latents(stock, name)
+        assert ("Detected mixed precision quantization" in log) == (what == "int8")
+        assert relative_error(full, stocks) < 1.1 * error
+
+
+def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
+    """ComfyUI's modules of 4 and of 8 bits with its own loader, in this process."""
+    method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
+    made = quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, method.configured(quality_db=16))
+    layers = {layer.name: layer for layer, _ in made}
+    assert {layer.spec.parts[0].weight.bits for layer in layers.values()} == {4, 8}
+    native.save(tmp_path / "m.safetensors", layers, {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}, {})
+    patcher, seen = comfy.sd.load_diffusion_model(str(tmp_path / "m.safetensors")), {}
+    for name in layers:
+        keep = lambda module, args, y, name=name: seen.update({name: (args[0].clone(), y.clone())})
+        patcher.model.diffusion_model.get_submodule(name).register_forward_hook(keep)
+    forward(patcher)
+    assert set(seen) == set(layers)
+    for name, (x, y) in seen.items():
+        assert relative_error(y, layers[name](x)) < 1e-6, name

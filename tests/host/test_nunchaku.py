@@ -1,0 +1,70 @@
+"""A nunchaku file of the small FLUX in ComfyUI: what was written and read computes what the model it was written from does."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from comfyui_nibble.quant_core.families import detect
+from comfyui_nibble.quant_core.formats.nunchaku import NunchakuFile, save
+from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.methods import by_name
+from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.tests.assets import nunchaku as made
+from comfyui_nibble.tests.host.inside import forward
+from comfyui_nibble.tests.support import relative_error, sqnr_db
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def written(comfy, tiny_state, tmp_path_factory):
+    """({name: layer}, {key: tensor} of the rest, the opened file): SVDQuant without data, rank 16."""
+    shapes, method = {k: tuple(v.shape) for k, v in tiny_state.items()}, by_name("svdquant")
+    config = method.configured(rank=16, gptq=False, iterations=0)
+    found = quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, config)
+    layers = {layer.name: layer for layer, _ in found}
+    rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
+    path = tmp_path_factory.mktemp("nunchaku") / "tiny.safetensors"
+    (note,) = save(path, layers, rest, "flux", {"method": "svdquant"})
+    assert note.startswith("biases of 8 of nunchaku's modules are rounded")
+    return layers, rest, NunchakuFile(path)
+
+
+def built(layers, rest):
+    from comfyui_nibble.nodes.host.build import build
+
+    info = {"family": "flux", "provenance": {}, "report": [], "source": "test"}
+    return build(layers.get, {name: layer.spec for name, layer in layers.items()}, dict(rest), info)
+
+
+def test_written_and_read_is_the_same_model(written, full):
+    layers, rest, opened = written
+    again = {name: opened.layer(name) for name in opened.specs}
+    patcher = built(again, {k: opened.tensor(k) for k in opened.rest})
+    assert {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()} == set(layers)
+    # With the biases as the format rounds them, the two differ by nothing but the sums of branches filled up with zeros.
+    rounded = {
+        name: QuantizedLayer(name, layer.spec, layer.tensors | {"bias": again[name].tensors["bias"]}) for name, layer in layers.items()
+    }
+    found = forward(patcher)
+    assert relative_error(forward(built(rounded, rest)), found) < 1e-5
+    # The biases' own rounding moves a few 4-bit codes, which costs nothing against full precision.
+    exact = forward(full)
+    assert sqnr_db(exact, found) > sqnr_db(exact, forward(built(layers, rest))) - 0.2
+
+
+def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
+    """A random file as another maker's: every layer has its place in ComfyUI's model and computes there what it does alone."""
+    model = made.flux(hidden=256, single=2, context=128, pooled=128)
+    save_file({k: t.contiguous() for k, t in made.old_names(model.file).items()}, tmp_path / "random.safetensors")
+    opened = NunchakuFile(tmp_path / "random.safetensors")
+    layers, rest = {name: opened.layer(name) for name in opened.specs}, {k: opened.tensor(k) for k in opened.rest}
+    patcher, g = built(layers, rest), torch.Generator().manual_seed(0)
+    assert forward(patcher).isfinite().all()
+    packed = {name.removeprefix("diffusion_model."): module for name, module in patcher.packed_layers()}
+    assert set(packed) == set(layers)
+    assert {layers[name].spec.rank for name in packed if "mod" in name} == {4}
+    for name, module in packed.items():
+        x = torch.randn(2, layers[name].spec.in_features, generator=g)
+        given = torch.nn.functional.gelu(x, approximate="tanh") if module.before else x
+        assert relative_error(layers[name](given), module(x)) < 1e-5, name
