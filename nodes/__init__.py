@@ -5,8 +5,10 @@ from comfy_api.latest import ComfyExtension, io
 from .allocate import NibbleAllocateBits
 from .bake import NibbleBakeLora
 from .calibrate import NibbleCalibrate, NibbleCalibrationPrompts
+from .export import NibbleExportModel
 from .files import NibbleLoadDiffusionModel, NibbleSaveModel
 from .guard import NibbleGuard
+from .inspect import NibbleInspect
 from .quantize import NibbleQuantize
 from .swap import NibbleSwapBlocks
 
@@ -21,6 +23,8 @@ class NibbleExtension(ComfyExtension):
             NibbleGuard,
             NibbleBakeLora,
             NibbleSaveModel,
+            NibbleExportModel,
             NibbleLoadDiffusionModel,
+            NibbleInspect,
             NibbleSwapBlocks,
         ]

@@ -42,28 +42,38 @@ class NibbleSaveModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix, base3=False):
-        if not isinstance(model, NibblePatcher):
-            raise ValueError(
-                "Nibble Save Model: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
-            )
-        if model.patches:
-            raise ValueError(
-                f"Nibble Save Model: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble Bake LoRA in "
-                "between to write them into the layers, or save before the LoRA loader."
-            )
-        if model.injections:
-            raise ValueError(
-                f"Nibble Save Model: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which "
-                "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and bake it."
-            )
+        require_savable(model, "Nibble Save Model")
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
         rest = {k: narrow(t) for k, t in rest.items()}
-        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
+        path = free_path(filename_prefix)
         pack.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3)
         text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(pack.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
+
+
+def require_savable(model, node: str):
+    """Raises ValueError, naming the node, where a file would lose something of the model."""
+    if not isinstance(model, NibblePatcher):
+        raise ValueError(
+            f"{node}: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
+        )
+    if model.patches:
+        raise ValueError(
+            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble Bake LoRA in "
+            "between to write them into the layers, or save before the LoRA loader."
+        )
+    if model.injections:
+        raise ValueError(
+            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which "
+            "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and bake it."
+        )
+
+
+def free_path(filename_prefix: str) -> Path:
+    """A path in the output folder that no file has yet."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,13 +90,13 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
             node_id="NibbleLoadDiffusionModel",
             display_name="Nibble Load Diffusion Model",
             category="Nibble",
-            description="Loads a model saved by Nibble Save Model or by `nibble quantize`.",
-            search_aliases=["load", "unet", "int4", "svdquant"],
+            description="Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit formats, and nunchaku's INT4.",
+            search_aliases=["load", "unet", "int4", "svdquant", "nunchaku", "kitchen"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file from the diffusion_models folders, output/diffusion_models included.",
+                    tooltip="A file from the diffusion_models folders, output/diffusion_models included. Of a nunchaku folder either of its two files.",
                 )
             ],
             outputs=[io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other.")],

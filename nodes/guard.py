@@ -145,6 +145,7 @@ def require_guardable(quantized, fingerprint):
 
 
 def origins(provenance: dict) -> set[str]:
-    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them."""
-    found = {str(provenance.get("model"))}
+    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them. Other formats than the pack's
+    own name none."""
+    found = {provenance["model"]} if provenance.get("model") else set()
     return found.union(*(origins(provenance[side]) for side in ("a", "b") if side in provenance))

@@ -54,7 +54,9 @@ def demo(out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png an
 def quantize(
     source: Annotated[Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")],
     destination: Annotated[Path, typer.Argument(help="The file to write. Put it into ComfyUI's models/diffusion_models.")],
-    method: Annotated[str, typer.Option(help="svdquant_r, svdquant, splitquant, convrot, rtn or robuq.")] = "svdquant_r",
+    method: Annotated[
+        str, typer.Option(help="svdquant_r, svdquant, splitquant, convrot, rtn, robuq, or native: what stock ComfyUI runs.")
+    ] = "svdquant_r",
     calibration: Annotated[
         Path | None, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`; data-free without.")
     ] = None,
@@ -167,27 +169,45 @@ def gains(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A Nibble file, a full-precision checkpoint, or a calibration.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A quantized model (this pack's, ComfyUI's, comfy-kitchen's, nunchaku's), a full-precision one, or a calibration."
+        ),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ):
-    """Says what a file holds."""
-    from .inspect import describe
+    """Says what a file holds, what its layers run on, whether stock ComfyUI loads it and what memory it takes."""
+    from .inspect import as_text, describe
 
     found = describe(file)
-    if as_json:
-        typer.echo(json.dumps(found, indent=1))
-        return
-    for key, value in found.items():
-        if key == "layers":
-            for name, what in value.items():
-                typer.echo(f"  {name}: {what}")
-        else:
-            typer.echo(f"{key}: {value}")
+    typer.echo(json.dumps(found, indent=1) if as_json else as_text(found))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A quantized model: this pack's, ComfyUI's, comfy-kitchen's or nunchaku's INT4.")],
+    destination: Annotated[Path, typer.Argument(help="The file to write.")],
+    to: Annotated[str, typer.Option(help="native (stock ComfyUI), kitchen, nunchaku or nibble.")],
+    lossy: Annotated[bool, typer.Option("--lossy", help="Allow layers that the format does not have to be replaced.")] = False,
+    replacement: Annotated[str, typer.Option(help="What they become: int8 or '16 bit'.")] = "int8",
+):
+    """Converts between formats. What that loses is said first, and refused without --lossy; what is not replaced is read back and compared."""
+    from . import convert as conversion
+    from .formats.opening import open_quantized
+
+    planned = conversion.plan(open_quantized(source), to)
+    if lossy:
+        typer.echo("\n".join(planned.lines(replacement)))
+    lines = conversion.convert(planned, destination, lossy=lossy, replacement=replacement, progress=_bar("layer"))
+    typer.echo("\n".join(lines[-1:] if lossy else lines))
 
 
 @app.command()
 def calibrate(
-    pipeline: Annotated[Path, typer.Argument(help="A diffusers FLUX, PixArt or DiT pipeline folder (with model_index.json).")],
+    pipeline: Annotated[
+        Path, typer.Argument(help="A diffusers pipeline folder (with model_index.json) of a model that `nibble inspect` names a family of.")
+    ],
     destination: Annotated[Path, typer.Argument(help="Folder for the statistics.")],
     prompts: Annotated[
         Path | None,

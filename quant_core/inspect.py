@@ -1,5 +1,6 @@
 """What a file is and holds, from its header alone."""
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -7,52 +8,90 @@ import torch
 from ..kernels import paths_of
 from ..kernels.target import target_of
 from .calibration.file import Calibration
-from .formats.checkpoint import Checkpoint, CheckpointError, open_safetensors
+from .families import by_name
+from .formats.checkpoint import Checkpoint
+from .formats.native import losses
+from .formats.opened import Opened
+from .formats.opening import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
 from .formats.pack import PackFile
+from .memory import predict
 from .report import file_storage
 
 
-def describe(path: Path) -> dict:
-    """A JSON-able description of a Nibble file, a calibration (file or folder) or a full-precision checkpoint.
+def describe(path: Path, device: str | torch.device | None = None) -> dict:
+    """A JSON-able description of a quantized model of any format that the pack reads, a full-precision one, or a calibration.
 
-    Raises CheckpointError, CalibrationError or UnknownArchitecture, each naming the file.
+    device: whose kernels and memory are meant; the machine's own if not given. Raises CheckpointError, CalibrationError or
+    UnknownArchitecture, each naming the file.
     """
-    path = Path(path)
-    first = path
-    if path.is_dir():
-        first = next(iter(sorted(path.glob("*.safetensors"))), None)
-        if first is None:
-            raise CheckpointError(f"{path}: a folder without .safetensors files")
-    metadata = open_safetensors(first).metadata() or {}
-    if "nibble_calibration" in metadata:
+    path, target = Path(path), target_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = kind_of(path)
+    if kind == CALIBRATION:
         calibration = Calibration(path)
         return {"kind": "calibration", "hash": calibration.hash, "inputs": len(calibration.names)} | calibration.meta
-    if "nibble" in metadata:
-        return _packed(PackFile(path))
-    checkpoint = Checkpoint(path)
+    if kind == FULL:
+        return _full(Checkpoint(path), target)
+    return _quantized(open_quantized(path), kind, target)
+
+
+def _full(checkpoint: Checkpoint, target) -> dict:
     layers = checkpoint.family.layers(checkpoint.shapes)
+    held = sum(2 * prod(shape) for shape in checkpoint.shapes.values())
     return {
         "kind": "full-precision checkpoint",
         "family": checkpoint.family.title,
+        "files": len(checkpoint.files),
         "model": checkpoint.fingerprint(),
         "tensors": len(checkpoint.shapes),
         "blocks": len({layer.block for layer in layers}),
         "quantizable layers": len(layers),
+        "stock ComfyUI": "loads it" if checkpoint.family.comfyui else "has no such model",
+        "memory": predict({}, held, target).lines(),
     }
 
 
-def _packed(pack: PackFile) -> dict:
-    weights = sum(s.in_features * s.out_features for s in pack.specs.values())
-    block_bytes = sum(row["nbytes"] for row in pack.report)
-    return {
-        "kind": "Nibble model",
-        "family": pack.family,
-        "file bytes": pack.path.stat().st_size,
-        "quantized layers": len(pack.specs),
-        "block bits per weight": round(8 * block_bytes / max(1, weights), 3),
-        "storage": file_storage(pack),
-        "left in 16 bit": [row["name"] for row in pack.report if not row["nbytes"]],
-        "provenance": pack.provenance,
-        "runs on this machine": paths_of(pack.specs, target_of("cuda" if torch.cuda.is_available() else "cpu"))[1],
-        "layers": {row["name"]: row["what"] + (f", {row['sqnr_db']:.1f} dB" if row["sqnr_db"] is not None else "") for row in pack.report},
+def _quantized(model: Opened, kind: str, target) -> dict:
+    weights = sum(s.in_features * s.out_features for s in model.specs.values())
+    rows = {row["name"]: row for row in model.report}
+    error = lambda name: f", {rows[name]['sqnr_db']:.1f} dB" if rows.get(name, {}).get("sqnr_db") is not None else ""
+    kernels, why = paths_of(model.specs, target)
+    out = {
+        "kind": model.kind,
+        "family": by_name(model.family).title,
+        "file bytes": sum(f.stat().st_size for f in model.path.glob("*.safetensors")) if model.path.is_dir() else model.path.stat().st_size,
+        "quantized layers": len(model.specs),
     }
+    if model.report:
+        out["block bits per weight"] = round(8 * sum(r["nbytes"] for r in model.report) / max(1, weights), 3)
+    if isinstance(model, PackFile):
+        out["storage"] = file_storage(model)
+    return out | {
+        "left in 16 bit": [name for name, row in rows.items() if not row["nbytes"]],
+        "stock ComfyUI": _stock(model, kind),
+        "notes": list(model.notes),
+        "provenance": model.provenance,
+        "memory": predict(model.specs, model.rest_bytes(), target).lines(),
+        "runs on this machine": why,
+        "layers": {name: f"{spec.describe()}{error(name)}, {kernels[name]}" for name, spec in model.specs.items()},
+    }
+
+
+def _stock(model: Opened, kind: str) -> str:
+    if kind != KITCHEN:
+        exact = len(model.specs) - len(losses(model.specs))
+        return f"cannot load it; `nibble convert --to native` keeps {exact} of {len(model.specs)} quantized layers as they are"
+    found = losses(model.specs)
+    return f"cannot load {len(found)} layers, such as {next(iter(found))}" if found else "loads it with Load Diffusion Model"
+
+
+def as_text(found: dict) -> str:
+    """A description as lines, the layers last and indented."""
+    lines = []
+    for key, value in found.items():
+        if key == "layers":
+            lines += [f"  {name}: {what}" for name, what in value.items()]
+        elif isinstance(value, list) and value and len(value) <= 12:
+            lines += [f"{key}: {value[0]}", *(" " * (len(key) + 2) + str(line) for line in value[1:])]
+        elif value not in ([], {}):
+            lines.append(f"{key}: {value}")
+    return "\n".join(lines)

@@ -62,7 +62,7 @@ def test_requirements_never_name_torch():
 
 def test_every_node_has_a_help_page():
     ids = {line.split('"')[1] for p in (ROOT / "nodes").glob("*.py") for line in p.read_text().splitlines() if "node_id=" in line}
-    assert len(ids) == 9
+    assert len(ids) == 11
     assert {p.stem for p in (ROOT / "nodes" / "web" / "docs").glob("*.md")} == ids
 
 

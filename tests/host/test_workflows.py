@@ -12,12 +12,25 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core import gains
 from comfyui_nibble.quant_core.allocate_file import with_choice
+from comfyui_nibble.quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of, plan_passes
 from comfyui_nibble.quant_core.calibration.reconstruct import WINDOWS
+from comfyui_nibble.quant_core.calibration.statistics import InputStatistics
 from comfyui_nibble.quant_core.calibration.trajectory import CALLS
 from comfyui_nibble.quant_core.families import detect
+from comfyui_nibble.quant_core.formats import nunchaku
 from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.methods import by_name
+from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.quant_core.training.presets import PRESETS
-from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random, taesd_shapes
+from comfyui_nibble.tests.assets.synthetic import (
+    flux_shapes,
+    pixart_shapes,
+    random_state,
+    save_random,
+    sdxl_shapes,
+    taesd_shapes,
+    wan_shapes,
+)
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.server import PACK
 from comfyui_nibble.tests.support import relative_error
@@ -32,6 +45,17 @@ GROUPS = {
     "flux_three_methods": QUANTIZED,
     "flux_splitquant_trained": QUANTIZED,
     "flux_robuq_budget": ["Load", "Calibrate", "Allocate", "Sample"],
+    "flux_nunchaku": ["Load", "Inspect", "LoRA", "Sample"],
+    "flux_export_native": ["Load", "Calibrate", "Export", "Sample"],
+    "wan_4bit": QUANTIZED,
+    "sdxl_4bit": QUANTIZED,
+}
+# The models that the notes are about.
+REAL = {
+    "flux_4bit": flux_shapes(19, 38),
+    "pixart_4bit": pixart_shapes(28),
+    "wan_4bit": wan_shapes(30, 1536, 8960),
+    "sdxl_4bit": sdxl_shapes((0, 0, 2, 2, 10, 10), 10, (10, 10, 10, 2, 2, 2, 0, 0, 0), (1, 2, 4)),
 }
 NAMES = list(GROUPS)
 TRAINING = PRESETS["splitquant"]["standard"]
@@ -48,6 +72,10 @@ def workflow(name):
 
 def twin(name):
     return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def note(name):
+    return next(n["widgets_values"][0] for n in workflow(name)["nodes"] if n["type"] == "MarkdownNote")
 
 
 def of_kind(graph, kind):
@@ -100,8 +128,7 @@ def test_calibrates_as_flux_4bit(name, kind):
 
 def test_notes_say_how_often_the_network_runs():
     """At FLUX.1's 57 blocks and 228 layers, on 128 recorded inputs of 16 samples."""
-    note = lambda name: next(n["widgets_values"][0] for n in workflow(name)["nodes"] if n["type"] == "MarkdownNote")
-    plan = detect(flux_shapes(19, 38)).layers(flux_shapes(19, 38))
+    plan = detect(REAL["flux_4bit"]).layers(REAL["flux_4bit"])
     text = note("flux_splitquant_trained")
     for config in STAGES:
         assert f"{config.steps} steps of {config.calls} inputs" in text
@@ -115,6 +142,22 @@ def test_notes_say_how_often_the_network_runs():
     assert f"the network {(layers + 2) * replays} times" in note("flux_robuq_budget")
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_notes_say_what_calibration_takes(name):
+    """Rounds at the memory that the workflow gives, the memory of a single one, and GB on disk."""
+    layers, text = detect(REAL[name]).layers(REAL[name]), note(name)
+    rounds = lambda memory_gb: len(plan_passes(inputs_of(layers), int(memory_gb * 2**30)))
+    [node] = of_kind(twin(name), "NibbleCalibrate").values()
+    values = node["inputs"]
+    runs = f"{values['samples']} runs of {values['steps']} steps"
+    assert (f"{n} rounds of {runs}" if (n := rounds(values["memory_gb"])) > 1 else f": {runs}") in text
+    for single in re.findall(r"rounds, ([\d.]+) a single one|\*memory_gb\* of ([\d.]+) makes a single round", text):
+        assert rounds(float("".join(single))) == 1
+    gigabytes = [sum(InputStatistics.nbytes(i.width, i.blocks) for i in inputs_of(layers, width)) / 1e9 for width in (HESSIAN_WIDTH, 0)]
+    said = re.search(r"About ([\d.]+) GB of statistics in \S+, ([\d.]+) GB with \*second_moments\* off", text)
+    assert [float(n) for n in said.groups()] == pytest.approx(gigabytes, rel=0.05)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_thumbnail(name):
     """ComfyUI shows the .jpg of the same name in its list of templates."""
@@ -124,17 +167,32 @@ def test_thumbnail(name):
 
 
 @pytest.fixture(scope="module")
-def models(server):
+def models(server, comfy):
     """Small random files under the very names that the workflows use."""
     folder = server.base / "models"
-    (folder / "text_encoders").mkdir(exist_ok=True)
-    for name, shapes, channels in (("flux_4bit", flux_shapes(hidden=H), 16), ("pixart_4bit", pixart_shapes(), 4)):
+    for name in ("text_encoders", "checkpoints"):
+        (folder / name).mkdir(exist_ok=True)
+    small = {
+        "flux_4bit": (flux_shapes(hidden=H), taesd_shapes(16)),
+        "flux_nunchaku": (flux_shapes(hidden=H), taesd_shapes(16)),
+        "pixart_4bit": (pixart_shapes(), taesd_shapes(4)),
+        "wan_4bit": (wan_shapes(), wan_vae_shapes()),
+        "sdxl_4bit": (sdxl_shapes(), taesd_shapes(4)),
+    }
+    for name, (shapes, vae) in small.items():
         for n in twin(name).values():
             match n["class_type"]:
                 case "UNETLoader":
                     save_random(folder / "diffusion_models" / n["inputs"]["unet_name"], shapes)
+                case "NibbleLoadDiffusionModel":
+                    save_nunchaku(folder / "diffusion_models" / n["inputs"]["model_name"], shapes)
+                case "CheckpointLoaderSimple":
+                    whole = {f"model.diffusion_model.{k}": s for k, s in shapes.items()} | {
+                        f"first_stage_model.{k}": s for k, s in vae.items()
+                    }
+                    save_random(folder / "checkpoints" / n["inputs"]["ckpt_name"], whole)
                 case "VAELoader":
-                    save_random(folder / "vae" / n["inputs"]["vae_name"], taesd_shapes(channels))
+                    save_random(folder / "vae" / n["inputs"]["vae_name"], vae)
                 case "CLIPLoader" | "DualCLIPLoader":
                     # Only listed, never opened: see `shrunk`.
                     for key in n["inputs"].keys() & {"clip_name", "clip_name1", "clip_name2"}:
@@ -149,6 +207,23 @@ def models(server):
     return folder
 
 
+def wan_vae_shapes():
+    """Wan 2.1's, whose width ComfyUI reads off the file: 8 channels instead of 96."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    made = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
+    return {key: tuple(t.shape) for key, t in made.state_dict().items()}
+
+
+def save_nunchaku(path, shapes):
+    """The random FLUX of `shapes` by SVDQuant without data, in nunchaku's format."""
+    state, method = random_state(shapes), by_name("svdquant")
+    config = method.configured(rank=32, gptq=False, iterations=0)
+    made = [layer for layer, _ in quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, config)]
+    layers = {layer.name: layer for layer in made}
+    nunchaku.save(path, layers, {k: t for k, t in state.items() if k.rpartition(".")[0] not in layers}, "flux", {})
+
+
 @pytest.fixture(scope="module")
 def flux_4bit(server, models):
     """What running the first workflow gave. Others start from the file that it saves, and one from its calibration."""
@@ -156,16 +231,18 @@ def flux_4bit(server, models):
     return graph, server.run(graph)
 
 
-def shrunk(graph, pixels):
-    """The graph for small models: other text encoders, small pictures, few steps. Nothing else is touched."""
+def shrunk(graph, pixels, **more):
+    """The graph for small models: other text encoders, small pictures, few steps, `more` {kind of node: {input: value}}. Nothing else is
+    touched."""
     small = {
         "NibbleCalibrationPrompts": {"count": 4},
         "NibbleCalibrate": {"steps": 2, "samples": 4},
         "EmptySD3LatentImage": {"width": pixels, "height": pixels},
         "EmptyLatentImage": {"width": pixels, "height": pixels},
+        "EmptyHunyuanLatentVideo": {"width": pixels, "height": pixels, "length": 5},
         "KSampler": {"steps": 2},
         "NibbleSwapBlocks": {"blocks": "double 0"},
-    }
+    } | more
     out = {}
     for key, n in graph.items():
         if n["class_type"] in ("CLIPLoader", "DualCLIPLoader"):
@@ -174,6 +251,10 @@ def shrunk(graph, pixels):
             values = small.get(n["class_type"], {})
             assert values.keys() <= n["inputs"].keys()
             out[key] = n | {"inputs": n["inputs"] | values}
+    for checkpoint in of_kind(graph, "CheckpointLoaderSimple"):  # the small one holds no text encoders
+        for n in out.values():
+            n["inputs"] = {k: ["clip", 0] if v == [checkpoint, 1] else v for k, v in n["inputs"].items()}
+        out["clip"] = node("TestTextEncoder", type="sdxl", seed=0)
     return out
 
 
@@ -185,6 +266,17 @@ def size_of(server, outputs, key):
     with Image.open(server.base / item["type"] / item["subfolder"] / item["filename"]) as picture:
         assert any(low < high for low, high in picture.getextrema()[:3])
         return picture.size
+
+
+def clip_of(server, outputs, key):
+    """(frames, width, height) of the clip that a video node wrote, which may not be of one flat colour."""
+    import av
+
+    [item] = outputs[key]["images"]
+    with av.open(server.base / item["type"] / item["subfolder"] / item["filename"]) as clip:
+        frames = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
+    assert all(frame.min() < frame.max() for frame in frames)
+    return len(frames), frames[0].shape[1], frames[0].shape[0]
 
 
 def pictures_are(server, outputs, nodes, pixels):
@@ -219,12 +311,16 @@ def with_latents(graph):
 
 
 # PixArt's position embedding needs 272 pixels or more.
-@pytest.mark.parametrize(("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7)])
+@pytest.mark.parametrize(
+    ("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7), ("wan_4bit", 64, 10), ("sdxl_4bit", 128, 74)]
+)
 def test_twin_runs(server, models, request, name, pixels, layers):
     if name == "flux_4bit":
         graph, outputs = request.getfixturevalue(name)
     else:
-        graph = shrunk(twin(name), pixels)
+        # Its 74 layers by GPTQ and with a low rank would take a minute; test_families_main_job has both.
+        plain = {"NibbleQuantize": {"rank": 0, "gptq": False}} if name == "sdxl_4bit" else {}
+        graph = shrunk(twin(name), pixels, **plain)
         outputs = server.run(graph)
     of = lambda kind: outputs[next(iter(of_kind(graph, kind)))]
 
@@ -237,6 +333,7 @@ def test_twin_runs(server, models, request, name, pixels, layers):
     assert pack.provenance["method"] == "svdquant_r"
     assert pack.provenance["calibration"]["samples"] == 4
     pictures_are(server, outputs, of_kind(graph, "SaveImage"), pixels)
+    assert all(clip_of(server, outputs, key) == (5, pixels, pixels) for key in of_kind(graph, "SaveVideo"))
 
 
 def test_two_loras_run(server, flux_4bit):

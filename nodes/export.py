@@ -1,0 +1,66 @@
+"""Nibble Export Model."""
+
+from comfy_api.latest import io, ui
+
+from ..quant_core import convert
+from ..quant_core.formats.opened import Opened
+from ..quant_core.formats.others import AS
+from .files import free_path, narrow, require_savable
+from .host.build import ATTACHMENT, unpatched
+from .host.progress import steps
+
+NAME = "Nibble Export Model"
+
+
+class Held(Opened):
+    """A loaded model as the source of a conversion."""
+
+    kind = "the model in the graph"
+
+    def __init__(self, model, path):
+        info = model.attachments[ATTACHMENT]
+        self._layers, self._rest = unpatched(model)
+        self.path, self.family, self.provenance, self.report = path, info["family"], info["provenance"], info["report"]
+        self.specs = {name: layer.spec for name, layer in self._layers.items()}
+        self.rest = list(self._rest)
+
+    def layer(self, name):
+        return self._layers[name]
+
+    def tensor(self, key):
+        return narrow(self._rest[key])
+
+    def shape(self, key):
+        return tuple(self._rest[key].shape)
+
+
+class NibbleExportModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleExportModel",
+            display_name=NAME,
+            category="Nibble",
+            description="Writes a quantized model in another format: for stock ComfyUI, comfy-kitchen or nunchaku. Says what that loses, and refuses to lose anything unless it may.",
+            search_aliases=["convert", "export", "native", "nunchaku", "kitchen", "save"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model from Nibble Quantize or Nibble Load Diffusion Model. With method native every layer is exact in the native format."),
+                io.Combo.Input("format", options=list(convert.TARGETS), default="native", tooltip="native: Load Diffusion Model of a ComfyUI without this pack reads it. kitchen: also comfy-kitchen's svdquant_w4a4, for a ComfyUI that takes it. nunchaku: SVDQuant INT4 where the shapes allow. nibble: as Nibble Save Model."),
+                io.String.Input("filename_prefix", default="diffusion_models/exported", tooltip="Folder and name within the output folder."),
+                io.Boolean.Input("lossy", default=False, tooltip="Allow layers that the format does not have to be written otherwise. Off: such a model is refused, with the list."),
+                io.Combo.Input("replacement", options=list(AS), default=AS[0], advanced=True, tooltip="What such layers become: int8 (twice the size, about 40 dB) or 16 bit."),
+            ],
+            outputs=[
+                io.String.Output("path", tooltip="Where the file is."),
+                io.String.Output("report", tooltip="What was written as it was and what was replaced. Connect to Preview as Text."),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, format, filename_prefix, lossy, replacement):
+        require_savable(model, NAME)
+        path = free_path(filename_prefix)
+        planned = convert.plan(Held(model, path), format)
+        text = "\n".join(convert.convert(planned, path, lossy=lossy, replacement=replacement, progress=steps))
+        return io.NodeOutput(str(path), text, ui=ui.PreviewText(text))

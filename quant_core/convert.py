@@ -1,0 +1,152 @@
+"""`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before anything is written."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .formats import kitchen_out, native, nunchaku, pack
+from .formats.opened import Opened
+from .formats.opening import open_quantized
+from .formats.others import AS, NEAREST, nearest_spec, replaced
+from .formats.zero_points import offsets_only
+from .linear import QuantizedLayer
+
+TARGETS = {
+    "native": "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack",
+    "kitchen": "comfy-kitchen's svdquant_w4a4 beside the native formats; runs where ComfyUI's core takes it",
+    "nunchaku": "nunchaku's SVDQuant INT4, one file",
+    "nibble": "the pack's own file",
+}
+
+
+class LossyConversion(ValueError):
+    """The conversion would change layers, and nobody said that it may."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do. lossy: {layer: why it cannot stay as it is}; for nunchaku they become W4A16 without a low rank. impossible: why there is no such file at all, or ""."""
+
+    source: Opened
+    to: str
+    lossy: dict[str, str]
+    impossible: str = ""
+
+    @property
+    def lossless(self) -> bool:
+        return not self.lossy and not self.impossible and not self.source.notes
+
+    def lines(self, replacement: str = AS[0]) -> list[str]:
+        exact = len(self.source.specs) - len(self.lossy)
+        out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
+        if self.impossible:
+            return [*out, f"not possible: {self.impossible}"]
+        whole = ", but for biases, which nunchaku has in 16 bit" if self.to == "nunchaku" else ", nothing is lost" * self.lossless
+        out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
+        out += [f"read with a loss: {note}" for note in self.source.notes]
+        replacement = NEAREST if self.to == "nunchaku" else replacement
+        reasons = {}
+        for name, why in self.lossy.items():
+            reasons.setdefault(why, []).append(name)
+        out += [
+            f"{len(names)} as {replacement} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}" for why, names in reasons.items()
+        ]
+        return out
+
+
+def plan(source: Opened, to: str) -> Plan:
+    """Raises ValueError for an unknown target."""
+    if to not in TARGETS:
+        raise ValueError(f"unknown format {to!r}; choose of {', '.join(TARGETS)}")
+    if to == "nunchaku":
+        return _for_nunchaku(source)
+    losses = {"native": native.losses, "kitchen": kitchen_out.losses, "nibble": lambda specs: {}}[to]
+    return Plan(source, to, losses(source.specs))
+
+
+def _for_nunchaku(source: Opened) -> Plan:
+    """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement there."""
+    lossy = nunchaku.losses(source.specs, source.family)
+    for name, spec in source.specs.items():
+        if name not in lossy and spec.weight_only and spec.rank and not offsets_only(source.layer(name)):
+            lossy[name] = f"has a low-rank branch of rank {spec.rank}, and nunchaku's modulation layers have none"
+    bare = {n: nearest_spec(source.specs[n]) for n in lossy if n in source.specs and source.specs[n].weight_only}
+    misfits = nunchaku.losses(source.specs | bare, source.family)
+    if not misfits:
+        return Plan(source, "nunchaku", lossy)
+    why = "; ".join(f"{name} {sentence}" for name, sentence in list(misfits.items())[:3])
+    more = f" ({len(misfits)} such layers)" * (len(misfits) > 3)
+    return Plan(source, "nunchaku", {}, f"{why}{more}. Quantize the full-precision model with the method svdquant.")
+
+
+def convert(
+    planned: Plan,
+    destination: Path,
+    *,
+    lossy: bool = False,
+    replacement: str = AS[0],
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> list[str]:
+    """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
+
+    replacement: "int8" or "16 bit", what becomes of `planned.lossy`, which `lossy` must allow. Layers are read one by one and stay
+    memory-mapped where they are written as they are. Raises LossyConversion, ValueError where it is impossible, and the errors of reading.
+    """
+    source, destination = planned.source, Path(destination)
+    if planned.impossible:
+        raise ValueError("\n".join(planned.lines()))
+    if not lossy and not planned.lossless:
+        raise LossyConversion(
+            "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
+        )
+    if destination.exists() and destination.samefile(source.path):
+        raise ValueError(f"{destination}: is the file to convert. Give another name.")
+    layers, rest = {}, {key: source.tensor(key) for key in source.rest}
+    for name in progress(list(source.specs), len(source.specs)):
+        layer = source.layer(name)
+        if name in planned.lossy:
+            one, more = replaced({name: layer}, {}, [name], NEAREST if planned.to == "nunchaku" else replacement)
+            layers, rest = layers | one, rest | more
+        else:
+            layers[name] = layer
+    notes = _write(planned, destination, layers, rest)
+    kept = {name: layers[name] for name in source.specs if name not in planned.lossy}
+    if planned.to == "nunchaku":
+        changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
+        kept = {name: layer for name, layer in kept.items() if not changed(name)}
+    same = _verify(destination, kept, planned.to)
+    size = destination.stat().st_size
+    return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
+
+
+def _write(planned, destination, layers, rest) -> list[str]:
+    """Returns sentences on what the format changed."""
+    source = planned.source
+    if planned.to == "nibble":
+        pack.save(destination, layers, rest, source.family, source.provenance, source.report)
+    elif planned.to == "nunchaku":
+        return nunchaku.save(destination, layers, rest, source.family, source.provenance)
+    else:
+        metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
+        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata)
+    return []
+
+
+def _verify(destination, layers: dict[str, QuantizedLayer], to: str) -> int:
+    written = open_quantized(destination) if layers else None
+    if to == "nunchaku":  # it has some weight-only layers in 16 bit
+        layers = {name: layer for name, layer in layers.items() if name in written.specs}
+    for name, layer in layers.items():
+        found = written.layer(name)
+        if to == "nunchaku" and nunchaku.reads_back(found, layer):
+            continue
+        same = all(k in found.tensors and torch.equal(found.tensors[k], t) for k, t in layer.tensors.items())
+        # A format may ask for a low rank of zeros and smoothing by one where the layer has none.
+        if not same or (found.spec != layer.spec and not torch.equal(found.dequantize(), layer.dequantize())):
+            raise RuntimeError(
+                f"{destination}: layer {name} does not read back as it was ({layer.spec.describe()} became {found.spec.describe()}). The file "
+                "is not a lossless copy; do not use it, and report this with the two specifications."
+            )
+    return len(layers)
