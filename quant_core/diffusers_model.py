@@ -60,6 +60,8 @@ def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtyp
     theirs = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     names = family.diffusers(theirs)
     found = pack.logical_shapes()
+    # FLUX's norms: `scale` in files, `weight` in ComfyUI's model, from which Nibble Save Model writes.
+    names = {k if k in found or not k.endswith(".scale") else f"{k.removesuffix('scale')}weight": s for k, s in names.items()}
     for key, source in names.items():
         shape = (sum(theirs[k][0] for k in source.keys), *theirs[source.keys[0]][1:])
         if found.get(key) != shape:

@@ -85,6 +85,11 @@ def renamed(modules: dict[str, str | tuple[str, ...]], ours: str = "", theirs: s
     return out
 
 
+def natural(name: str) -> list:
+    """A sort key under which blocks.10 comes after blocks.9."""
+    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in name.split(".")]
+
+
 def count(keys, stem: str) -> int:
     """How many blocks stem.0, stem.1 ... the keys have."""
     return len({k[len(stem) + 1 :].split(".", 1)[0] for k in keys if k.startswith(f"{stem}.")})
@@ -148,7 +153,7 @@ class Family:
     def _position(self, block):
         """input_blocks.4.1 before input_blocks.10.1, and before the blocks within it."""
         stem = next((i for i, s in enumerate(self.stems) if block.startswith(s)), 0)
-        return stem, [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in block.split(".")]
+        return stem, natural(block)
 
     def _layer(self, name, shapes, block, rule, blocks):
         n, k = shapes[f"{name}.weight"]

@@ -12,7 +12,7 @@ import statistics
 from dataclasses import dataclass, replace
 
 from ..spec import GELU_SHIFT
-from .base import Family, Layer, Part
+from .base import Family, Layer, Part, natural
 
 _MODULATION = re.compile(
     r"(^|[._])((\w+_)?mod(ulation)?(_\w+)?|ada_?(ln|norm)\w*|scale_shift\w*|norm\w*\.(linear|lin|proj)|emb_layers)([._]|$)", re.I
@@ -43,11 +43,6 @@ class Generic(Family):
             if weight_only or not _EMBEDDING.search(rest):
                 found.append(Layer(name, block, k, n, (Part(0, k),), name, weight_only))
         return sorted(found, key=lambda layer: natural(layer.name))
-
-
-def natural(name: str) -> list:
-    """A sort key under which blocks.10 comes after blocks.9."""
-    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in name.split(".")]
 
 
 def _blocks(linear) -> dict[str, str]:

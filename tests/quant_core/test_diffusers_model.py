@@ -1,6 +1,7 @@
 """Nibble files in diffusers' own models: DiT from the pipeline to samples, the small FLUX and a small PixArt by their outputs."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.families import DIT, detect
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.pack import PackError, PackFile
+from comfyui_nibble.quant_core.formats.pack import PackError, PackFile, save
 from comfyui_nibble.quant_core.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.quantize_file import quantize_file
@@ -198,6 +199,12 @@ def test_file_in_diffusers_model_is_its_quantized_layers(kind, tmp_path):
     want = run(full)
     got = run(model)
     assert torch.equal(run(again), got)
+    # ComfyUI's model, from which a node saves, has FLUX's norms under another name than files.
+    rest = {re.sub(r"(_norm)\.scale$", r"\1.weight", k): pack.tensor(k) for k in pack.rest}
+    save(tmp_path / "node.safetensors", {n: pack.layer(n) for n in pack.specs}, rest, pack.family, {}, [])
+    other = dict(diffusers_model.load(folder, tmp_path / "node.safetensors").named_parameters())
+    assert all(torch.equal(other.pop(name), p) for name, p in model.named_parameters())
+    assert not other
     # The same by writing what the packed layers apply into the full-precision model: activations stay as they are there.
     family = detect(pack.logical_shapes())
     names = diffusers_model.modules_of(family, family.layers(pack.logical_shapes()), full)
