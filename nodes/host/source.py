@@ -10,6 +10,8 @@ from comfy.model_patcher import get_key_weight
 
 from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
+from ...quant_core.formats.kitchen_declared import FP8
+from ...quant_core.formats.scaled import real_values
 
 PREFIX = "diffusion_model."
 
@@ -22,12 +24,18 @@ class ModelSource:
     """A ModelPatcher as a source of weights under ComfyUI's key names.
 
     shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration; get(key): the weight with
-    its patches merged, in its own float dtype.
+    its patches merged, in its own float dtype, scaled fp8 in bf16.
     """
 
     def __init__(self, patcher):
         self.patcher = patcher
-        state_dict = patcher.model.diffusion_model.state_dict()
+        network = patcher.model.diffusion_model
+        state_dict = network.state_dict()
+        self._fp8 = {name for name, module in network.named_modules() if getattr(module, "quant_format", None) in FP8}
+        for key in list(state_dict):
+            name, _, leaf = key.rpartition(".")
+            if name in self._fp8 and leaf not in ("weight", "bias"):
+                del state_dict[key]
         if packed := [k for k, t in state_dict.items() if t.dtype in (torch.int8, torch.uint8)]:
             raise QuantizedSource(
                 f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model"
@@ -35,7 +43,6 @@ class ModelSource:
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
-        network = patcher.model.diffusion_model
         # A rule about names may take an embedding for a layer, and only ComfyUI's own operations can be replaced by ours.
         takes = lambda layer: isinstance(network.get_submodule(layer.name), (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
         self.layers = [layer for layer in self.family.layers(self.shapes) if takes(layer)]
@@ -43,7 +50,12 @@ class ModelSource:
     def _base(self, key):
         weight, _, convert = get_key_weight(self.patcher.model, PREFIX + key)
         backup = self.patcher.backup.get(PREFIX + key)
-        return (weight if backup is None else backup.weight), convert
+        weight = weight if backup is None else backup.weight
+        name, _, leaf = key.rpartition(".")
+        if name not in self._fp8 or leaf != "weight":
+            return weight, convert
+        held = weight.state_dict("")  # ComfyUI's own way to real values rounds the scale to bf16 first
+        return real_values(held[""], held["_scale"]), None
 
     def get(self, key) -> torch.Tensor:
         weight, convert = self._base(key)

@@ -11,7 +11,7 @@ import torch
 from ..quantizers import GROUP
 from ..spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from .kitchen_declared import FP8, Declaration
-from .zero_points import indicators
+from .zero_points import indicators, signed
 
 FLOATS = ("F16", "BF16", "F32")
 SIXTEEN = ("F16", "BF16")
@@ -133,10 +133,10 @@ def tensors_of(declared: Declaration, spec: LinearSpec, get: Callable[[str], tor
             out |= {"proj_down": get("proj_down"), "proj_up": up if up.dim() == 2 else natural_rows(up)}
         return out
     if declared.format == "awq_w4a16":
-        # (q - 8) scale + zero: the signed code q - 8 is q with its top bit turned, and the zeros are a low rank of one column a group.
+        # (q - 8) scale + zero: the zeros are a low rank of one column a group.
         zeros = get("zeros")
         down, up = indicators(spec.in_features, GROUP, zeros.dtype), zeros.T.contiguous()
-        return out | {"weight": weight ^ -0x78, "weight_scale": scale, "proj_down": down, "proj_up": up}
+        return out | {"weight": signed(weight), "weight_scale": scale, "proj_down": down, "proj_up": up}
     return out | {"weight": weight, "weight_scale": scale.reshape(1, -1).expand(1, spec.out_features).contiguous()}
 
 

@@ -46,5 +46,9 @@ class Scales:
         """The real values of a weight, bf16 where it has a scale: 2^-9 of a value beside fp8's own 2^-4."""
         if key not in self.of:
             return tensor
-        scale = self.read(self.of[key]).float().reshape(-1, *[1] * (tensor.ndim - 1))
-        return (tensor.float() * scale).to(torch.bfloat16)
+        return real_values(tensor, self.read(self.of[key]))
+
+
+def real_values(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp8 (N, ...) times its scale, of one or N values, in bf16."""
+    return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(torch.bfloat16)
