@@ -238,12 +238,15 @@ def calibrate(
 
 
 @app.command("bench-fit")
-def bench_fit(json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None):
-    """Times the fit of layers and of a block of FLUX's sizes on this machine. About 3 minutes on two CPU cores."""
+def bench_fit(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+):
+    """Times the fit of layers and of a block of FLUX's sizes, and projects it to the whole model. About 3 minutes on two CPU cores."""
     from . import bench_fit as bench
     from .methods import METHODS
 
-    typer.echo(bench.as_text(bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], _bar("fit"), json_file)))
+    typer.echo(bench.as_text(bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], _bar("fit"), json_file, _device(device))))
 
 
 @app.command()
