@@ -7,23 +7,26 @@ from dataclasses import asdict
 from pathlib import Path
 
 import comfy.model_management
+import folder_paths
 
 from ...quant_core.families import GENERIC
 from ...quant_core.formats.blocks import BlockStore
 from ...quant_core.gains import of_calibration
 from ...quant_core.quantize import leave_out, quantize_layers
 from ...quant_core.training.presets import UNTRAINED
-from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
+from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, quantize_on, steps_of
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build
 from .carry import keep_sampling_patches
 from .progress import steps
 
 
-def training_store(calibration, source, provenance) -> BlockStore:
-    """Where a training keeps what is finished."""
+def store_of(calibration, source, provenance, kind) -> BlockStore:
+    """Where a run keeps the blocks that are finished: beside the calibration, or where it would be."""
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
-    return BlockStore(Path(f"{calibration.path}.{key}.training"), source.family.name, provenance)
+    folder = Path(folder_paths.get_output_directory()) / "nibble_calibration"
+    path = folder / source.family.name if calibration is None else calibration.path
+    return BlockStore(Path(f"{path}.{key}.{kind}"), source.family.name, provenance)
 
 
 def _trainer(model, source, plan, calibration, store, preset):
@@ -60,17 +63,20 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer: LinearSpec}).
 
     source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
-    training could touch. With a preset that trains, finished blocks are kept beside the calibration: a stopped run goes on.
+    training could touch. A stopped run goes on behind its last finished block; after a training those stay beside the calibration.
     """
     layers, rows = {}, []
     if preset == UNTRAINED:
-        for layer, row in steps(quantize_layers(plan, source.get, source.shapes, method, config, calibration, device), len(plan)):
+        store = store_of(calibration, source, provenance, "partial")
+        fit = lambda members: quantize_layers(members, source.get, source.shapes, method, config, calibration, device)
+        for layer, row in steps(quantize_on(plan, fit, store), len(plan)):
             rows.append(row)
             if layer is not None:
                 layers[layer.name] = layer
+        store.remove()
     else:
         provenance["training"] = asdict(preset)
-        store = training_store(calibration, source, provenance)
+        store = store_of(calibration, source, provenance, "training")
         trainer = _trainer(model, source, plan, calibration, store, preset)
         work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
         with _in_training():

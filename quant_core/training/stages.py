@@ -76,6 +76,22 @@ def quantize_blocks(
         yield name
 
 
+def quantize_on(plan: list[Layer], fit: Callable, store: BlockStore) -> Iterator[tuple[QuantizedLayer | None, Row]]:
+    """What `fit(layers of a block)` yields, block by block, from `store` where a run before has left the block there."""
+    for name, members in blocks_of(plan):
+        if name in store:
+            layers, rows = store.load(name)
+            # In memory: the file is removed when all is done.
+            whole = {n: QuantizedLayer(n, layer.spec, {k: t.clone() for k, t in layer.tensors.items()}) for n, layer in layers.items()}
+            yield from ((whole.get(row.name), row) for row in rows)
+            continue
+        done = []
+        for pair in fit(members):
+            done.append(pair)
+            yield pair
+        store.save(name, {layer.name: layer for layer, _ in done if layer is not None}, [row for _, row in done])
+
+
 def steps_of(plan: list[Layer], preset: Preset) -> int:
     """How often `quantize_blocks` yields."""
     count = len(blocks_of(plan))

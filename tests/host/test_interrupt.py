@@ -4,6 +4,8 @@ import time
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.tests.assets.synthetic import pixart_shapes, save_random
@@ -44,8 +46,15 @@ def test_sampling_again_after_an_interrupt(comfy, base, kind):
     assert packed_hash(base) == before
 
 
+def mark(path):
+    """Changes every weight of a finished block in its file."""
+    with safe_open(path, "pt") as f:
+        tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+    save_file({k: t ^ 17 if k.endswith(".weight") else t for k, t in tensors.items()}, path, metadata)
+
+
 def test_quantizing_again_after_an_interrupt(server):
-    """The file of a run that follows a stopped one, against one before it; the stopped one wrote none."""
+    """The file of a run that goes on where a stopped one was, against one before it; the stopped one wrote none."""
     save_random(server.base / "models" / "diffusion_models" / "pixart_4.safetensors", pixart_shapes(depth=4))
     graph = {
         "load": node("UNETLoader", unet_name="pixart_4.safetensors", weight_dtype="default"),
@@ -71,9 +80,16 @@ def test_quantizing_again_after_an_interrupt(server):
     with pytest.raises(GraphError, match="interrupted at NibbleQuantize"):
         server.wait(prompt)
     assert [p.name for p in folder.glob("stopped_*")] == ["stopped_00001_.safetensors"]
+    partial = lambda: list((server.base / "output" / "nibble_calibration").glob("pixart.*.partial"))
+    [left] = partial()
+    finished = list(left.glob("blocks.*.safetensors"))
+    assert 0 < len(finished) < 4
+    damaged = finished[0]
+    mark(damaged)
     server.run(graph)
+    assert not partial()
     before, after = (PackFile(folder / f"stopped_0000{i}_.safetensors") for i in (1, 2))
     assert before.specs == after.specs
     for name in before.specs:
-        for key, tensor in before.layer(name).tensors.items():
-            assert torch.equal(tensor, after.layer(name).tensors[key])
+        same = all(torch.equal(t, after.layer(name).tensors[key]) for key, t in before.layer(name).tensors.items())
+        assert same == (not name.startswith(damaged.stem + "."))  # the block was read, not made again
