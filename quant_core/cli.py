@@ -237,6 +237,24 @@ def calibrate(
     typer.echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
 
 
+@app.command("merge-calibrations")
+def merge_calibrations(
+    destination: Annotated[Path, typer.Argument(help="Folder for the merged statistics.")],
+    calibrations: Annotated[list[Path], typer.Argument(help="Finished calibrations of one model, made with other prompts or seeds.")],
+):
+    """Joins calibrations of one model. Recorded inputs of the network, which training needs, are not taken along."""
+    from .calibration import Calibration
+    from .calibration.file import merge
+
+    if len(calibrations) < 2:
+        raise ValueError(f"one calibration, {calibrations[0]}: expected two or more to merge")
+    merge(calibrations, destination)
+    done = Calibration(destination)
+    typer.echo(
+        f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, {done.meta['samples']} samples, calibration {done.hash}"
+    )
+
+
 @app.command("bench-fit")
 def bench_fit(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,

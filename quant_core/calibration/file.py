@@ -103,6 +103,13 @@ class Calibration:
     def names(self) -> list[str]:
         return list(self._where)
 
+    def passes(self) -> list[list[str]]:
+        """Names by the file that they are in."""
+        files = {}
+        for name, (file, _) in self._where.items():
+            files.setdefault(file, []).append(name)
+        return list(files.values())
+
     def get(self, name: str, second_moments: bool = True) -> InputStatistics:
         """Statistics of one input, read now, with or without its Hessians. Raises CalibrationError where the input was not observed."""
         if name not in self._where:
@@ -132,19 +139,21 @@ class Calibration:
 
 
 def merge(paths, out: Path):
-    """Merges complete calibrations of one model, made with other prompts or seeds, into one file `out`."""
+    """Merges complete calibrations of one model, made with other prompts or seeds, into the folder `out`, a file for each pass of the
+    first: no more is in memory than one of its passes had."""
     calibrations = [Calibration(p) for p in paths]
     for other in calibrations[1:]:
         other.require_model(calibrations[0].meta["model"])
         if set(other.names) != set(calibrations[0].names):
             raise CalibrationError(f"calibrations {calibrations[0].path} and {other.path} observed different layers")
-    merged = {}
-    for name in calibrations[0].names:
-        merged[name] = calibrations[0].get(name)
-        for other in calibrations[1:]:
-            merged[name].merge(other.get(name))
     total = sum(c.meta["samples"] for c in calibrations)
-    save(out, merged, calibrations[0].meta | {"samples": total, "done": total, "passes": 1, "merged_from": [c.hash for c in calibrations]})
+    meta = calibrations[0].meta | {"samples": total, "done": total, "merged_from": [c.hash for c in calibrations]}
+    for index, names in enumerate(calibrations[0].passes()):
+        merged = {name: calibrations[0].get(name) for name in names}
+        for name, statistics in merged.items():
+            for other in calibrations[1:]:
+                statistics.merge(other.get(name))
+        save(Path(out) / f"pass-{index:03d}.safetensors", merged, meta)
 
 
 def fingerprint(layers, get) -> str:

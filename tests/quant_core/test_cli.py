@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_nibble.quant_core import mixed
 from comfyui_nibble.quant_core import quantize_file as job
 from comfyui_nibble.quant_core.budget import BudgetError
+from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.quant_core.calibration.file import merge
 from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig
 from comfyui_nibble.quant_core.demo import run, tiny_flux
@@ -69,6 +70,15 @@ def test_quantize_then_inspect(tmp_path, calibration):
     assert not (tmp_path / "q.safetensors.partial").exists()
     assert json.loads(nibble("inspect", calibration, "--json"))["kind"] == "calibration"
     assert "FLUX.1" in nibble("inspect", tiny_flux.CHECKPOINT)
+
+
+def test_merging_calibrations(tmp_path, calibration):
+    said = nibble("merge-calibrations", tmp_path / "m", calibration, calibration)
+    assert "8 samples" in said
+    name = Calibration(calibration).names[0]
+    assert Calibration(tmp_path / "m").get(name).count == 2 * Calibration(calibration).get(name).count
+    with pytest.raises(ValueError, match="expected two or more to merge"):
+        nibble("merge-calibrations", tmp_path / "n", calibration)
 
 
 def test_other_options_of_a_method(tmp_path):
@@ -200,10 +210,10 @@ def test_training_without_recorded_calls(tmp_path, transformer):
     checkpoint = Checkpoint(transformer)
     layers = FLUX.layers(checkpoint.shapes)
     made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=1, samples=1, model_hash=checkpoint.fingerprint())
-    merge([made.path, made.path], tmp_path / "merged.safetensors")
+    merge([made.path, made.path], tmp_path / "merged")
     args = ["quantize", transformer, tmp_path / "q", "--method", "splitquant", "--training", "standard", "--device", "cpu"]
     with pytest.raises(NoTrajectory, match="merged.safetensors: holds no recorded inputs of the network to train on"):
-        nibble(*args, "--calibration", tmp_path / "merged.safetensors")
+        nibble(*args, "--calibration", tmp_path / "merged")
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
         nibble(*args)
     args[1] = tiny_flux.CHECKPOINT

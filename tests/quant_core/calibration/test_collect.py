@@ -110,8 +110,8 @@ def test_missing_pass_is_named(modules, tmp_path):
 
 def test_merge_of_two_seeds(modules, tmp_path):
     a, b = go(modules, tmp_path / "a"), go(modules, tmp_path / "b", seed=1, samples=4)
-    merge([a.path, b.path], tmp_path / "both.safetensors")
-    both = Calibration(tmp_path / "both.safetensors")
+    merge([a.path, b.path], tmp_path / "both")
+    both = Calibration(tmp_path / "both")
     assert both.get("b").count == a.get("b").count + b.get("b").count
     assert both.meta["samples"] == 9
 

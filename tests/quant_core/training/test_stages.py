@@ -221,11 +221,11 @@ def test_held_out_samples_are_not_trained_on(small, tmp_path):
 def test_calibrations_without_recorded_calls_are_refused(small, tmp_path):
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
         require_trajectory(None)
-    merge([small.calibration.path, small.calibration.path], tmp_path / "merged.safetensors")
+    merge([small.calibration.path, small.calibration.path], tmp_path / "merged")
     with pytest.raises(
         NoTrajectory, match=r"merged.safetensors: holds no recorded inputs of the network to train on.*Calibrate again, or set"
     ):
-        require_trajectory(Calibration(tmp_path / "merged.safetensors"))
+        require_trajectory(Calibration(tmp_path / "merged"))
     require_trajectory(small.calibration)
 
 
