@@ -212,7 +212,7 @@ def test_training_without_recorded_calls(tmp_path, transformer):
     made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=1, samples=1, model_hash=checkpoint.fingerprint())
     merge([made.path, made.path], tmp_path / "merged")
     args = ["quantize", transformer, tmp_path / "q", "--method", "splitquant", "--training", "standard", "--device", "cpu"]
-    with pytest.raises(NoTrajectory, match="merged.safetensors: holds no recorded inputs of the network to train on"):
+    with pytest.raises(NoTrajectory, match="merged: holds no recorded inputs of the network to train on"):
         nibble(*args, "--calibration", tmp_path / "merged")
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
         nibble(*args)
