@@ -222,9 +222,7 @@ def test_calibrations_without_recorded_calls_are_refused(small, tmp_path):
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
         require_trajectory(None)
     merge([small.calibration.path, small.calibration.path], tmp_path / "merged")
-    with pytest.raises(
-        NoTrajectory, match=r"merged: holds no recorded inputs of the network to train on.*Calibrate again, or set"
-    ):
+    with pytest.raises(NoTrajectory, match=r"merged: holds no recorded inputs of the network to train on.*Calibrate again, or set"):
         require_trajectory(Calibration(tmp_path / "merged"))
     require_trajectory(small.calibration)
 
