@@ -1,5 +1,6 @@
 """What every opened file of a quantized model offers, whatever its format."""
 
+from abc import ABC, abstractmethod
 from math import prod
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from ..linear import QuantizedLayer
 from ..spec import LinearSpec
 
 
-class Opened:
+class Opened(ABC):
     """Nothing is read but headers until a layer or a tensor is asked for.
 
     path: the file or folder. kind: one short phrase for reports. family: name of the family, whose ComfyUI key names are used
@@ -26,17 +27,17 @@ class Opened:
     report: list
     notes: tuple[str, ...] = ()
 
+    @abstractmethod
     def layer(self, name: str) -> QuantizedLayer:
         """One quantized layer in the layout of memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensor(self, key: str) -> torch.Tensor:
         """One of `rest`, memory-mapped where nothing has to be changed on it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of one of `rest`, from the header."""
-        raise NotImplementedError
 
     def rest_bytes(self) -> int:
         """Of `rest` in 16 bit, as ComfyUI holds it."""

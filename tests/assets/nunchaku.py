@@ -1,7 +1,10 @@
 """Random nunchaku files with all that they hold in natural order beside it. Places of single elements, written from where a warp's lanes
 keep them (mma.m16n8k64) and how the kernel of the modulation layers takes a word apart; they take integers and tensors of them."""
 
+import json
+
 import torch
+from safetensors.torch import save_file
 
 SPLITS = {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3, "img_mod.1": 6, "txt_mod.1": 6}
 
@@ -286,3 +289,21 @@ def _cut(module):
     stem, _, rest = module.partition("transformer_blocks.")
     index, _, name = rest.partition(".")
     return stem, f"transformer_blocks.{index}.", name
+
+
+INT4 = {"quantization_config": json.dumps({"method": "svdquant", "weight": {"dtype": "int4", "group_size": 64}, "rank": 16})}
+D, S = "transformer_blocks.0.", "single_transformer_blocks.0."
+
+
+def write(folder, file, metadata=INT4, name="model.safetensors"):
+    folder.mkdir(exist_ok=True)
+    save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in file.items()}, folder / name, metadata=metadata)
+    return folder / name
+
+
+def gelu_tokens(k):
+    return torch.nn.functional.gelu(torch.randn(24, k, generator=torch.Generator().manual_seed(1)), approximate="tanh")
+
+
+def tokens(k):
+    return torch.randn(24, k, generator=torch.Generator().manual_seed(1))
