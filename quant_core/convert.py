@@ -38,6 +38,10 @@ class Plan:
     def lossless(self) -> bool:
         return not self.lossy and not self.impossible and not self.source.notes
 
+    def becomes(self, replacement: str) -> str:
+        """What `lossy` layers become, where `replacement` was asked for: nunchaku has one way only."""
+        return NEAREST if self.to == "nunchaku" else replacement
+
     def lines(self, replacement: str = AS[0]) -> list[str]:
         exact = len(self.source.specs) - len(self.lossy)
         out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
@@ -46,7 +50,7 @@ class Plan:
         whole = ", but for biases, which nunchaku has in 16 bit" if self.to == "nunchaku" else ", nothing is lost" * self.lossless
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
-        replacement = NEAREST if self.to == "nunchaku" else replacement
+        replacement = self.becomes(replacement)
         reasons = {}
         for name, why in self.lossy.items():
             reasons.setdefault(why, []).append(name)
@@ -107,7 +111,7 @@ def convert(
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)
         if name in planned.lossy:
-            one, more = replaced({name: layer}, {}, [name], NEAREST if planned.to == "nunchaku" else replacement)
+            one, more = replaced({name: layer}, {}, [name], planned.becomes(replacement))
             layers, rest = layers | one, rest | more
         else:
             layers[name] = layer

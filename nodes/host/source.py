@@ -10,8 +10,7 @@ from comfy.model_patcher import get_key_weight
 
 from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
-from ...quant_core.formats.kitchen_declared import FP8
-from ...quant_core.formats.scaled import real_values
+from ...quant_core.formats.scaled import FP8, real_values
 
 PREFIX = "diffusion_model."
 

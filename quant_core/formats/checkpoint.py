@@ -15,6 +15,11 @@ from .shards import files_of
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
+def prefix_of(keys) -> str:
+    """What the diffusion model's keys begin with in a whole checkpoint; "" in a file of its own."""
+    return next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
+
+
 def open_safetensors(path: Path):
     """safe_open with errors that name the file and say what it seems to be. Pickles are never opened."""
     path = Path(path)
@@ -48,7 +53,7 @@ class Checkpoint:
         for file in self.files:
             handle = open_safetensors(file)
             keys = list(handle.keys())
-            prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
+            prefix = prefix_of(keys)
             for key in keys:
                 if key.startswith(prefix):
                     name, piece = key.removeprefix(prefix), handle.get_slice(key)

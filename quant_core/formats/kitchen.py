@@ -14,11 +14,12 @@ from ..families import detect
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec, SpecError
 from . import kitchen_declared as declared
-from .checkpoint import PREFIXES, open_safetensors
+from .checkpoint import open_safetensors, prefix_of
 from .errors import CheckpointError
 from .kitchen_declared import Declaration, DeclarationError
 from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
 from .opened import Opened
+from .scaled import real_values
 
 PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know
 
@@ -39,7 +40,7 @@ class KitchenFile(Opened):
         self.path = Path(path)
         self._file = open_safetensors(self.path)
         metadata, raw = self._file.metadata() or {}, list(self._file.keys())
-        prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in raw)), "")
+        prefix = prefix_of(raw)
         self._keys = {k.removeprefix(prefix): k for k in raw if k.startswith(prefix)}
         found = self._declared(metadata.get(declared.HEADER), prefix, set(raw))
         self._layers: dict[str, tuple[Declaration, dict[str, Stored]]] = {}
@@ -150,7 +151,7 @@ class KitchenFile(Opened):
         if leaf != "weight" or name not in self._layers:
             return tensor
         scale = self._file.get_tensor(self._keys[self._layers[name][1]["weight_scale"].key])
-        return (tensor.float() * scale.float()).to(torch.bfloat16)
+        return real_values(tensor, scale)
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self._stored(key).shape

@@ -8,10 +8,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .scaled import FP8
+
 HEADER = "_quantization_metadata"
 LEAF = "comfy_quant"
 ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
-FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8)
 COMFYUI_ONLY = ("asym_w4a8_int8", "nvfp4", "mxfp8")
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and LTX-Video; CogVideoX.

@@ -10,7 +10,8 @@ import torch
 
 from ..quantizers import GROUP
 from ..spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from .kitchen_declared import FP8, Declaration
+from .kitchen_declared import Declaration
+from .scaled import FP8
 from .zero_points import indicators, signed
 
 FLOATS = ("F16", "BF16", "F32")

@@ -9,7 +9,7 @@ import torch
 from ..families import by_name
 from ..spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from . import nunchaku_layout as layout
-from .checkpoint import PREFIXES, open_safetensors
+from .checkpoint import open_safetensors, prefix_of
 from .errors import CheckpointError
 from .nunchaku_names import NAMES, OLD_LEAVES, Module, names_of
 from .zero_points import offset_columns
@@ -79,7 +79,7 @@ class StoredModules:
             handle = open_safetensors(file)
             metadata |= handle.metadata() or {}
             keys = list(handle.keys())
-            prefix = next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
+            prefix = prefix_of(keys)
             for key in keys:
                 name = key.removeprefix(prefix)
                 if name in where:

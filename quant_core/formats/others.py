@@ -50,8 +50,12 @@ def nearest_spec(spec: LinearSpec) -> LinearSpec:
 def nearest(layer: QuantizedLayer) -> QuantizedLayer:
     """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of least squares."""
     weight, bias = dense(layer)
-    floats = torch.float16 if any(t.dtype == torch.float16 for t in layer.tensors.values()) else torch.bfloat16
-    return weight_only.fit(_problem(layer.name, weight.to(floats), bias)).layer
+    return weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias)).layer
+
+
+def _half(layer) -> torch.dtype:
+    """fp16 where the layer's own tensors are, else bf16."""
+    return torch.float16 if any(t.dtype == torch.float16 for t in layer.tensors.values()) else torch.bfloat16
 
 
 def _problem(name, weight, bias):
@@ -72,8 +76,7 @@ def replaced(
             layers[name] = (int8 if what == "int8" else nearest)(layers[name])
             continue
         layer = layers.pop(name)
-        dtype = torch.float16 if any(t.dtype == torch.float16 for t in layer.tensors.values()) else torch.bfloat16
-        weight, bias = dense(layer)
+        dtype, (weight, bias) = _half(layer), dense(layer)
         rest[f"{name}.weight"] = weight.to(dtype)
         if bias is not None:
             rest[f"{name}.bias"] = bias.to(dtype)

@@ -9,7 +9,7 @@ from .errors import CheckpointError
 MARKER = "scaled_fp8"  # an empty tensor in files of the older way
 WEIGHT_SCALES = ("scale_weight", "weight_scale")  # older, newer
 BESIDE = ("scale_input", "input_scale", "comfy_quant")
-FP8 = ("F8_E4M3", "F8_E5M2")
+FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's name of the format: safetensors' of the dtype
 PACKED = ("I8", "U8", "I16", "I32", "I64")
 
 
@@ -34,7 +34,7 @@ class Scales:
             weight = f"{name}.weight"
             if leaf not in WEIGHT_SCALES or weight not in shapes:
                 continue
-            if dtypes[weight] not in FP8:
+            if dtypes[weight] not in FP8.values():
                 raise CheckpointError(f"{path}: {key} is a scale, but {weight} is {dtypes[weight]}, not fp8. The file mixes formats.")
             rows = shapes[weight][0]
             if dtypes[key] not in ("F32", "F16", "BF16") or shape not in ((), (1,), (rows,), (rows, 1)):
