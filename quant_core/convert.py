@@ -129,12 +129,12 @@ def _write(planned, destination, layers, rest) -> list[str]:
     """Returns sentences on what the format changed."""
     source = planned.source
     if planned.to == "nibble":
-        pack.save(destination, layers, rest, source.family, source.provenance, source.report)
+        pack.save(destination, layers, rest, source.family, source.provenance, source.report, origin=source.origin)
     elif planned.to == "nunchaku":
         return nunchaku.save(destination, layers, rest, source.family, source.provenance)
     else:
         metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
-        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata)
+        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata, source.origin)
     return []
 
 

@@ -66,7 +66,8 @@ def quantize_file(
     if checkpoint.family is GENERIC:
         leave_out(quantized, rows)
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
-    pack.save(destination, quantized, rest, checkpoint.family.name, settings, [row.to_json() for row in rows], base3)
+    rows_json = [row.to_json() for row in rows]
+    pack.save(destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin)
     if trainer is not None and trainer.losses.is_file():
         trainer.losses.replace(f"{destination}.losses.json")
     store.remove()

@@ -32,6 +32,11 @@ def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
     )
 
 
+def known(names) -> bool:
+    """Whether these names, a set or mapping, are those of a model that the pack has a map of, in ComfyUI's or diffusers' spelling."""
+    return any(family.matches(names) or family.matches_diffusers(names) for family in FAMILIES)
+
+
 def by_name(name: str) -> Family:
     """The family called `name`; UnknownArchitecture otherwise."""
     for family in (*FAMILIES, GENERIC):
@@ -40,4 +45,4 @@ def by_name(name: str) -> Family:
     raise UnknownArchitecture(f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}.")
 
 
-__all__ = ["FAMILIES", "GENERIC", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect", "measured"]
+__all__ = ["FAMILIES", "GENERIC", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect", "known", "measured"]

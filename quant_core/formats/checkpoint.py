@@ -1,6 +1,7 @@
 """Full-precision checkpoints, read lazily and presented under ComfyUI's key names."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -9,15 +10,11 @@ from safetensors import SafetensorError, safe_open
 from ..calibration.file import fingerprint
 from ..families import detect
 from .errors import CheckpointError
+from .origin import Origin, is_beside, names_text, outside, size
+from .pipeline_folder import origin_of
+from .prefixes import Names, network
 from .scaled import Scales
 from .shards import files_of
-
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-
-
-def prefix_of(keys) -> str:
-    """What the diffusion model's keys begin with in a whole checkpoint; "" in a file of its own."""
-    return next((p for p in PREFIXES if any(k.startswith(p) for k in keys)), "")
 
 
 def open_safetensors(path: Path):
@@ -39,39 +36,71 @@ def open_safetensors(path: Path):
         raise CheckpointError(f"{path}: not a whole safetensors file of {size} bytes ({error}). Download or save it again.") from error
 
 
+def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]:
+    """({key: (handle, file)}, header entries) of the files of the model at `path`. Raises CheckpointError where two have a tensor of one name."""
+    where, metadata = {}, {}
+    for file in files:
+        handle = open_safetensors(file)
+        metadata |= handle.metadata() or {}
+        for key in list(handle.keys()):
+            if key in where:
+                raise CheckpointError(
+                    f"{path}: {key} is in {where[key][1].name} and in {file.name}. Leave one version of the model in the folder."
+                )
+            where[key] = handle, file
+    return where, metadata
+
+
 class Checkpoint:
     """A model in 32, 16 or 8-bit floats: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
 
     shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor scaled fp8, which becomes
-    bf16. Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
+    bf16. origin: what the file says beside them. Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does
+    not know.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.files = files_of(self.path)
-        self._where, own, dtypes = {}, {}, {}
-        for file in self.files:
-            handle = open_safetensors(file)
-            keys = list(handle.keys())
-            prefix = prefix_of(keys)
-            for key in keys:
-                if key.startswith(prefix):
-                    name, piece = key.removeprefix(prefix), handle.get_slice(key)
-                    if name in self._where:
-                        raise CheckpointError(
-                            f"{self.path}: {name} is in {self._where[name][2].name} and in {file.name}. Leave one version of the model in the folder."
-                        )
-                    own[name], dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
-                    self._where[name] = (handle, key, file)
+        where, metadata = open_files(self.files, self.path)
+        names = network(where, str(self.path))
+        self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
+        own, dtypes = {}, {}
+        for name, (handle, key, _) in self._where.items():
+            piece = handle.get_slice(key)
+            own[name], dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
         self._scales = Scales(self.path, own, dtypes, self._raw)
         for key in self._scales.keys:
             del own[key]
+        self.origin = self._origin(names, where, own, metadata)
         self.family = detect(own)
         self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
         if self._stacks:
+            self._require_all(own)
             self.shapes = {k: (sum(own[o][0] for o in s.keys), *own[s.keys[0]][1:]) for k, s in self._stacks.items()}
         else:
             self.shapes = own
+
+    def _origin(self, names: Names, where, own, metadata) -> Origin:
+        """Takes tensors that are no part of the network out of `own`."""
+        kept, dropped = outside({key: size(where[key][0].get_slice(key)) for key in names.outside})
+        beside = {key: where[key][0].get_tensor(key) for key in kept}
+        for name in [name for name in own if is_beside(name)]:
+            del own[name]
+            beside[name] = self._raw(name)
+        folder, header = origin_of(self.files[0].parent), Origin.of_header(metadata)
+        return Origin(
+            metadata={**folder.metadata, **header.metadata},
+            beside={**folder.beside, **beside},
+            dropped=(*header.dropped, *dropped),
+        )
+
+    def _require_all(self, own):
+        if lost := set(own) - {key for stack in self._stacks.values() for key in stack.keys}:
+            raise CheckpointError(
+                f"{self.path}: {len(lost)} tensors of a {self.family.title} model in diffusers' names have no place in ComfyUI's: "
+                f"{names_text(lost)}. The model would come out without them. Take the file made for ComfyUI."
+            )
 
     def get(self, key: str) -> torch.Tensor:
         """The tensor under ComfyUI's name `key`."""

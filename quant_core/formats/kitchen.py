@@ -14,11 +14,13 @@ from ..families import detect
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec, SpecError
 from . import kitchen_declared as declared
-from .checkpoint import open_safetensors, prefix_of
+from .checkpoint import open_safetensors
 from .errors import CheckpointError
 from .kitchen_declared import Declaration, DeclarationError
 from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
 from .opened import Opened
+from .origin import Origin, decoded, is_beside, outside, size
+from .prefixes import network
 from .scaled import real_values
 
 PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know
@@ -40,8 +42,8 @@ class KitchenFile(Opened):
         self.path = Path(path)
         self._file = open_safetensors(self.path)
         metadata, raw = self._file.metadata() or {}, list(self._file.keys())
-        prefix = prefix_of(raw)
-        self._keys = {k.removeprefix(prefix): k for k in raw if k.startswith(prefix)}
+        names = network(raw, str(self.path))
+        prefix, self._keys = names.prefix, {name: key for name, key in names.keys.items() if not is_beside(name)}
         found = self._declared(metadata.get(declared.HEADER), prefix, set(raw))
         self._layers: dict[str, tuple[Declaration, dict[str, Stored]]] = {}
         self.specs: dict[str, LinearSpec] = {}
@@ -70,8 +72,14 @@ class KitchenFile(Opened):
         self.rest = sorted(set(self._keys) - (side - dense))
         self.family = self._family()
         self.kind = f"ComfyUI quantized model ({', '.join(f'{c} {f}' for f, c in formats.items())})"
-        self.provenance, self.report = self._exported(metadata.get(PROVENANCE))
-        self.notes = tuple(self._notes(leaves, len(raw) - len(self._keys)))
+        exported = self._exported(metadata.get(PROVENANCE))
+        self.provenance, self.report = (
+            found if isinstance(found := exported.get(key), kind) else kind() for key, kind in (("provenance", dict), ("report", list))
+        )
+        kept, dropped = outside({key: size(self._file.get_slice(key)) for key in names.outside})
+        beside = [*kept, *(key for name, key in names.keys.items() if is_beside(name))]
+        self.origin = self._origin(metadata, exported.get("host", {}), {key: self._file.get_tensor(key) for key in beside})
+        self.notes = (*self._notes(leaves, len(names.outside) - len(kept)), *dropped)
 
     def _stored(self, key) -> Stored:
         view = self._file.get_slice(self._keys[key])
@@ -117,15 +125,20 @@ class KitchenFile(Opened):
         return family.name
 
     @staticmethod
-    def _exported(text) -> tuple[dict, list]:
-        """Provenance and report of a file that we wrote; empty for any other, and for what is no JSON of ours."""
+    def _exported(text) -> dict:
+        """Our own header entry; empty in any other file, and for what is no JSON of ours."""
         try:
             header = json.loads(text or "{}")
         except (ValueError, RecursionError):
-            return {}, []
-        header = header if isinstance(header, dict) else {}
-        provenance, report = header.get("provenance"), header.get("report")
-        return provenance if isinstance(provenance, dict) else {}, report if isinstance(report, list) else []
+            return {}
+        return header if isinstance(header, dict) else {}
+
+    def _origin(self, metadata, host, beside) -> Origin:
+        """What ComfyUI's detection sees in the file, and the record of the host in our own entry."""
+        try:
+            return Origin.of_header(metadata, host=decoded(host) if isinstance(host, dict) else {}, beside=beside)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: header entry {PROVENANCE!r}: {error}") from error
 
     def _notes(self, leaves, outside):
         if dense := len(self._layers) - len(self.specs):

@@ -12,6 +12,7 @@ from .atomic import save_tensors
 from .kitchen import PROVENANCE
 from .kitchen_declared import HEADER, LEAF, ROTATIONS
 from .kitchen_layers import SIDE
+from .origin import Origin, encoded
 
 _FOUR = (ActivationSpec(), ActivationSpec(unsigned=True, shift=GELU_SHIFT))
 
@@ -77,11 +78,11 @@ def losses(specs: dict[str, LinearSpec]) -> dict[str, str]:
     return {name: f"has {reason}" for name, spec in specs.items() for _, reason in [format_of(spec)] if reason}
 
 
-def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict):
+def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None):
     """Writes svdquant_w4a4, convrot_w4a4 and int8_tensorwise layers, in natural layout under comfy-kitchen's names, and the rest.
 
     Stock ComfyUI 0.33 loads the last two formats only (see `native`). metadata: JSON of where the model comes from, with "provenance" and
-    "report" as in the pack's own file. Raises ValueError naming a layer that has no such format.
+    "report" as in the pack's own file. origin: its header entries and tensors stand where ComfyUI's detection looks for them. Raises ValueError naming a layer that has no such format.
     """
     conf = {}
     for name, layer in layers.items():
@@ -89,12 +90,15 @@ def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor],
         if reason:
             raise ValueError(f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's own format.")
     tensors = {f"{name}.{leaf}": t for name, layer in layers.items() for leaf, t in _stored(layer, conf[name]).items()}
+    origin = origin or Origin()
+    tensors |= origin.beside
     if both := set(tensors) & set(rest):
         raise ValueError(f"tensors given twice, as part of a quantized layer and apart: {sorted(both)[:3]}")
     header = {
+        **origin.metadata,
         "format": "pt",
         HEADER: json.dumps({"format_version": "1.0", "layers": conf}),
-        PROVENANCE: json.dumps({"version": 1} | metadata),
+        PROVENANCE: json.dumps({"version": 1} | metadata | ({"host": encoded(origin.host)} if origin.host else {})),
     }
     save_tensors(Path(path), {k: t.detach().cpu().contiguous() for k, t in (tensors | rest).items()}, header)
 

@@ -6,6 +6,7 @@ from ..linear import QuantizedLayer
 from ..spec import LinearSpec
 from . import kitchen_out
 from .kitchen_declared import width_is_read
+from .origin import Origin
 
 FORMATS = ("convrot_w4a4", "int8_tensorwise")
 
@@ -25,8 +26,8 @@ def losses(specs: dict[str, LinearSpec]) -> dict[str, str]:
     return {name: f"has {reason}" for name, spec in specs.items() for _, reason in [format_of(spec, name)] if reason}
 
 
-def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict):
+def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None):
     """Writes the file; arguments as in `kitchen_out.save`. Raises ValueError naming a layer that is not native."""
     for name, sentence in losses({name: layer.spec for name, layer in layers.items()}).items():
         raise ValueError(f"layer {name} {sentence}. Write it in 8 or 16 bit, or quantize the model with the method native.")
-    kitchen_out.save(path, layers, rest, metadata)
+    kitchen_out.save(path, layers, rest, metadata, origin)

@@ -9,9 +9,10 @@ import torch
 from ..families import by_name
 from ..spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from . import nunchaku_layout as layout
-from .checkpoint import open_safetensors, prefix_of
+from .checkpoint import open_files, open_safetensors
 from .errors import CheckpointError
 from .nunchaku_names import NAMES, OLD_LEAVES, Module, names_of
+from .prefixes import network
 from .zero_points import offset_columns
 
 FOLDER = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
@@ -54,7 +55,9 @@ class StoredModules:
 
     def __init__(self, path: Path):
         self.path = path
-        self._where, metadata = self._open()
+        where, metadata = open_files(self._paths(), self.path)
+        names = network(where, str(self.path))
+        self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
         self._check_precision(metadata)
         self.provenance = self._json(metadata, "provenance")
         self._names = names_of(self._where)
@@ -71,21 +74,6 @@ class StoredModules:
         self._check_blocks()
 
     # -- the file ----------------------------------------------------------------------------------------------------------
-
-    def _open(self):
-        paths = self._paths()
-        where, metadata = {}, {}
-        for file in paths:
-            handle = open_safetensors(file)
-            metadata |= handle.metadata() or {}
-            keys = list(handle.keys())
-            prefix = prefix_of(keys)
-            for key in keys:
-                name = key.removeprefix(prefix)
-                if name in where:
-                    raise CheckpointError(f"{self.path}: {name} is in {where[name][2].name} and in {file.name}. Download the folder again.")
-                where[name] = (handle, key, file)
-        return where, metadata
 
     def _paths(self):
         if self.path.is_dir():

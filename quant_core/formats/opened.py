@@ -8,6 +8,7 @@ import torch
 
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec
+from .origin import Origin
 
 
 class Opened(ABC):
@@ -15,7 +16,8 @@ class Opened(ABC):
 
     path: the file or folder. kind: one short phrase for reports. family: name of the family, whose ComfyUI key names are used
     throughout. specs: {layer name: LinearSpec}. rest: keys of all other tensors. provenance, report: as the pack's own file has them,
-    empty where the format has none. notes: sentences on what reading changes of what the file holds; empty where nothing is lost.
+    empty where the format has none. notes: sentences on what reading changes of what the file holds; empty where nothing is lost. origin: what
+    the model's source said beside its weights.
     """
 
     path: Path
@@ -26,6 +28,7 @@ class Opened(ABC):
     provenance: dict
     report: list
     notes: tuple[str, ...] = ()
+    origin: Origin = Origin()
 
     @abstractmethod
     def layer(self, name: str) -> QuantizedLayer:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from . import stop
 from .checkpoint import Checkpoint, open_safetensors
 from .errors import CheckpointError
 from .kitchen import KitchenFile, is_kitchen
@@ -22,6 +23,8 @@ def kind_of(path: Path) -> str:
         first = files_of(path)[0]
     file = open_safetensors(first)
     keys, metadata = list(file.keys()), file.metadata() or {}
+    if "nibble" in metadata:
+        keys = [k for k in keys if not k.startswith(stop.PREFIX)]
     if "nibble_calibration" in metadata:
         return CALIBRATION
     found = [

@@ -2,7 +2,8 @@
 
 Metadata key "nibble": {"version", "family", "layers": {name: LinearSpec}, "provenance", "report"}. Tensor keys are
 ComfyUI's module names with the suffixes that LinearSpec lists. Version 2 has "base3" beside: names of layers whose `weight` holds the
-trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and not as in memory, four a byte.
+trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and not as in memory, four a byte. Version 3 has "origin" (see `origin`),
+whose tensors are there as "nibble_beside.<name>", and tensors that stop ComfyUI's own loader (see `stop`).
 """
 
 import json
@@ -13,11 +14,15 @@ import torch
 from ..linear import QuantizedLayer
 from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
+from . import stop
 from .atomic import save_tensors
 from .checkpoint import CheckpointError, open_safetensors
 from .opened import Opened
+from .origin import Origin
 
-VERSION = 2  # written where a layer is in base 3; 1 otherwise, which pack versions up to 0.3 read
+VERSION = 3  # 2, up to 0.5, had no origin; 1, up to 0.3, no base 3 either
+BESIDE = "nibble_beside."
+_LEAVES = frozenset(TENSOR_NAMES) - {"weight", "bias", "transform"}  # of quantized layers alone
 
 
 class PackError(CheckpointError):
@@ -25,9 +30,17 @@ class PackError(CheckpointError):
 
 
 def save(
-    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], family: str, provenance: dict, report: list, base3: bool = False
+    path,
+    layers: dict[str, QuantizedLayer],
+    rest: dict[str, torch.Tensor],
+    family: str,
+    provenance: dict,
+    report: list,
+    base3: bool = False,
+    origin: Origin | None = None,
 ):
-    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized.
+    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized; origin: what its source said
+    beside them.
 
     base3: ternary layers take 1.6 instead of 2 bits a code in the file; the same codes are read from it.
     """
@@ -41,12 +54,15 @@ def save(
             if codes.min() > -2:
                 trits[name] = pack_base3(codes)
     tensors |= {f"{name}.weight": packed for name, packed in trits.items()}
+    origin = origin or Origin()
+    tensors |= {f"{BESIDE}{name}": t for name, t in origin.beside.items()} | stop.tensors()
     header = {
-        "version": VERSION if trits else 1,
+        "version": VERSION,
         "family": family,
         "layers": {name: layer.spec.to_json() for name, layer in layers.items()},
         "provenance": provenance,
         "report": report,
+        "origin": origin.to_json(),
     } | ({"base3": list(trits)} if trits else {})
     everything = {k: t.detach().cpu().contiguous() for k, t in (tensors | rest).items()}
     save_tensors(Path(path), everything, {"format": "pt", "nibble": json.dumps(header)})
@@ -90,9 +106,35 @@ class PackFile(Opened):
                 if found != shape:
                     raise PackError(f"{self.path}: {key}: expected the shape {shape} from the header, found {found}")
                 owned.add(key)
+        if header["version"] >= 3:
+            self._keys -= {k for k in self._keys if k.startswith(stop.PREFIX)}
+        self.origin = self._origin(header.get("origin", {}), owned)
         if unknown := self.base3 - set(self.specs):
             raise PackError(f"{self.path}: layers said to be in base 3 that the header does not describe: {', '.join(sorted(unknown)[:3])}")
         self.rest = sorted(self._keys - owned)
+        self._require_described()
+
+    def _origin(self, value, owned) -> Origin:
+        def read(name):
+            if (key := f"{BESIDE}{name}") not in self._keys:
+                raise CheckpointError(f"'origin' names the tensor {name}, but {key} is missing")
+            owned.add(key)
+            return self._file.get_tensor(key)
+
+        try:
+            return Origin.from_json(value, read)
+        except CheckpointError as error:
+            raise PackError(f"{self.path}: header entry {error}") from error
+
+    def _require_described(self):
+        """A layer without its description would be taken for one in 16 bit: its codes for weights."""
+        for key in self.rest:
+            name, _, leaf = key.rpartition(".")
+            if leaf in _LEAVES or (leaf == "weight" and self._file.get_slice(key).get_dtype() in ("I8", "U8")):
+                raise PackError(
+                    f"{self.path}: {key} belongs to a quantized layer, but the header does not describe the layer {name}. The file is damaged: "
+                    "download it or quantize the model again."
+                )
 
     def _parse(self, text):
         try:

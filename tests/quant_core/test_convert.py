@@ -151,9 +151,9 @@ def with_rank(layer, rank):
 def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypatch):
     real = convert.pack.save
 
-    def wrong(path, layers, *rest):
+    def wrong(path, layers, *rest, **more):
         layers["single_blocks.0.linear1"].tensors["weight"] = layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
-        real(path, layers, *rest)
+        real(path, layers, *rest, **more)
         layers["single_blocks.0.linear1"].tensors["weight"] = layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
 
     monkeypatch.setattr(convert.pack, "save", wrong)
