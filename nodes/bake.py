@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..quant_core.bake import Baked, bake
 from ..quant_core.linear import QuantizedLayer
 from .host.adapters import effective, side_of
-from .host.build import build
+from .host.build import build, frame_after
 from .host.carry import keep_sampling_patches
 from .host.half import take_apart
 from .host.patcher import NibblePatcher
@@ -66,7 +66,7 @@ class NibbleBakeLora(io.ComfyNode):
             merged = [k for k in half.rest if rest[k] is not half.rest[k]]
             info = half.info | {"report": _rows(half.info["report"], baked), "provenance": _provenance(model, half.info, rank)}
             specs = {name: layer.spec for name, layer in layers.items()}
-            out = build(lambda name: layers.pop(name, None), specs, rest, info)
+            out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_after(model))
         keep_sampling_patches(model, out)
         return io.NodeOutput(out, report_text(baked, merged, half.layers, rank))
 

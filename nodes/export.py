@@ -21,6 +21,7 @@ class Held(Opened):
         info = model.attachments[ATTACHMENT]
         self._layers, self._rest = unpatched(model)
         self.path, self.family, self.provenance, self.report = path, info["family"], info["provenance"], info["report"]
+        self.origin = info["origin"]
         self.specs = {name: layer.spec for name, layer in self._layers.items()}
         self.rest = list(self._rest)
 

@@ -47,7 +47,7 @@ class NibbleSaveModel(io.ComfyNode):
         layers, rest = unpatched(model)
         rest = {k: narrow(t) for k, t in rest.items()}
         path = free_path(filename_prefix)
-        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3)
+        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"])
         text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(pack.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 

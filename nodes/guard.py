@@ -15,7 +15,7 @@ from ..quant_core.guard import PRECISIONS, as_units, by_layer, higher, measure, 
 from ..quant_core.guard_report import Decision, as_text, rows_after
 from ..quant_core.quantize import problem_of
 from .calibrate import CalibrationType
-from .host.build import ATTACHMENT, build
+from .host.build import ATTACHMENT, build, frame_after
 from .host.carry import keep_sampling_patches
 from .host.half import take_apart
 from .host.patcher import NibblePatcher
@@ -69,7 +69,7 @@ class NibbleGuard(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
-            half = take_apart(quantized)
+            half, frame = take_apart(quantized), frame_after(quantized)
             layers, rest = half.layers, half.rest
             plan = [layer for layer in as_observed(source.layers, calibration) if layer.name in layers and higher(layers[layer.name].spec)]
             make_room(plan, device)
@@ -92,7 +92,7 @@ class NibbleGuard(io.ComfyNode):
                 "report": rows_after(info["report"], decision, plan, made),
                 "source": f"{info['source']}, raised by {NAME}",
             }
-            result = build(lambda name: layers.pop(name, None), specs, rest, info)
+            result = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
         keep_sampling_patches(quantized, result)
         result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
         _, lines = paths_of(specs, target_of(device))

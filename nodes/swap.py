@@ -10,7 +10,7 @@ from ..quant_core.calibration.file import fingerprint
 from ..quant_core.families import UnknownArchitecture, by_name, detect
 from ..quant_core.formats.provenance import VERSION
 from ..quant_core.select import SelectionError, block_lists, modules_of, select
-from .host.build import build
+from .host.build import build, frame_after
 from .host.carry import keep_sampling_patches
 from .host.half import Half, take_apart
 from .host.patcher import NibblePatcher
@@ -75,7 +75,7 @@ def swap(a: Half, b: Half, chosen) -> NibblePatcher:
     layers = {n: of(n).layers[n] for n in a.layers | b.layers if n in of(n).layers}
     rest = {k: of(k).rest[k] for k in a.rest | b.rest if k in of(k).rest}
     specs = {name: layer.spec for name, layer in layers.items()}
-    model = build(lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen))
+    model = build(lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen), frame_after(a.patcher))
     keep_sampling_patches(a.patcher, model)
     inside = lambda key: key.startswith(PREFIX) and chosen.takes(key.removeprefix(PREFIX))
     patches = [(k, v) for k, v in a.patcher.patches.items() if not inside(k)] + [(k, v) for k, v in b.patcher.patches.items() if inside(k)]

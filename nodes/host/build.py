@@ -1,10 +1,9 @@
-"""A ComfyUI model around quantized layers, through ComfyUI's own model detection on logical shapes."""
+"""A ComfyUI model around quantized layers: a `Frame` with the layers and the rest in it."""
 
 import logging
 from itertools import pairwise
 
 import comfy.model_management
-import comfy.sd
 import torch
 
 from ...kernels import requantize_at_load
@@ -15,40 +14,51 @@ from ...quant_core.formats.opening import open_quantized
 from ...quant_core.linear import QuantizedLayer
 from ...quant_core.report import as_report
 from ...quant_core.requantize import to_w8a8
-from .operations import is_quantized, operations_for
+from .frame import DetectionError, Frame, after, of_file
+from .operations import is_quantized
+from .origin import ATTACHMENT
 from .patcher import NibblePatcher
 from .source import PREFIX
 
-ATTACHMENT = "nibble"
 
-
-class DetectionError(RuntimeError):
-    """ComfyUI does not know the model in the file."""
-
-
-def build(take, specs, rest, info, dtype=torch.bfloat16) -> NibblePatcher:
+def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
     """take(name): the QuantizedLayer, called once when its module loads. specs: {name: LinearSpec}. rest: {key: tensor}.
 
-    info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share. The quantized weights are
-    shown to the detection as meta tensors of their logical shape in `dtype`.
+    info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share, with the frame's origin. Raises
+    IncompleteModel, and DetectionError for a layer that the model has no place for.
     """
-    state_dict = dict(rest)
-    for name, spec in specs.items():
-        state_dict[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device="meta")
-        if spec.bias:
-            state_dict[f"{name}.bias"] = torch.empty(spec.out_features, dtype=dtype, device="meta")
-    options = {"custom_operations": operations_for(take, _for_this_card)}
-    plain = comfy.sd.load_diffusion_model_state_dict(state_dict, model_options=options, disable_dynamic=True)
-    if plain is None:
-        raise DetectionError(f"{info['source']}: this ComfyUI does not recognise the model (family {info['family']}). Update ComfyUI.")
-    _fuse_gelu(plain.model)
-    patcher = NibblePatcher(plain.model, plain.load_device, plain.offload_device)
-    if missing := set(specs) - {n.removeprefix(PREFIX) for n, _ in patcher.packed_layers()}:
-        raise DetectionError(f"{info['source']}: ComfyUI's model has no place for the quantized layers {sorted(missing)[:3]}")
-    patcher.set_attachments(ATTACHMENT, info)
+    frame.take = take
+    frame.fill(dict(rest) | placeholders(specs), info["source"])
+    _fuse_gelu(frame.model)
+    offload = comfy.model_management.unet_offload_device()
+    patcher = NibblePatcher(frame.model.to(offload), comfy.model_management.get_torch_device(), offload)
+    placed = sum(1 for _ in patcher.packed_layers())
+    if placed != len(specs):
+        raise DetectionError(f"{info['source']}: ComfyUI's model has a place for {placed} of {len(specs)} quantized layers")
+    patcher.set_attachments(ATTACHMENT, info | {"origin": frame.origin})
     # How ComfyUI makes the model afresh (multi-GPU). From the model itself: keeping its layers aside would hold them twice.
     patcher.cached_patcher_init = (rebuild, (patcher,))
     return patcher
+
+
+def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of keys."""
+    out = {}
+    for name, spec in specs.items():
+        out[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device="meta")
+        if spec.bias:
+            out[f"{name}.bias"] = torch.empty(spec.out_features, dtype=dtype, device="meta")
+    return out
+
+
+def frame_after(patcher) -> Frame:
+    """An empty model like a MODEL, quantized or not, for layers as this machine's card wants them."""
+    return after(patcher, _for_this_card)
+
+
+def frame_of_file(origin, specs, rest, source, family) -> Frame:
+    """An empty model for what is in a file; see `of_file`."""
+    return of_file(origin, rest | placeholders(specs), str(source), family, _for_this_card)
 
 
 def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
@@ -93,7 +103,8 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     provenance = pack.provenance or {"method": pack.kind, "source": {"file": pack.path.name}}
     info = {"family": pack.family, "provenance": provenance, "report": pack.report or as_report(pack), "source": str(path)}
     rest = {key: pack.tensor(key) for key in pack.rest}
-    patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info)
+    frame = frame_of_file(pack.origin, pack.specs, rest, path, pack.family)
+    patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info, frame)
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 
@@ -102,7 +113,7 @@ def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
     """A second, independent model with the same layers, on the CPU."""
     layers, rest = unpatched(patcher)
     specs = {name: layer.spec for name, layer in layers.items()}
-    return build(lambda name: layers.pop(name, None), specs, rest, patcher.attachments[ATTACHMENT])
+    return build(lambda name: layers.pop(name, None), specs, rest, patcher.attachments[ATTACHMENT], frame_after(patcher))
 
 
 def unpatched(patcher: NibblePatcher):

@@ -56,19 +56,23 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
             def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
                 torch.nn.Module.__init__(self)
                 self.in_features, self.out_features = in_features, out_features
+                self._expected = ("weight", "bias") if bias else ("weight",)
                 self.weight = self.bias = None
                 self.float_dtype = dtype
 
             def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+                unexpected += [k for k in state_dict if k.startswith(prefix) and k.removeprefix(prefix) not in self._expected]
                 layer = take(prefix.removesuffix("."))
                 if layer is None:
-                    self._load_float(state_dict, prefix, missing)
+                    self._load_float(state_dict, prefix, missing, errors)
                     return
                 if (layer.spec.in_features, layer.spec.out_features) != (self.in_features, self.out_features):
                     errors.append(
                         f"{layer.name}: the model has {self.out_features} x {self.in_features}, the file {layer.spec.out_features} x {layer.spec.in_features}"
                     )
                     return
+                if "bias" in self._expected and not layer.spec.bias:
+                    missing.append(f"{prefix}bias")
                 prepared = prepare(layer)
                 self.original = layer if prepared is not layer else None
                 self.spec, layer = prepared.spec, prepared
@@ -78,12 +82,17 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     self.__dict__.pop(name, None)
                     self.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
 
-            def _load_float(self, state_dict, prefix, missing):
+            def _load_float(self, state_dict, prefix, missing, errors):
                 for name in ("weight", "bias"):
                     tensor = state_dict.get(prefix + name)
+                    if name not in self._expected:
+                        continue
                     if tensor is None:
-                        if name == "weight":
-                            missing.append(prefix + name)
+                        missing.append(prefix + name)
+                        continue
+                    shape = (self.out_features, self.in_features)[: tensor.ndim]
+                    if tuple(tensor.shape) != shape or tensor.ndim != (2 if name == "weight" else 1):
+                        errors.append(f"{prefix}{name}: the model has {list(shape)}, the file {list(tensor.shape)}")
                         continue
                     self.__dict__.pop(name, None)
                     self.register_parameter(name, torch.nn.Parameter(tensor.to(self.float_dtype or tensor.dtype), requires_grad=False))

@@ -16,7 +16,7 @@ from ...quant_core.quantize import leave_out, quantize_layers
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, quantize_on, steps_of
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
-from .build import build
+from .build import build, frame_after
 from .carry import keep_sampling_patches
 from .progress import steps
 
@@ -65,7 +65,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
     training could touch. A stopped run goes on behind its last finished block; after a training those stay beside the calibration.
     """
-    layers, rows = {}, []
+    layers, rows, frame = {}, [], frame_after(model)  # whatever ComfyUI cannot make fails before the fit
     if preset == UNTRAINED:
         store = store_of(calibration, source, provenance, "partial")
         fit = lambda members: quantize_layers(members, source.get, source.shapes, method, config, calibration, device)
@@ -93,6 +93,6 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
         "source": f"{source.family.title}, quantized in the graph",
     }
     specs = {name: layer.spec for name, layer in layers.items()}
-    made = build(lambda name: layers.pop(name, None), specs, rest, info)
+    made = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
     keep_sampling_patches(model, made)
     return made, rows, specs

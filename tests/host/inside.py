@@ -2,11 +2,13 @@
 
 import hashlib
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from comfyui_nibble.quant_core.families import detect
+from comfyui_nibble.quant_core.formats.origin import Origin
 from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
@@ -43,8 +45,6 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny_packed(comfy, tiny_state):
     """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales, shifted codes after GELU."""
-    from comfyui_nibble.nodes.host.build import build
-
     shapes = {k: tuple(v.shape) for k, v in tiny_state.items()}
     method = by_name("svdquant")
     config = method.configured(rank=8, gptq=False, iterations=0)
@@ -52,12 +52,16 @@ def tiny_packed(comfy, tiny_state):
     for layer, _ in quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, config):
         layers[layer.name] = layer
     rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
-    info = {"family": "flux", "provenance": {}, "report": [], "source": "test"}
+    return lambda: packed(layers, rest)
 
-    def make():
-        return build(layers.get, {n: layer.spec for n, layer in layers.items()}, dict(rest), info)
 
-    return make
+def packed(layers, rest, family="flux"):
+    """A NibblePatcher of {name: QuantizedLayer} and {key: tensor}, as of a file without a record of its model."""
+    from comfyui_nibble.nodes.host.build import build, frame_of_file
+
+    specs = {name: layer.spec for name, layer in layers.items()}
+    info = {"family": family, "provenance": {}, "report": [], "source": "test"}
+    return build(layers.get, specs, rest, info, frame_of_file(Origin(), specs, rest, "test", family))
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,17 @@ def sample(patcher, steps=2, hooks=None, callback=None) -> torch.Tensor:
     return comfy.sample.sample(
         patcher, noise, steps, 1.0, "euler", "simple", prompt, prompt, latent, callback=callback, disable_pbar=True, seed=0
     )
+
+
+@contextmanager
+def nodes_in(folder):
+    """ComfyUI's output folder within `folder`, for nodes that are called in this process."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    (folder / "output").mkdir()
+    folder_paths.set_output_directory(str(folder / "output"))
+    try:
+        yield
+    finally:
+        folder_paths.set_output_directory(before)

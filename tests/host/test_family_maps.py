@@ -17,6 +17,7 @@ from comfyui_nibble.tests.assets.synthetic import (
     wan_shapes,
     z_image_shapes,
 )
+from comfyui_nibble.tests.host.inside import packed
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 from comfyui_nibble.tests.support import relative_error
 
@@ -155,15 +156,12 @@ def test_a_forward_pass_is_as_the_family_says(comfyui_model, monkeypatch, one_th
 
 def test_wans_mlp_computes_its_gelu_once(comfy, one_thread):
     """ComfyUI's MLP is a Sequential whose forward skips the GELU in it and computes its own: nothing may be left to the quantizer."""
-    from comfyui_nibble.nodes.host.build import build
-
     shapes, method = wan_shapes(), by_name("rtn")
     state = random_state(shapes)
     done = quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, method.config)
     layers = {layer.name: layer for layer, _ in done}
     rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
-    info = {"family": "wan", "provenance": {}, "report": [], "source": "test"}
-    model = build(layers.get, {n: layer.spec for n, layer in layers.items()}, rest, info).model.diffusion_model
+    model = packed(layers, rest, "wan").model.diffusion_model
     x = _noise(1, 5, 128)
     with torch.inference_mode():
         want = layers["blocks.0.ffn.2"](torch.nn.functional.gelu(layers["blocks.0.ffn.0"](x), approximate="tanh"))

@@ -10,7 +10,7 @@ from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.tests.assets import nunchaku as made
-from comfyui_nibble.tests.host.inside import forward
+from comfyui_nibble.tests.host.inside import forward, packed
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,27 +30,20 @@ def written(comfy, tiny_state, tmp_path_factory):
     return layers, rest, NunchakuFile(path)
 
 
-def built(layers, rest):
-    from comfyui_nibble.nodes.host.build import build
-
-    info = {"family": "flux", "provenance": {}, "report": [], "source": "test"}
-    return build(layers.get, {name: layer.spec for name, layer in layers.items()}, dict(rest), info)
-
-
 def test_written_and_read_is_the_same_model(written, full):
     layers, rest, opened = written
     again = {name: opened.layer(name) for name in opened.specs}
-    patcher = built(again, {k: opened.tensor(k) for k in opened.rest})
+    patcher = packed(again, {k: opened.tensor(k) for k in opened.rest})
     assert {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()} == set(layers)
     # With the biases as the format rounds them, the two differ by nothing but the sums of branches filled up with zeros.
     rounded = {
         name: QuantizedLayer(name, layer.spec, layer.tensors | {"bias": again[name].tensors["bias"]}) for name, layer in layers.items()
     }
     found = forward(patcher)
-    assert relative_error(forward(built(rounded, rest)), found) < 1e-5
+    assert relative_error(forward(packed(rounded, rest)), found) < 1e-5
     # The biases' own rounding moves a few 4-bit codes, which costs nothing against full precision.
     exact = forward(full)
-    assert sqnr_db(exact, found) > sqnr_db(exact, forward(built(layers, rest))) - 0.2
+    assert sqnr_db(exact, found) > sqnr_db(exact, forward(packed(layers, rest))) - 0.2
 
 
 def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
@@ -59,12 +52,12 @@ def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
     save_file({k: t.contiguous() for k, t in made.old_names(model.file).items()}, tmp_path / "random.safetensors")
     opened = NunchakuFile(tmp_path / "random.safetensors")
     layers, rest = {name: opened.layer(name) for name in opened.specs}, {k: opened.tensor(k) for k in opened.rest}
-    patcher, g = built(layers, rest), torch.Generator().manual_seed(0)
+    patcher, g = packed(layers, rest), torch.Generator().manual_seed(0)
     assert forward(patcher).isfinite().all()
-    packed = {name.removeprefix("diffusion_model."): module for name, module in patcher.packed_layers()}
-    assert set(packed) == set(layers)
-    assert {layers[name].spec.rank for name in packed if "mod" in name} == {4}
-    for name, module in packed.items():
+    modules = {name.removeprefix("diffusion_model."): module for name, module in patcher.packed_layers()}
+    assert set(modules) == set(layers)
+    assert {layers[name].spec.rank for name in modules if "mod" in name} == {4}
+    for name, module in modules.items():
         x = torch.randn(2, layers[name].spec.in_features, generator=g)
         given = torch.nn.functional.gelu(x, approximate="tanh") if module.before else x
         assert relative_error(layers[name](given), module(x)) < 1e-5, name

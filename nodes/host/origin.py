@@ -1,0 +1,121 @@
+"""What ComfyUI made of a model's source, as a record for files: its class and config, prediction type, sampling settings, latent format."""
+
+import json
+import logging
+from pathlib import Path
+
+import comfy.model_detection
+import torch
+
+from ...quant_core.formats.checkpoint import open_safetensors
+from ...quant_core.formats.errors import CheckpointError
+from ...quant_core.formats.origin import Origin, encoded
+
+NETWORK = "diffusion_model"
+_MADE = ("model_sampling", "noise_augmentor")  # by constructors, from the settings
+ATTACHMENT = "nibble"  # what a Nibble model knows of itself; clones share it
+
+
+class UnrecordedModel(RuntimeError):
+    """A model of which a file cannot say what it is."""
+
+
+def origin_of(patcher, known: Origin | None = None) -> Origin:
+    """The Origin of a MODEL: `host` says what it is, `beside` holds its tensors outside of the network.
+
+    Header entries are those that are `known` already, or come from the file that ComfyUI loaded it from, where it still says which. Raises UnrecordedModel for a config that has no
+    form in a file.
+    """
+    model, config = patcher.model, patcher.model.model_config
+    host = {
+        "class": type(config).__name__,
+        "model": type(model).__name__,
+        "unet_config": {k: v for k, v in config.unet_config.items() if k != "dtype"},
+        "model_type": model.model_type.name,
+        "sampling_settings": dict(config.sampling_settings or {}),
+        "latent_format": type(model.latent_format).__name__,
+    }
+    for key, value in host.items():
+        try:
+            encoded(value)
+        except TypeError as error:
+            raise UnrecordedModel(
+                f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize the model as ComfyUI's own loaders give it."
+            ) from error
+    beside = outside_tensors(model)
+    host["outside"] = {own: name for own, (name, _) in beside.items()}
+    header = known or Origin.of_header(_header(patcher))
+    metadata = dict(header.metadata) | _config(model, header.metadata, config)
+    return Origin(metadata, host, dict(beside.values()) | _markers(host), header.dropped)
+
+
+def outside_tensors(model) -> dict[str, tuple[str, torch.Tensor]]:
+    """{key of the BaseModel: (name in a whole checkpoint, tensor on the CPU)} of all but the network's and the schedules'."""
+    own = {
+        key: tensor.detach()
+        for name, child in model.named_children()
+        if name not in (NETWORK, *_MADE)
+        for key, tensor in child.state_dict(prefix=f"{name}.").items()
+    }
+    own |= {key: p.detach() for key, p in model.named_parameters(recurse=False)}
+    if not own:
+        return {}
+    # ComfyUI's own names for saving, where a class has them (Stable Audio): the tensors share their memory with the model's.
+    saved = {(t.data_ptr(), t.shape): name for name, t in model.state_dict_for_saving({}).items() if t.numel()}
+    return {key: (saved.get((t.data_ptr(), t.shape), key), t.cpu()) for key, t in own.items()}
+
+
+def _markers(host) -> dict[str, torch.Tensor]:
+    """The tensors by which ComfyUI knows the prediction type of an SDXL checkpoint, for files that it loads without this pack."""
+    settings = host["sampling_settings"]
+    if host["model"] != "SDXL":
+        return {}
+    if host["model_type"] == "V_PREDICTION":
+        return {"v_pred": torch.empty(0)} | ({"ztsnr": torch.empty(0)} if settings.get("zsnr") else {})
+    if host["model_type"] == "EDM":
+        return {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
+    if host["model_type"] == "V_PREDICTION_EDM":
+        return {f"edm_vpred.{k}": torch.tensor(float(settings[k])) for k in ("sigma_max", "sigma_min") if k in settings}
+    return {}
+
+
+def _header(patcher) -> dict[str, str]:
+    """Header entries of the file that a loader of ComfyUI read the model from; {} where it is not known or not there any more."""
+    _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    path = next((a for a in arguments if isinstance(a, str) and a.lower().endswith((".safetensors", ".sft"))), None)
+    if path is None or not Path(path).is_file():
+        return {}
+    try:
+        return open_safetensors(Path(path)).metadata() or {}
+    except CheckpointError as error:
+        logging.warning(f"Nibble: header entries of the source are not kept: {error}")
+        return {}
+
+
+def _config(model, metadata, config) -> dict[str, str]:
+    """The header entry `config` by which ComfyUI's detection finds this model, where the weights and the source's header do not show it."""
+    shown = {k: torch.empty(t.shape, device="meta") for k, t in model.diffusion_model.state_dict().items()}
+    want = _identity(config)
+    plain = detected(shown, {})
+    if plain is None or want in (plain, detected(shown, metadata)):
+        return {}
+    differing = {k: v for k, v in want[1].items() if k not in plain[1] or plain[1][k] != v}
+    try:
+        text = json.dumps({"transformer": differing})
+    except TypeError:
+        return {}
+    return {"config": text} if detected(shown, {"config": text}) == want else {}
+
+
+def detected(shown: dict[str, torch.Tensor], metadata) -> tuple[type, dict] | None:
+    """(class, unet_config) by ComfyUI's detection on tensors that may be on the meta device; None where it knows no such model."""
+    try:
+        config = comfy.model_detection.model_config_from_unet(shown, "", metadata=dict(metadata))
+    except Exception:  # names and shapes of a foreign model make it fail in any way
+        return None
+    return None if config is None else _identity(config)
+
+
+def _identity(config) -> tuple[type, dict]:
+    """Entries that a class asks for are put back: its models change them (FlowRVS is a `t2v` afterwards)."""
+    return type(config), {k: v for k, v in config.unet_config.items() if k != "dtype"} | type(config).unet_config
