@@ -1,28 +1,31 @@
-"""Which keys of a LoRA file found no layer. ComfyUI logs them one by one, those of hook LoRAs not at all, and hands on only the rest."""
+"""Which keys of a LoRA file found no layer. ComfyUI only logs them, those of hook LoRAs not at all, and hands on the rest."""
 
 import functools
-import logging
 import threading
 
 import comfy.lora
 
-_NOT_LOADED = "lora key not loaded: "
 _last = threading.local()
 
 
-class _Lines(logging.Filter):
-    """Gathers ComfyUI's lines about keys of one thread; keeps them off the log where the caller asked for none."""
+class _Read(dict):
+    """A LoRA file's tensors that remembers whose were asked for. `load_lora` asks for a tensor where it has a use for it."""
 
-    def __init__(self, keep):
-        super().__init__()
-        self.keep, self.thread, self.keys = keep, threading.get_ident(), []
+    def __init__(self, tensors):
+        super().__init__(tensors if type(tensors) is dict else {k: tensors[k] for k in tensors})
+        self.asked = set()
 
-    def filter(self, record):
-        message = record.getMessage() if record.thread == self.thread else ""
-        if not message.startswith(_NOT_LOADED):
-            return True
-        self.keys.append(message.removeprefix(_NOT_LOADED))
-        return self.keep
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def pop(self, key, *default):
+        self.asked.add(key)
+        return super().pop(key, *default)
 
 
 def observe():
@@ -32,14 +35,13 @@ def observe():
         return
 
     @functools.wraps(inner)
-    def load_lora(lora, to_load, log_missing=True):
-        lines, log = _Lines(log_missing), logging.getLogger()
-        log.addFilter(lines)
-        try:
-            loaded = inner(lora, to_load, log_missing=True)
-        finally:
-            log.removeFilter(lines)
-        _last.value = (loaded, lines.keys)
+    def load_lora(lora, *args, **kwargs):
+        read = _Read(lora)
+        keys = list(read)
+        loaded = inner(read, *args, **kwargs)
+        # A tensor that was looked at in vain, such as OFT blocks of two dimensions, made no patch: where there is none, nothing was used.
+        used = read.asked.union(*(getattr(value, "loaded_keys", ()) for value in loaded.values())) if loaded else ()
+        _last.value = (loaded, [k for k in keys if k not in used])
         return loaded
 
     load_lora.nibble_observes = True
@@ -50,6 +52,13 @@ def keys_of(loaded) -> list[str] | None:
     """The keys without a layer of the file that `loaded`, a result of load_lora in this thread, came from; None if it did not."""
     value = getattr(_last, "value", None)
     return value[1] if value is not None and value[0] is loaded else None
+
+
+def file_of(patches) -> dict | None:
+    """All that load_lora made of the file whose patches these are, or a part of them: some nodes hand on one key at a time. None if
+    they did not come from it."""
+    loaded, _ = last()
+    return loaded if all(loaded.get(k) is value for k, value in patches.items()) else None
 
 
 def last() -> tuple[dict, list[str]]:
