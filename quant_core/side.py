@@ -31,6 +31,10 @@ class Kronecker:
     right: torch.Tensor
     first: int = 0
 
+    @property
+    def rows(self) -> int:
+        return self.left.shape[0] * self.right.shape[0]
+
     def __call__(self, x):
         """x (..., K) -> (..., a c) without the (a c, K) matrix."""
         return kronecker(x, self.left.mT, self.right.mT)
@@ -64,10 +68,19 @@ class Side:
         self.low_rank = [replace(t, up=t.up.float() * whole[t.first : t.first + len(t.up), None]) for t in self.low_rank]
         if self.dense is not None:
             self.dense = self.dense * whole[:, None]
-        for term in self.kronecker:  # rows scaled apart are no Kronecker product any more
+        met = lambda t: t.first < first + len(factor) and first < t.first + t.rows
+        for term in filter(met, self.kronecker):  # rows scaled apart are no Kronecker product any more
             matrix = torch.kron(term.left, term.right)
             self.add_dense(matrix * whole[term.first : term.first + len(matrix), None], term.first)
-        self.kronecker = []
+        self.kronecker = [t for t in self.kronecker if not met(t)]
+
+    def scale(self, value: float, rows: int, first: int, device):
+        """Multiplies W' by one number on `rows` out-channels from `first` on. Kronecker products that lie in there stay such."""
+        inside = lambda t: first <= t.first and t.first + t.rows <= first + rows
+        scaled = [replace(t, left=t.left * value) for t in self.kronecker if inside(t)]
+        self.kronecker = [t for t in self.kronecker if not inside(t)]
+        self.scale_rows(torch.full((rows,), value, device=device), first)
+        self.kronecker += scaled
 
     def add_dense(self, matrix: torch.Tensor, first: int = 0, column: int = 0):
         """Adds matrix (n, k) at row `first` and column `column`."""

@@ -103,6 +103,20 @@ def test_low_rank_joins_the_layers_own(parts):
     assert relative_error(want, naive.quant_linear(x, spec, layer.tensors | changed)) < 2e-6
 
 
+@pytest.mark.parametrize(("first", "rows", "kept"), [(0, N, 1), (32, 32, 1), (64, 32, 1), (0, 48, 0), (40, 8, 0)])
+def test_one_number_leaves_kronecker_products_in_its_rows_and_out_of_them(first, rows, kept):
+    """A matrix of the layer's size takes the place of a product only where a part of its rows is scaled."""
+    side, base = Side(N, K), randn(N, K)
+    side.kronecker.append(Kronecker(randn(4, 8), randn(8, 16), 32))
+    side.low_rank.append(LowRank(randn(4, K), randn(N, 4)))
+    want = side.weight(base)
+    want[first : first + rows] *= -0.3
+    side.scale(-0.3, rows, first, "cpu")
+    torch.testing.assert_close(side.weight(base), want, rtol=1e-5, atol=1e-5)
+    assert len(side.kronecker) == kept
+    assert (side.dense is None) == bool(kept)
+
+
 def test_bytes_and_words():
     layer, side = quantized(), Side(N, K)
     side.low_rank.append(LowRank(randn(4, K), randn(N, 4)))
