@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..quant_core.bake import Baked, bake
 from ..quant_core.linear import QuantizedLayer
+from ..quant_core.side import bias_correction
 from .host.adapters import effective, side_of
 from .host.build import build, frame_after
 from .host.carry import keep_sampling_patches
@@ -78,7 +79,10 @@ def _patches(model, key):
 def _bake(model, layer: QuantizedLayer, rank, device) -> Baked:
     key, bias = f"{PREFIX}{layer.name}", None
     if patches := _patches(model, f"{layer.name}.bias"):
-        bias = comfy.lora.calculate_weight(patches, layer.tensors["bias"].float(), f"{key}.bias")
+        correction = bias_correction(layer)
+        correction = 0.0 if correction is None else correction
+        # Patches are for the model's own bias, without what the layer's holds for shifted activations. A new tensor: they write into it.
+        bias = comfy.lora.calculate_weight(patches, layer.tensors["bias"].float() + correction, f"{key}.bias") - correction
     return bake(layer, side_of(_patches(model, f"{layer.name}.weight"), layer, key, device), rank, bias)
 
 

@@ -5,19 +5,22 @@ A patch is ModelPatcher's tuple (strength, value, strength_model, offset, functi
 (full differences, `set`, OFT, BOFT, GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
 """
 
+import math
 from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
+from comfy.weight_adapter.boft import BOFTAdapter
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
+from comfy.weight_adapter.oft import OFTAdapter
 
 from ...quant_core.side import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
 
-NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr"}
+NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT"}
 
 
 class UnsupportedPatch(RuntimeError):
@@ -43,37 +46,95 @@ class Region:
         return cls(first, rows, column, columns)
 
 
-def refused(patch, out_features: int, in_features: int) -> str:
-    """Why a packed layer cannot take a patch; "" if it can."""
-    _, value, _, offset, _ = patch
-    at = Region.of(offset, out_features, in_features)
-    size = f"{at.rows} x {at.columns} weights"
+def replaces(patch) -> bool:
+    """Whether a patch takes the place of the weight, whatever its strength."""
+    return isinstance(patch[1], tuple) and len(patch[1]) == 2 and patch[1][0] == "set"
+
+
+def only_scales(patch) -> bool:
+    """Whether a patch is no more than its factor, `strength_model`. ComfyUI looks at no value at strength 0: nodes that multiply layers
+    hand on `(None,)`."""
+    return not patch[0] and not replaces(patch)
+
+
+def refused(patch, shape) -> str:
+    """Why no packed tensor of a shape can take a patch, whichever model that was made for; "" if it can."""
+    value = patch[1]
+    if to := reshaped(value, wanted(patch, shape)):
+        return f"a patch that reshapes the weight to {_by(to)}"
+    if isinstance(value, WeightAdapterBase) or only_scales(patch):
+        return ""
     if isinstance(value, list):
         return "a merge with another model, which would be a second full-precision model beside this one,"
-    if isinstance(value, tuple):
-        kind, tensors = ("diff", value) if len(value) == 1 else (value[0], value[1])
-        if kind == "model_as_lora":
-            return "another model as LoRA, which would be a second full-precision model beside this one,"
-        if kind not in ("diff", "set"):
-            return f"a patch of the unknown kind {kind!r}"
-        shape = tuple(tensors[0].shape)
-        return "" if shape == (at.rows, at.columns) else f"a full difference of {_by(shape)} on {size}, made for another model,"
-    if not isinstance(value, WeightAdapterBase):
+    if not isinstance(value, tuple):
         return f"a patch of the unknown kind {type(value).__name__}"
-    if isinstance(value, LoRAAdapter) and value.weights[5] is not None:
-        return f"a LoRA that reshapes the weight to {_by(value.weights[5])}"
-    shape = _shape(value)
-    if shape is not None and shape != (at.rows, at.columns):
-        return f"a {NAMES.get(value.name, value.name)} of {_by(shape)} on {size}, made for another model,"
+    kind, _ = _parts(value)
+    if kind == "model_as_lora":
+        return "another model as LoRA, which would be a second full-precision model beside this one,"
+    return unusable(patch, shape) if kind in ("diff", "set") else f"a patch of the unknown kind {kind!r}"
+
+
+def unusable(patch, shape) -> str:
+    """Why ComfyUI itself would stop at a patch of a tensor of a shape, when it loads the model and not before; "" if it would not."""
+    value, want = patch[1], wanted(patch, shape)
+    to = reshaped(value, want)
+    if to and not (len(to) == len(want) and all(a >= b for a, b in zip(to, want, strict=True))):
+        return f"a patch that reshapes the weight to {_by(to)}, which has {_by(want)},"
+    if isinstance(value, tuple) and not only_scales(patch):
+        kind, tensors = _parts(value)
+        if kind in ("diff", "set") and not torch.is_tensor(tensors[0]):
+            return "a full difference without a tensor"
     return ""
+
+
+def misfit(patch, shape) -> str:
+    """What a patch made for another shape is; "" if it fits, or where only applying it tells."""
+    value = patch[1]
+    want = reshaped(value, wanted(patch, shape)) or wanted(patch, shape)
+    if isinstance(value, WeightAdapterBase):
+        flat = (want[0], math.prod(want[1:])) if len(want) > 1 else (math.prod(want), 1)
+        found = _shape(value, flat)
+        if found is None or found == flat or (len(want) < 2 and math.prod(found) == flat[0]):
+            return ""
+        return f"a {NAMES.get(value.name, value.name)} of {_by(found)} on {_by(want)} weights"
+    if not isinstance(value, tuple) or only_scales(patch):
+        return ""
+    kind, tensors = _parts(value)
+    if kind not in ("diff", "set") or tuple(tensors[0].shape) == want:
+        return ""
+    return f"a full difference of {_by(tensors[0].shape)} on {_by(want)} weights"
+
+
+def wanted(patch, shape) -> tuple:
+    """The shape of what a patch changes: of all the tensor, or of the range in its offset (dimension, start, length)."""
+    want = list(shape)
+    if patch[3] is not None:
+        want[patch[3][0]] = patch[3][2]
+    return tuple(want)
+
+
+def reshaped(value, shape) -> tuple | None:
+    """The shape that a patch gives to a tensor of `shape`; None where it is the same. BFL's control LoRAs widen the input layer so."""
+    to = value.weights[5] if isinstance(value, LoRAAdapter) else None
+    if isinstance(value, tuple) and len(_parts(value)[1]) > 1 and isinstance(_parts(value)[1][1], dict):
+        tensor, options = _parts(value)[1]
+        to = tensor.shape if options.get("pad_weight") else None
+    return None if to is None or tuple(to) == tuple(shape) else tuple(to)
+
+
+def _parts(value):
+    """(kind, tensors) of a patch that is a tuple."""
+    if len(value) == 1:
+        return "diff", value
+    return (value[0], value[1]) if len(value) == 2 else (f"tuple of {len(value)}", ())
 
 
 def _by(shape) -> str:
     return " x ".join(str(int(n)) for n in shape)
 
 
-def _shape(adapter):
-    """(n, k) of an adapter's difference; None where only applying it tells."""
+def _shape(adapter, flat):
+    """(n, k) of an adapter's difference; None where only applying it tells. flat: (n, k) of what it is for."""
     w = adapter.weights
     if isinstance(adapter, LoRAAdapter):
         return (w[0].shape[0], w[1].shape[1:].numel()) if w[3] is None else None
@@ -83,17 +144,20 @@ def _shape(adapter):
         sizes = [(w[i] if w[i] is not None else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta")) for i, j in ((0, 3), (1, 5))]
         if sizes[1].ndim == 2:
             return tuple(a * b for a, b in zip(sizes[0].shape, sizes[1].shape, strict=True))
+    if isinstance(adapter, OFTAdapter | BOFTAdapter):  # they turn the rows
+        return math.prod(w[0].shape[-3:-1]), flat[1]
     return None
 
 
 def effective(patches) -> list:
     """Those that change a weight: at strength 0 only ComfyUI's "set", and what also scales the weight, do."""
-    return [p for p in patches if p[0] or p[2] != 1.0 or (isinstance(p[1], tuple) and p[1][0] == "set")]
+    return [p for p in patches if p[0] or p[2] != 1.0 or replaces(p)]
 
 
 def side_of(patches, layer, key: str, device) -> Side:
     """What `patches` put beside a QuantizedLayer, computed on `device`. Raises UnsupportedPatch."""
     side = Side(layer.spec.out_features, layer.spec.in_features)
+    shape = (side.out_features, side.in_features)
     base = []  # the dequantized weight, made once and only where an adapter asks for it
 
     def weight():
@@ -102,7 +166,10 @@ def side_of(patches, layer, key: str, device) -> Side:
         return side.weight(base[0])
 
     for patch in patches:
-        if reason := refused(patch, layer.spec.out_features, layer.spec.in_features):
+        reason = refused(patch, shape)
+        if other := misfit(patch, shape) if not reason else "":
+            reason = f"{other}, made for another model,"
+        if reason:
             raise UnsupportedPatch(f"{key}: {reason} cannot be put beside a quantized layer")
         _add(side, patch, key, weight, device)
     return side
@@ -112,6 +179,12 @@ def _add(side, patch, key, weight, device):
     strength, value, strength_model, offset, function = patch
     at = Region.of(offset, side.out_features, side.in_features)
     whole_rows = at.columns == side.in_features
+    if only_scales(patch):
+        if whole_rows or strength_model == 1.0:
+            _scale(side, at, strength_model, device)
+        else:
+            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device)
+        return
     if isinstance(value, tuple) and function is None and whole_rows:
         _add_difference(side, value, at, strength, strength_model, device)
         return
@@ -138,12 +211,12 @@ def _add(side, patch, key, weight, device):
 
 def _scale(side, at, strength_model, device):
     if strength_model != 1.0:
-        side.scale_rows(torch.full((at.rows,), float(strength_model), device=device), at.first)
+        side.scale(float(strength_model), at.rows, at.first, device)
 
 
 def _add_difference(side, value, at, strength, strength_model, device):
     """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
-    kind, tensor = ("diff", value[0]) if len(value) == 1 else (value[0], value[1][0])
+    kind, (tensor, *_) = _parts(value)
     _scale(side, at, 0.0 if kind == "set" else strength_model, device)
     side.add_dense(tensor.to(device, torch.float32) * (1.0 if kind == "set" else strength), at.first)
 
@@ -180,7 +253,7 @@ def _is_zero(adapter) -> bool:
 def _structured(adapter, device) -> LowRank | Kronecker | None:
     """The difference that an adapter adds at strength 1, alpha in it, fp32; None where it has no cheaper form than dense."""
     w = [t.to(device, torch.float32) if torch.is_tensor(t) else t for t in adapter.weights]
-    if isinstance(adapter, LoRAAdapter) and w[3] is None and w[5] is None:
+    if isinstance(adapter, LoRAAdapter) and w[3] is None:  # w[5], a shape, is the layer's own here
         up, down = w[0].flatten(1), w[1].flatten(1)
         return LowRank(down, up * _alpha(w[2], down.shape[0]))
     if isinstance(adapter, LoHaAdapter) and w[5] is None:

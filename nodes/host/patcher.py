@@ -1,19 +1,23 @@
 """A ModelPatcher for packed layers: adapters stand beside them (`adapters.py`), packed bytes never change, all else is refused by name."""
 
+import functools
 import logging
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.sd
 import comfy.utils
+import torch
 
 from . import unmatched
-from .adapters import UnsupportedPatch, effective, refused, side_of
+from .adapters import UnsupportedPatch, effective, side_of
+from .fitting import EXAMPLES, Target, left_out, of_another_shape, sort
 from .operations import is_quantized
 
-unmatched.observe()
+MADE_FOR_ANOTHER = "the LoRA was made for another one"
 BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass loaders keep their injections
-EXAMPLES = 4
 
 
 class Stack(tuple):
@@ -38,7 +42,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if not hasattr(model, "nibble_size"):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
-        self._sides = None
+        self._sides = self._said = None
 
     def packed_layers(self):
         """(name, module) of the quantized layers; names as in the state dict, without a leaf."""
@@ -57,64 +61,43 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     # -- what may be patched -------------------------------------------------------------------------------------------
 
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
         """As ModelPatcher's; raises UnsupportedPatch at once for what this model cannot take, before anything is changed."""
-        missing = unmatched.keys_of(patches)
-        self._check(patches, strength_patch, strength_model)
-        if missing and not patches:
-            raise UnsupportedPatch(unmatched.sentence(missing, "and none has a layer in this model, so the LoRA was made for another one"))
-        added = super().add_patches(patches, strength_patch, strength_model)
-        self._say(missing, added)
-        return added
+        taken, left_out = self._fitting(patches, strength_patch, strength_model, MADE_FOR_ANOTHER)
+        return super().add_patches(taken, strength_patch, strength_model, **kwargs) + left_out
 
-    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
         """As ModelPatcher's, for LoRAs whose strength a schedule sets. Raises UnsupportedPatch as `add_patches` does."""
+        taken, left_out = self._fitting(patches, strength_patch, strength_model, "the hook would do nothing")
+        return super().add_hook_patches(hook, taken, strength_patch, strength_model, **kwargs) + left_out
+
+    def _fitting(self, patches, strength_patch, strength_model, otherwise):
+        """(patches to hand on, keys of the rest). Warns of what the file they came from has for no layer, or for one of another shape."""
         missing = unmatched.keys_of(patches)
-        self._check(patches, strength_patch, strength_model)
         if missing and not patches:
-            raise UnsupportedPatch(unmatched.sentence(missing, "and none has a layer in this model, so the hook would do nothing"))
-        added = super().add_hook_patches(hook, patches, strength_patch, strength_model)
-        self._say(missing, [])
-        return added
-
-    def _check(self, patches, strength_patch, strength_model):
-        found = []
-        for k, value in patches.items():
-            key, offset, function = (k, None, None) if isinstance(k, str) else (k[0], k[1], k[2] if len(k) > 2 else None)
-            packed = self._packed(key)
-            reason, patch = "", (strength_patch, value, strength_model, offset, function)
-            if packed is None:
-                shape = self._float_shape(key)
-                if shape is not None and hasattr(value, "weights") and getattr(value, "name", "") in ("lora", "loha", "lokr"):
-                    reason = "" if value.calculate_shape(key) is not None else refused(patch, *shape)
-            elif packed[1] == "weight":
-                reason = refused(patch, packed[0].out_features, packed[0].in_features)
-            elif packed[1] != "bias":
-                reason = "a patch of quantization data"
-            elif isinstance(value, list):
-                reason = "a merge with another model"
-            if reason:
-                found.append(f"{key}: {reason}")
-        if found:
-            more = f" ({len(found)} such layers in all)" if len(found) > 1 else ""
-            raise UnsupportedPatch(
-                "; ".join(found[:EXAMPLES]) + f" cannot be put on this quantized model{more}. An adapter must be made for this "
-                "architecture; merge models in full precision, before Nibble Quantize."
-            )
-
-    def _float_shape(self, key):
-        """Shape (N, K) of a weight in 16 bit; None for anything else. ComfyUI would log a misfit there and go on without the LoRA."""
-        try:
-            weight = comfy.utils.get_attr(self.model, key)
-        except AttributeError:
-            return None
-        return tuple(weight.shape) if key.endswith(".weight") and weight is not None and weight.ndim == 2 else None
-
-    def _say(self, missing, added):
+            raise UnsupportedPatch(unmatched.sentence(missing, f"and none has a layer in this model, so {otherwise}"))
+        found = sort(patches, (strength_patch, strength_model), self._target, unmatched.file_of(patches))
         if missing:
             logging.warning(f"Nibble: {unmatched.sentence(missing)}")
-        if added:
-            logging.info(f"Nibble: {self.lora_summary()}")
+        if found.misfits:
+            logging.warning(f"Nibble: {left_out(found.misfits)}")
+        return found.taken, [k for k in patches if k not in found.taken]
+
+    def _target(self, key):
+        """What a key of the state dict stands for; None where there is no tensor."""
+        if packed := self._packed(key):
+            module, leaf = packed
+            shape = (module.out_features, module.in_features) if leaf == "weight" else (module.out_features,)
+            return Target(shape, leaf)
+        try:
+            tensor = comfy.utils.get_attr(self.model, key)
+        except AttributeError:
+            return None
+        if key in self.backup:  # a loaded clone has its own patches in there
+            tensor = self.backup[key].weight
+        if not torch.is_tensor(tensor):
+            return None
+        return Target(tuple(comfy.lora.calculate_shape(self.patches.get(key, []), tensor, key)))
 
     def lora_summary(self) -> str:
         """One line about what adapters cost beside the packed layers."""
@@ -125,25 +108,33 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             text += f"; {len(dense)} of them as dense matrices in 16 bit, which cost as much as the layer in full precision: {', '.join(dense[:EXAMPLES])}"
         return text + ", ..." * (len(dense) > EXAMPLES)
 
-    def add_weight_wrapper(self, name, function):
+    def add_weight_wrapper(self, name, *args, **kwargs):
         if self._packed(name):
             raise UnsupportedPatch(f"{name}: a weight wrapper sees float weights, and this layer is packed. Leave quantized layers out.")
-        super().add_weight_wrapper(name, function)
+        super().add_weight_wrapper(name, *args, **kwargs)
 
-    def set_injections(self, key, injections):
+    def set_injections(self, key, injections, *args, **kwargs):
         """A second bypass loader joins the first, where ModelPatcher would drop the first; they are taken off in the opposite order."""
         if key == BYPASS:
-            loaded, missing = unmatched.last()
-            if missing:
-                logging.warning(f"Nibble: {unmatched.sentence(missing)}")
-            if sliced := [k[0] for k in loaded if not isinstance(k, str)]:
-                logging.warning(
-                    f"Nibble: {unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. Load this "
-                    "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
-                )
+            self._check_bypass()
             if key in self.injections:
                 injections = [_both(self.injections[key], injections)]
-        super().set_injections(key, injections)
+        super().set_injections(key, injections, *args, **kwargs)
+
+    def _check_bypass(self):
+        """Its adapters act on a layer's output, so one of another shape would stop the sampler, and the loader has no place for offsets."""
+        loaded, missing = unmatched.last()
+        hooked = {k: v for k, v in loaded.items() if isinstance(k, str) and "multiplier" in getattr(v, "__dict__", ())}  # set by its hook
+        if misfits := of_another_shape(hooked, self._target):
+            what = "of the LoRA file made for layers of another shape, at which the bypass loader would stop the sampler"
+            raise UnsupportedPatch(f"{left_out(misfits, what)}. Load this LoRA with LoraLoaderModelOnly, which leaves them out.")
+        if missing:
+            logging.warning(f"Nibble: {unmatched.sentence(missing)}")
+        if sliced := [k[0] for k in loaded if not isinstance(k, str)]:
+            logging.warning(
+                f"Nibble: {unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. Load this "
+                "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
+            )
 
     def state_dict_for_saving(self, *args, **kwargs):
         """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can load."""
@@ -175,15 +166,19 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     # -- loading -------------------------------------------------------------------------------------------------------
 
-    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+    def patch_weight_to_device(self, key, *args, **kwargs):
         packed = self._packed(key)
-        if packed is None or packed[1] == "bias":
-            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        return getattr(*packed)  # patches stand beside it since load()
+        # What stands beside a packed weight is there since load(). A bias in `backup` was patched when its layer was left in memory.
+        if packed is not None and (packed[1] != "bias" or key in self.backup):
+            return getattr(*packed)
+        return super().patch_weight_to_device(key, *args, **kwargs)
 
     def load(self, *args, **kwargs):
         self.unpatch_hooks()
         self._attach(self.patches)  # before the sizes are taken
+        if self._said != self.patches_uuid and self._shapes():
+            logging.info(f"Nibble: {self.lora_summary()}")
+        self._said = self.patches_uuid
         super().load(*args, **kwargs)
         self._take_off_functions()
 
@@ -193,16 +188,18 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         return freed
 
     def _take_off_functions(self):
-        """ModelPatcher puts a LowVramPatch on layers it leaves in memory. On a packed weight it would requantize; on a tensor that was
-        patched when its layer still fitted, which is in `backup`, it would act a second time."""
-        for _, module in self.packed_layers():
+        """ModelPatcher puts a LowVramPatch on layers it leaves in memory. On a packed weight it would requantize; on a packed layer's
+        bias it would see the correction for shifted activations, so the bias is patched where it lies; on a tensor that was patched when
+        its layer still fitted, which is in `backup`, it would act a second time."""
+        for name, module in self.packed_layers():
             module.weight_function = []
+            if _without_patches(module, "bias") and (key := f"{name}.bias") not in self.backup:
+                self.unpin_weight(key)
+                self.patch_weight_to_device(key)
+                self.pin_weight_to_device(key)
         for key in self.backup:
             name, _, leaf = key.rpartition(".")
-            module = comfy.utils.get_attr(self.model, name)
-            functions = getattr(module, f"{leaf}_function", ())
-            if any(getattr(f, "is_lowvram_patch", False) for f in functions):
-                setattr(module, f"{leaf}_function", [f for f in functions if not getattr(f, "is_lowvram_patch", False)])
+            _without_patches(comfy.utils.get_attr(self.model, name), leaf)
 
     def _attach(self, patches, keep=0):
         """Puts beside each packed layer what `patches`, {key: list}, ask for. A layer that has it already is left alone. keep: how many
@@ -221,19 +218,19 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         heavy = shape.gain is not None or shape.dense is not None
         return side_of(patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device)
 
-    def unpatch_model(self, device_to=None, unpatch_weights=True):
+    def unpatch_model(self, device_to=None, unpatch_weights=True, **kwargs):
         if unpatch_weights:
             self.model.nibble_hooked = False
-        super().unpatch_model(device_to, unpatch_weights)
+        super().unpatch_model(device_to, unpatch_weights, **kwargs)
         if unpatch_weights:
             self._attach({})  # after the move, so that a layer's own tensors, left in memory, need none
 
     # -- hooks: LoRAs on a schedule or on one conditioning ---------------------------------------------------------------
 
-    def patch_hooks(self, hooks):
+    def patch_hooks(self, hooks, *args, **kwargs):
         self._patching_hooks = True
         try:
-            super().patch_hooks(hooks)  # biases and layers in 16 bit
+            super().patch_hooks(hooks, *args, **kwargs)  # biases and layers in 16 bit
         finally:
             self._patching_hooks = False
         combined = self.get_combined_hook_patches(hooks)
@@ -244,13 +241,16 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     _patching_hooks = False
 
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
         packed = self._packed(key)
         if packed is None or packed[1] == "bias":
-            super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+            cached = self.cached_hook_patches.get(hooks, {})
+            if packed and key in cached:  # ModelPatcher copies it back as it is, so the bias as stored and not the model's own
+                cached[key] = (packed[0].bias.detach().to(cached[key][0].device, copy=True), cached[key][1])
 
-    def unpatch_hooks(self, whitelist_keys_set=None):
-        super().unpatch_hooks(whitelist_keys_set)
+    def unpatch_hooks(self, *args, **kwargs):
+        super().unpatch_hooks(*args, **kwargs)
         if self.model.nibble_hooked and not self._patching_hooks:
             self._attach(self.patches)
             self.model.nibble_hooked = False
@@ -266,3 +266,35 @@ def _both(first, second) -> comfy.patcher_extension.PatcherInjection:
             injection.eject(patcher)
 
     return comfy.patcher_extension.PatcherInjection(inject=inject, eject=eject)
+
+
+def _without_patches(module, leaf) -> bool:
+    """Takes ModelPatcher's patches off the functions of a tensor. Whether there was one."""
+    functions = getattr(module, f"{leaf}_function", ())
+    kept = [f for f in functions if not getattr(f, "is_lowvram_patch", False)]
+    if len(kept) == len(functions):
+        return False
+    setattr(module, f"{leaf}_function", kept)
+    return True
+
+
+def _refuse_idle_bypass():
+    """Wraps ComfyUI's bypass loader, once: where no key of a file has a layer it changes nothing and calls nothing of the model's."""
+    inner = comfy.sd.load_bypass_lora_for_models
+    if hasattr(inner, "nibble_observes"):
+        return
+
+    @functools.wraps(inner)
+    def load_bypass_lora_for_models(model, *args, **kwargs):
+        made = inner(model, *args, **kwargs)
+        loaded, missing = unmatched.last()
+        if isinstance(model, NibblePatcher) and missing and not loaded:
+            raise UnsupportedPatch(unmatched.sentence(missing, f"and none has a layer in this model, so {MADE_FOR_ANOTHER}"))
+        return made
+
+    load_bypass_lora_for_models.nibble_observes = True
+    comfy.sd.load_bypass_lora_for_models = load_bypass_lora_for_models
+
+
+unmatched.observe()
+_refuse_idle_bypass()

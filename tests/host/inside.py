@@ -43,19 +43,27 @@ def one_thread():
 
 
 @pytest.fixture(scope="session")
-def tiny_packed(comfy, tiny_state):
+def packed(comfy):
+    """A function of (tensors of a diffusion model, method, its options) that returns one that makes it quantized without data."""
+
+    def quantize(state, method="svdquant", **options):
+        shapes = {k: tuple(v.shape) for k, v in state.items()}
+        family, chosen, layers = detect(shapes), by_name(method), {}
+        for layer, _ in quantize_layers(family.layers(shapes), state.__getitem__, shapes, chosen, chosen.configured(**options)):
+            layers[layer.name] = layer
+        rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
+        return lambda: patcher_of(layers, rest, family.name)
+
+    return quantize
+
+
+@pytest.fixture(scope="session")
+def tiny_packed(packed, tiny_state):
     """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales, shifted codes after GELU."""
-    shapes = {k: tuple(v.shape) for k, v in tiny_state.items()}
-    method = by_name("svdquant")
-    config = method.configured(rank=8, gptq=False, iterations=0)
-    layers = {}
-    for layer, _ in quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, config):
-        layers[layer.name] = layer
-    rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
-    return lambda: packed(layers, rest)
+    return packed(tiny_state, rank=8, gptq=False, iterations=0)
 
 
-def packed(layers, rest, family="flux"):
+def patcher_of(layers, rest, family="flux"):
     """A NibblePatcher of {name: QuantizedLayer} and {key: tensor}, as of a file without a record of its model."""
     from comfyui_nibble.nodes.host.build import build, frame_of_file
 

@@ -17,7 +17,7 @@ from comfyui_nibble.tests.assets.synthetic import (
     wan_shapes,
     z_image_shapes,
 )
-from comfyui_nibble.tests.host.inside import packed
+from comfyui_nibble.tests.host.inside import patcher_of
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 from comfyui_nibble.tests.support import relative_error
 
@@ -161,7 +161,7 @@ def test_wans_mlp_computes_its_gelu_once(comfy, one_thread):
     done = quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, method.config)
     layers = {layer.name: layer for layer, _ in done}
     rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
-    model = packed(layers, rest, "wan").model.diffusion_model
+    model = patcher_of(layers, rest, "wan").model.diffusion_model
     x = _noise(1, 5, 128)
     with torch.inference_mode():
         want = layers["blocks.0.ffn.2"](torch.nn.functional.gelu(layers["blocks.0.ffn.0"](x), approximate="tanh"))

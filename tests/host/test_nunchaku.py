@@ -10,7 +10,7 @@ from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.tests.assets import nunchaku as made
-from comfyui_nibble.tests.host.inside import forward, packed
+from comfyui_nibble.tests.host.inside import forward, patcher_of
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,17 +33,17 @@ def written(comfy, tiny_state, tmp_path_factory):
 def test_written_and_read_is_the_same_model(written, full):
     layers, rest, opened = written
     again = {name: opened.layer(name) for name in opened.specs}
-    patcher = packed(again, {k: opened.tensor(k) for k in opened.rest})
+    patcher = patcher_of(again, {k: opened.tensor(k) for k in opened.rest})
     assert {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()} == set(layers)
     # With the biases as the format rounds them, the two differ by nothing but the sums of branches filled up with zeros.
     rounded = {
         name: QuantizedLayer(name, layer.spec, layer.tensors | {"bias": again[name].tensors["bias"]}) for name, layer in layers.items()
     }
     found = forward(patcher)
-    assert relative_error(forward(packed(rounded, rest)), found) < 1e-5
+    assert relative_error(forward(patcher_of(rounded, rest)), found) < 1e-5
     # The biases' own rounding moves a few 4-bit codes, which costs nothing against full precision.
     exact = forward(full)
-    assert sqnr_db(exact, found) > sqnr_db(exact, forward(packed(layers, rest))) - 0.2
+    assert sqnr_db(exact, found) > sqnr_db(exact, forward(patcher_of(layers, rest))) - 0.2
 
 
 def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
@@ -52,7 +52,7 @@ def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
     save_file({k: t.contiguous() for k, t in made.old_names(model.file).items()}, tmp_path / "random.safetensors")
     opened = NunchakuFile(tmp_path / "random.safetensors")
     layers, rest = {name: opened.layer(name) for name in opened.specs}, {k: opened.tensor(k) for k in opened.rest}
-    patcher, g = packed(layers, rest), torch.Generator().manual_seed(0)
+    patcher, g = patcher_of(layers, rest), torch.Generator().manual_seed(0)
     assert forward(patcher).isfinite().all()
     modules = {name.removeprefix("diffusion_model."): module for name, module in patcher.packed_layers()}
     assert set(modules) == set(layers)

@@ -8,7 +8,7 @@ import torch
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import Problem, by_name, fit_problem
-from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, packed, sample
+from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, patcher_of, sample
 from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, QKV, SHAPES, adapter, randn, with_lora
 from comfyui_nibble.tests.support import relative_error
 
@@ -32,7 +32,7 @@ def layers(comfy, tiny_state, one_thread):
 
 @pytest.fixture(scope="module")
 def base(comfy, tiny_state, layers):
-    return packed(layers, {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers})
+    return patcher_of(layers, {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers})
 
 
 def test_loads_samples_and_comes_out_again(base, full, layers):
