@@ -3,12 +3,12 @@
 `layer`, a whole quantized layer, is what torch.compile sees: one node, planned at run time, with no graph break. Those below it are
 the kernels. They write into buffers of the caller and return nothing, so their fake versions have nothing to compute.
 
-The namespace is the name under which the pack was imported: ComfyUI loads a custom node under its folder's name, and a second copy
-may be installed by pip.
+The namespace follows the name under which the pack was imported. ComfyUI imports a custom node under the path of its folder, which may
+hold any letter, while torch's schemas are ASCII: so it is a hash of that name, another one for every copy that stands beside this one.
 """
 
+import hashlib
 import importlib
-import re
 
 import torch
 
@@ -16,7 +16,7 @@ from ..quant_core.spec import parse
 from . import before as fusible
 from .target import kernel_target
 
-NAMESPACE = re.sub(r"\W", "_", __package__)
+NAMESPACE = f"nibble_{hashlib.sha256(__package__.encode(errors='surrogatepass')).hexdigest()[:12]}"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 _TENSORS = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")  # of a layer, as in its schema

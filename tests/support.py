@@ -1,9 +1,23 @@
 """Measures and data that tests share."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from typer.testing import CliRunner
 
 from comfyui_nibble.quant_core.cli import app
+
+PACK = Path(__file__).resolve().parents[1]
+
+
+def copy_of_the_pack(folder: Path) -> Path:
+    """A real copy of what ComfyUI needs of the pack, at `folder`."""
+    for name in ("nodes", "kernels", "quant_core"):
+        shutil.copytree(PACK / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+    for name in ("__init__.py", "pyproject.toml"):
+        shutil.copy(PACK / name, folder / name)
+    return folder
 
 
 def nibble(*args) -> str:
