@@ -12,6 +12,7 @@ from ...quant_core.linear import QuantizedLayer
 from ...quant_core.side import Side, bias_correction
 from ...quant_core.spec import TENSOR_NAMES, LinearSpec
 from ...quant_core.transforms import kronecker
+from .real_values import FUNCTIONS, PackedWeight, PackedWeightError, RealValues
 
 BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors
 
@@ -81,6 +82,10 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     # register_parameter refuses names that are plain attributes already.
                     self.__dict__.pop(name, None)
                     self.register_parameter(name, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+                self.weight = PackedWeight.of(self, layer.name, self.weight.data)
+                self.weight_function = self.bias_function = []
+                # ComfyUI after 0.33 computes layers under --fast fp16_accumulation itself, from real values, unless they say this.
+                self._full_precision_mm = True
 
             def _load_float(self, state_dict, prefix, missing, errors):
                 for name in ("weight", "bias"):
@@ -96,6 +101,23 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                         continue
                     self.__dict__.pop(name, None)
                     self.register_parameter(name, torch.nn.Parameter(tensor.to(self.float_dtype or tensor.dtype), requires_grad=False))
+
+            def real_weight(self, cast):
+                """W (N, K) that the layer applies to x, with what is attached, in the dtype and on the device of `cast`."""
+                tensors, stream = self._tensors_on(cast.device)
+                weight = QuantizedLayer("", self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}).dequantize()
+                for i, first in enumerate(self.rows):
+                    term = torch.kron(tensors[f"kronecker{i}_left"].float(), tensors[f"kronecker{i}_right"].float())
+                    weight[first : first + len(term)] += term
+                if DENSE in tensors:
+                    weight += tensors[DENSE].float()
+                if stream is not None:
+                    stream.wait_stream(comfy.model_management.current_stream(cast.device))
+                return weight.to(cast.dtype)
+
+            def real_bias(self, cast):
+                """The bias that goes with `real_weight`: the model's own."""
+                return self.convert_bias(cast).to(cast.dtype)
 
             def convert_weight(self, weight, inplace=False, **kwargs):
                 """What ModelPatcher reads when this layer is merged into another model: real values."""
@@ -183,12 +205,18 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
             def forward(self, x, *args, **kwargs):
                 if not is_quantized(self):
                     return super().forward(x, *args, **kwargs)
-                if self.weight_function:
+                if not x.is_floating_point():
+                    raise PackedWeightError(
+                        f"{getattr(self.weight, 'layer_name', '')}: expected x in floats, found {x.dtype}, the dtype of the packed weight. Cast x "
+                        "to the model's dtype, not to that of a weight."
+                    )
+                if len(self.weight_function) > 1:
                     raise RequantizationError("a weight patch reached a packed layer, which only takes what ComfyUI's LoRA loaders make")
                 tensors, stream = self._tensors_on(x.device)
-                if self.bias_function:
+                functions = self.bias_function[1:]
+                if functions:
                     tensors["bias"] = tensors["bias"].clone()  # they add in place
-                for function in self.bias_function:
+                for function in functions:
                     tensors["bias"] = function(tensors["bias"])
                 if BIAS_OFFSET in tensors:
                     tensors["bias"] = tensors["bias"].float() + tensors[BIAS_OFFSET]
@@ -221,6 +249,8 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
             def __setattr__(self, name, value):
                 if name == "forward":  # ComfyUI's bypass loaders put their own there, which must see the layer's real input
                     super().__setattr__("wrapped", getattr(value, "__func__", None) is not type(self).forward)
+                elif name in FUNCTIONS and is_quantized(self):
+                    value = RealValues.before(self, name, value)
                 super().__setattr__(name, value)
 
     return NibbleOperations

@@ -15,6 +15,7 @@ from . import unmatched
 from .adapters import UnsupportedPatch, effective, side_of
 from .fitting import EXAMPLES, Target, left_out, of_another_shape, sort
 from .operations import is_quantized
+from .real_values import PackedWeight
 
 MADE_FOR_ANOTHER = "the LoRA was made for another one"
 BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass loaders keep their injections
@@ -135,6 +136,14 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
                 f"Nibble: {unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. Load this "
                 "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
             )
+
+    def get_key_patches(self, filter_prefix=None):
+        """As ModelPatcher's, with packed codes as plain tensors: a merge casts them before it asks `convert_weight` for real values."""
+        found = super().get_key_patches(filter_prefix)
+        for key, ((weight, *convert), *patches) in found.items():
+            if isinstance(weight, PackedWeight):
+                found[key] = [(weight.data, *convert), *patches]
+        return found
 
     def state_dict_for_saving(self, *args, **kwargs):
         """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can load."""
