@@ -1,13 +1,11 @@
 """A ComfyUI model around quantized layers: a `Frame` with the layers and the rest in it."""
 
 import logging
-from itertools import pairwise
 
 import comfy.model_management
 import torch
 
 from ...kernels import requantize_at_load
-from ...kernels.before import Gelu
 from ...kernels.target import target_of
 from ...quant_core.families import by_name
 from ...quant_core.formats.opening import open_quantized
@@ -15,7 +13,7 @@ from ...quant_core.linear import QuantizedLayer
 from ...quant_core.report import as_report
 from ...quant_core.requantize import to_w8a8
 from .frame import DetectionError, Frame, after, of_file
-from .operations import is_quantized
+from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
 from .source import PREFIX
@@ -29,7 +27,7 @@ def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
     """
     frame.take = take
     frame.fill(dict(rest) | placeholders(specs), info["source"])
-    _fuse_gelu(frame.model)
+    fuse_gelu(frame.model)
     offload = comfy.model_management.unet_offload_device()
     patcher = NibblePatcher(frame.model.to(offload), comfy.model_management.get_torch_device(), offload)
     placed = sum(1 for _ in patcher.packed_layers())
@@ -66,27 +64,6 @@ def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
     if not requantize_at_load(layer.spec, target_of(device)):
         return layer
     return to_w8a8(layer.to(device)).to("cpu")
-
-
-def _fuse_gelu(model):
-    """[Linear, GELU(tanh), quantized Linear]: the GELU is left to the quantizer of the last, which reads its input anyway."""
-    for module in model.modules():
-        if type(module).forward is torch.nn.Sequential.forward:  # Wan's MLP is one that computes the GELU itself
-            for i, (act, linear) in enumerate(pairwise(module)):
-                tanh = isinstance(act, torch.nn.GELU) and act.approximate == "tanh"
-                if tanh and is_quantized(linear) and not linear.spec.weight_only:
-                    module[i], linear.before = _FusedGelu(linear), Gelu()
-
-
-class _FusedGelu(torch.nn.Module):
-    """Where a GELU was: nothing, unless something stands in front of the layer that took it over."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.linear = (linear,)  # no submodule: the layer has its place in the tree already
-
-    def forward(self, x):
-        return torch.nn.functional.gelu(x, approximate="tanh") if self.linear[0].wrapped else x
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:

@@ -45,8 +45,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
     class NibbleOperations(comfy.ops.manual_cast):
         class Linear(comfy.ops.manual_cast.Linear):
             spec = None
-            before = None  # a `kernels.before.Before` that the activation quantizer computes instead of a module in front
-            wrapped = False  # whether something stands in front of `forward`; the module in front then computes `before`
+            wrapped = False  # whether something stands in front of `forward`, which must see what the layer's input really is
             original = None  # the layer as in the file, where it was requantized for this card
             attached = ()  # the key of the side beside this layer
             _kept = {}
@@ -202,7 +201,8 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                 self.spec, self._base, self.loose, self.rows = spec, None, (), ()
                 return former
 
-            def forward(self, x, *args, **kwargs):
+            def forward(self, x, *args, before=None, **kwargs):
+                """before: a `kernels.before.Before` that the activation quantizer computes in the place of a module in front."""
                 if not is_quantized(self):
                     return super().forward(x, *args, **kwargs)
                 if not x.is_floating_point():
@@ -220,7 +220,6 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     tensors["bias"] = function(tensors["bias"])
                 if BIAS_OFFSET in tensors:
                     tensors["bias"] = tensors["bias"].float() + tensors[BIAS_OFFSET]
-                before = None if self.wrapped else self.before
                 if before is not None and (self.rows or DENSE in tensors):
                     x, before = before(x), None
                 y = quant_linear(x, self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}, before=before)
