@@ -76,7 +76,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                 prepared = prepare(layer)
                 self.original = layer if prepared is not layer else None
                 self.spec, layer = prepared.spec, prepared
-                for name in TENSOR_NAMES:
+                for name in TENSOR_NAMES:  # the weight first, which `next(module.parameters())` gives to networks that ask for a dtype
                     tensor = layer.tensors.get(name)
                     # register_parameter refuses names that are plain attributes already.
                     self.__dict__.pop(name, None)
@@ -237,6 +237,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                 stream of its own, so that the copy runs beside the layer before it."""
                 # No `:=` in here: torch.compile breaks the graph at it.
                 held = {k: getattr(self, k) for k in (*TENSOR_NAMES, *self.loose) if getattr(self, k) is not None}
+                held["weight"] = self.weight.detach()  # the codes as they are
                 if self.weight.device == device:
                     return {k: p if p.device == device else p.to(device) for k, p in held.items()}, None
                 stream = comfy.model_management.get_offload_stream(device)

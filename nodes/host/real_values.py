@@ -40,11 +40,13 @@ class RealValues:
 class PackedWeight(torch.nn.Parameter):
     """Packed codes of a layer, moved and copied as any parameter; cast to floats, they become the real values (N, K).
 
-    Of a layer with shifted activations the weight alone is refused, because the stored bias, which the caller would add to it, also
-    holds the correction for the shift.
+    `dtype` and `shape` are those of the float weight, since networks ask a layer for them: Hunyuan3D 2.1 casts its text to
+    `next(to_k.parameters()).dtype`. All else (`data`, `detach()`, `nbytes`, `numel()`, the state dict) is the codes'. Of a
+    layer with shifted activations the weight alone is refused, because the stored bias, which the caller would add to it, also holds the
+    correction for the shift.
     """
 
-    layer_name = ""
+    layer_name, stands_for = "", None
     _layer = staticmethod(lambda: None)
 
     @classmethod
@@ -52,7 +54,24 @@ class PackedWeight(torch.nn.Parameter):
         """The weight of `layer`, a module of our operations that the model knows as `name`."""
         made = cls(tensor, requires_grad=False)
         made.layer_name, made._layer = name, weakref.ref(layer)
+        made.stands_for = layer.float_dtype or torch.get_default_dtype(), torch.Size((layer.out_features, layer.in_features))
         return made
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stands_for[0] if self.stands_for else super().dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.stands_for[1] if self.stands_for else super().shape
+
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            memo[id(self)] = made = PackedWeight(self.detach().clone(), requires_grad=False)
+            made.layer_name, made.stands_for = self.layer_name, self.stands_for
+            if (layer := memo.get(id(self._layer()))) is not None:
+                made._layer = weakref.ref(layer)
+        return memo[id(self)]
 
     def to(self, *args, **kwargs):
         device, dtype = _asked_for(*args, *kwargs.values())
@@ -61,8 +80,8 @@ class PackedWeight(torch.nn.Parameter):
         layer = self._layer()
         if layer is None or any(part.activation is not None and part.activation.shift for part in layer.spec.parts):
             raise PackedWeightError(
-                f"{self.layer_name or 'a quantized layer'}: something asked for its weight as {dtype} and found packed codes ({self.dtype}, "
-                f"{tuple(self.shape)}), which do not stand alone. Call the layer, or take weight and bias together with "
+                f"{self.layer_name or 'a quantized layer'}: something asked for its weight as {dtype} and found packed codes ({self.data.dtype}, "
+                f"{tuple(self.data.shape)}), which do not stand alone. Call the layer, or take weight and bias together with "
                 "comfy.ops.cast_bias_weight(layer, x)."
             )
         return layer.real_weight(torch.empty((), dtype=dtype, device=device or self.device))

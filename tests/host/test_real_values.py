@@ -108,14 +108,15 @@ def test_moves_and_copies_are_of_the_codes(base):
         layer.weight.to(dtype=None, copy=True),
         layer.weight.type(torch.int8),
     ):
-        assert moved.dtype == torch.int8
+        assert moved.data.dtype == torch.int8
         assert torch.equal(moved, layer.weight.data)
 
 
-def test_x_in_the_dtype_of_the_packed_weight_is_refused(base, refusal):
-    layer = module(load(base), QKV)
+def test_x_in_the_dtype_of_the_weight_is_x_and_in_that_of_its_codes_is_refused(base, refusal):
+    layer, x = module(load(base), QKV), randn(2, 256)
+    assert torch.equal(layer(x.to(layer.weight.dtype)), layer(x))
     with pytest.raises(refusal, match=re.escape("double_blocks.0.img_attn.qkv: expected x in floats, found torch.int8")):
-        layer(randn(2, 256).to(layer.weight.dtype))
+        layer(x.to(layer.weight.data.dtype))
 
 
 def test_functions_of_others_act_on_real_values_and_are_seen(ops, base):
