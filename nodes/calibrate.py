@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from ..quant_core import calibration
+from ..quant_core.calibration.collect import first_tensor
 from ..quant_core.calibration.observe import Observation
 from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
@@ -135,7 +136,7 @@ class NibbleCalibrate(io.ComfyNode):
             )  # fmt: skip
 
         def run(sample, capture):
-            with capture.watched(network, lambda args, kwargs: float(args[1].flatten()[0])):
+            with capture.watched(network, _timestep):
                 sampled(sample, steps, lambda *_: bar.update(1))
 
         plan = source.layers
@@ -208,6 +209,12 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         for line in progress_steps(lines, len(lines)):
             out += clip.encode_from_tokens_scheduled(clip.tokenize(line))
         return io.NodeOutput(out)
+
+
+def _timestep(args, kwargs) -> float:
+    """Of network(x, timestep, ...). LTX-2 is given one for video and one for sound, and image to video one a frame, of which those that
+    are given have 0: the largest is that of the step."""
+    return float(first_tensor(args[1]).max())
 
 
 def _number(name: str) -> int:

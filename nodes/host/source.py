@@ -7,6 +7,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 from comfy.model_patcher import get_key_weight
+from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
@@ -88,6 +89,8 @@ def feed(digest, value):
         for key in sorted(value, key=str):
             digest.update(str(key).encode())
             feed(digest, value[key])
+    elif isinstance(value, NestedTensor):  # latents of video and sound
+        feed(digest, value.unbind())
     elif isinstance(value, (list, tuple)):
         digest.update(f"[{len(value)}".encode())
         for item in value:

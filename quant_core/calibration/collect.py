@@ -20,6 +20,14 @@ def is_held_out(sample: int, samples: int) -> bool:
     return sample % 4 == 3 or (samples < 4 and sample == samples - 1)
 
 
+def first_tensor(value) -> torch.Tensor | None:
+    """The first tensor in any nesting of lists, tuples and dicts; None where there is none."""
+    if isinstance(value, torch.Tensor):
+        return value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return next((t for v in inner if (t := first_tensor(v)) is not None), None)
+
+
 class Capture:
     """Forward pre-hooks that feed statistics. `step` and `timestep` say where in the sampling x belongs."""
 

@@ -77,15 +77,26 @@ def _record(value, found):
     if isinstance(value, (list, tuple)):
         return [_record(v, found) for v in value]
     if isinstance(value, dict):
-        # ComfyUI's transformer_options hold patches and callbacks: those of the run that samples later are not these.
-        return {"dict": {k: _record(v, found) for k, v in value.items() if isinstance(k, str) and isinstance(v, (*_PLAIN, torch.Tensor))}}
+        return {"dict": {k: _record(v, found) for k, v in value.items() if isinstance(k, str) and _is_data(v)}}
     return value if isinstance(value, _PLAIN) else None
 
 
-def _names(value) -> list[str]:
+def _is_data(value) -> bool:
+    """Whether a dict's value is tensors, numbers and text all through. ComfyUI's transformer_options also hold patches and callbacks:
+    those of the run that samples later are not these."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_data, value))
     if isinstance(value, dict):
-        return [value["tensor"]] if "tensor" in value else [n for v in value.values() for n in _names(v)]
-    return [n for v in value for n in _names(v)] if isinstance(value, list) else []
+        return all(isinstance(k, str) and _is_data(v) for k, v in value.items())
+    return isinstance(value, (*_PLAIN, torch.Tensor))
+
+
+def _names(value) -> list[str]:
+    if isinstance(value, list):
+        return [n for v in value for n in _names(v)]
+    if not isinstance(value, dict):
+        return []
+    return [value["tensor"]] if "tensor" in value else [n for v in value.get("dict", value).values() for n in _names(v)]
 
 
 def _replay(value, get):

@@ -41,7 +41,7 @@ def test_a_timestep_expanded_from_one_value():
 
 def test_arguments_keep_their_form():
     y = X[:, 0].clone()
-    options = {"cond": [0], "flag": True, "scale": 0.5, "sigmas": y, "patch": print, 3: "no text"}
+    options = {"cond": [0], "flag": True, "scale": 0.5, "sigmas": y, "patch": print, "patches": {"dit": [print]}, 3: "no text"}
     args, kwargs = replayed(recorded(X, [y, [None, 2]], (1, "a"), None, options=options, mask=None, callback=print))
     assert torch.equal(args[0], X)
     assert torch.equal(args[1][0], y)
@@ -50,9 +50,25 @@ def test_arguments_keep_their_form():
     assert kwargs.keys() == {"options", "mask", "callback"}
     assert kwargs["mask"] is None
     assert kwargs["callback"] is None
-    assert kwargs["options"].keys() == {"flag", "scale", "sigmas"}  # patches and callbacks belong to the run that was recorded
-    assert (kwargs["options"]["flag"], kwargs["options"]["scale"]) == (True, 0.5)
+    assert kwargs["options"].keys() == {"cond", "flag", "scale", "sigmas"}  # patches and callbacks belong to the run that was recorded
+    assert (kwargs["options"]["cond"], kwargs["options"]["flag"], kwargs["options"]["scale"]) == ([0], True, 0.5)
     assert torch.equal(kwargs["options"]["sigmas"], y)
+
+
+def test_nested_arguments():
+    """As LTX-2 takes them: a latent and a timestep each for video and sound, and guides as a list of dicts with lists in them."""
+    video, sound = X, X[:1] + 1
+    guides = [{"latent_shape": [1, 2, 3], "pixel_mask": sound, "more": {"tensor": video, "names": ("a", "b")}}]
+    (x, timestep), kwargs = replayed(recorded([video, sound], (video[:, :1, 0], sound[:, :1, 0]), guides=guides, ref={"tokens": video}))
+    assert [torch.equal(*pair) for pair in zip((*x, *timestep), (video, sound, video[:, :1, 0], sound[:, :1, 0]), strict=True)] == [
+        True
+    ] * 4
+    (guide,) = kwargs["guides"]
+    assert guide["latent_shape"] == [1, 2, 3]
+    assert torch.equal(guide["pixel_mask"], sound)
+    assert torch.equal(guide["more"]["tensor"], video)  # a name that the record itself uses
+    assert guide["more"]["names"] == ["a", "b"]
+    assert torch.equal(kwargs["ref"]["tokens"], video)
 
 
 def test_replayed_tensors_are_copies():
