@@ -12,7 +12,9 @@ NOTHING = (NONE, None, None, 0.0)
 
 
 class Before:
-    """Called, it is the plain PyTorch version on x (M, K)."""
+    """Called, it is the plain PyTorch version on x (M, K). keeps_zero: a channel of zeros stays one, and changes no other."""
+
+    keeps_zero = False
 
     def fits(self, spec) -> bool:
         """Whether the quantizer can compute it for this layer."""
@@ -22,6 +24,8 @@ class Before:
 @dataclass(frozen=True)
 class Gelu(Before):
     """GELU with the tanh approximation."""
+
+    keeps_zero = True
 
     def __call__(self, x):
         return gelu(x, approximate="tanh")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.nn.functional import pad
 
 from ..quant_core.spec import LinearSpec, parse
 from ..quant_core.transforms import transform_activation
@@ -231,6 +232,8 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
     for name, shape in spec.weight_shapes:
         if tensors[name].shape != shape:
             raise ValueError(f"{name} should have the shape {shape} for {spec.describe()}, found {tuple(tensors[name].shape)}")
+    if spec.padding:
+        return _padded(x, spec, tensors, lora, before, target)
     if spec.order:
         return _ordered(x, spec, tensors, lora, before, target)
     rows = x.reshape(-1, spec.in_features)
@@ -241,6 +244,16 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
         y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
     else:
         y = ops.quant_linear(rows, spec, tensors, lora, before)
+    return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+def _padded(x, spec, tensors, lora, before, target):
+    """A layer whose in-channels do not fill their last group: x gets the zeros that are missing, once, and no kernel knows of them."""
+    zeros, rows = (0, spec.padding), x.reshape(-1, spec.in_features)
+    if before is not None and not before.keeps_zero:
+        rows, before = before(rows), None
+    lora = [(pad(down, zeros), up, first) for down, up, first in lora]
+    y = quant_linear(pad(rows, zeros), spec.without_padding(), tensors, lora, before, target)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 

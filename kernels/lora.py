@@ -8,11 +8,13 @@ import torch
 def with_lora(spec, tensors, lora, dtype):
     """(spec, tensors) of the layer with its LoRA branches. lora: triples (down (r, K), up (n, r), first out-channel), strength in `up`.
 
-    A LoRA's down is of the raw x, also where the layer has an order of its own. The low-rank branch of part p is x_p D_p U_p, so each part gets its own channels of a LoRA's down and all of its up.
+    A LoRA's down is of the raw x, also where the layer pads it or has an order of its own. The low-rank branch of part p is x_p D_p U_p, so each
+    part gets its own channels of a LoRA's down and all of its up.
     """
     if not lora:
         return spec, tensors
-    down = [(d.index_select(1, tensors["channel_order"]) if spec.order else d).to(dtype).T for d, _, _ in lora]
+    down = [torch.nn.functional.pad(d, (0, spec.padding)) for d, _, _ in lora]
+    down = [(d.index_select(1, tensors["channel_order"]) if spec.order else d).to(dtype).T for d in down]
     up = [_placed(u.to(dtype), first, spec.out_features) for _, u, first in lora]
     if spec.rank:
         down.insert(0, tensors["proj_down"].to(dtype))

@@ -38,8 +38,9 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
         )
     spec, changed = _exact(side).merged(layer, torch.float32)
     tensors = layer.tensors | changed
-    if full is not None and spec.order:  # the branch holds in-channels in the order of the parts
-        full = full.index_select(1, tensors["channel_order"])
+    if full is not None:  # the branch holds in-channels padded and in the order of the parts
+        full = torch.nn.functional.pad(full, (0, spec.padding))
+        full = full.index_select(1, tensors["channel_order"]) if spec.order else full
     if rank and (full is not None or spec.rank > rank):
         spec, tensors = _cut(spec, tensors, full, rank)
     if "weight_scale" in changed:

@@ -9,7 +9,7 @@ import torch
 from .formats import kitchen_out, native, nunchaku, pack
 from .formats.opened import Opened
 from .formats.opening import open_quantized
-from .formats.others import AS, NEAREST, nearest_spec, replaced
+from .formats.others import AS, NEAREST, becomes, nearest_spec, replaced
 from .formats.zero_points import offsets_only
 from .linear import QuantizedLayer
 
@@ -50,12 +50,13 @@ class Plan:
         whole = ", but for biases, which nunchaku has in 16 bit" if self.to == "nunchaku" else ", nothing is lost" * self.lossless
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
-        replacement = self.becomes(replacement)
         reasons = {}
         for name, why in self.lossy.items():
-            reasons.setdefault(why, []).append(name)
+            # What nunchaku has in 4 bits may be in 16 here.
+            what = becomes(self.source.specs[name], self.becomes(replacement)) if name in self.source.specs else self.becomes(replacement)
+            reasons.setdefault((what, why), []).append(name)
         out += [
-            f"{len(names)} as {replacement} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}" for why, names in reasons.items()
+            f"{len(names)} as {what} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}" for (what, why), names in reasons.items()
         ]
         return out
 

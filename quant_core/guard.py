@@ -33,6 +33,8 @@ def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
     Without the shift: it is there for unsigned codes, and signed ones are 0.2 dB better off without (41.75 against 41.55 dB after
     a GELU). So the bias is the original one.
     """
+    if problem.padding != quantized.spec.padding:  # stock ComfyUI's formats have none
+        problem = problem.raw()
     parts, order = [], quantized.tensors.get("channel_order")
     weight = problem.weight if order is None else problem.weight.index_select(1, order)
     for part, _, _, smooth in quantized.spec.split(quantized.tensors):
@@ -70,7 +72,7 @@ def candidates(problem: Problem, quantized: QuantizedLayer, allowed=PRECISIONS) 
         if precision not in allowed:
             continue
         if precision == "16 bit":  # 2 bytes each, also of an fp32 original: the 55 dB that rounding it to bf16 leaves count as no noise
-            yield Candidate(precision, None, 2 * (problem.weight.numel() + (0 if problem.bias is None else problem.bias.numel())), 0.0)
+            yield Candidate(precision, None, 2 * (problem.original.numel() + (0 if problem.bias is None else problem.bias.numel())), 0.0)
         else:
             layer = w4a8(quantized) if precision == "W4A8" else w8a8(problem, quantized)
             yield Candidate(precision, layer, layer.nbytes, noise_of(problem, layer))

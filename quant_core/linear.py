@@ -64,7 +64,9 @@ class QuantizedLayer:
                 weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
             out.append(weight)
         out = torch.cat(out, 1)
-        return torch.empty_like(out).index_copy_(1, self.tensors["channel_order"].long(), out) if self.spec.order else out
+        if self.spec.order:
+            out = torch.empty_like(out).index_copy_(1, self.tensors["channel_order"].long(), out)
+        return out[:, : self.spec.in_features].contiguous() if self.spec.padding else out
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""

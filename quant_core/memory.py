@@ -59,7 +59,8 @@ def layer_bytes(spec: LinearSpec) -> int:
 
 
 def working_bytes(spec: LinearSpec, tokens: int) -> int:
-    """x and y in 16 bit, the codes of x with their fp32 scales, x D in fp32."""
+    """x, x padded and y in 16 bit, the codes of x with their fp32 scales, x D in fp32."""
     codes = sum(p.width * (p.activation.bits if p.activation else 16) // 8 for p in spec.parts)
     scales = sum(p.width // p.activation.group if p.activation and p.activation.granularity == "group" else 1 for p in spec.parts)
-    return tokens * (2 * spec.in_features + codes + 4 * scales + 4 * spec.rank * len(spec.parts) + 2 * spec.out_features)
+    padded = 2 * spec.width if spec.padding else 0
+    return tokens * (2 * spec.in_features + padded + codes + 4 * scales + 4 * spec.rank * len(spec.parts) + 2 * spec.out_features)

@@ -11,6 +11,7 @@ from .families.generic import sensitive
 from .linear import QuantizedLayer
 from .methods import Method, Problem, fit_problem
 from .methods.problem import output_sqnr
+from .quantizers import GROUP
 from .report import Row
 from .spec import SpecError
 
@@ -55,7 +56,7 @@ def quantize_layers(
 
 
 def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True) -> Problem:
-    """A layer's weight, bias and statistics on the device; the statistics None without calibration.
+    """A layer's weight, bias and statistics on the device, filled up to whole groups of 64; the statistics None without calibration.
 
     Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises NonFiniteWeight and CalibrationError.
     """
@@ -74,15 +75,14 @@ def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device,
         statistics = calibration.get(layer.input, second_moments)
         if statistics.width != layer.in_features:
             raise CalibrationError(f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}")
-    return Problem(layer, weight, bias, statistics)
+    return Problem(layer, weight, bias, statistics).filled()
 
 
 def not_quantizable(layer: Layer) -> str:
     """Why no kernel takes the layer, "" where one does."""
-    for part in layer.parts:
-        if (part.stop - part.start) % 64:
-            where = f"K = {layer.in_features}" if len(layer.parts) == 1 else f"in-channels {part.start}..{part.stop}"
-            return f"{where} does not divide by 64"
+    for part in layer.parts[:-1]:  # zeros fill up the last
+        if (part.stop - part.start) % GROUP:
+            return f"in-channels {part.start}..{part.stop} do not divide by {GROUP}, and others follow them"
     return ""
 
 

@@ -120,13 +120,13 @@ class PartSpec:
 class LinearSpec:
     """A quantized linear layer (architecture: the one operator).
 
-    Tensors, N = out_features, K = in_features, G = sum of `scale_rows`, R = the rank, P = number of parts:
+    Tensors, N = out_features, K = in_features + padding, G = sum of `scale_rows`, R = the rank, P = number of parts:
 
     ============== ===================== ==========================================================
     weight         int8 (N, bytes)       packed codes, the parts side by side
     weight_scale   16 or 32 bit (G, N)   the parts below each other
     smooth_factor  16 bit (K,)           x is divided by it; absent where no part smooths
-    proj_down      16 bit (K, R)         on the raw x, each part's rows to its own R columns
+    proj_down      16 bit (K, R)         on the raw x, padded, each part's rows to its own R columns
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2 values;
@@ -135,7 +135,8 @@ class LinearSpec:
                                          without `order`. All tensors above hold in-channels in this order.
     ============== ===================== ==========================================================
 
-    text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
+    padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends with a whole group of 64; the
+    parts are over both. text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
     ((name, shape), ...) of the first two tensors.
     """
 
@@ -144,20 +145,28 @@ class LinearSpec:
     parts: tuple[PartSpec, ...]
     bias: bool = True
     order: bool = False
+    padding: int = 0
 
     def __post_init__(self):
+        _check(self.padding >= 0, f"padding cannot be negative, found {self.padding}")
         _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
         edge = 0
         for part in self.parts:
             _check(part.start == edge, f"parts must follow each other: expected a part at channel {edge}, found {part.start}")
             edge = part.stop
-        _check(edge == self.in_features, f"parts end at channel {edge}, the layer has {self.in_features}")
+        padded = f" and {self.padding} of padding" * bool(self.padding)
+        _check(edge == self.width, f"parts end at channel {edge}, the layer has {self.in_features}{padded}")
         _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
         # No fields: they say nothing more than the fields do.
         object.__setattr__(self, "text", _text(_values(self)))
         rows, columns = sum(p.scale_rows for p in self.parts), sum(p.bytes_per_row for p in self.parts)
         shapes = (("weight", (self.out_features, columns)), ("weight_scale", (rows, self.out_features)))
         object.__setattr__(self, "weight_shapes", shapes)
+
+    @property
+    def width(self) -> int:
+        """In-channels of the parts, padding included."""
+        return self.in_features + self.padding
 
     @property
     def rank(self) -> int:
@@ -192,23 +201,24 @@ class LinearSpec:
         """The tensors this layer must have, and their shapes."""
         n, out = self.out_features, dict(self.weight_shapes)
         if any(p.smooth for p in self.parts):
-            out["smooth_factor"] = (self.in_features,)
+            out["smooth_factor"] = (self.width,)
         if self.rank:
-            out["proj_down"] = (self.in_features, self.rank)
+            out["proj_down"] = (self.width, self.rank)
             out["proj_up"] = (n, self.rank * len(self.parts))
         if self.bias:
             out["bias"] = (n,)
         if size := sum(p.factor_values for p in self.parts):
             out["transform"] = (size,)
         if self.order:
-            out["channel_order"] = (self.in_features,)
+            out["channel_order"] = (self.width,)
         return out
 
     def to_json(self) -> dict:
-        """Without the fields of learned transforms and of an order where there are none, as versions before 0.3 wrote it."""
+        """Without the fields of learned transforms, of an order and of padding where there are none, as versions before 0.3 wrote it."""
         data = asdict(self)
-        if not self.order:
-            del data["order"]
+        for name in ("order", "padding"):
+            if not data[name]:
+                del data[name]
         for part in data["parts"]:
             if not part["kronecker"]:
                 del part["kronecker"], part["per_slice"]
@@ -228,7 +238,7 @@ class LinearSpec:
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
-        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"])
+        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"], data["padding"])
 
     def without_learned(self) -> "LinearSpec":
         """What is left when x comes smoothed and transformed where there is a learned transform, and the low rank is added elsewhere."""
@@ -238,6 +248,10 @@ class LinearSpec:
     def without_order(self) -> "LinearSpec":
         """What is left when x comes in the order of the parts."""
         return replace(self, order=False)
+
+    def without_padding(self) -> "LinearSpec":
+        """What is left when x comes padded."""
+        return replace(self, in_features=self.width, padding=0)
 
     def as_w8a8(self) -> "LinearSpec":
         """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low rank stay."""
@@ -261,6 +275,7 @@ class LinearSpec:
         words += [f"r{self.rank}"] * bool(self.rank)
         more = sum(p.width for p in self.parts if p.weight.bits > part.weight.bits)
         words += [f"{more} channels at 8 bit"] * bool(more)
+        words += [f"padded to {self.width} channels"] * bool(self.padding)
         return " ".join(words)
 
 
@@ -280,17 +295,17 @@ def _text(values) -> str:
 @lru_cache(maxsize=4096)
 def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
-    in_features, out_features, parts, bias, order = json.loads(text)
+    in_features, out_features, parts, bias, order, padding = json.loads(text)
     part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
         start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, smooth, rotation, rank, tuple(kronecker), per_slice
     )
-    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order)
+    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding)
 
 
 _LATER = {
     ActivationSpec: {"clip": 1.0},
     PartSpec: {"kronecker": (), "per_slice": False},
-    LinearSpec: {"order": False},
+    LinearSpec: {"order": False, "padding": 0},
 }  # fields that older files do not have
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 

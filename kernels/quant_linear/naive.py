@@ -22,6 +22,7 @@ def quant_linear(x, spec, tensors, lora=()):
     strength is folded into `up`.
     """
     raw, y = x, torch.zeros(x.shape[0], spec.out_features, device=x.device)
+    x = torch.nn.functional.pad(x, (0, spec.padding))
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
     for i, ((part, packed, scales, smooth), factors) in enumerate(zip(spec.split(tensors), spec.factors(tensors), strict=True)):

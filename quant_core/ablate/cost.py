@@ -18,7 +18,7 @@ def _a_channel(part: PartSpec) -> int:
 
 def product(spec: LinearSpec) -> int:
     """Multiply-adds of a token in the product."""
-    return spec.in_features * spec.out_features
+    return spec.width * spec.out_features
 
 
 def relative(specs: Iterable[LinearSpec]) -> Fraction:

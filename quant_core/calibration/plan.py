@@ -26,7 +26,7 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
     """The distinct inputs of the layers, in order. hessian_width 0: no second moments."""
     out = {}
     for layer in layers:
-        if layer.input not in out and layer.in_features % 64 == 0:
+        if layer.input not in out:
             blocks = hessian_blocks([(p.start, p.stop) for p in layer.parts], hessian_width) if hessian_width else ()
             out[layer.input] = Input(layer.input, layer.in_features, blocks, layer.block)
     return list(out.values())

@@ -1,7 +1,8 @@
 """Streaming statistics of one layer input."""
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -15,14 +16,16 @@ class NonFiniteActivation(ValueError):
 
 
 def hessian_blocks(parts, limit: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of in-channels with a second-moment matrix of their own: the parts, cut evenly to at most `limit` channels."""
+    """Ranges of in-channels with a second-moment matrix of their own: the parts, cut to at most `limit` channels, evenly where no group of
+    64 is split by it."""
     out = []
     for start, stop in parts:
-        pieces = -(-(stop - start) // limit)
-        while (stop - start) % (64 * pieces) and pieces < (stop - start) // 64:
-            pieces += 1  # a cut must not split a group of 64
-        step = (stop - start) // pieces
-        out += [(start + i * step, start + (i + 1) * step) for i in range(pieces)]
+        groups = -(-(stop - start) // 64)  # the last may be short
+        pieces = -(-groups // max(1, limit // 64))
+        # 8960 in-channels (Wan 1.3B) are 140 groups: four blocks of 35 are even, three are not.
+        even = next((p for p in range(pieces, 2 * pieces) if groups % p == 0), pieces)
+        edges = [start + 64 * (groups * i // even) for i in range(even)] + [stop]
+        out += list(pairwise(edges))
     return tuple(out)
 
 
@@ -85,6 +88,14 @@ class InputStatistics:
             block = x[:, start:stop]
             hessian.addmm_(block.T, block)
         self.count += x.shape[0]
+
+    def padded(self, count: int) -> "InputStatistics":
+        """With `count` channels of zeros behind the others; the last block of second moments takes them in."""
+        pad, width = torch.nn.functional.pad, self.width + count
+        wider = {b: (b[0], width) if b[1] == self.width else b for b in self.blocks}
+        hessians = {wider[b]: pad(h, (0, count, 0, count)) if b[1] == self.width else h for b, h in self.hessians.items()}
+        absmax, tokens = pad(self.absmax, (0, count)), pad(self.tokens, (0, count))
+        return replace(self, width=width, blocks=tuple(wider[b] for b in self.blocks), absmax=absmax, hessians=hessians, tokens=tokens)
 
     def to(self, device):
         """Moves what fit tokens are added to, or allocates it there: the tokens stay on the CPU."""

@@ -13,6 +13,7 @@ from .scaled import FP8
 HEADER = "_quantization_metadata"
 LEAF = "comfy_quant"
 ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
+INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8)
 COMFYUI_ONLY = ("asym_w4a8_int8", "nvfp4", "mxfp8")
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and LTX-Video; CogVideoX.

@@ -174,6 +174,8 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
     parts = spec.parts
     if spec.order:
         return "has its in-channels in an order of its own, which nunchaku does not know"
+    if spec.padding:
+        return f"pads its {spec.in_features} in-channels to {spec.width}, which nunchaku does not"
     if len(parts) != (1 if module.column < 0 else 2):
         return f"is quantized in {len(parts)} ranges of in-channels, and is {'one' if module.column < 0 else 'two'} in nunchaku"
     part = parts[max(module.column, 0)]

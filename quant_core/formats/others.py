@@ -11,7 +11,7 @@ from ..methods.parts import assemble, round_part
 from ..methods.problem import Problem
 from ..side import bias_correction
 from ..spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from .kitchen_declared import ROTATIONS
+from .kitchen_declared import INT8_CHANNELS, ROTATIONS
 
 AS = ("int8", "16 bit")
 NEAREST = "W4A16 rounded to nearest"
@@ -44,13 +44,19 @@ def int8(layer: QuantizedLayer) -> QuantizedLayer:
 
 def nearest_spec(spec: LinearSpec) -> LinearSpec:
     """Of `nearest`."""
-    return LinearSpec(spec.in_features, spec.out_features, (PartSpec(0, spec.in_features, WeightSpec(), None),), spec.bias)
+    part = PartSpec(0, spec.width, WeightSpec(), None)
+    return LinearSpec(spec.in_features, spec.out_features, (part,), spec.bias, padding=spec.padding)
 
 
 def nearest(layer: QuantizedLayer) -> QuantizedLayer:
     """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of least squares."""
     weight, bias = dense(layer)
-    return weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias)).layer
+    return weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias).filled()).layer
+
+
+def becomes(spec: LinearSpec, what: str) -> str:
+    """What of NEAREST and AS a layer really becomes where `what` was asked for."""
+    return "16 bit" if what == "int8" and spec.in_features % INT8_CHANNELS else what
 
 
 def _half(layer) -> torch.dtype:
@@ -66,14 +72,14 @@ def _problem(name, weight, bias):
 def replaced(
     layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], names: Iterable[str], what: str
 ) -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
-    """(layers, rest) with the layers `names` as `what`, NEAREST or one of AS: `nearest`, `int8`, or plain weights and biases in `rest`, in bf16 (fp16 where
-    the layer's own tensors are). Raises ValueError for another `what`."""
+    """(layers, rest) with the layers `names` as what they become by `becomes`: `nearest`, `int8`, or plain weights and biases in `rest`, in bf16
+    (fp16 where the layer's own tensors are). Raises ValueError for another `what`."""
     if what not in (*AS, NEAREST):
         raise ValueError(f"unknown replacement {what!r}; choose of {', '.join(AS)}")
     layers, rest = dict(layers), dict(rest)
     for name in names:
-        if what != "16 bit":
-            layers[name] = (int8 if what == "int8" else nearest)(layers[name])
+        if (now := becomes(layers[name].spec, what)) != "16 bit":
+            layers[name] = (int8 if now == "int8" else nearest)(layers[name])
             continue
         layer = layers.pop(name)
         dtype, (weight, bias) = _half(layer), dense(layer)

@@ -99,7 +99,7 @@ class PackFile(Opened):
             for leaf, shape in spec.shapes().items():
                 key = f"{name}.{leaf}"
                 if leaf == "weight" and name in self.base3:
-                    shape = (spec.out_features, -(-spec.in_features // TRITS))
+                    shape = (spec.out_features, -(-spec.width // TRITS))
                 if key not in self._keys:
                     raise PackError(f"{self.path}: the header describes layer {name}, but the tensor {key} is missing")
                 found = tuple(self._file.get_slice(key).get_shape())
@@ -173,7 +173,7 @@ class PackFile(Opened):
         if packed.dtype != torch.uint8:
             raise SpecError(f"layer {name}: weight in base 3 has the dtype {packed.dtype}, not torch.uint8")
         try:
-            return pack(unpack_base3(packed, self.specs[name].in_features), 2)
+            return pack(unpack_base3(packed, self.specs[name].width), 2)
         except ValueError as error:
             raise SpecError(f"layer {name}: weight: {error}") from error
 

@@ -19,7 +19,7 @@ def rows_spec(name: str, specs: list[LinearSpec], share: bool = False) -> Linear
     """
     first = specs[0]
     for spec in specs[1:]:
-        differs = [f for f in ("in_features", "order") if getattr(spec, f) != getattr(first, f)]
+        differs = [f for f in ("in_features", "order", "padding") if getattr(spec, f) != getattr(first, f)]
         if differs or [_unranked(p) for p in spec.parts] != [_unranked(p) for p in first.parts]:
             raise SpecError(
                 f"layer {name}: rows of layers that read x in different ways cannot be one layer: {first.describe()} of "
@@ -34,10 +34,10 @@ def columns_spec(name: str, specs: list[LinearSpec]) -> LinearSpec:
     """The spec of `stack_columns`: the parts behind each other, all with the largest rank. Raises SpecError."""
     rank, parts, at = max(s.rank for s in specs), [], 0
     for spec in specs:
-        if spec.out_features != specs[0].out_features or spec.order:
+        if spec.out_features != specs[0].out_features or spec.order or spec.padding:
             raise SpecError(
-                f"layer {name}: columns of one layer need equally many out-channels and no order of their own, found "
-                f"{specs[0].out_features} and {spec.out_features}{' with an order' * spec.order}"
+                f"layer {name}: columns of one layer need equally many out-channels and no order or padding of their own, found "
+                f"{specs[0].out_features} and {spec.out_features}{' with an order' * spec.order}{' with padding' * bool(spec.padding)}"
             )
         parts += [replace(p, start=at + p.start, stop=at + p.stop, rank=rank) for p in spec.parts]
         at += spec.in_features
@@ -102,11 +102,11 @@ def stack_columns(name: str, layers: list[QuantizedLayer]) -> QuantizedLayer:
 
 def split_columns(layer: QuantizedLayer, names: list[str]) -> list[QuantizedLayer]:
     """The parts of a layer as layers of their own, whose sum it is; the last one has the whole bias. Raises SpecError for a layer with
-    an order or a learned transform, or not one part for each name."""
+    an order, padding or a learned transform, or not one part for each name."""
     spec = layer.spec
-    if spec.order or any(p.kronecker for p in spec.parts) or len(spec.parts) != len(names):
+    if spec.order or spec.padding or any(p.kronecker for p in spec.parts) or len(spec.parts) != len(names):
         raise SpecError(
-            f"layer {layer.name}: {len(names)} ranges of in-channels without order or learned transform, found {spec.describe()}"
+            f"layer {layer.name}: {len(names)} ranges of in-channels without order, padding or learned transform, found {spec.describe()}"
         )
     out = []
     for i, (name, (part, codes, scales, smooth)) in enumerate(zip(names, spec.split(layer.tensors), strict=True)):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.kitchen_declared import ROTATIONS, width_is_read
+from ..formats.kitchen_declared import INT8_CHANNELS, ROTATIONS, width_is_read
 from ..quantizers import best_clip_scale, dequantize
 from ..spec import ActivationSpec, PartSpec, WeightSpec
 from ..transforms import rotate
@@ -36,8 +36,12 @@ class NativeConfig:
 
 def fit(problem: Problem, config: NativeConfig) -> Fitted:
     """The best 4-bit candidate where it reaches `quality_db`, else 8 bits, else None: 16 bit. Weight-only layers start at 8 bits, and
-    those whose stored width ComfyUI reads."""
-    for bits in (8,) if problem.layer.weight_only or width_is_read(problem.layer.name) else (4, 8):
+    those whose stored width ComfyUI reads. ComfyUI pads nothing: in-channels that do not divide by 64 have 8 bits, and 16 where they do not
+    divide by 16."""
+    padded, problem = problem.padding, problem.raw()
+    if problem.layer.in_features % INT8_CHANNELS:
+        return Fitted(None, {"K": f"= {problem.layer.in_features} does not divide by {INT8_CHANNELS}, as stock ComfyUI's formats need"})
+    for bits in (8,) if problem.layer.weight_only or padded or width_is_read(problem.layer.name) else (4, 8):
         quality, part, chosen = max((_judged(problem, *c) for c in _candidates(problem, bits, config)), key=lambda f: f[0])
         if quality >= config.quality_db:
             return Fitted(assemble(problem, [part]), chosen)
@@ -65,7 +69,7 @@ def _candidates(problem, bits, config):
 
 
 def _rotation(problem: Problem) -> int:
-    """The largest block of which all blocks of second moments are multiples; 64 always is one."""
+    """The largest block of which all blocks of second moments are multiples; 16 always is one."""
     edges = {problem.layer.in_features}
     if problem.statistics is not None:
         edges |= {edge for block in problem.statistics.blocks for edge in block}

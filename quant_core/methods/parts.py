@@ -110,5 +110,6 @@ def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = N
     if order is not None:
         tensors["channel_order"] = order.int()
     specs = tuple(p["spec"] for p in parts)
-    spec = LinearSpec(problem.layer.in_features, problem.layer.out_features, specs, bias is not None, order is not None)
+    k = problem.layer.in_features - problem.padding
+    spec = LinearSpec(k, problem.layer.out_features, specs, bias is not None, order is not None, problem.padding)
     return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})

@@ -1,12 +1,13 @@
 """What a method is given and what it returns, and how candidates are judged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..calibration.statistics import InputStatistics
 from ..families import Layer
 from ..linear import QuantizedLayer
+from ..quantizers import GROUP
 
 # Rows are worked on in chunks of 2 M weights, 8 MB in fp32, whatever the width of the layer: small enough for the
 # allocator to reuse. A 21504 x 3072 layer takes 12 s on two CPU cores so, 31 s with chunks of 16 M.
@@ -26,12 +27,44 @@ def power_db(signal: float, noise: float) -> float:
 
 @dataclass
 class Problem:
-    """A layer to quantize: weight (N, K) in its own dtype, bias (N,) or None, statistics of its input or None (data-free)."""
+    """A layer to quantize: weight (N, K) in its own dtype, bias (N,) or None, statistics of its input or None (data-free).
+
+    padding: how many of the in-channels, the last, are zeros that fill a group of 64; layer, weight and statistics have them, x does not.
+    """
 
     layer: Layer
     weight: torch.Tensor
     bias: torch.Tensor | None
     statistics: InputStatistics | None
+    padding: int = 0
+
+    @property
+    def original(self) -> torch.Tensor:
+        """The model's own weight, without padding."""
+        return self.weight[:, : self.weight.shape[1] - self.padding]
+
+    def raw(self) -> "Problem":
+        """Without padding; without second moments where there was one, which are of no use to the one method that asks."""
+        if not self.padding:
+            return self
+        k, stats = self.layer.in_features - self.padding, self.statistics
+        *parts, last = self.layer.parts
+        layer = replace(self.layer, in_features=k, parts=(*parts, replace(last, stop=k)))
+        if stats is not None:
+            stats = replace(stats, width=k, blocks=(), absmax=stats.absmax[:k], hessians={}, tokens=stats.tokens[:, :k])
+        return Problem(layer, self.original, self.bias, stats)
+
+    def filled(self) -> "Problem":
+        """With zeros behind the in-channels where they do not fill a group of 64. Every method is exact with them: zeros of x and W have the
+        code zero, smoothed or not, and a rotation of both by one orthogonal matrix changes no product."""
+        padding = -self.layer.in_features % GROUP
+        if not padding:
+            return self
+        *parts, last = self.layer.parts
+        k = self.layer.in_features + padding
+        layer = replace(self.layer, in_features=k, parts=(*parts, replace(last, stop=k)))
+        weight = torch.nn.functional.pad(self.weight, (0, padding))
+        return Problem(layer, weight, self.bias, self.statistics and self.statistics.padded(padding), self.padding + padding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +93,7 @@ def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "rep
     x = problem.tokens(purpose)
     if x is None:
         return None
-    y = quantized(x)
+    y = quantized(x[:, : quantized.spec.in_features])
     signal = noise = 0.0
     for rows in row_chunks(*problem.weight.shape):
         want = x @ problem.weight[rows].float().T

@@ -89,6 +89,7 @@ class Student(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """`rows`: out-channels to compute, for models that keep parts of a fused layer apart."""
+        x = torch.nn.functional.pad(x, (0, self.problem.padding))
         if self.order is not None:
             x = x.index_select(-1, self.order)
         y = sum(part(x.float(), rows) for part in self.parts)

@@ -71,6 +71,23 @@ def test_hessian_blocks_keep_parts_and_groups_whole():
     assert hessian_blocks([(0, 4608)], 3072) == ((0, 2304), (2304, 4608))
     for start, stop in hessian_blocks([(0, 64 * 7)], 128):
         assert start % 64 == stop % 64 == 0
+    assert hessian_blocks([(0, 2520)], 3072) == ((0, 2520),)  # the last group may be short
+    assert hessian_blocks([(0, 8960)], 3072) == ((0, 2240), (2240, 4480), (4480, 6720), (6720, 8960))
+    assert hessian_blocks([(0, 3392)], 3072) == ((0, 1664), (1664, 3392))  # 53 groups: no even cut
+    assert hessian_blocks([(0, 3360)], 3072) == ((0, 1664), (1664, 3360))
+
+
+def test_padded_statistics_are_those_of_padded_tokens():
+    x, zeros = torch.randn(50, 100), (0, 28)
+    whole, short = InputStatistics.empty("layer", 128, ((0, 64), (64, 128))), InputStatistics.empty("layer", 100, ((0, 64), (64, 100)))
+    for s, tokens in ((whole, torch.nn.functional.pad(x, zeros)), (short, x)):
+        s.update(tokens)
+        s.hold_out(tokens[:20], torch.arange(20, dtype=torch.float64), 0.5)
+    short = short.padded(28)
+    assert (short.width, short.blocks, short.count) == (whole.width, whole.blocks, whole.count)
+    for leaf in ("absmax", "tokens", "keys", "timesteps"):
+        assert torch.equal(getattr(short, leaf), getattr(whole, leaf))
+    assert all(torch.allclose(short.hessians[b], h, rtol=1e-5) for b, h in whole.hessians.items())
 
 
 def test_memory_bound_is_what_is_held():
