@@ -84,6 +84,26 @@ def full(comfy, tiny_state):
     return comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
 
 
+@pytest.fixture
+def outputs(comfy, tmp_path, monkeypatch):
+    """ComfyUI's output folder, an empty one."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+def random_state(network) -> dict[str, torch.Tensor]:
+    """Seeded random weights, bf16, for a network made with ComfyUI's operations: outputs of each layer about as large as its inputs."""
+    torch.manual_seed(0)
+    for name, p in network.named_parameters():
+        if p.ndim == 1:
+            torch.nn.init.ones_(p) if name.endswith("weight") else torch.nn.init.zeros_(p)
+        else:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    return {k: v.detach().bfloat16() for k, v in network.state_dict().items()}
+
+
 def module(patcher, key):
     """The module of a weight's key."""
     import comfy.utils

@@ -36,4 +36,25 @@ def _refiners(shape):
     return {}
 
 
-WIDTHS = {"chroma": _chroma, "qwen_image": _qwen_image, "lumina2": _z_image}
+def _omnigen2(shape, config):
+    width, count = shape("x_embedder.weight")[0], lambda stem: _count(shape, stem)
+    heads = {"num_attention_heads": width // 120, "num_kv_heads": shape("layers.0.attn.to_k.weight")[0] // 120}
+    return heads | {
+        "hidden_size": width,
+        "num_layers": count("layers"),
+        "num_refiner_layers": count("noise_refiner"),
+        "text_feat_dim": shape("time_caption_embed.caption_embedder.0.weight")[0],
+    }
+
+
+def _count(shape, stem):
+    i = 0
+    while True:
+        try:
+            shape(f"{stem}.{i}.attn.to_q.weight")
+        except KeyError:
+            return i
+        i += 1
+
+
+WIDTHS = {"omnigen2": _omnigen2, "chroma": _chroma, "qwen_image": _qwen_image, "lumina2": _z_image}

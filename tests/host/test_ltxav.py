@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.calibration import Calibration
-from comfyui_nibble.tests.host.inside import load
+from comfyui_nibble.tests.host.inside import load, random_state
 
 CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128, "caption_channels": 64}
 CONFIG |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 32, "audio_cross_attention_dim": 64}
@@ -24,23 +24,8 @@ def ltxav(comfy, one_thread):
     import comfy.ops
     from comfy.ldm.lightricks.av_model import LTXAVModel
 
-    torch.manual_seed(0)
     network = LTXAVModel(**CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-    for name, p in network.named_parameters():
-        if p.ndim == 1:
-            torch.nn.init.ones_(p) if name.endswith("weight") else torch.nn.init.zeros_(p)
-        else:
-            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    state = {k: v.detach().bfloat16() for k, v in network.state_dict().items()}
-    return comfy.sd.load_diffusion_model_state_dict(state, metadata={"config": json.dumps({"transformer": CONFIG})})
-
-
-@pytest.fixture
-def outputs(comfy, tmp_path, monkeypatch):
-    import folder_paths
-
-    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    return tmp_path
+    return comfy.sd.load_diffusion_model_state_dict(random_state(network), metadata={"config": json.dumps({"transformer": CONFIG})})
 
 
 def latent(sound=4, seed=0):

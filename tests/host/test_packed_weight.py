@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from comfyui_nibble.tests.host.inside import forward, load, module
+from comfyui_nibble.tests.host.inside import forward, load, module, random_state
 from comfyui_nibble.tests.host.test_adapters import QKV, adapter, with_lora
 from comfyui_nibble.tests.support import relative_error
 
@@ -58,14 +58,8 @@ def hunyuan3d(comfy, one_thread):
     import comfy.ops
     from comfy.ldm.hunyuan3dv2_1.hunyuandit import HunYuanDiTPlain
 
-    torch.manual_seed(0)
     network = HunYuanDiTPlain(hidden_size=256, depth=2, guidance_cond_proj_dim=None, operations=comfy.ops.disable_weight_init)
-    for name, p in network.named_parameters():
-        if p.ndim == 1:
-            torch.nn.init.ones_(p) if name.endswith("weight") else torch.nn.init.zeros_(p)
-        else:
-            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
-    return comfy.sd.load_diffusion_model_state_dict({k: v.detach().bfloat16() for k, v in network.state_dict().items()})
+    return comfy.sd.load_diffusion_model_state_dict(random_state(network))
 
 
 @pytest.mark.parametrize("method", ["svdquant", "convrot"])
