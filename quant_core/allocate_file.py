@@ -15,7 +15,7 @@ from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
 from .mixed import MIXED, MixedConfig
 from .quantize import not_quantizable
-from .quantize_file import quantize_file
+from .quantize_file import quantize_file, require_place
 from .report import Row
 from .sensitivity import Sensitivity, sensitivity
 
@@ -50,6 +50,7 @@ def allocate_file(
     weights: as in `allocate`, of `gains.measure`. progress(unit): a progress bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
     """
     checkpoint = Checkpoint(source)
+    require_place(destination, checkpoint)
     fingerprint = checkpoint.fingerprint()
     calibration.require_model(fingerprint)
     layers = measured(checkpoint.family.layers(checkpoint.shapes), calibration)

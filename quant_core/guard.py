@@ -12,7 +12,7 @@ from .linear import QuantizedLayer
 from .methods import Problem
 from .methods.parts import assemble, round_part
 from .methods.problem import output_sqnr
-from .quantize import problem_of
+from .quantize import problem_of, require_statistics
 from .spec import ActivationSpec, LinearSpec, WeightSpec
 
 PRECISIONS = ("W4A8", "W8A8", "16 bit")
@@ -120,9 +120,11 @@ def measure(
 ) -> Iterator[Measured]:
     """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor from one to the next.
 
-    get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises CalibrationError where the calibration
-    holds no token to judge by, and what `problem_of` does.
+    get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises what `require_statistics` does, CalibrationError
+    where the calibration holds no token to judge by, and NonFiniteWeight.
     """
+    layers = list(layers)
+    require_statistics(layers, calibration)
     for layer in layers:
         problem = problem_of(layer, get, keys, calibration, device, second_moments=False)
         require_tokens(problem, calibration)

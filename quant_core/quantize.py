@@ -31,7 +31,8 @@ def quantize_layers(
 ) -> Iterator[tuple[QuantizedLayer | None, Row]]:
     """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16 bit.
 
-    get(key): the tensor of a ComfyUI key; `keys`: those there are. Raises NonFiniteWeight and CalibrationError.
+    get(key): the tensor of a ComfyUI key, in a dtype that has arithmetic; `keys`: those there are. calibration: one that
+    `require_statistics` takes. Raises NonFiniteWeight.
     """
     for layer in layers:
         started = time.perf_counter()
@@ -61,8 +62,6 @@ def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device,
     Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises NonFiniteWeight and CalibrationError.
     """
     weight = get(f"{layer.name}.weight").to(device)
-    if weight.dtype.itemsize == 1:  # fp8 has no arithmetic; bf16 holds all of its values
-        weight = weight.to(torch.bfloat16)
     bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
     for leaf, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not torch.isfinite(tensor).all():
@@ -70,12 +69,27 @@ def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device,
                 f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it."
             )
     statistics = None
-    # Calibrations of 0.2 and before have no inputs of weight-only layers; those are rounded to nearest then.
-    if calibration is not None and (not layer.weight_only or layer.input in calibration.names):
+    if calibration is not None and _wants_statistics(layer, calibration):
         statistics = calibration.get(layer.input, second_moments)
-        if statistics.width != layer.in_features:
-            raise CalibrationError(f"layer {layer.name}: calibrated at {statistics.width} in-channels, the weight has {layer.in_features}")
     return Problem(layer, weight, bias, statistics).filled()
+
+
+def _wants_statistics(layer, calibration):
+    # Calibrations of 0.2 and before have no inputs of weight-only layers; those are rounded to nearest then.
+    return not layer.weight_only or layer.input in calibration.names
+
+
+def require_statistics(layers: Iterable[Layer], calibration: Calibration | None):
+    """Raises CalibrationError where a layer's input was not observed, or at another width. From headers alone, to be called before
+    anything is fitted."""
+    for layer in layers if calibration is not None else ():
+        if not_quantizable(layer) or not _wants_statistics(layer, calibration):
+            continue
+        if (width := calibration.width(layer.input)) != layer.in_features:
+            raise CalibrationError(
+                f"layer {layer.name}: calibration {calibration.path} observed {width} in-channels, the weight has {layer.in_features}. "
+                "Calibrate with the model that is to be quantized."
+            )
 
 
 def not_quantizable(layer: Layer) -> str:

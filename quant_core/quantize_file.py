@@ -12,12 +12,13 @@ from . import diffusers_model
 from .calibration.file import Calibration
 from .families import GENERIC, Family, Layer, measured
 from .formats import pack
+from .formats.atomic import require_writable
 from .formats.blocks import BlockStore
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import of_calibration
 from .methods import Method
-from .quantize import leave_out
+from .quantize import leave_out, require_statistics
 from .report import Row
 from .training.presets import UNTRAINED, Preset
 from .training.stages import blocks_of, finished, quantize_blocks, steps_of
@@ -40,21 +41,24 @@ def quantize_file(
     Each finished block is kept in `<destination>.partial/` until the whole is written. Host memory: one layer at a time
     (1.3 GB above the page cache for a 12B FLUX with ConvRot); source and finished blocks stay memory-mapped. With a preset that trains,
     the source must be a diffusers folder, whose model is loaded; the losses go to `<destination>.losses.json`.
-    Raises the errors of Checkpoint, Calibration, quantize_layers and Trainer.
+    Raises the errors of Checkpoint, Calibration, `require_place`, `require_statistics` and of training before anything is computed, those of
+    quantize_layers and Trainer later.
     """
     checkpoint = Checkpoint(source)
+    require_place(destination, checkpoint)
     fingerprint = checkpoint.fingerprint()
     if calibration is not None:
         calibration.require_model(fingerprint)
     settings = provenance(fingerprint, method.name, config, calibration)
     if preset != UNTRAINED:
         settings["training"] = asdict(preset)
-    store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
-    plan = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
-    trainer = None
-    if preset != UNTRAINED:
         require_trajectory(calibration)
         require_chain(checkpoint.family)
+    plan = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
+    require_statistics(plan, calibration)
+    store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
+    trainer = None
+    if preset != UNTRAINED:
         trainer = trainer_of(diffusers_model.full(source, device), checkpoint.family, plan, calibration, device, store.folder, preset)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
@@ -72,6 +76,13 @@ def quantize_file(
         trainer.losses.replace(f"{destination}.losses.json")
     store.remove()
     return rows
+
+
+def require_place(destination: Path, checkpoint: Checkpoint):
+    """Raises OSError where `destination` cannot be written, ValueError where it would replace what is read."""
+    require_writable(destination)
+    if any(Path(destination).resolve() == file.resolve() for file in checkpoint.files):
+        raise ValueError(f"{destination}: the file that is quantized. Name another one to write; this one is read until the end.")
 
 
 def trainer_of(

@@ -112,10 +112,17 @@ class Calibration:
 
     def get(self, name: str, second_moments: bool = True) -> InputStatistics:
         """Statistics of one input, read now, with or without its Hessians. Raises CalibrationError where the input was not observed."""
+        file, info = self._of(name)
+        return read_statistics(file, name, info, second_moments)
+
+    def width(self, name: str) -> int:
+        """In-channels of one input, from the header. Raises as `get` does."""
+        return self._of(name)[1]["width"]
+
+    def _of(self, name):
         if name not in self._where:
             raise CalibrationError(f"calibration {self.path}: no statistics of layer {name}; it observed {len(self._where)} inputs")
-        file, info = self._where[name]
-        return read_statistics(file, name, info, second_moments)
+        return self._where[name]
 
     def trajectory(self) -> Trajectory | None:
         """The recorded inputs of the network; None where there are none (calibrations of 0.3.0 and before, merged ones)."""

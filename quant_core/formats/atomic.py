@@ -3,6 +3,7 @@
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors.torch import save_file
 
@@ -17,6 +18,19 @@ def save_text(path: Path, text: str):
     """The same for text."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def require_writable(path: Path):
+    """Raises OSError naming `path` where no file can be put; to be called before the work whose result goes there."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder. Name the file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error}). Choose another place.") from error
 
 
 @contextmanager

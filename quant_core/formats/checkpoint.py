@@ -52,11 +52,11 @@ def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]
 
 
 class Checkpoint:
-    """A model in 32, 16 or 8-bit floats: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
+    """A model in floats of 64 to 8 bits: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
 
-    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor scaled fp8, which becomes
-    bf16. origin: what the file says beside them. Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does
-    not know.
+    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor fp8, which becomes
+    bf16, nor fp64, which becomes fp32. origin: what the file says beside them. Raises CheckpointError for files it cannot read,
+    UnknownArchitecture for models it does not know.
     """
 
     def __init__(self, path):

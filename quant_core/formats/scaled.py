@@ -1,4 +1,4 @@
-"""fp8 checkpoints with scales, in the two ways that ComfyUI writes them."""
+"""fp8 as a source: with scales, in the two ways that ComfyUI writes them, and without; what becomes of dtypes that have no arithmetic."""
 
 from collections.abc import Callable
 
@@ -43,12 +43,20 @@ class Scales:
             self.of[weight] = key
 
     def apply(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The real values of a weight, bf16 where it has a scale: 2^-9 of a value beside fp8's own 2^-4."""
+        """The real values of a tensor, bf16 where it has a scale: 2^-9 of a value beside fp8's own 2^-4."""
         if key not in self.of:
-            return tensor
+            return computable(tensor)
         return real_values(tensor, self.read(self.of[key]))
 
 
 def real_values(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """fp8 (N, ...) times its scale, of one or N values, in bf16."""
     return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(torch.bfloat16)
+
+
+def computable(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of a source in the dtype that it is quantized, or written, in: 8-bit floats in bf16, which holds all of their values, fp64
+    in fp32; itself in any other dtype, whole numbers too. Files that hold their biases and norms in fp8 are the usual ones of FLUX."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to({1: torch.bfloat16, 8: torch.float32}.get(tensor.dtype.itemsize, tensor.dtype))

@@ -112,6 +112,9 @@ class OneInput:
     def __init__(self, statistics):
         self.statistics = statistics
 
+    def width(self, name):
+        return self.statistics.width
+
     def get(self, name, second_moments):
         assert not second_moments
         return self.statistics

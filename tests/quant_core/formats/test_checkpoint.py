@@ -92,10 +92,26 @@ def test_scaled_fp8_has_its_real_values(tmp_path, state, old, shape):
     same(Checkpoint(tmp_path / "m.safetensors"), state | {LAYER: expected})
 
 
-def test_unscaled_fp8_is_passed_on(tmp_path, state):
-    state[LAYER] = state[LAYER].to(torch.float8_e5m2)
-    save_file(state, tmp_path / "m.safetensors")
-    assert torch.equal(Checkpoint(tmp_path / "m.safetensors").get(LAYER).view(torch.uint8), state[LAYER].view(torch.uint8))
+@pytest.mark.parametrize(
+    ("dtype", "becomes"),
+    [
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e5m2, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.int64, torch.int64),
+    ],
+)
+def test_every_tensor_gets_a_dtype_that_has_arithmetic(tmp_path, state, dtype, becomes):
+    """Not only weights: fp8 files of FLUX have their biases and norms in fp8 too. Whole numbers stay."""
+    change = {k: state[k].to(dtype) for k in ((LAYER, f"{LAYER[:-6]}bias") if dtype.is_floating_point else ("img_in.bias",))}
+    save_file(state | change, tmp_path / "m.safetensors")
+    checkpoint = Checkpoint(tmp_path / "m.safetensors")
+    for key, tensor in change.items():
+        assert checkpoint.get(key).dtype == becomes
+        assert torch.equal(checkpoint.get(key).double(), tensor.double())
 
 
 @pytest.mark.parametrize(
