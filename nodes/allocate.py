@@ -20,10 +20,12 @@ from ..quant_core.formats.provenance import provenance
 from ..quant_core.gains import SAMPLES, STEPS, of_calibration
 from ..quant_core.mixed import MENUS, MIXED, MixedConfig
 from ..quant_core.mixed import menu as menu_of
+from ..quant_core.quantize import require_statistics
 from ..quant_core.report import as_text as rows_as_text
 from ..quant_core.sensitivity import sensitivity
 from .calibrate import CalibrationType
 from .files import narrow
+from .host.carry import uncompiled
 from .host.progress import steps
 from .host.quantized import make_room, quantized
 from .host.source import ModelSource
@@ -63,9 +65,10 @@ class NibbleAllocateBits(io.ComfyNode):
         fingerprint = source.fingerprint()
         calibration.require_model(fingerprint)
         plan = measured(source.layers, calibration)
+        require_statistics(plan, calibration)
         device = comfy.model_management.get_torch_device()
         # First: it needs the whole network on the device, the rest one layer at a time.
-        gains = gains_of(model, calibration, [layer.name for layer in with_choice(plan)]) if use_gains else None
+        gains = gains_of(model, source, calibration, [layer.name for layer in with_choice(plan)]) if use_gains else None
         make_room(plan, device)
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
@@ -95,13 +98,12 @@ class NibbleAllocateBits(io.ComfyNode):
         return io.NodeOutput(made, "\n".join(text), picture)
 
 
-def gains_of(model, calibration, names) -> dict[str, float]:
-    """{layer: factor}; the model is loaded only where something is left to measure."""
+def gains_of(model, source, calibration, names) -> dict[str, float]:
+    """{layer: factor}; the model is loaded only where something is left to measure. source: the ModelSource of it."""
 
     def network():
-        comfy.model_management.load_models_gpu([model])
-        found = model.model.diffusion_model
-        return found, {name: [found.get_submodule(name)] for name in names}
+        comfy.model_management.load_models_gpu([uncompiled(model)])
+        return source.network, {name: [source.modules[name]] for name in names}
 
     return of_calibration(calibration, names, network, model.load_device, steps)
 

@@ -11,12 +11,13 @@ from ..quant_core.bake import Baked, bake
 from ..quant_core.linear import QuantizedLayer
 from ..quant_core.side import bias_correction
 from .host.adapters import effective, side_of
+from .host.bare import PREFIX
 from .host.build import build, frame_after
 from .host.carry import keep_sampling_patches
 from .host.half import take_apart
 from .host.patcher import NibblePatcher
 from .host.progress import steps
-from .host.source import PREFIX, feed
+from .host.source import feed
 
 NAME = "Nibble Bake LoRA"
 

@@ -18,6 +18,7 @@ from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
 from ..quant_core.families import GENERIC
 from ..quant_core.families.generic import observed
+from .host.carry import uncompiled
 from .host.progress import steps as progress_steps
 from .host.source import ModelSource, feed
 
@@ -111,7 +112,7 @@ class NibbleCalibrate(io.ComfyNode):
         latent = comfy.sample.fix_empty_latent_channels(
             model, latent_image["samples"], latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal")
         )
-        network = model.model.diffusion_model
+        network, plain = source.network, uncompiled(model)
         settings = {"sampler": sampler_name, "scheduler": scheduler, "steps": steps, "cfg": cfg, "second_moments": second_moments}
         meta = {"model": source.fingerprint(), "family": source.family.name, "settings": settings}
         digest = hashlib.sha256()
@@ -131,7 +132,7 @@ class NibbleCalibrate(io.ComfyNode):
         def sampled(sample, steps, callback=None):
             noise = comfy.sample.prepare_noise(latent, seed + sample)
             comfy.sample.sample(
-                model, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
+                plain, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
                 callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
             )  # fmt: skip
 
@@ -141,7 +142,7 @@ class NibbleCalibrate(io.ComfyNode):
 
         plan = source.layers
         if source.family is GENERIC:
-            with Observation().watching({layer.name: network.get_submodule(layer.name) for layer in plan}) as seen:
+            with Observation().watching({layer.name: source.modules[layer.name] for layer in plan}) as seen:
                 sampled(0, 1)
             meta["observed"] = seen.to_json()
             plan = observed(plan, meta["observed"])
@@ -150,7 +151,7 @@ class NibbleCalibrate(io.ComfyNode):
                     "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there is nothing to quantize"
                 )
         inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
-        modules = {i.name: network.get_submodule(i.name) for i in inputs}
+        modules = {i.name: source.modules[i.name] for i in inputs}
 
         def place(nbytes):
             device = comfy.model_management.get_torch_device()

@@ -10,8 +10,7 @@ from ..quant_core.families import measured
 from ..quant_core.formats.provenance import provenance
 from ..quant_core.methods import METHODS, by_name
 from ..quant_core.report import as_text
-from ..quant_core.training.presets import NAMES, UNTRAINED, preset
-from ..quant_core.training.trainer import require_trajectory
+from ..quant_core.training.presets import NAMES, preset
 from .calibrate import CalibrationType
 from .host.quantized import make_room, quantized
 from .host.source import ModelSource
@@ -43,8 +42,6 @@ class NibbleQuantize(io.ComfyNode):
     @classmethod
     def execute(cls, model, method, rank, gptq, calibration=None, training="none"):
         chosen, trained = by_name(method), preset(method, training)
-        if trained != UNTRAINED:
-            require_trajectory(calibration)
         source = ModelSource(model)
         config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if hasattr(chosen.config, k)})
         fingerprint = source.fingerprint()

@@ -10,11 +10,11 @@ from ..quant_core.calibration.file import fingerprint
 from ..quant_core.families import UnknownArchitecture, by_name, detect
 from ..quant_core.formats.provenance import VERSION
 from ..quant_core.select import SelectionError, block_lists, modules_of, select
+from .host.bare import PREFIX
 from .host.build import build, frame_after
 from .host.carry import keep_sampling_patches
 from .host.half import Half, take_apart
 from .host.patcher import NibblePatcher
-from .host.source import PREFIX
 
 NAME = "Nibble Swap Blocks"
 

@@ -14,7 +14,7 @@ from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
 from .mixed import MIXED, MixedConfig
-from .quantize import not_quantizable
+from .quantize import not_quantizable, require_statistics
 from .quantize_file import quantize_file, require_place
 from .report import Row
 from .sensitivity import Sensitivity, sensitivity
@@ -49,11 +49,7 @@ def allocate_file(
     The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another budget measures nothing again.
     weights: as in `allocate`, of `gains.measure`. progress(unit): a progress bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
     """
-    checkpoint = Checkpoint(source)
-    require_place(destination, checkpoint)
-    fingerprint = checkpoint.fingerprint()
-    calibration.require_model(fingerprint)
-    layers = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
+    checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
     table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
@@ -61,6 +57,17 @@ def allocate_file(
     chosen = replace(config, layers=done.allocation.layers)
     rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("block"), base3)
     return done, rows
+
+
+def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[Checkpoint, str, list[Layer]]:
+    """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the destination can be written."""
+    checkpoint = Checkpoint(source)
+    require_place(destination, checkpoint)
+    fingerprint = checkpoint.fingerprint()
+    calibration.require_model(fingerprint)
+    layers = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
+    require_statistics(layers, calibration)
+    return checkpoint, fingerprint, layers
 
 
 def decide(table: list[Sensitivity], budget: Budget, config: MixedConfig, weights: Mapping[str, float] | None, held: int) -> Allocated:

@@ -134,6 +134,7 @@ def allocate(
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
     statistics, device = Calibration(calibration), _device(device)
     if gains == "auto":
+        allocate_file.opened(source, destination, statistics)  # refuses before the network runs
         weights = allocate_file.measured_gains(source, statistics, device, _bar("layer"))
     else:
         weights = allocate_file.read_gains(gains) if gains else None
@@ -159,8 +160,9 @@ def gains(
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where it was, a second one is free."""
     from .allocate_file import measured_gains
     from .calibration import Calibration
-    from .formats.atomic import save_text
+    from .formats.atomic import require_writable, save_text
 
+    require_writable(out)
     found = measured_gains(source, Calibration(calibration), _device(device), _bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from .formats import kitchen_out, native, nunchaku, pack
+from .formats.atomic import require_writable
 from .formats.opened import Opened
 from .formats.opening import open_quantized
 from .formats.others import AS, NEAREST, becomes, nearest_spec, replaced
@@ -108,6 +109,7 @@ def convert(
         )
     if destination.exists() and destination.samefile(source.path):
         raise ValueError(f"{destination}: is the file to convert. Give another name.")
+    require_writable(destination)
     layers, rest = {}, {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)

@@ -13,7 +13,7 @@ from .guard import noise_of, require_tokens
 from .linear import QuantizedLayer
 from .methods import fit_problem
 from .mixed import MIXED, MixedConfig, variants
-from .quantize import not_quantizable, problem_of, require_statistics
+from .quantize import not_quantizable, problem_of
 from .spec import LinearSpec
 
 
@@ -73,13 +73,12 @@ def sensitivity(
     """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path` (JSON) after each.
 
     A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in `quantize_layers`. Layers
-    whose width no kernel takes are left out. Raises what `require_statistics` does before anything is measured, CalibrationError where
-    no token was held out, ValueError for a damaged table, and NonFiniteWeight.
+    whose width no kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where no token was
+    held out, ValueError for a damaged table, and NonFiniteWeight.
     """
     table = Table(path, settings, "sensitivities")
     done = {row.name: row for row in table.parsed(_row)}
     layers = [layer for layer in layers if not not_quantizable(layer)]
-    require_statistics(layers, calibration)
     for layer in progress(layers, len(layers)):
         if layer.name not in done:
             done[layer.name] = _measured(layer, get, keys, calibration, config, device)

@@ -12,11 +12,11 @@ from ...quant_core.formats.opening import open_quantized
 from ...quant_core.linear import QuantizedLayer
 from ...quant_core.report import as_report
 from ...quant_core.requantize import to_w8a8
+from .bare import PREFIX, bare, original
 from .frame import DetectionError, Frame, after, of_file
 from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
-from .source import PREFIX
 
 
 def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
@@ -96,18 +96,15 @@ def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
 def unpatched(patcher: NibblePatcher):
     """({name: QuantizedLayer}, {key: tensor} of the rest) as before any patch, on the CPU.
 
-    A clone with a LoRA shares the modules and may have patched biases and 16-bit weights in place; ModelPatcher keeps the
-    originals in `backup`.
+    A clone shares the modules, and may have wrapped some of them and patched biases and 16-bit weights in place.
     """
 
-    def original(key, tensor):
-        backup = patcher.backup.get(PREFIX + key)
-        return (tensor if backup is None else backup.weight).detach().cpu()
-
+    before = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()
     layers = {}
     for full, module in patcher.packed_layers():
         layer = module.layer(full.removeprefix(PREFIX))
-        tensors = {leaf: original(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
+        tensors = {leaf: before(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
         layers[layer.name] = module.original or QuantizedLayer(layer.name, layer.spec, tensors)
-    state = patcher.model.diffusion_model.state_dict()
-    return layers, {k: original(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}
+    with bare(patcher) as model:
+        state = model.diffusion_model.state_dict()
+    return layers, {k: before(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}

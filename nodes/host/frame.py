@@ -13,8 +13,9 @@ import comfy.supported_models
 import torch
 
 from ...quant_core.formats.origin import Origin, names_text
+from .bare import NETWORK, bare
 from .operations import operations_for
-from .origin import ATTACHMENT, NETWORK, origin_of
+from .origin import ATTACHMENT, origin_of
 
 # What a fresh model has of its own and not from the one that it is made after.
 _FRESH = ("current_patcher", "model_config", "manual_cast_dtype", "device", "training")
@@ -67,32 +68,31 @@ class Frame:
 
 def after(patcher, prepare: Callable) -> Frame:
     """A model of the same class, config, prediction type, sampling and latent format, with the same tensors outside of its network."""
-    source, known = patcher.model, (patcher.attachments.get(ATTACHMENT) or {}).get("origin")
-    origin = origin_of(patcher, known)
+    with bare(patcher) as source:
+        origin = origin_of(patcher, (patcher.attachments.get(ATTACHMENT) or {}).get("origin"))
+        return Frame(lambda operations: _after(source, origin, operations), origin, True, prepare)
 
-    def make(operations):
-        config = _config_like(source.model_config, operations)
-        config.model_type = lambda *args, **kwargs: source.model_type
-        if (dtype := config.unet_config.get("dtype")) is not None and dtype.itemsize == 1:
-            _set_dtypes(config)
-        model = _made(config, origin)
-        if type(model) is not type(source):
-            raise DetectionError(
-                f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a {type(source).__name__} of another "
-                "pack. Quantize the model as ComfyUI's own loaders give it."
-            )
-        for name, value in vars(source).items():
-            if name in vars(model) and not name.startswith("_") and name not in _FRESH:
-                setattr(model, name, copy.deepcopy(value))
-        for name, child in source.named_children():
-            if name != NETWORK:
-                child = patcher.object_patches_backup.get(name, child)  # not what a clone has put there for a while
-                model.register_module(name, copy.deepcopy(child).to("cpu"))
-        for name, parameter in source.named_parameters(recurse=False):
-            model.register_parameter(name, copy.deepcopy(parameter).to("cpu"))
-        return model
 
-    return Frame(make, origin, True, prepare)
+def _after(source, origin, operations):
+    config = _config_like(source.model_config, operations)
+    config.model_type = lambda *args, **kwargs: source.model_type
+    if (dtype := config.unet_config.get("dtype")) is not None and dtype.itemsize == 1:
+        _set_dtypes(config)
+    model = _made(config, origin)
+    if type(model) is not type(source):
+        raise DetectionError(
+            f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a {type(source).__name__} of another "
+            "pack. Quantize the model as ComfyUI's own loaders give it."
+        )
+    for name, value in vars(source).items():
+        if name in vars(model) and not name.startswith("_") and name not in _FRESH:
+            setattr(model, name, copy.deepcopy(value))
+    for name, child in source.named_children():
+        if name != NETWORK:
+            model.register_module(name, copy.deepcopy(child).to("cpu"))
+    for name, parameter in source.named_parameters(recurse=False):
+        model.register_parameter(name, copy.deepcopy(parameter).to("cpu"))
+    return model
 
 
 def of_file(origin: Origin, state: dict[str, torch.Tensor], source: str, family: str, prepare: Callable) -> Frame:

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import comfy.model_management
 import torch
 
+from ...quant_core.formats.scaled import computable
 from ...quant_core.linear import QuantizedLayer
+from .bare import PREFIX, bare, original
 from .build import ATTACHMENT, unpatched
+from .carry import require_carriable
 from .patcher import NibblePatcher
-from .source import PREFIX, QuantizedSource
+from .source import QuantizedSource
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Half:
 def take_apart(patcher) -> Half:
     """The tensors are the model's own where it is on the CPU; a model on a card is unloaded first, or each would be copied from there.
 
-    The weights of a dynamic patcher are ComfyUI's to page in and out; they are read again into a model of their own.
+    The weights of a dynamic patcher are ComfyUI's to page in and out; they are read again into a model of their own. Raises
+    CannotCount for what `keep_sampling_patches` would leave behind.
     """
+    require_carriable(patcher)
     if patcher.is_dynamic():
         patcher = patcher.clone(disable_dynamic=True)
     if not comfy.model_management.is_device_cpu(patcher.current_loaded_device()):
@@ -51,21 +56,21 @@ def take_apart(patcher) -> Half:
 
 def _stock(patcher):
     """(key, tensor) of a stock model. 8-bit floats become bf16, ComfyUI's scaled weights their real values: exact, and copies."""
-    modules = dict(patcher.model.diffusion_model.named_modules())
-    for key, tensor in patcher.model.diffusion_model.state_dict().items():
+    with bare(patcher) as model:
+        modules = dict(model.diffusion_model.named_modules())
+        state = model.diffusion_model.state_dict()
+    for key, tensor in state.items():
         name, _, leaf = key.rpartition(".")
-        module, backup = modules[name], patcher.backup.get(PREFIX + key)
+        module = modules[name]
         if getattr(module, "quant_format", None) is not None:  # quantized by ComfyUI
             if leaf == "pre_quant_scale":
                 raise QuantizedSource(f"{key}: weights of a model that smooths its activations cannot be read. Connect another model.")
             if leaf not in ("weight", "bias"):
                 continue
             tensor = getattr(module, leaf)
-        tensor = (tensor if backup is None else backup.weight).detach()
+        tensor = original(patcher, PREFIX + key, tensor).detach()
         if leaf == "weight" and hasattr(module, "convert_weight"):
             tensor = module.convert_weight(tensor)
-        if not tensor.is_floating_point():
+        if tensor.dtype in (torch.int8, torch.uint8):
             raise QuantizedSource(f"{key}: packed weights of another kind than Nibble's ({tensor.dtype}). Connect a full-precision model.")
-        if tensor.dtype.itemsize == 1:
-            tensor = tensor.to(torch.bfloat16)
-        yield key, tensor.cpu()
+        yield key, computable(tensor).cpu()

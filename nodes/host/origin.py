@@ -10,8 +10,8 @@ import torch
 from ...quant_core.formats.checkpoint import open_safetensors
 from ...quant_core.formats.errors import CheckpointError
 from ...quant_core.formats.origin import Origin, encoded
+from .bare import NETWORK
 
-NETWORK = "diffusion_model"
 _MADE = ("model_sampling", "noise_augmentor")  # by constructors, from the settings
 ATTACHMENT = "nibble"  # what a Nibble model knows of itself; clones share it
 
@@ -21,7 +21,7 @@ class UnrecordedModel(RuntimeError):
 
 
 def origin_of(patcher, known: Origin | None = None) -> Origin:
-    """The Origin of a MODEL: `host` says what it is, `beside` holds its tensors outside of the network.
+    """The Origin of a MODEL, to be called within `bare`: `host` says what it is, `beside` holds its tensors outside of the network.
 
     Header entries are those that are `known` already, or come from the file that ComfyUI loaded it from, where it still says which. Raises UnrecordedModel for a config that has no
     form in a file.

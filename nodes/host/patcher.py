@@ -13,6 +13,7 @@ import torch
 
 from . import unmatched
 from .adapters import UnsupportedPatch, effective, side_of
+from .bare import WRAPPED, in_network
 from .fitting import EXAMPLES, Target, left_out, of_another_shape, sort
 from .operations import is_quantized
 from .real_values import PackedWeight
@@ -43,22 +44,19 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if not hasattr(model, "nibble_size"):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
+            # Under their names at first: clones may wrap blocks, which gives all that is in them other names.
+            model.nibble_layers = {name: module for name, module in model.named_modules() if is_quantized(module)}
         self._sides = self._said = None
 
     def packed_layers(self):
         """(name, module) of the quantized layers; names as in the state dict, without a leaf."""
-        for name, module in self.model.named_modules():
-            if is_quantized(module):
-                yield name, module
+        return self.model.nibble_layers.items()
 
     def _packed(self, key):
         """(module, leaf) where the state dict key belongs to a quantized layer, else None."""
-        name, _, leaf = key.rpartition(".")
-        try:
-            module = comfy.utils.get_attr(self.model, name) if name else None
-        except AttributeError:
-            return None
-        return (module, leaf) if is_quantized(module) else None
+        name, _, leaf = key.replace(WRAPPED, "").rpartition(".")
+        module = self.model.nibble_layers.get(name)
+        return None if module is None else (module, leaf)
 
     # -- what may be patched -------------------------------------------------------------------------------------------
 
@@ -226,6 +224,13 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         shape = side_of(patches, layer.to("meta"), name, "meta")
         heavy = shape.gain is not None or shape.dense is not None
         return side_of(patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device)
+
+    def cleanup(self):
+        """As ModelPatcher's, at the end of a sampling run; and takes off what this clone has put on the shared network, which the next run
+        puts on again: LoRA loaders would not find their keys in wrapped blocks."""
+        super().cleanup()
+        for name in [name for name in self.object_patches_backup if in_network(name)]:
+            comfy.utils.set_attr(self.model, name, self.object_patches_backup.pop(name))
 
     def unpatch_model(self, device_to=None, unpatch_weights=True, **kwargs):
         if unpatch_weights:

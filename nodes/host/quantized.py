@@ -12,12 +12,12 @@ import folder_paths
 from ...quant_core.families import GENERIC
 from ...quant_core.formats.blocks import BlockStore
 from ...quant_core.gains import of_calibration
-from ...quant_core.quantize import leave_out, quantize_layers
+from ...quant_core.quantize import leave_out, quantize_layers, require_statistics
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, quantize_on, steps_of
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build, frame_after
-from .carry import keep_sampling_patches
+from .carry import keep_sampling_patches, uncompiled
 from .progress import steps
 
 
@@ -30,12 +30,10 @@ def store_of(calibration, source, provenance, kind) -> BlockStore:
 
 
 def _trainer(model, source, plan, calibration, store, preset):
-    require_trajectory(calibration)
-    require_chain(source.family)
-    comfy.model_management.load_models_gpu([model])
-    network = model.model.diffusion_model
-    modules = {layer.name: [(network.get_submodule(layer.name), slice(0, layer.out_features))] for layer in plan}
-    blocks = {name: [network.get_submodule(name)] for name, _ in blocks_of(plan)}
+    comfy.model_management.load_models_gpu([uncompiled(model)])
+    network = source.network
+    modules = {layer.name: [(source.modules[layer.name], slice(0, layer.out_features))] for layer in plan}
+    blocks = {name: [source.modules[name]] for name, _ in blocks_of(plan)}
     gains = of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps) if preset.adaptive else None
     streams = source.family.stream_of(source.family.streams)
     check = comfy.model_management.throw_exception_if_processing_interrupted
@@ -65,6 +63,10 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
     training could touch. A stopped run goes on behind its last finished block; after a training those stay beside the calibration.
     """
+    require_statistics(plan, calibration)
+    if preset != UNTRAINED:
+        require_trajectory(calibration)
+        require_chain(source.family)
     layers, rows, frame = {}, [], frame_after(model)  # whatever ComfyUI cannot make fails before the fit
     if preset == UNTRAINED:
         store = store_of(calibration, source, provenance, "partial")

@@ -1,37 +1,48 @@
 """Full-precision weights out of a MODEL, with the LoRA patches on it merged."""
 
 import hashlib
+import logging
 
 import comfy.lora
 import comfy.model_management
 import comfy.ops
 import torch
-from comfy.model_patcher import get_key_weight
 from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
-from ...quant_core.formats.scaled import FP8, real_values
-
-PREFIX = "diffusion_model."
+from ...quant_core.formats.scaled import FP8, computable, real_values
+from .bare import PREFIX, WRAPPED, bare, original
+from .bypass import as_injected, patches_of
+from .carry import EXAMPLES, require_carriable
+from .merging import by, unmergeable
 
 
 class QuantizedSource(RuntimeError):
     """The model is quantized already."""
 
 
-class ModelSource:
-    """A ModelPatcher as a source of weights under ComfyUI's key names.
+class MisfitPatch(ValueError):
+    """A LoRA, or what else patches weights, was made for another model."""
 
-    shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration; get(key): the weight with
-    its patches merged, in its own float dtype, scaled fp8 in bf16.
+
+class ModelSource:
+    """A ModelPatcher as a source of weights under ComfyUI's key names, whatever its clones have left in the model that they share.
+
+    shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration; network, modules: the bare
+    network and {name: module} of it; get(key): the weight with its patches merged, in its own float dtype, 8-bit ones in bf16.
+
+    Raises, before anything is read but names and shapes, QuantizedSource, CannotCount and MisfitPatch for what is on the model and
+    cannot be quantized with it.
     """
 
     def __init__(self, patcher):
         self.patcher = patcher
-        network = patcher.model.diffusion_model
-        state_dict = network.state_dict()
-        self._fp8 = {name for name, module in network.named_modules() if getattr(module, "quant_format", None) in FP8}
+        with bare(patcher) as model:
+            self.network = model.diffusion_model
+            self.modules = dict(self.network.named_modules())
+            state_dict = self.network.state_dict()
+        self._fp8 = {name for name, module in self.modules.items() if getattr(module, "quant_format", None) in FP8}
         for key in list(state_dict):
             name, _, leaf = key.rpartition(".")
             if name in self._fp8 and leaf not in ("weight", "bias"):
@@ -40,44 +51,90 @@ class ModelSource:
             raise QuantizedSource(
                 f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model"
             )
+        require_carriable(patcher)
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
         # A rule about names may take an embedding for a layer, and only ComfyUI's own operations can be replaced by ours.
-        takes = lambda layer: isinstance(network.get_submodule(layer.name), (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
+        takes = lambda layer: isinstance(self.modules[layer.name], (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
         self.layers = [layer for layer in self.family.layers(self.shapes) if takes(layer)]
+        self._patches = {key.replace(WRAPPED, ""): list(patches) for key, patches in patcher.patches.items() if patches}
+        self._bypassed = patches_of(patcher, {module: name for name, module in self.modules.items()})
+        self._require_fit()
 
-    def _base(self, key):
-        weight, _, convert = get_key_weight(self.patcher.model, PREFIX + key)
-        backup = self.patcher.backup.get(PREFIX + key)
-        weight = weight if backup is None else backup.weight
+    def _require_fit(self):
+        """Takes out patches that do not fit a layer which stays in 16 bit, as ComfyUI passes over them (a LoRA of FLUX.1 dev on Fill, whose
+        first layer is wider), and says so. Any other misfit is a LoRA of another model."""
+        quantized = {f"{layer.name}.weight" for layer in self.layers}
+        misfits, left_out = [], []
+        for full, patches in self._patches.items():
+            key = full.removeprefix(PREFIX)
+            if not full.startswith(PREFIX) or key not in self.shapes:
+                misfits.append(f"a patch of {full}, which is no tensor of the network")
+                continue
+            fitting = []
+            for patch in patches:
+                if reason := unmergeable(patch, key, self.shapes[key]):
+                    found = misfits if key in quantized else left_out
+                    found.append(f"{key}: {reason}")
+                    continue
+                fitting.append(patch)
+                if (shape := _reshaped(patch, self.shapes[key])) != self.shapes[key]:
+                    misfits.append(
+                        f"{key}: a patch that makes {by(shape)} weights of {by(self.shapes[key])}; put its loader behind the quantized model"
+                    )
+            self._patches[full] = fitting
+        for name, patches in self._bypassed.items():
+            key = f"{name}.weight"
+            misfits += [f"{key}: {reason}" for patch in patches if (reason := unmergeable(patch, key, self.shapes[key]))]
+        if left_out and not self._bypassed and not any(self._patches.values()):
+            misfits = left_out
+        if misfits:
+            more = f" and {len(misfits) - EXAMPLES} more" if len(misfits) > EXAMPLES else ""
+            raise MisfitPatch(f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model out.")
+        if left_out:
+            logging.warning(f"Nibble: left out, as ComfyUI does: {'; '.join(left_out[:EXAMPLES])}{', ...' * (len(left_out) > EXAMPLES)}")
+
+    def _base(self, key, convert=True):
+        """A tensor before any patch, in a dtype that has arithmetic. convert: to the values that the module's own operations make of it."""
         name, _, leaf = key.rpartition(".")
-        if name not in self._fp8 or leaf != "weight":
-            return weight, convert
-        held = weight.state_dict("")  # ComfyUI's own way to real values rounds the scale to bf16 first
-        return real_values(held[""], held["_scale"]), None
+        module = self.modules[name]
+        held = original(self.patcher, PREFIX + key, getattr(module, leaf))
+        if name in self._fp8 and leaf == "weight":
+            parts = held.state_dict("")  # ComfyUI's own way to real values rounds the scale to bf16 first
+            return real_values(parts[""], parts["_scale"])
+        if convert and hasattr(module, f"convert_{leaf}"):
+            copy = held.to(comfy.model_management.get_torch_device(), copy=True)
+            held = getattr(module, f"convert_{leaf}")(copy, inplace=True)
+        return computable(held).detach()
 
     def get(self, key) -> torch.Tensor:
-        weight, convert = self._base(key)
-        patches = self.patcher.patches.get(PREFIX + key)
-        if convert is not None:
-            weight = convert(weight.to(comfy.model_management.get_torch_device(), copy=True), inplace=True)
+        base = self._base(key)
+        name, _, leaf = key.rpartition(".")
+        patches = [*self._patches.get(PREFIX + key, ()), *(self._bypassed.get(name, ()) if leaf == "weight" else ())]
         if not patches:
-            return weight.detach()
-        dtype = weight.dtype
-        merged = comfy.lora.calculate_weight(
-            patches, weight.to(comfy.model_management.get_torch_device(), torch.float32, copy=True), PREFIX + key
-        )
-        return merged.to(dtype)
+            return base
+        # In fp32, and only then in the base's dtype: a LoRA merged in fp8 would mostly be rounded away.
+        weight = base.to(comfy.model_management.get_torch_device(), torch.float32, copy=True)
+        return comfy.lora.calculate_weight(patches, weight, PREFIX + key, original_weights={PREFIX + key: [(base, None)]}).to(base.dtype)
 
     def fingerprint(self) -> str:
         """Of the base weights and, where there are any, of the patches."""
-        base = fingerprint(self.family.layers(self.shapes), lambda k: self._base(k)[0])
-        if not self.patcher.patches:
+        base = fingerprint(self.family.layers(self.shapes), lambda key: self._base(key, convert=False))
+        if not self._patches and not self._bypassed:
             return base
+        patches = {key: list(held) for key, held in self._patches.items()}
+        for name, bypassed in self._bypassed.items():
+            dtype = self.modules[name].weight.dtype
+            patches.setdefault(f"{PREFIX}{name}.weight", []).extend(as_injected(patch, dtype) for patch in bypassed)
         digest = hashlib.sha256(base.encode())
-        feed(digest, self.patcher.patches)
+        feed(digest, patches)
         return digest.hexdigest()[:16]
+
+
+def _reshaped(patch, shape):
+    """The shape that a weight has after a patch."""
+    return tuple(comfy.lora.calculate_shape([patch], torch.empty(shape, device="meta"), ""))
 
 
 def feed(digest, value):

@@ -14,8 +14,8 @@ def test_a_place_that_takes_a_file_is_left_as_it_was(tmp_path):
 
 
 def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "q.safetensors").mkdir()
     with pytest.raises(IsADirectoryError, match=r"q.safetensors: a folder\. Name the file to write"):
-        (tmp_path / "q.safetensors").mkdir()
         require_writable(tmp_path / "q.safetensors")
 
 
