@@ -1,15 +1,24 @@
 """Random layers and inputs for the kernels' tests, and the error of an output."""
 
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 
-from comfyui_nibble.kernels.quant_linear import naive
-from comfyui_nibble.quant_core.packing import pack
+from comfyui_nibble.kernels.dispatch import quant_linear
+from comfyui_nibble.kernels.quant_linear import fast, naive
+from comfyui_nibble.kernels.target import interpreter
+from comfyui_nibble.quant_core.packing import pack, unpack
+from comfyui_nibble.quant_core.quantizers import code_range
 from comfyui_nibble.quant_core.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.tests.codes import Codes, taken
+from comfyui_nibble.tests.support import relative_error
 
 G64_ACT, G64_WEIGHT = ActivationSpec(), WeightSpec()
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
 UNSIGNED = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
 LIMIT = {torch.float16: 5e-4, torch.bfloat16: 6e-3}  # error of an output: its own rounding and that of the low rank
+UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # what a rounding moves a value by, relative, at most
 
 
 def spec_of(k, n, act=G64_ACT, weight=G64_WEIGHT, bias=True, **kwargs):
@@ -57,3 +66,34 @@ def output_error(y, x, spec, tensors, lora=()):
         up = tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].float()
         terms.append(x[:, p.start : p.stop].float() @ tensors["proj_down"][p.start : p.stop].float() @ up.T)
     return float((y.double() - want).norm() / max(1e-30, *(t.norm() for t in terms)))
+
+
+@contextmanager
+def _kernels_codes():
+    """The codes of what the kernels' quantizer is given within, part by part."""
+    codes, real = Codes(), fast.quantize
+
+    def quantize(x, spec, tensors, target, step, *rest):
+        out, scale = real(x, spec, tensors, target, step, *rest)
+        natural = out.unflatten(1, (step.planes, -1)).transpose(1, 2).flatten(1) if step.planes else unpack(out, 4)
+        codes.calls += natural.split([part.width for part in step.parts], 1)
+        return out, scale
+
+    with mock.patch.object(fast, "quantize", quantize):
+        yield codes
+
+
+def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
+    """The layer in the interpreter against naive on the codes of the kernels' quantizer, each a code that naive's own value rounds to.
+
+    roundings: how many roundings to the dtype of x part the values of the two before the codes: each moves a value and its scale by UNIT
+    of the largest value, and the output by LIMIT.
+    """
+    with _kernels_codes() as codes:
+        y = quant_linear(x, spec, tensors, lora, before, interpreter())
+    with taken(codes) as took:
+        want = naive.quant_linear(x if before is None else before(x), spec, tensors, lora)
+    assert took.at == len(codes.calls) > 0
+    top = max(code_range(p.activation.bits, p.activation.unsigned)[1] for p in spec.parts)
+    assert took.edge < 2 * roundings * UNIT[x.dtype] * top + 1e-5
+    assert relative_error(want, y) < (1 + roundings) * LIMIT[x.dtype]

@@ -11,7 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 from comfyui_nibble.quant_core.demo import pictures
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 
-from . import memory, options
+from . import codes, memory, options
 
 
 class TestCaptions(io.ComfyNode):
@@ -180,7 +180,7 @@ detection.detect_unet_config = widths_from_weights(detection.detect_unet_config)
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
         ours = [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder, TestLoadOnHopper, TestAfter, TestSharedTensors]
-        return [*ours, *memory.NODES, *options.NODES]
+        return [*ours, *memory.NODES, *options.NODES, *codes.NODES]
 
 
 async def comfy_entrypoint():
