@@ -4,6 +4,7 @@ from .base import Family, Layer, Part, UnknownArchitecture
 from .chroma import CHROMA
 from .dit import DIT
 from .flux import FLUX
+from .flux2 import FLUX2
 from .generic import GENERIC, measured
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
@@ -12,7 +13,7 @@ from .sdxl import SDXL
 from .wan import WAN, WAN_VACE
 from .z_image import Z_IMAGE
 
-FAMILIES = (FLUX, CHROMA, PIXART, SD3, QWEN_IMAGE, Z_IMAGE, WAN_VACE, WAN, SDXL, DIT)
+FAMILIES = (FLUX, FLUX2, CHROMA, PIXART, SD3, QWEN_IMAGE, Z_IMAGE, WAN_VACE, WAN, SDXL, DIT)
 
 
 def detect(shapes: dict[str, tuple[int, ...]]) -> Family:

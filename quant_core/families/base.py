@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rule:
-    """Pattern of module names within a block; `split`: "gelu" for x after GELU, "attn|gelu" for the two halves.
+    """Pattern of module names within a block; `split`: "gelu" for x after GELU, "attn|gelu" and "attn|mlp" for the two halves of x.
 
     shared_input: the layer whose input this one shares; "{block}" in it stands for the block at hand, "{first}" for the first
     block of the model that has that layer. rows: only layers with that many times more out- than in-features; 0: all.
@@ -98,7 +98,8 @@ def count(keys, stem: str) -> int:
 @dataclass(frozen=True)
 class Family:
     """name: in files. block: regular expression of a block's prefix; `rules`: the layers within it. stems: beginnings of the blocks'
-    names in the order of the forward pass, where that is not alphabetical.
+    names in the order of the forward pass, where that is not alphabetical. ahead: rules for layers in front of the blocks, which are
+    counted to the first block.
 
     signature: ComfyUI keys that must be there; `without`: key prefixes, ComfyUI's or diffusers', that must not (relatives with another
     layout).
@@ -120,6 +121,7 @@ class Family:
     diffusers_streams: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
+    ahead: tuple[Rule, ...] = ()
     chain: bool = True
 
     def matches(self, shapes) -> bool:
@@ -138,17 +140,20 @@ class Family:
 
     def layers(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
         """The layers to quantize, block by block in the order of the forward pass."""
+        linear = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
         found = []
-        for key, shape in shapes.items():
-            match = re.fullmatch(f"(?P<block>{self.block})\\.(?P<rest>.+)\\.weight", key)
-            if match is None or len(shape) != 2:
+        for name, (n, k) in linear.items():
+            match = re.fullmatch(f"(?P<block>{self.block})\\.(?P<rest>.+)", name)
+            if match is None:
                 continue
             for order, rule in enumerate(self.rules):
-                if re.fullmatch(rule.pattern, match["rest"]) and rule.rows in (0, shape[0] / shape[1]):
-                    found.append((self._position(match["block"]), order, key.removesuffix(".weight"), match["block"], rule))
+                if re.fullmatch(rule.pattern, match["rest"]) and rule.rows in (0, n / k):
+                    found.append((self._position(match["block"]), order, name, match["block"], rule))
         found.sort(key=lambda f: f[:2])
         blocks = list(dict.fromkeys(block for *_, block, _ in found))
-        return [self._layer(name, shapes, block, rule, blocks) for *_, name, block, rule in found]
+        front = [(name, rule) for rule in self.ahead for name in linear if re.fullmatch(rule.pattern, name)]
+        found = [(name, blocks[0], rule) for name, rule in front] + [f[2:] for f in found]
+        return [self._layer(name, shapes, block, rule, blocks) for name, block, rule in found]
 
     def _position(self, block):
         """input_blocks.4.1 before input_blocks.10.1, and before the blocks within it."""
@@ -157,8 +162,8 @@ class Family:
 
     def _layer(self, name, shapes, block, rule, blocks):
         n, k = shapes[f"{name}.weight"]
-        if rule.split == "attn|gelu":
-            parts = (Part(0, n), Part(n, k, after_gelu=True))  # out-channels = hidden = width of the attention half
+        if rule.split in ("attn|gelu", "attn|mlp"):
+            parts = (Part(0, n), Part(n, k, after_gelu=rule.split == "attn|gelu"))  # out-channels = hidden = width of the attention half
         else:
             parts = (Part(0, k, after_gelu=rule.split == "gelu"),)
         shared = rule.shared_input.format(block=block, first="{first}")

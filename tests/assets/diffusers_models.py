@@ -2,6 +2,7 @@
 
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
+    flux2_shapes,
     flux_shapes,
     qwen_image_shapes,
     sd3_shapes,
@@ -12,6 +13,7 @@ from comfyui_nibble.tests.assets.synthetic import (
 
 _WAN = {"num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 256, "num_layers": 2}
 _FLUX = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64}
+_FLUX2 = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64}
 _SD3 = {"num_attention_heads": 3, "attention_head_dim": 64, "num_layers": 3, "caption_projection_dim": 192, "qk_norm": "rms_norm"}
 # name: (family, class, its arguments, shapes in ComfyUI's names)
 MODELS = {
@@ -32,6 +34,13 @@ MODELS = {
         "FluxTransformer2DModel",
         _FLUX | {"pooled_projection_dim": 32, "guidance_embeds": True, "in_channels": 384, "out_channels": 64},
         flux_shapes(2, 2, hidden=128, context=64, pooled=32, channels=384),
+    ),
+    "flux2 dev": ("flux2", "Flux2Transformer2DModel", _FLUX2, flux2_shapes(2, 2, hidden=128, context=64)),
+    "flux2 klein": (
+        "flux2",
+        "Flux2Transformer2DModel",
+        _FLUX2 | {"guidance_embeds": False},
+        flux2_shapes(2, 2, hidden=128, context=64, guidance=False),
     ),
     "chroma": (
         "chroma",

@@ -50,6 +50,29 @@ def _flux_blocks(shapes, double, single, hidden, modulation):
         shapes |= {p + "norm.query_norm.scale": (128,), p + "norm.key_norm.scale": (128,)}
 
 
+def flux2_shapes(double=1, single=1, hidden=6144, context=15360, guidance=True):
+    """FLUX.2 with heads of 128; dev as it stands, Klein 4B has hidden 3072, context 7680 and no guidance. Klein 9B: 4096 and 12288."""
+    shapes = {}
+    _linear(shapes, "img_in", hidden, 128, bias=False)
+    _linear(shapes, "txt_in", hidden, context, bias=False)
+    for name in ("time_in", "guidance_in") if guidance else ("time_in",):
+        _linear(shapes, f"{name}.in_layer", hidden, 256, bias=False)
+        _linear(shapes, f"{name}.out_layer", hidden, hidden, bias=False)
+    for name, chunks in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6), ("single_stream_modulation", 3)):
+        _linear(shapes, f"{name}.lin", chunks * hidden, hidden, bias=False)
+    for p in (f"double_blocks.{b}.{stream}_" for b in range(double) for stream in ("img", "txt")):
+        for name, n, k in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.0", 6, 1), ("mlp.2", 1, 3)):
+            _linear(shapes, p + name, n * hidden, k * hidden, bias=False)
+        shapes |= {p + "attn.norm.query_norm.scale": (128,), p + "attn.norm.key_norm.scale": (128,)}
+    for p in (f"single_blocks.{b}." for b in range(single)):
+        _linear(shapes, p + "linear1", 9 * hidden, hidden, bias=False)
+        _linear(shapes, p + "linear2", hidden, 4 * hidden, bias=False)
+        shapes |= {p + "norm.query_norm.scale": (128,), p + "norm.key_norm.scale": (128,)}
+    _linear(shapes, "final_layer.linear", 128, hidden, bias=False)
+    _linear(shapes, "final_layer.adaLN_modulation.1", 2 * hidden, hidden, bias=False)
+    return shapes
+
+
 def chroma_shapes(double=1, single=1, hidden=3072, inner=5120, context=4096, radiance=False):
     """Chroma; ComfyUI's detection fixes hidden and the approximator's inner width. radiance: of pixels, with a small decoder."""
     p, shapes = "distilled_guidance_layer.", {}

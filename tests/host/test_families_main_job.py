@@ -7,6 +7,7 @@ import pytest
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
+    flux2_shapes,
     qwen_image_shapes,
     save_random,
     sd3_shapes,
@@ -42,6 +43,9 @@ class Small:
 
 
 CASES = {
+    "flux2": Small(
+        "flux2", flux2_shapes(1, 1, hidden=128, context=64), 13, 0.14, node("EmptyFlux2LatentImage", width=128, height=128, batch_size=1)
+    ),  # 0.087; rtn 0.396
     "chroma": Small("chroma", chroma_shapes(1, 1, hidden=128, inner=64, context=64), 10, 0.08, _PICTURE),  # 0.035; rtn 0.186
     "sd3": Small("sd3", sd3_shapes(2, twice=1), 18, 0.18, _PICTURE, 4096, 2048),  # 0.121; rtn 0.253
     "qwen_image": Small("qwen_image", qwen_image_shapes(1, hidden=128, context=64), 14, 0.07, _PICTURE),  # 0.040; rtn 0.126

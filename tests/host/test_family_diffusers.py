@@ -94,7 +94,17 @@ def sd3(theirs, ours):
     return theirs(x, text, pooled, t, return_dict=False)[0], ours(x, t, context=text, y=pooled, transformer_options={})
 
 
-PREDICT = {"wan i2v": wan, "wan vace": wan_vace, "chroma": chroma, "qwen_image": qwen_image, "sd3.5": sd3}
+def flux2(theirs, ours):
+    """Latents come in patches already; the text's tokens count along the fourth axis of the positions."""
+    x, guidance = _noise(1, 128, 4, 4), torch.tensor([3.5])
+    ids, text_ids = torch.zeros(16, 4), torch.zeros(7, 4)
+    ids[:, 1:3], text_ids[:, 3] = _ids(4)[:, 1:], torch.arange(7)
+    tokens = x.flatten(2).mT
+    out = theirs(tokens, _TEXT, timestep=_TIME, img_ids=ids, txt_ids=text_ids, guidance=guidance, return_dict=False)[0]
+    return out, ours(x, _TIME, context=_TEXT, guidance=guidance, transformer_options={}).flatten(2).mT
+
+
+PREDICT = {"flux2 dev": flux2, "wan i2v": wan, "wan vace": wan_vace, "chroma": chroma, "qwen_image": qwen_image, "sd3.5": sd3}
 
 
 @pytest.mark.parametrize("case", PREDICT)

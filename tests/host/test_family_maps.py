@@ -8,6 +8,7 @@ from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
+    flux2_shapes,
     flux_shapes,
     pixart_shapes,
     qwen_image_shapes,
@@ -22,6 +23,7 @@ from comfyui_nibble.tests.host.narrow import widths_from_weights
 from comfyui_nibble.tests.support import relative_error
 
 _FLUX = {"img_in", "txt_in", "time_in.", "vector_in.", "final_layer."}
+_FLUX2 = {"img_in", "txt_in", "time_in.", "final_layer."}
 _WAN = {"text_embedding.", "time_embedding.", "time_projection.1", "head.head"}
 _SDXL = {"time_embed.", "label_emb.", "emb_layers.1"}
 _SDXL_SHAPES = {"down": (0, 0, 2, 2, 10, 10), "middle": 10, "up": (10, 10, 10, 2, 2, 2, 0, 0, 0), "widths": (1, 2, 4)}
@@ -31,6 +33,8 @@ CASES = {
     "flux dev, kontext": ("flux", flux_shapes(2, 2), _FLUX | {"guidance_in."}),
     "flux schnell": ("flux", flux_shapes(2, 2, guidance=False), _FLUX),
     "flux fill": ("flux", flux_shapes(2, 2, channels=384), _FLUX | {"guidance_in."}),
+    "flux.2 dev": ("flux2", flux2_shapes(2, 2), _FLUX2 | {"guidance_in."}),
+    "flux.2 klein 4B": ("flux2", flux2_shapes(2, 2, hidden=3072, context=7680, guidance=False), _FLUX2),
     "chroma": ("chroma", chroma_shapes(2, 2), {"img_in", "txt_in", "distilled_guidance_layer.", "final_layer.linear"}),
     "chroma radiance": (
         "chroma",
@@ -108,6 +112,7 @@ _GUIDED = {"context": _noise(1, 10, 64), "guidance": torch.tensor([3.5])}
 # name: (shapes, first argument, the others but the time)
 SMALL = {
     "flux": (flux_shapes(2, 2, hidden=128, context=64, pooled=32), _IMAGE, _GUIDED | {"y": _noise(1, 32)}),
+    "flux2": (flux2_shapes(2, 2, hidden=128, context=64), _noise(1, 128, 6, 6), _GUIDED),
     "chroma": (chroma_shapes(2, 2, hidden=128, inner=64, context=64), _IMAGE, _GUIDED),
     "pixart": (pixart_shapes(2), _noise(1, 4, 36, 36), {"context": _TEXT}),
     "sd3": (sd3_shapes(3, twice=2), _IMAGE, {"context": _TEXT, "y": _noise(1, 2048)}),

@@ -1,15 +1,18 @@
+from math import prod
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.families import FAMILIES, FLUX, PIXART, Family, detect
+from comfyui_nibble.quant_core.families import FAMILIES, FLUX, PIXART, Family, Part, detect
+from comfyui_nibble.quant_core.families.flux2 import FLUX2
 from comfyui_nibble.quant_core.families.qwen_image import QWEN_IMAGE
 from comfyui_nibble.quant_core.families.sd3 import SD3
 from comfyui_nibble.quant_core.families.sdxl import SDXL
 from comfyui_nibble.quant_core.families.z_image import Z_IMAGE
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, sd3_shapes, sdxl_shapes, z_image_shapes
+from comfyui_nibble.tests.assets.synthetic import flux2_shapes, flux_shapes, pixart_shapes, sd3_shapes, sdxl_shapes, z_image_shapes
 
 
 def test_flux_map_of_a_full_width_model():
@@ -43,6 +46,33 @@ def test_flux_map_of_a_full_width_model():
         "img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "vector_in.in_layer", "vector_in.out_layer",
         "guidance_in.in_layer", "guidance_in.out_layer", "final_layer.linear", "final_layer.adaLN_modulation.1",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("widths", "gigabytes", "share"),
+    [
+        ({"double": 8, "single": 48}, 64.45, 0.992),  # dev
+        ({"double": 5, "single": 20, "hidden": 3072, "context": 7680, "guidance": False}, 7.75, 0.986),  # Klein 4B
+        ({"double": 8, "single": 24, "hidden": 4096, "context": 12288, "guidance": False}, 18.16, 0.989),  # Klein 9B
+    ],
+)
+def test_flux2_is_nearly_all_quantized(widths, gigabytes, share):
+    shapes = flux2_shapes(**widths)
+    layers = FLUX2.layers(shapes)
+    whole = sum(prod(s) for s in shapes.values())
+    assert detect(shapes) is FLUX2
+    assert 2 * whole / 1e9 == pytest.approx(gigabytes, abs=0.01)
+    assert sum(layer.in_features * layer.out_features for layer in layers) / whole == pytest.approx(share, abs=0.0005)
+
+
+def test_flux2s_shared_modulation_comes_first_and_counts_to_the_first_block():
+    hidden, layers = 256, FLUX2.layers(flux2_shapes(1, 1, hidden=256, context=64))
+    names = [f"{name}.lin" for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")]
+    assert [layer.name for layer in layers if layer.weight_only] == [layer.name for layer in layers[:3]] == names
+    assert {layer.input for layer in layers[:3]} == {names[0]}
+    assert list(dict.fromkeys(layer.block for layer in layers)) == ["double_blocks.0", "single_blocks.0"]
+    # The MLP half of the last layer reads a product with a SiLU, not a GELU.
+    assert layers[-1].parts == (Part(0, hidden), Part(hidden, 4 * hidden))
 
 
 def test_blocks_are_in_numeric_order():
