@@ -1,8 +1,9 @@
 """ComfyUI's patches of a weight as what stands beside a packed layer (`quant_core.side`).
 
 A patch is ModelPatcher's tuple (strength, value, strength_model, offset, function), applied in order as
-`comfy.lora.calculate_weight` does. One at strength 0 is no more than its factor, a gain. LoRA, LoHa and LoKr keep their structure; DoRA by out-channel is a gain and a LoRA; the rest
-(full differences, `set`, OFT, BOFT, GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
+`comfy.lora.calculate_weight` does. One at strength 0 is no more than its factor, a gain. LoRA, LoHa and LoKr keep their structure;
+DoRA by out-channel is a gain and a LoRA; the rest (full differences, `set`, OFT, BOFT, GLoRA, DoRA by in-channel) is a dense matrix
+of the layer's size.
 """
 
 import math
