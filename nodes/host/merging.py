@@ -9,7 +9,9 @@ from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy.weight_adapter.oft import OFTAdapter
 
-TITLES = {LoRAAdapter: "LoRA", LoHaAdapter: "LoHa", LoKrAdapter: "LoKr", GLoRAAdapter: "GLoRA", OFTAdapter: "OFT", BOFTAdapter: "BOFT"}
+TITLES = {
+    LoRAAdapter: "a LoRA", LoHaAdapter: "a LoHa", LoKrAdapter: "a LoKr", GLoRAAdapter: "a GLoRA", OFTAdapter: "an OFT", BOFTAdapter: "a BOFT",
+}  # fmt: skip
 
 
 def unmergeable(patch, key: str, shape: tuple[int, ...]) -> str:
@@ -26,7 +28,7 @@ def unmergeable(patch, key: str, shape: tuple[int, ...]) -> str:
     if isinstance(value, list):  # of another model: its weight, and what makes real values of it
         return _other(value[0][0], shape, "a merge with")
     if isinstance(value, WeightAdapterBase):
-        return "" if _fits(patch, key, shape) else f"a {TITLES.get(type(value), value.name)}{_size(value)} on {by(shape)} weights"
+        return "" if _fits(patch, key, shape) else f"{TITLES[type(value)]}{_size(value)} on {by(shape)} weights"
     if not isinstance(value, tuple):
         return f"a patch of the unknown kind {type(value).__name__}"
     tensors = value if len(value) == 1 else value[1]

@@ -80,9 +80,7 @@ class ModelSource:
                     continue
                 fitting.append(patch)
                 if (shape := _reshaped(patch, self.shapes[key])) != self.shapes[key]:
-                    misfits.append(
-                        f"{key}: a patch that makes {by(shape)} weights of {by(self.shapes[key])}; put its loader behind the quantized model"
-                    )
+                    misfits.append(f"{key}: a LoRA that makes {by(shape)} weights of {by(self.shapes[key])}")
             self._patches[full] = fitting
         for name, patches in self._bypassed.items():
             key = f"{name}.weight"
@@ -91,7 +89,9 @@ class ModelSource:
             misfits = left_out
         if misfits:
             more = f" and {len(misfits) - EXAMPLES} more" if len(misfits) > EXAMPLES else ""
-            raise MisfitPatch(f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model out.")
+            raise MisfitPatch(
+                f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model out; one that enlarges a layer goes behind the quantized model."
+            )
         if left_out:
             logging.warning(f"Nibble: left out, as ComfyUI does: {'; '.join(left_out[:EXAMPLES])}{', ...' * (len(left_out) > EXAMPLES)}")
 
