@@ -62,7 +62,7 @@ def refused(patch, shape) -> str:
     """Why no packed tensor of a shape can take a patch, whichever model that was made for; "" if it can."""
     value = patch[1]
     if to := reshaped(value, wanted(patch, shape)):
-        return f"a patch that reshapes the weight to {_by(to)}"
+        return f"a patch that reshapes the weight to {by(to)}"
     if isinstance(value, WeightAdapterBase) or only_scales(patch):
         return ""
     if isinstance(value, list):
@@ -80,7 +80,7 @@ def unusable(patch, shape) -> str:
     value, want = patch[1], wanted(patch, shape)
     to = reshaped(value, want)
     if to and not (len(to) == len(want) and all(a >= b for a, b in zip(to, want, strict=True))):
-        return f"a patch that reshapes the weight to {_by(to)}, which has {_by(want)},"
+        return f"a patch that reshapes the weight to {by(to)}, which has {by(want)},"
     if isinstance(value, tuple) and not only_scales(patch):
         kind, tensors = _parts(value)
         if kind in ("diff", "set") and not torch.is_tensor(tensors[0]):
@@ -97,13 +97,13 @@ def misfit(patch, shape) -> str:
         found = _shape(value, flat)
         if found is None or found == flat or (len(want) < 2 and math.prod(found) == flat[0]):
             return ""
-        return f"a {NAMES.get(value.name, value.name)} of {_by(found)} on {_by(want)} weights"
+        return f"a {NAMES.get(value.name, value.name)} of {by(found)} on {by(want)} weights"
     if not isinstance(value, tuple) or only_scales(patch):
         return ""
     kind, tensors = _parts(value)
     if kind not in ("diff", "set") or tuple(tensors[0].shape) == want:
         return ""
-    return f"a full difference of {_by(tensors[0].shape)} on {_by(want)} weights"
+    return f"a full difference of {by(tensors[0].shape)} on {by(want)} weights"
 
 
 def wanted(patch, shape) -> tuple:
@@ -130,7 +130,7 @@ def _parts(value):
     return (value[0], value[1]) if len(value) == 2 else (f"tuple of {len(value)}", ())
 
 
-def _by(shape) -> str:
+def by(shape) -> str:
     return " x ".join(str(int(n)) for n in shape)
 
 
@@ -231,7 +231,7 @@ def _add_dense(side, patch, key, weight, device):
         return
     after = comfy.lora.calculate_weight([patch], current.clone(), key)
     if strength and isinstance(value, WeightAdapterBase) and torch.equal(after, current) and not _is_zero(value):
-        raise UnsupportedPatch(f"{key}: ComfyUI could not apply a {value.name} to {_by(current.shape)} weights; its log says why")
+        raise UnsupportedPatch(f"{key}: ComfyUI could not apply a {value.name} to {by(current.shape)} weights; its log says why")
     side.add_dense(after - current)
 
 

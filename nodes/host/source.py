@@ -12,10 +12,11 @@ from comfy.nested_tensor import NestedTensor
 from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
 from ...quant_core.formats.scaled import FP8, computable, real_values
+from .adapters import by, reshaped, wanted
 from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
 from .carry import EXAMPLES, require_carriable
-from .merging import by, unmergeable
+from .merging import unmergeable
 
 
 class QuantizedSource(RuntimeError):
@@ -74,23 +75,24 @@ class ModelSource:
                 continue
             fitting = []
             for patch in patches:
-                if reason := unmergeable(patch, key, self.shapes[key]):
+                if reason := unmergeable(patch, self.shapes[key]):
                     found = misfits if key in quantized else left_out
                     found.append(f"{key}: {reason}")
                     continue
                 fitting.append(patch)
-                if (shape := _reshaped(patch, self.shapes[key])) != self.shapes[key]:
+                if shape := reshaped(patch[1], wanted(patch, self.shapes[key])):
                     misfits.append(f"{key}: a LoRA that makes {by(shape)} weights of {by(self.shapes[key])}")
             self._patches[full] = fitting
         for name, patches in self._bypassed.items():
             key = f"{name}.weight"
-            misfits += [f"{key}: {reason}" for patch in patches if (reason := unmergeable(patch, key, self.shapes[key]))]
+            misfits += [f"{key}: {reason}" for patch in patches if (reason := unmergeable(patch, self.shapes[key]))]
         if left_out and not self._bypassed and not any(self._patches.values()):
             misfits = left_out
         if misfits:
             more = f" and {len(misfits) - EXAMPLES} more" if len(misfits) > EXAMPLES else ""
             raise MisfitPatch(
-                f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model out; one that enlarges a layer goes behind the quantized model."
+                f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model "
+                "out; one that enlarges a layer goes behind the quantized model."
             )
         if left_out:
             logging.warning(f"Nibble: left out, as ComfyUI does: {'; '.join(left_out[:EXAMPLES])}{', ...' * (len(left_out) > EXAMPLES)}")
@@ -130,11 +132,6 @@ class ModelSource:
         digest = hashlib.sha256(base.encode())
         feed(digest, patches)
         return digest.hexdigest()[:16]
-
-
-def _reshaped(patch, shape):
-    """The shape that a weight has after a patch."""
-    return tuple(comfy.lora.calculate_shape([patch], torch.empty(shape, device="meta"), ""))
 
 
 def feed(digest, value):
