@@ -48,9 +48,13 @@ class ModelSource:
             name, _, leaf = key.rpartition(".")
             if name in self._fp8 and leaf not in ("weight", "bias"):
                 del state_dict[key]
-        if packed := [k for k, t in state_dict.items() if t.dtype in (torch.int8, torch.uint8)]:
+        # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of uint8 does.
+        weights = [(k, t) for k, t in state_dict.items() if k.rpartition(".")[2] in ("weight", "qweight", "comfy_quant")]
+        if packed := [k for k, t in weights if not t.is_floating_point() or k.endswith(".comfy_quant")]:
+            kind = getattr(network.get_submodule(packed[0].rpartition(".")[0]), "quant_format", None)
             raise QuantizedSource(
-                f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}); connect the full-precision model"
+                f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}{f' in {kind}' if kind else ''}); connect the "
+                "full-precision model"
             )
         require_carriable(patcher)
         self.keys = list(state_dict)
