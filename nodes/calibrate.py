@@ -18,6 +18,7 @@ from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
 from ..quant_core.families import GENERIC
 from ..quant_core.families.generic import observed
+from .host.called import linear_layers_called
 from .host.carry import uncompiled
 from .host.progress import steps as progress_steps
 from .host.source import ModelSource, feed
@@ -131,10 +132,11 @@ class NibbleCalibrate(io.ComfyNode):
 
         def sampled(sample, steps, callback=None):
             noise = comfy.sample.prepare_noise(latent, seed + sample)
-            comfy.sample.sample(
-                plain, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
-                callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
-            )  # fmt: skip
+            with linear_layers_called():
+                comfy.sample.sample(
+                    plain, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
+                    callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
+                )  # fmt: skip
 
         def run(sample, capture):
             with capture.watched(network, _timestep):
