@@ -51,7 +51,7 @@ class ModelSource:
         # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of uint8 does.
         weights = [(k, t) for k, t in state_dict.items() if k.rpartition(".")[2] in ("weight", "qweight", "comfy_quant")]
         if packed := [k for k, t in weights if not t.is_floating_point() or k.endswith(".comfy_quant")]:
-            kind = getattr(network.get_submodule(packed[0].rpartition(".")[0]), "quant_format", None)
+            kind = getattr(self.modules[packed[0].rpartition(".")[0]], "quant_format", None)
             raise QuantizedSource(
                 f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}{f' in {kind}' if kind else ''}); connect the "
                 "full-precision model"
