@@ -16,7 +16,7 @@ def fuse_gelu(model: torch.nn.Module):
     """
     for module in model.modules():
         # Wan's feed-forward is a Sequential that computes the GELU itself.
-        if type(module).forward is torch.nn.Sequential.forward and any(map(_fits, *zip(*pairwise(module), strict=True))):
+        if type(module).forward is torch.nn.Sequential.forward and any(_fits(*pair) for pair in pairwise(module)):
             module.__class__ = type(f"Fused{type(module).__name__}", (Fused, type(module)), {})
 
 
