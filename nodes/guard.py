@@ -106,7 +106,7 @@ def make(source, layer, quantized, precision, rest, device):
     problem = problem_of(layer, source.get, source.shapes, None, device)
     if precision == "W8A8":
         return w8a8(problem, quantized.to(device)).to("cpu")
-    tensors = {"weight": problem.original} | ({} if problem.bias is None else {"bias": problem.bias})
+    tensors = {"weight": problem.original.reshape(quantized.spec.logical_shape)} | ({} if problem.bias is None else {"bias": problem.bias})
     # In 16 bit also where ComfyUI holds the source in fp32, as on a CPU.
     rest |= {f"{layer.name}.{leaf}": t.to("cpu", problem.dtype, copy=True) for leaf, t in tensors.items()}
     return None

@@ -10,6 +10,7 @@ from .allocate import Allocation, Budget, allocate, pareto, uniform
 from .budget import decibel
 from .calibration.file import Calibration
 from .families import Layer, measured
+from .families.pointwise import why_unsure
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
@@ -65,7 +66,7 @@ def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[C
     require_place(destination, checkpoint)
     fingerprint = checkpoint.fingerprint()
     calibration.require_model(fingerprint)
-    layers = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
+    layers = measured(_sure(checkpoint, calibration), calibration)
     require_statistics(layers, calibration)
     return checkpoint, fingerprint, layers
 
@@ -104,7 +105,7 @@ def measured_gains(
 
     checkpoint = Checkpoint(source)
     calibration.require_model(checkpoint.fingerprint())
-    layers = with_choice(measured(checkpoint.family.layers(checkpoint.shapes), calibration))
+    layers = with_choice(measured(_sure(checkpoint, calibration), calibration))
 
     def network():
         model = diffusers_model.full(source, device)
@@ -112,6 +113,10 @@ def measured_gains(
         return model, {name: [model.get_submodule(t) for t in targets] for name, targets in names.items()}
 
     return of_calibration(calibration, [layer.name for layer in layers], network, device, progress, samples)
+
+
+def _sure(checkpoint, calibration) -> list[Layer]:
+    return [layer for layer in checkpoint.family.layers(checkpoint.shapes) if not why_unsure(layer, calibration)]
 
 
 def with_choice(layers: Iterable[Layer]) -> list[Layer]:

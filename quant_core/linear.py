@@ -8,7 +8,7 @@ from ..kernels import quant_linear
 from .packing import unpack
 from .quantizers import dequantize
 from .spec import TENSOR_NAMES, LinearSpec, SpecError
-from .transforms import unfold_weight
+from .transforms import channels_first, channels_last, unfold_weight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -80,7 +80,8 @@ class QuantizedLayer:
 
 
 class QuantLinear(torch.nn.Module):
-    """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N)."""
+    """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N); of a 1x1 convolution
+    (..., K, L) or (..., K, H, W), as nn.Conv1d and nn.Conv2d take it."""
 
     def __init__(self, layer: QuantizedLayer):
         super().__init__()
@@ -92,4 +93,5 @@ class QuantLinear(torch.nn.Module):
 
     def forward(self, x):
         tensors = {k: getattr(self, k) for k in TENSOR_NAMES}
-        return quant_linear(x, self.spec, {k: p for k, p in tensors.items() if p is not None})
+        y = quant_linear(channels_last(x, self.spec.spatial), self.spec, {k: p for k, p in tensors.items() if p is not None})
+        return channels_first(y, self.spec.spatial)

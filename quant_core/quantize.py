@@ -61,7 +61,7 @@ def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device,
 
     Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises NonFiniteWeight and CalibrationError.
     """
-    weight = get(f"{layer.name}.weight").to(device)
+    weight = get(f"{layer.name}.weight").to(device).flatten(1)  # a convolution's as a linear layer's
     bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
     for leaf, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not torch.isfinite(tensor).all():

@@ -11,6 +11,7 @@ import torch
 from . import diffusers_model
 from .calibration.file import Calibration
 from .families import GENERIC, Family, Layer, measured
+from .families.pointwise import why_unsure
 from .formats import pack
 from .formats.atomic import require_writable
 from .formats.blocks import BlockStore
@@ -54,7 +55,9 @@ def quantize_file(
         settings["training"] = asdict(preset)
         require_trajectory(calibration)
         require_chain(checkpoint.family)
-    plan = measured(checkpoint.family.layers(checkpoint.shapes), calibration)
+    layers = checkpoint.family.layers(checkpoint.shapes)
+    unsure = {layer: why for layer in layers if (why := why_unsure(layer, calibration))}
+    plan = measured([layer for layer in layers if layer not in unsure], calibration)
     require_statistics(plan, calibration)
     store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
     trainer = None
@@ -69,6 +72,7 @@ def quantize_file(
     quantized, rows = finished(plan, preset, store)
     if checkpoint.family is GENERIC:
         leave_out(quantized, rows)
+    rows += [Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why) for layer, why in unsure.items()]
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
     rows_json = [row.to_json() for row in rows]
     pack.save(destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin)

@@ -136,7 +136,8 @@ class LinearSpec:
     ============== ===================== ==========================================================
 
     padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends with a whole group of 64; the
-    parts are over both. text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
+    parts are over both. spatial: dimensions that x has behind its channels in the model, which holds the layer as a 1x1 convolution: 1 or 2, or
+    0 for a linear layer. `quant_linear` takes the channels last whatever it says. text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
     ((name, shape), ...) of the first two tensors.
     """
 
@@ -146,9 +147,11 @@ class LinearSpec:
     bias: bool = True
     order: bool = False
     padding: int = 0
+    spatial: int = 0
 
     def __post_init__(self):
         _check(self.padding >= 0, f"padding cannot be negative, found {self.padding}")
+        _check(0 <= self.spatial <= 2, f"convolutions have 1 or 2 dimensions behind the channels, found {self.spatial}")
         _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
         edge = 0
         for part in self.parts:
@@ -167,6 +170,11 @@ class LinearSpec:
     def width(self) -> int:
         """In-channels of the parts, padding included."""
         return self.in_features + self.padding
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Of the model's own weight."""
+        return (self.out_features, self.in_features) + (1,) * self.spatial
 
     @property
     def rank(self) -> int:
@@ -214,9 +222,9 @@ class LinearSpec:
         return out
 
     def to_json(self) -> dict:
-        """Without the fields of learned transforms, of an order and of padding where there are none, as versions before 0.3 wrote it."""
+        """Without the fields of learned transforms, order, padding and convolutions where there are none, as versions before 0.3 wrote it."""
         data = asdict(self)
-        for name in ("order", "padding"):
+        for name in ("order", "padding", "spatial"):
             if not data[name]:
                 del data[name]
         for part in data["parts"]:
@@ -238,7 +246,7 @@ class LinearSpec:
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
-        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"], data["padding"])
+        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"], data["padding"], data["spatial"])
 
     def without_learned(self) -> "LinearSpec":
         """What is left when x comes smoothed and transformed where there is a learned transform, and the low rank is added elsewhere."""
@@ -276,6 +284,7 @@ class LinearSpec:
         more = sum(p.width for p in self.parts if p.weight.bits > part.weight.bits)
         words += [f"{more} channels at 8 bit"] * bool(more)
         words += [f"padded to {self.width} channels"] * bool(self.padding)
+        words += ["1x1 convolution"] * bool(self.spatial)
         return " ".join(words)
 
 
@@ -295,17 +304,17 @@ def _text(values) -> str:
 @lru_cache(maxsize=4096)
 def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
-    in_features, out_features, parts, bias, order, padding = json.loads(text)
+    in_features, out_features, parts, bias, order, padding, spatial = json.loads(text)
     part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
         start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, smooth, rotation, rank, tuple(kronecker), per_slice
     )
-    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding)
+    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding, spatial)
 
 
 _LATER = {
     ActivationSpec: {"clip": 1.0},
     PartSpec: {"kronecker": (), "per_slice": False},
-    LinearSpec: {"order": False, "padding": 0},
+    LinearSpec: {"order": False, "padding": 0, "spatial": 0},
 }  # fields that older files do not have
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 

@@ -42,6 +42,16 @@ def rotation_size(width: int, limit: int) -> int:
     return min(width & -width, 1 << (limit.bit_length() - 1)) if limit else 0
 
 
+def channels_last(x: torch.Tensor, spatial: int) -> torch.Tensor:
+    """x as a linear layer takes it, where its channels stand in front of `spatial` dimensions: a view."""
+    return x.movedim(-1 - spatial, -1) if spatial else x
+
+
+def channels_first(x: torch.Tensor, spatial: int) -> torch.Tensor:
+    """The inverse of `channels_last`."""
+    return x.movedim(-1, -1 - spatial) if spatial else x
+
+
 def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, q1), right (1 or S, p2, q2)."""
     slices = x.unflatten(-1, (-1, left.shape[-2], right.shape[-2]))

@@ -142,7 +142,10 @@ def _shape(adapter, flat):
     if isinstance(adapter, LoHaAdapter):
         return (w[0].shape[0], w[1].shape[1]) if w[5] is None else None
     if isinstance(adapter, LoKrAdapter) and w[7] is None:
-        sizes = [(w[i] if w[i] is not None else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta")) for i, j in ((0, 3), (1, 5))]
+        sizes = [
+            (_matrix(w[i]) if w[i] is not None else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta"))
+            for i, j in ((0, 3), (1, 5))
+        ]
         if sizes[1].ndim == 2:
             return tuple(a * b for a, b in zip(sizes[0].shape, sizes[1].shape, strict=True))
     if isinstance(adapter, OFTAdapter | BOFTAdapter):  # they turn the rows
@@ -158,7 +161,7 @@ def effective(patches) -> list:
 def side_of(patches, layer, key: str, device) -> Side:
     """What `patches` put beside a QuantizedLayer, computed on `device`. Raises UnsupportedPatch."""
     side = Side(layer.spec.out_features, layer.spec.in_features)
-    shape = (side.out_features, side.in_features)
+    shape = layer.spec.logical_shape
     base = []  # the dequantized weight, made once and only where an adapter asks for it
 
     def weight():
@@ -172,11 +175,12 @@ def side_of(patches, layer, key: str, device) -> Side:
             reason = f"{other}, made for another model,"
         if reason:
             raise UnsupportedPatch(f"{key}: {reason} cannot be put beside a quantized layer")
-        _add(side, patch, key, weight, device)
+        _add(side, patch, key, weight, device, shape[2:])
     return side
 
 
-def _add(side, patch, key, weight, device):
+def _add(side, patch, key, weight, device, ones):
+    """ones: behind the two dimensions of a convolution's weight, which the side does not have."""
     strength, value, strength_model, offset, function = patch
     at = Region.of(offset, side.out_features, side.in_features)
     whole_rows = at.columns == side.in_features
@@ -184,7 +188,7 @@ def _add(side, patch, key, weight, device):
         if whole_rows or strength_model == 1.0:
             _scale(side, at, strength_model, device)
         else:
-            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device)
+            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device, ones)
         return
     if isinstance(value, tuple) and function is None and whole_rows:
         _add_difference(side, value, at, strength, strength_model, device)
@@ -207,7 +211,7 @@ def _add(side, patch, key, weight, device):
         down[:, at.column : at.column + at.columns] = term.down
         side.low_rank.append(LowRank(down, term.up * strength))
     else:
-        _add_dense(side, patch, key, weight, device)
+        _add_dense(side, patch, key, weight, device, ones)
 
 
 def _scale(side, at, strength_model, device):
@@ -219,17 +223,17 @@ def _add_difference(side, value, at, strength, strength_model, device):
     """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
     kind, (tensor, *_) = _parts(value)
     _scale(side, at, 0.0 if kind == "set" else strength_model, device)
-    side.add_dense(tensor.to(device, torch.float32) * (1.0 if kind == "set" else strength), at.first)
+    side.add_dense(tensor.to(device, torch.float32).flatten(1) * (1.0 if kind == "set" else strength), at.first)
 
 
-def _add_dense(side, patch, key, weight, device):
+def _add_dense(side, patch, key, weight, device, ones):
     """Whatever ComfyUI makes of the weight, minus the weight."""
     strength, value, *_ = patch
     current = weight()
     if torch.device(device).type == "meta":
         side.add_dense(current)
         return
-    after = comfy.lora.calculate_weight([patch], current.clone(), key)
+    after = comfy.lora.calculate_weight([patch], current.clone().view(*current.shape, *ones), key).flatten(1)
     if strength and isinstance(value, WeightAdapterBase) and torch.equal(after, current) and not _is_zero(value):
         raise UnsupportedPatch(f"{key}: ComfyUI could not apply a {value.name} to {by(current.shape)} weights; its log says why")
     side.add_dense(after - current)
@@ -264,12 +268,17 @@ def _structured(adapter, device) -> LowRank | Kronecker | None:
     if isinstance(adapter, LoKrAdapter) and w[7] is None:
         left = w[0] if w[0] is not None else w[3] @ w[4]
         factors = None if w[1] is not None else (w[5], w[6])
-        right = w[1] if w[1] is not None else w[5] @ w[6]
+        right = _matrix(w[1]) if w[1] is not None else w[5] @ w[6]
         if right.ndim != 2:
             return None
         rank = None if w[0] is not None and w[1] is not None else (w[4] if w[1] is not None else w[6]).shape[0]
         return kronecker_or_low_rank(left * (_alpha(w[2], rank) if rank else 1.0), right, factors)
     return None
+
+
+def _matrix(factor):
+    """A factor for a 1x1 convolution without its last dimensions."""
+    return factor.flatten(1) if math.prod(factor.shape[2:]) == 1 else factor
 
 
 def _alpha(alpha, rank) -> float:

@@ -43,7 +43,7 @@ def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of keys."""
     out = {}
     for name, spec in specs.items():
-        out[f"{name}.weight"] = torch.empty(spec.out_features, spec.in_features, dtype=dtype, device="meta")
+        out[f"{name}.weight"] = torch.empty(spec.logical_shape, dtype=dtype, device="meta")
         if spec.bias:
             out[f"{name}.bias"] = torch.empty(spec.out_features, dtype=dtype, device="meta")
     return out

@@ -28,7 +28,7 @@ class Half:
         """As if nothing were quantized."""
         shapes = {key: tuple(t.shape) for key, t in self.rest.items()}
         for name, layer in self.layers.items():
-            shapes[f"{name}.weight"] = (layer.spec.out_features, layer.spec.in_features)
+            shapes[f"{name}.weight"] = layer.spec.logical_shape
             if layer.spec.bias:
                 shapes[f"{name}.bias"] = (layer.spec.out_features,)
         return shapes

@@ -1,4 +1,4 @@
-"""ComfyUI operations whose Linear holds a quantized layer where there is one."""
+"""ComfyUI operations whose Linear, and 1x1 Conv1d and Conv2d, hold a quantized layer where there is one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ...kernels import quant_linear
 from ...quant_core.linear import QuantizedLayer
 from ...quant_core.side import Side, bias_correction
 from ...quant_core.spec import TENSOR_NAMES, LinearSpec
-from ...quant_core.transforms import kronecker
+from ...quant_core.transforms import channels_first, channels_last, kronecker
 from .real_values import FUNCTIONS, PackedWeight, PackedWeightError, RealValues
 
 BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors
@@ -34,6 +34,19 @@ def is_quantized(module) -> bool:
     return getattr(module, "spec", None) is not None
 
 
+def replaceable(module) -> bool:
+    """Whether a module of a network is one that ours can stand for: ComfyUI's linear layer, or its convolution where that is one."""
+    if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)):
+        return isinstance(module, comfy.ops.CastWeightBiasOp) and is_pointwise(module)
+    return isinstance(module, (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
+
+
+def is_pointwise(convolution) -> bool:
+    """Whether a convolution is a linear layer over the channels."""
+    sizes = (*convolution.kernel_size, *convolution.stride, convolution.groups)
+    return all(n == 1 for n in sizes) and (isinstance(convolution.padding, str) or not any(convolution.padding))
+
+
 def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callable[[QuantizedLayer], QuantizedLayer]):
     """An operations class for `custom_operations`. take(module name within the diffusion model): its layer, or None. prepare(layer):
     the layer as it should run on this card; another one than was given is not what gets saved.
@@ -43,8 +56,10 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
     """
 
     class NibbleOperations(comfy.ops.manual_cast):
-        class Linear(comfy.ops.manual_cast.Linear):
+        class Packable:
             spec = None
+            spatial = 0  # dimensions of x behind the channels
+            pointwise = True  # a linear layer, by whatever name; what is none stays ComfyUI's
             wrapped = False  # whether something stands in front of `forward`, which must see what the layer's input really is
             original = None  # the layer as in the file, where it was requantized for this card
             attached = ()  # the key of the side beside this layer
@@ -53,23 +68,24 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
             loose = ()  # names of an attached side's tensors that the layer itself does not have
             rows = ()  # first out-channel of each attached Kronecker product
 
-            def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
-                torch.nn.Module.__init__(self)
+            def _begin(self, in_features, out_features, bias, dtype):
                 self.in_features, self.out_features = in_features, out_features
                 self._expected = ("weight", "bias") if bias else ("weight",)
                 self.weight = self.bias = None
                 self.float_dtype = dtype
 
             def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+                if not self.pointwise:
+                    super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+                    return
                 unexpected += [k for k in state_dict if k.startswith(prefix) and k.removeprefix(prefix) not in self._expected]
                 layer = take(prefix.removesuffix("."))
                 if layer is None:
                     self._load_float(state_dict, prefix, missing, errors)
                     return
-                if (layer.spec.in_features, layer.spec.out_features) != (self.in_features, self.out_features):
-                    errors.append(
-                        f"{layer.name}: the model has {self.out_features} x {self.in_features}, the file {layer.spec.out_features} x {layer.spec.in_features}"
-                    )
+                if layer.spec.logical_shape != self._shape:
+                    by = lambda shape: " x ".join(map(str, shape))
+                    errors.append(f"{layer.name}: the model has {by(self._shape)}, the file {by(layer.spec.logical_shape)}")
                     return
                 if "bias" in self._expected and not layer.spec.bias:
                     missing.append(f"{prefix}bias")
@@ -94,15 +110,19 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     if tensor is None:
                         missing.append(prefix + name)
                         continue
-                    shape = (self.out_features, self.in_features)[: tensor.ndim]
-                    if tuple(tensor.shape) != shape or tensor.ndim != (2 if name == "weight" else 1):
+                    shape = self._shape if name == "weight" else (self.out_features,)
+                    if tuple(tensor.shape) != shape:
                         errors.append(f"{prefix}{name}: the model has {list(shape)}, the file {list(tensor.shape)}")
                         continue
                     self.__dict__.pop(name, None)
                     self.register_parameter(name, torch.nn.Parameter(tensor.to(self.float_dtype or tensor.dtype), requires_grad=False))
 
+            @property
+            def _shape(self):
+                return (self.out_features, self.in_features) + (1,) * self.spatial
+
             def real_weight(self, cast):
-                """W (N, K) that the layer applies to x, with what is attached, in the dtype and on the device of `cast`."""
+                """W (N, K, or what the model has) that the layer applies to x, with what is attached, in the dtype and on the device of `cast`."""
                 tensors, stream = self._tensors_on(cast.device)
                 weight = QuantizedLayer("", self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}).dequantize()
                 for i, first in enumerate(self.rows):
@@ -112,7 +132,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     weight += tensors[DENSE].float()
                 if stream is not None:
                     stream.wait_stream(comfy.model_management.current_stream(cast.device))
-                return weight.to(cast.dtype)
+                return weight.to(cast.dtype).view(self._shape)
 
             def real_bias(self, cast):
                 """The bias that goes with `real_weight`: the model's own."""
@@ -120,7 +140,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
 
             def convert_weight(self, weight, inplace=False, **kwargs):
                 """What ModelPatcher reads when this layer is merged into another model: real values."""
-                return self.layer().to(weight.device).dequantize() if is_quantized(self) else weight
+                return self.layer().to(weight.device).dequantize().view(self._shape) if is_quantized(self) else weight
 
             def convert_bias(self, bias, inplace=False, **kwargs):
                 """The model's own bias: the stored one also holds the correction for shifted activations."""
@@ -220,6 +240,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     tensors["bias"] = function(tensors["bias"])
                 if BIAS_OFFSET in tensors:
                     tensors["bias"] = tensors["bias"].float() + tensors[BIAS_OFFSET]
+                x = channels_last(x, self.spatial)
                 if before is not None and (self.rows or DENSE in tensors):
                     x, before = before(x), None
                 y = quant_linear(x, self.spec, {k: tensors[k] for k in TENSOR_NAMES if k in tensors}, before=before)
@@ -230,7 +251,7 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                     y += torch.nn.functional.linear(x, tensors[DENSE].to(x.dtype))
                 if stream is not None:
                     stream.wait_stream(comfy.model_management.current_stream(x.device))
-                return y
+                return channels_first(y, self.spatial)
 
             def _tensors_on(self, device):
                 """({name: tensor on `device`}, the stream that copied or None). A layer left in memory is copied at each call, on a
@@ -252,5 +273,26 @@ def operations_for(take: Callable[[str], QuantizedLayer | None], prepare: Callab
                 elif name in FUNCTIONS and is_quantized(self):
                     value = RealValues.before(self, name, value)
                 super().__setattr__(name, value)
+
+        class Linear(Packable, comfy.ops.manual_cast.Linear):
+            def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+                torch.nn.Module.__init__(self)
+                self._begin(in_features, out_features, bias, dtype)
+
+        class Convolution(Packable):
+            def __init__(self, in_channels, out_channels, kernel_size, *args, device=None, dtype=None, **kwargs):
+                one = kernel_size in (1, (1,), (1, 1))
+                super().__init__(in_channels, out_channels, kernel_size, *args, device="meta" if one else device, dtype=dtype, **kwargs)
+                self.pointwise = one and is_pointwise(self)
+                if self.pointwise:
+                    self._begin(in_channels, out_channels, self.bias is not None, dtype)
+                elif one:
+                    self.to_empty(device=torch.get_default_device() if device is None else device)
+
+        class Conv1d(Convolution, comfy.ops.manual_cast.Conv1d):
+            spatial = 1
+
+        class Conv2d(Convolution, comfy.ops.manual_cast.Conv2d):
+            spatial = 2
 
     return NibbleOperations

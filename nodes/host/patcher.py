@@ -86,7 +86,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         """What a key of the state dict stands for; None where there is no tensor."""
         if packed := self._packed(key):
             module, leaf = packed
-            shape = (module.out_features, module.in_features) if leaf == "weight" else (module.out_features,)
+            shape = module.spec.logical_shape if leaf == "weight" else (module.out_features,)
             return Target(shape, leaf)
         try:
             tensor = comfy.utils.get_attr(self.model, key)

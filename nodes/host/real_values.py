@@ -54,7 +54,7 @@ class PackedWeight(torch.nn.Parameter):
         """The weight of `layer`, a module of our operations that the model knows as `name`."""
         made = cls(tensor, requires_grad=False)
         made.layer_name, made._layer = name, weakref.ref(layer)
-        made.stands_for = layer.float_dtype or torch.get_default_dtype(), torch.Size((layer.out_features, layer.in_features))
+        made.stands_for = layer.float_dtype or torch.get_default_dtype(), torch.Size(layer.spec.logical_shape)
         return made
 
     @property

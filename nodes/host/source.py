@@ -17,6 +17,7 @@ from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
 from .carry import EXAMPLES, require_carriable
 from .merging import unmergeable
+from .operations import replaceable
 
 
 class QuantizedSource(RuntimeError):
@@ -60,9 +61,8 @@ class ModelSource:
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
-        # A rule about names may take an embedding for a layer, and only ComfyUI's own operations can be replaced by ours.
-        takes = lambda layer: isinstance(self.modules[layer.name], (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
-        self.layers = [layer for layer in self.family.layers(self.shapes) if takes(layer)]
+        # A rule about names may take an embedding for a layer, or a convolution with strides.
+        self.layers = [layer for layer in self.family.layers(self.shapes) if replaceable(self.modules[layer.name])]
         self._patches = {key.replace(WRAPPED, ""): list(patches) for key, patches in patcher.patches.items() if patches}
         self._bypassed = patches_of(patcher, {module: name for name, module in self.modules.items()})
         self._require_fit()

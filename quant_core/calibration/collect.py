@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import file
+from .observe import rows_of
 from .plan import plan_passes
 from .statistics import TOKENS, InputStatistics, reservoir_keys
 from .trajectory import Recorder
@@ -74,7 +75,7 @@ class Capture:
         stats = self.statistics[name]
 
         def hook(module, args):
-            x = args[0].detach()
+            x = rows_of(module, args[0]).detach()
             stats.check_finite(x, self.sample, self.step)
             call = self.calls[name] = self.calls.get(name, 0) + 1
             held_out, count = is_held_out(self.sample, self.samples), x.numel() // stats.width

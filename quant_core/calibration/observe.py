@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..transforms import channels_last
+
 VALUES = 64
 
 
@@ -36,7 +38,7 @@ class Observation:
     def _hook(self, name, live):
         def hook(module, args):
             x = args[0]
-            self.rows[name] = max(self.rows.get(name, 0), x.numel() // x.shape[-1])
+            self.rows[name] = max(self.rows.get(name, 0), x.numel() // rows_of(module, x).shape[-1])
             if name in self.order:
                 return
             self.order.append(name)
@@ -48,6 +50,11 @@ class Observation:
                 live[id(x)] = (weakref.ref(x), name, some)
 
         return hook
+
+
+def rows_of(module: torch.nn.Module, x) -> torch.Tensor:
+    """What a layer reads, channels last: those of a convolution stand in front of its spatial dimensions."""
+    return channels_last(x, len(module.kernel_size) if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)) else 0)
 
 
 def _some(x) -> torch.Tensor:

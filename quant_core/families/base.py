@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .pointwise import spatial_of
+
 
 class UnknownArchitecture(ValueError):
     """No family knows this model."""
@@ -25,7 +27,8 @@ class Layer:
     """A linear layer to quantize.
 
     name: the module, without ".weight". block: the transformer block it belongs to. input: the layer whose input it
-    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16.
+    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16. spatial: as in LinearSpec, for 1x1
+    convolutions.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Layer:
     parts: tuple[Part, ...]
     input: str
     weight_only: bool = False
+    spatial: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,9 @@ class Family:
 
     def layers(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
         """The layers to quantize, block by block in the order of the forward pass."""
-        linear = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
+        linear = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and spatial_of(s) is not None}
         found = []
-        for name, (n, k) in linear.items():
+        for name, (n, k, *_) in linear.items():
             match = re.fullmatch(f"(?P<block>{self.block})\\.(?P<rest>.+)", name)
             if match is None:
                 continue
@@ -161,11 +165,11 @@ class Family:
         return stem, natural(block)
 
     def _layer(self, name, shapes, block, rule, blocks):
-        n, k = shapes[f"{name}.weight"]
+        n, k, *ones = shapes[f"{name}.weight"]
         if rule.split in ("attn|gelu", "attn|mlp"):
             parts = (Part(0, n), Part(n, k, after_gelu=rule.split == "attn|gelu"))  # out-channels = hidden = width of the attention half
         else:
             parts = (Part(0, k, after_gelu=rule.split == "gelu"),)
         shared = rule.shared_input.format(block=block, first="{first}")
         first = next((b for b in blocks if f"{shared.format(first=b)}.weight" in shapes), block)
-        return Layer(name, block, k, n, parts, shared.format(first=first) or name, rule.weight_only)
+        return Layer(name, block, k, n, parts, shared.format(first=first) or name, rule.weight_only, len(ones))

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from ..spec import GELU_SHIFT
 from .base import Family, Layer, Part, natural
+from .pointwise import keeps_16_bit, spatial_of
 
 _MODULATION = re.compile(
     r"(^|[._])((\w+_)?mod(ulation)?(_\w+)?|ada_?(ln|norm)\w*|scale_shift\w*|norm\w*\.(linear|lin|proj)|emb_layers)([._]|$)", re.I
@@ -42,7 +43,22 @@ class Generic(Family):
             weight_only = bool(_MODULATION.search(rest))
             if weight_only or not _EMBEDDING.search(rest):
                 found.append(Layer(name, block, k, n, (Part(0, k),), name, weight_only))
+        found += _convolutions(shapes, {layer.block for layer in found})
         return sorted(found, key=lambda layer: natural(layer.name))
+
+
+def _convolutions(shapes, blocks) -> list[Layer]:
+    """1x1 convolutions within the blocks that the linear layers make."""
+    found = []
+    for key, shape in shapes.items():
+        name = key.removesuffix(".weight")
+        if name == key or not spatial_of(shape) or min(shape[:2]) < 64 or keeps_16_bit(name) or _EMBEDDING.search(name):
+            continue
+        pieces = name.split(".")
+        block = next((b for i in range(1, len(pieces)) if (b := ".".join(pieces[:i])) in blocks), None)
+        if block is not None:
+            found.append(Layer(name, block, shape[1], shape[0], (Part(0, shape[1]),), name, False, spatial_of(shape)))
+    return found
 
 
 def _blocks(linear) -> dict[str, str]:

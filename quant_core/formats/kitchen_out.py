@@ -24,6 +24,8 @@ def format_of(spec: LinearSpec) -> tuple[dict, str]:
         return {}, f"{len(spec.parts)} ranges of in-channels with quantizers of their own; comfy-kitchen's layers have one"
     if spec.order:
         return {}, "an order of in-channels of its own"
+    if spec.spatial:
+        return {}, "the weight of a 1x1 convolution; ComfyUI has quantized linear layers alone"
     if spec.padding:
         return {}, f"in-channels padded from {spec.in_features} to {spec.width}; comfy-kitchen's layers take x as it is"
     if part.kronecker:

@@ -87,7 +87,7 @@ def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor],
     if any(errors):
         notes.append(f"biases of {sum(map(bool, errors))} of nunchaku's modules are rounded to {dtype}, by at most {max(errors):.2g}")
     shapes = {key: tuple(t.shape) for key, t in rest.items()}
-    shapes |= {f"{name}.weight": (layer.spec.out_features, layer.spec.in_features) for name, layer in layers.items()}
+    shapes |= {f"{name}.weight": layer.spec.logical_shape for name, layer in layers.items()}
     part = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP}
     quantization = {"method": "svdquant", "weight": part, "activation": part, "rank": rank}
     if family == "z_image":
@@ -174,6 +174,8 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
     parts = spec.parts
     if spec.order:
         return "has its in-channels in an order of its own, which nunchaku does not know"
+    if spec.spatial:
+        return "is a 1x1 convolution, which nunchaku has in 16 bits"
     if spec.padding:
         return f"pads its {spec.in_features} in-channels to {spec.width}, which nunchaku does not"
     if len(parts) != (1 if module.column < 0 else 2):

@@ -50,7 +50,7 @@ class Opened(ABC):
         """{key: shape} of the model as if it had never been quantized: what model detection wants to see."""
         shapes = {key: self.shape(key) for key in self.rest}
         for name, spec in self.specs.items():
-            shapes[f"{name}.weight"] = (spec.out_features, spec.in_features)
+            shapes[f"{name}.weight"] = spec.logical_shape
             if spec.bias:
                 shapes[f"{name}.bias"] = (spec.out_features,)
         return shapes

@@ -45,7 +45,7 @@ def int8(layer: QuantizedLayer) -> QuantizedLayer:
 def nearest_spec(spec: LinearSpec) -> LinearSpec:
     """Of `nearest`."""
     part = PartSpec(0, spec.width, WeightSpec(), None)
-    return LinearSpec(spec.in_features, spec.out_features, (part,), spec.bias, padding=spec.padding)
+    return LinearSpec(spec.in_features, spec.out_features, (part,), spec.bias, padding=spec.padding, spatial=spec.spatial)
 
 
 def nearest(layer: QuantizedLayer) -> QuantizedLayer:
@@ -56,7 +56,7 @@ def nearest(layer: QuantizedLayer) -> QuantizedLayer:
 
 def becomes(spec: LinearSpec, what: str) -> str:
     """What of NEAREST and AS a layer really becomes where `what` was asked for."""
-    return "16 bit" if what == "int8" and spec.in_features % INT8_CHANNELS else what
+    return "16 bit" if what == "int8" and (spec.spatial or spec.in_features % INT8_CHANNELS) else what
 
 
 def _half(layer) -> torch.dtype:
@@ -83,7 +83,7 @@ def replaced(
             continue
         layer = layers.pop(name)
         dtype, (weight, bias) = _half(layer), dense(layer)
-        rest[f"{name}.weight"] = weight.to(dtype)
+        rest[f"{name}.weight"] = weight.to(dtype).view(layer.spec.logical_shape)
         if bias is not None:
             rest[f"{name}.bias"] = bias.to(dtype)
     return layers, rest

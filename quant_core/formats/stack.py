@@ -19,7 +19,7 @@ def rows_spec(name: str, specs: list[LinearSpec], share: bool = False) -> Linear
     """
     first = specs[0]
     for spec in specs[1:]:
-        differs = [f for f in ("in_features", "order", "padding") if getattr(spec, f) != getattr(first, f)]
+        differs = [f for f in ("in_features", "order", "padding", "spatial") if getattr(spec, f) != getattr(first, f)]
         if differs or [_unranked(p) for p in spec.parts] != [_unranked(p) for p in first.parts]:
             raise SpecError(
                 f"layer {name}: rows of layers that read x in different ways cannot be one layer: {first.describe()} of "
@@ -104,7 +104,7 @@ def split_columns(layer: QuantizedLayer, names: list[str]) -> list[QuantizedLaye
     """The parts of a layer as layers of their own, whose sum it is; the last one has the whole bias. Raises SpecError for a layer with
     an order, padding or a learned transform, or not one part for each name."""
     spec = layer.spec
-    if spec.order or spec.padding or any(p.kronecker for p in spec.parts) or len(spec.parts) != len(names):
+    if spec.order or spec.padding or spec.spatial or any(p.kronecker for p in spec.parts) or len(spec.parts) != len(names):
         raise SpecError(
             f"layer {layer.name}: {len(names)} ranges of in-channels without order, padding or learned transform, found {spec.describe()}"
         )

@@ -39,6 +39,8 @@ def fit(problem: Problem, config: NativeConfig) -> Fitted:
     those whose stored width ComfyUI reads. ComfyUI pads nothing: in-channels that do not divide by 64 have 8 bits, and 16 where they do not
     divide by 16."""
     padded, problem = problem.padding, problem.raw()
+    if problem.layer.spatial:
+        return Fitted(None, {"a 1x1 convolution,": "of which stock ComfyUI has no quantized one"})
     if problem.layer.in_features % INT8_CHANNELS:
         return Fitted(None, {"K": f"= {problem.layer.in_features} does not divide by {INT8_CHANNELS}, as stock ComfyUI's formats need"})
     for bits in (8,) if problem.layer.weight_only or padded or width_is_read(problem.layer.name) else (4, 8):

@@ -111,5 +111,5 @@ def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = N
         tensors["channel_order"] = order.int()
     specs = tuple(p["spec"] for p in parts)
     k = problem.layer.in_features - problem.padding
-    spec = LinearSpec(k, problem.layer.out_features, specs, bias is not None, order is not None, problem.padding)
+    spec = LinearSpec(k, problem.layer.out_features, specs, bias is not None, order is not None, problem.padding, problem.layer.spatial)
     return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})
