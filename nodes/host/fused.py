@@ -21,7 +21,8 @@ def fuse_gelu(model: torch.nn.Module):
 
 
 def _fits(act, linear) -> bool:
-    tanh = isinstance(act, torch.nn.GELU) and act.approximate == "tanh"
+    # One that only inherits reads something else than a tensor, as the linear layer behind it does (TRELLIS.2's sparse ones).
+    tanh = getattr(type(act), "forward", None) is torch.nn.GELU.forward and act.approximate == "tanh"
     return tanh and is_quantized(linear) and not linear.spec.weight_only
 
 

@@ -37,7 +37,7 @@ class Observation:
 
     def _hook(self, name, live):
         def hook(module, args):
-            x = args[0]
+            x = tensor_of(args[0])
             self.rows[name] = max(self.rows.get(name, 0), x.numel() // rows_of(module, x).shape[-1])
             if name in self.order:
                 return
@@ -52,9 +52,14 @@ class Observation:
         return hook
 
 
+def tensor_of(x) -> torch.Tensor:
+    """The tensor that a layer reads: ComfyUI's sparse tensors (TRELLIS.2) hold theirs as `feats`."""
+    return x if isinstance(x, torch.Tensor) else x.feats
+
+
 def rows_of(module: torch.nn.Module, x) -> torch.Tensor:
     """What a layer reads, channels last: those of a convolution stand in front of its spatial dimensions."""
-    return channels_last(x, len(module.kernel_size) if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)) else 0)
+    return channels_last(tensor_of(x), len(module.kernel_size) if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)) else 0)
 
 
 def _some(x) -> torch.Tensor:

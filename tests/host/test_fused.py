@@ -56,3 +56,18 @@ def test_names_and_kinds_of_the_modules_stay(base, full):
     assert isinstance(fused, torch.nn.Sequential)
     assert [name for name, _ in fused.named_children()] == [name for name, _ in plain.named_children()]
     assert isinstance(fused[1], torch.nn.GELU)
+
+
+def test_only_plain_gelus_are_left_to_the_layer_behind(base):
+    """One that inherits may read something else than a tensor: TRELLIS.2's feed-forwards hand sparse ones from layer to layer."""
+    from comfyui_nibble.nodes.host.fused import Fused, fuse_gelu
+
+    class SparseGELU(torch.nn.GELU):
+        def forward(self, x):
+            return super().forward(x)
+
+    linear = module(base, MLP)
+    found = [torch.nn.Sequential(act(approximate="tanh"), linear) for act in (torch.nn.GELU, SparseGELU)]
+    for each in found:
+        fuse_gelu(each)
+    assert [isinstance(each, Fused) for each in found] == [True, False]

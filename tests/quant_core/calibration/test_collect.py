@@ -4,6 +4,7 @@ import torch
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, plan_passes
 from comfyui_nibble.quant_core.calibration.collect import is_held_out
 from comfyui_nibble.quant_core.calibration.file import merge
+from comfyui_nibble.quant_core.calibration.observe import Observation
 from comfyui_nibble.quant_core.calibration.plan import Input
 from comfyui_nibble.quant_core.calibration.statistics import InputStatistics, NonFiniteActivation
 
@@ -148,3 +149,28 @@ def test_broken_files_are_named(modules, tmp_path):
         Calibration(tmp_path / "empty")
     # A broken file of the same run is not trusted: the run starts again and ends well.
     assert go(modules, tmp_path / "c").names == ["a", "b", "c"]
+
+
+def test_inputs_that_hold_a_tensor_are_seen_as_it(tmp_path):
+    """ComfyUI's sparse tensors (TRELLIS.2) reach their linear layers whole."""
+
+    class Sparse:
+        def __init__(self, feats):
+            self.feats = feats
+
+    class SparseLinear(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.feats)
+
+    layer, x = SparseLinear(64, 8), torch.randn(20, 64)
+
+    def run(sample, capture):
+        capture.at(0, 1.0)
+        layer(Sparse(x))
+
+    found = calibrate(run, {"a": layer}, INPUTS[:1], tmp_path, {"model": "m"}, samples=1, memory=2**30, reservoir=16).get("a")
+    assert found.count == 20
+    assert torch.allclose(found.absmax, x.abs().amax(0))
+    with Observation().watching({"a": layer}) as seen:
+        layer(Sparse(x))
+    assert seen.rows == {"a": 20}
