@@ -25,11 +25,10 @@ def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
     info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share, with the frame's origin. Raises
     IncompleteModel, and DetectionError for a layer that the model has no place for.
     """
-    frame.take = take
-    frame.fill(dict(rest) | placeholders(specs), info["source"])
-    fuse_gelu(frame.model)
+    model = frame.fill(take, dict(rest) | placeholders(specs), info["source"])
+    fuse_gelu(model)
     offload = comfy.model_management.unet_offload_device()
-    patcher = NibblePatcher(frame.model.to(offload), comfy.model_management.get_torch_device(), offload)
+    patcher = NibblePatcher(model.to(offload), comfy.model_management.get_torch_device(), offload)
     placed = sum(1 for _ in patcher.packed_layers())
     if placed != len(specs):
         raise DetectionError(f"{info['source']}: ComfyUI's model has a place for {placed} of {len(specs)} quantized layers")

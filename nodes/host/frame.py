@@ -15,7 +15,7 @@ import torch
 from ...quant_core.formats.origin import Origin, names_text
 from .bare import NETWORK, bare
 from .operations import operations_for
-from .origin import ATTACHMENT, origin_of
+from .origin import ATTACHMENT, origin_of, outside_tensors
 
 # What a fresh model has of its own and not from the one that it is made after.
 _FRESH = ("current_patcher", "model_config", "manual_cast_dtype", "device", "training")
@@ -30,40 +30,44 @@ class IncompleteModel(RuntimeError):
 
 
 class Frame:
-    """model: a BaseModel whose network has no weights yet. origin: of the model. take: set before `fill`; {name of a linear layer}
-    -> its QuantizedLayer or None.
+    """A BaseModel whose network has no weights yet, and the Origin of the model.
 
     network_names: whether tensors come under the network's own names, as a MODEL has them, or under a checkpoint's, which ComfyUI
     renames as it loads.
     """
 
     def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable):
-        self.take, self._renamed = lambda name: None, {}
-        operations = operations_for(lambda name: self.take(self._renamed.get(name, name)), prepare)
-        self.origin, self.network_names, self.model = origin, network_names, make(operations)
+        self._take, self._renamed = None, {}
+        operations = operations_for(lambda name: self._take(self._renamed.get(name, name)), prepare)
+        self.origin, self.network_names, self._model = origin, network_names, make(operations)
 
-    def fill(self, state: dict[str, torch.Tensor], source: str):
-        """Loads the network's tensors; those of quantized layers are asked from `take`, their entry in `state` only says that they are there.
+    def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str):
+        """Loads the network's tensors and gives the model away. take(name of a linear layer): its QuantizedLayer or None; the entry of a
+        quantized one in `state` only says that it is there.
 
         Raises IncompleteModel naming what `state` lacks. What the network has no place for is named in the log.
         """
-        network = self.model.diffusion_model
+        # The model's operations know this frame: it must know neither the model nor the layers afterwards, or they would outlive their use.
+        model, self._model, self._take = self._model, None, take
+        network = model.diffusion_model
         if not self.network_names:
             before = {id(t): key for key, t in state.items()}
-            state = self.model.model_config.process_unet_state_dict(dict(state))
+            state = model.model_config.process_unet_state_dict(dict(state))
             layer = lambda key: key.removesuffix(".weight")
             self._renamed = {layer(key): layer(before[id(t)]) for key, t in state.items() if id(t) in before and key.endswith(".weight")}
         missing, unexpected = network.load_state_dict(state, strict=False)
         buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
         if missing := [key for key in missing if key not in buffers]:
             raise IncompleteModel(
-                f"{source}: {len(missing)} tensors of the model ({type(self.model.model_config).__name__}) are missing: "
+                f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are missing: "
                 f"{names_text(missing)}. The file is not whole: download it or quantize the model again."
             )
         if unexpected:
             logging.warning(
                 f"Nibble: {source}: {len(unexpected)} tensors have no place in the model and are not used: {names_text(unexpected)}"
             )
+        self._take = None
+        return model
 
 
 def after(patcher, prepare: Callable) -> Frame:
@@ -75,7 +79,8 @@ def after(patcher, prepare: Callable) -> Frame:
 
 def _after(source, origin, operations):
     config = _config_like(source.model_config, operations)
-    config.model_type = lambda *args, **kwargs: source.model_type
+    kind = source.model_type
+    config.model_type = lambda *args, **kwargs: kind  # of the source it must hold nothing: a second model
     if (dtype := config.unet_config.get("dtype")) is not None and dtype.itemsize == 1:
         _set_dtypes(config)
     model = _made(config, origin)
@@ -153,8 +158,11 @@ def _recorded(host, origin, operations, source):
             f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a {type(model).__name__} with "
             f"{model.model_type.name} of the class {name}. Update ComfyUI, or quantize the model again with this one."
         )
-    own = {key: origin.beside[stored] for key, stored in outside.items()}
-    model.load_state_dict(own, strict=False)
+    held = outside_tensors(model)
+    for key, stored in outside.items():
+        if key not in held or held[key].shape != origin.beside[stored].shape:
+            raise DetectionError(f"{source}: this ComfyUI's {host['model']} has no place for the tensor {key}. Update ComfyUI.")
+        held[key].copy_(origin.beside[stored])
     return model
 
 

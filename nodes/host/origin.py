@@ -42,27 +42,30 @@ def origin_of(patcher, known: Origin | None = None) -> Origin:
             raise UnrecordedModel(
                 f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize the model as ComfyUI's own loaders give it."
             ) from error
-    beside = outside_tensors(model)
-    host["outside"] = {own: name for own, (name, _) in beside.items()}
+    own = outside_tensors(model)
+    host["outside"] = names = _names_in_checkpoints(model, own)
     header = known or Origin.of_header(_header(patcher))
     metadata = dict(header.metadata) | _config(model, header.metadata, config)
-    return Origin(metadata, host, dict(beside.values()) | _markers(host), header.dropped)
+    return Origin(metadata, host, {names[key]: t.cpu() for key, t in own.items()} | _markers(host), header.dropped)
 
 
-def outside_tensors(model) -> dict[str, tuple[str, torch.Tensor]]:
-    """{key of the BaseModel: (name in a whole checkpoint, tensor on the CPU)} of all but the network's and the schedules'."""
+def outside_tensors(model) -> dict[str, torch.Tensor]:
+    """{key: tensor} of a BaseModel, all but the network's and the schedules'; in the model's own memory."""
     own = {
         key: tensor.detach()
         for name, child in model.named_children()
         if name not in (NETWORK, *_MADE)
         for key, tensor in child.state_dict(prefix=f"{name}.").items()
     }
-    own |= {key: p.detach() for key, p in model.named_parameters(recurse=False)}
+    return own | {key: p.detach() for key, p in model.named_parameters(recurse=False)}
+
+
+def _names_in_checkpoints(model, own) -> dict[str, str]:
+    """{key: ComfyUI's own name for saving}, where a class has one (Stable Audio), else the key; its tensors share their memory with the model's."""
     if not own:
         return {}
-    # ComfyUI's own names for saving, where a class has them (Stable Audio): the tensors share their memory with the model's.
     saved = {(t.data_ptr(), t.shape): name for name, t in model.state_dict_for_saving({}).items() if t.numel()}
-    return {key: (saved.get((t.data_ptr(), t.shape), key), t.cpu()) for key, t in own.items()}
+    return {key: saved.get((t.data_ptr(), t.shape), key) for key, t in own.items()}
 
 
 def _markers(host) -> dict[str, torch.Tensor]:

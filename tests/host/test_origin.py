@@ -41,6 +41,12 @@ def loaded(path):
     return load(path)
 
 
+def rebuilt(patcher):
+    from comfyui_nibble.nodes.host.build import rebuild
+
+    return rebuild(patcher)
+
+
 def command(*arguments):
     done = CliRunner().invoke(app, [*map(str, arguments)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -217,3 +223,23 @@ def test_files_of_earlier_versions_load_as_before(folder, flux_file):
 
     path = rewritten(flux_file, folder / "old.safetensors", bare, old)
     assert torch.equal(sample(loaded(path)), sample(loaded(flux_file)))
+
+
+def test_a_model_is_freed_with_its_last_reference(comfy, folder, flux_file):
+    """Without waiting for the garbage collector: a second model of 12 GB would not fit beside a first that nobody uses."""
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        source = comfy.sd.load_diffusion_model(str(tiny_flux.CHECKPOINT))
+        made, file = quantized(source), loaded(flux_file)
+        again = rebuilt(file)
+        assert again.model is not file.model
+        networks = [weakref.ref(p.model.diffusion_model) for p in (source, file)]
+        del source, file
+        assert [n() for n in networks] == [None, None]
+        assert made.model.model_type == again.model.model_type  # which live on without them
+    finally:
+        gc.enable()
