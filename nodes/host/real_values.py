@@ -59,11 +59,15 @@ class PackedWeight(torch.nn.Parameter):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.stands_for[0] if self.stands_for else super().dtype
+        return self.stands_for[0] if self._for_networks() else super().dtype
 
     @property
     def shape(self) -> torch.Size:
-        return self.stands_for[1] if self.stands_for else super().shape
+        return self.stands_for[1] if self._for_networks() else super().shape
+
+    def _for_networks(self) -> bool:
+        """Not for torch.compile, which asks for them to make the codes' twin without values."""
+        return self.stands_for is not None and torch._guards.TracingContext.try_get() is None
 
     def __deepcopy__(self, memo):
         if id(self) not in memo:
