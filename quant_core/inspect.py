@@ -36,9 +36,10 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
 
 def _full(checkpoint: Checkpoint, target) -> dict:
     layers = checkpoint.family.layers(checkpoint.shapes)
-    held = sum(2 * prod(shape) for shape in checkpoint.shapes.values())
+    held = 2 * sum(map(prod, checkpoint.shapes.values())) - checkpoint.fp8_values
     return {
-        "kind": "full-precision checkpoint",
+        "kind": "fp8 checkpoint" if checkpoint.fp8 else "full-precision checkpoint",
+        **({"fp8": checkpoint.fp8} if checkpoint.fp8 else {}),
         "family": checkpoint.family.title,
         "files": len(checkpoint.files),
         "model": checkpoint.fingerprint(),

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from ..calibration.file import fingerprint
 from ..families import detect
 from .errors import CheckpointError
+from .foreign import GGUF, require_declarations, require_leaves
+from .kitchen_declared import HEADER
 from .origin import Origin, is_beside, names_text, outside, size
 from .pipeline_folder import origin_of
 from .prefixes import Names, network
@@ -28,7 +30,7 @@ def open_safetensors(path: Path):
     if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to safetensors first.")
     if start[:4] == b"GGUF":
-        raise CheckpointError(f"{path}: a GGUF file, already quantized. Start from the bf16 safetensors file.")
+        raise CheckpointError(f"{path}: {GGUF}.")
     try:
         return safe_open(path, "pt")
     except SafetensorError as error:
@@ -55,7 +57,8 @@ class Checkpoint:
     """A model in floats of 64 to 8 bits: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
 
     shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor fp8, which becomes
-    bf16, nor fp64, which becomes fp32. origin: what the file says beside them. Raises CheckpointError for files it cannot read,
+    bf16, nor fp64, which becomes fp32. origin: what the file says beside them. fp8: a phrase on the weights that the file has in
+    fp8, "" without any; fp8_values: how many numbers those and all other tensors in fp8 are. Raises CheckpointError for files it cannot read,
     UnknownArchitecture for models it does not know.
     """
 
@@ -63,13 +66,16 @@ class Checkpoint:
         self.path = Path(path)
         self.files = files_of(self.path)
         where, metadata = open_files(self.files, self.path)
-        names = network(where, str(self.path))
+        try:
+            names = network(where, str(self.path))
+        except CheckpointError:  # where a foreign format has other names than `weight`, that is what to say
+            self._require_known({key: (handle, key) for key, (handle, _) in where.items()}, metadata)
+            raise
         self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
-        own, dtypes = {}, {}
-        for name, (handle, key, _) in self._where.items():
-            piece = handle.get_slice(key)
-            own[name], dtypes[name] = tuple(piece.get_shape()), piece.get_dtype()
+        own, dtypes = self._require_known(self._where, metadata)
+        require_declarations(self.path, own, dtypes, self._raw, metadata.get(HEADER), names.prefix)
         self._scales = Scales(self.path, own, dtypes, self._raw)
+        self.fp8, self.fp8_values = self._scales.phrase, self._scales.values
         for key in self._scales.keys:
             del own[key]
         self.origin = self._origin(names, where, own, metadata)
@@ -80,6 +86,13 @@ class Checkpoint:
             self.shapes = {k: (sum(own[o][0] for o in s.keys), *own[s.keys[0]][1:]) for k, s in self._stacks.items()}
         else:
             self.shapes = own
+
+    def _require_known(self, where, metadata):
+        """({name: shape}, {name: dtype}) of tensors that are in no foreign format. where: {name: (handle, key, ...)}."""
+        pieces = {name: handle.get_slice(key) for name, (handle, key, *_) in where.items()}
+        shapes, dtypes = {n: tuple(p.get_shape()) for n, p in pieces.items()}, {n: p.get_dtype() for n, p in pieces.items()}
+        require_leaves(self.path, shapes, dtypes, metadata.get(HEADER))
+        return shapes, dtypes
 
     def _origin(self, names: Names, where, own, metadata) -> Origin:
         """Takes tensors that are no part of the network out of `own`."""

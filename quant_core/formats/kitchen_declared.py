@@ -25,6 +25,10 @@ class DeclarationError(ValueError):
     """A declaration that cannot be followed; the text says why, and what was expected."""
 
 
+class NotJsonError(DeclarationError):
+    """A declaration of which nothing can be said."""
+
+
 @dataclass(frozen=True)
 class Declaration:
     """One layer. rotation: of convrot, 0 without. unsigned: svdquant's act_unsigned. activation_bits: of x, 0 where it stays in 16 bit."""
@@ -45,7 +49,11 @@ def width_is_read(name: str) -> bool:
 
 
 def parse(raw: object) -> Declaration:
-    """The Declaration of a layer's JSON. Options are looked for at the top and in "params", as ComfyUI does. Raises DeclarationError."""
+    """The Declaration of a layer's JSON. Raises DeclarationError.
+
+    Values are taken as ComfyUI 0.33 takes them (comfy.ops, `_load_quantized_module`): switches are on where Python calls the value true, so null
+    is off, sizes are what int() makes of it, and options are looked for at the top, then in "params".
+    """
     if not isinstance(raw, dict):
         raise DeclarationError(f"expected an object, found {type(raw).__name__}")
     # comfy-quants' int8_w8a8 has no "format" and always "per_row".
@@ -57,44 +65,46 @@ def parse(raw: object) -> Declaration:
     if name not in READ:
         raise DeclarationError(f"unknown format {str(name)[:40]!r}; known are {', '.join(READ)}. A newer ComfyUI-Nibble may read it")
     option = _options(raw)
-    whole = option("full_precision_matrix_mult", bool, False)
+    whole = bool(raw.get("full_precision_matrix_mult"))  # ComfyUI looks for this one at the top only
     if name == "svdquant_w4a4":
-        if option("lowrank_branch_input_basis", str, "raw") != "raw":
+        if option("lowrank_branch_input_basis", "raw") not in ("raw", None):
             raise DeclarationError(
                 "its low rank acts on the smoothed input, expected 'raw' as comfy-kitchen computes: export it again with the raw basis"
             )
-        return Declaration(name, unsigned=option("act_unsigned", bool, False), activation_bits=4)
+        return Declaration(name, unsigned=bool(option("act_unsigned", False)), activation_bits=4)
     if name == "awq_w4a16":
-        if (size := option("group_size", int, 64)) != 64:
+        if (size := _size(option, "group_size", 64)) != 64:
             raise DeclarationError(f"group_size: expected 64, found {size}")
         return Declaration(name)
     if name == "convrot_w4a4":
-        kind = option("linear_dtype", str, "int4")
+        kind = option("linear_dtype", "int4")
         if kind not in ("int4", "int8"):
-            raise DeclarationError(f"linear_dtype: expected int4 or int8, found {kind[:40]!r}")
+            raise DeclarationError(f"linear_dtype: expected int4 or int8, found {str(kind)[:40]!r}")
         return Declaration(name, _rotation(option), activation_bits=0 if whole else int(kind[3:]))
     if name == "int8_tensorwise":
-        return Declaration(name, _rotation(option) if option("convrot", bool, False) else 0, activation_bits=0 if whole else 8)
+        return Declaration(name, _rotation(option) if option("convrot", False) else 0, activation_bits=0 if whole else 8)
     return Declaration(name)
 
 
 def _options(raw):
     inner = raw.get("params")
     both = (inner if isinstance(inner, dict) else {}) | raw
+    return both.get
 
-    def option(key, kind, default):
-        value = both.get(key, default)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise DeclarationError(f"{key}: expected {kind.__name__}, found {str(value)[:40]!r}")
-        return value
 
-    return option
+def _size(option, key, default) -> int:
+    value = option(key, default)
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DeclarationError(f"{key}: expected int, found {str(value)[:40]!r}") from error
 
 
 def _rotation(option):
-    size = option("convrot_groupsize", int, 256)
-    if size not in ROTATIONS:
-        raise DeclarationError(f"convrot_groupsize: expected 16, 64 or 256, found {size}")
+    """Any power of 4: what comfy-kitchen's regular Hadamard matrices have. Its kernels are made for ROTATIONS."""
+    size = _size(option, "convrot_groupsize", 256)
+    if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0:
+        raise DeclarationError(f"convrot_groupsize: expected 16, 64 or 256, found {str(size)[:40]}, no power of 4")
     return size
 
 
@@ -107,8 +117,8 @@ def of_tensor(shape: tuple[int, ...], dtype: str, read: Callable) -> Declaration
     return parse(_json(bytes(read().tolist())))
 
 
-def of_header(text: str | None) -> dict[str, Declaration]:
-    """{layer: Declaration} of the header entry, {} where there is none."""
+def entries(text: str | None) -> dict[str, object]:
+    """{layer: its JSON, not looked at} of the header entry, {} where there is none."""
     if text is None:
         return {}
     if len(text) > LONGEST_HEADER:
@@ -117,8 +127,13 @@ def of_header(text: str | None) -> dict[str, Declaration]:
     layers = data.get("layers") if isinstance(data, dict) else None
     if not isinstance(layers, dict):
         raise DeclarationError(f"expected an object with 'layers', found {text[:40]!r}")
+    return layers
+
+
+def of_header(text: str | None) -> dict[str, Declaration]:
+    """{layer: Declaration} of the header entry, {} where there is none."""
     found = {}
-    for name, raw in layers.items():
+    for name, raw in entries(text).items():
         try:
             found[name] = parse(raw)
         except DeclarationError as error:
@@ -130,4 +145,4 @@ def _json(text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DeclarationError(f"not JSON ({str(error)[:80]})") from error
+        raise NotJsonError(f"not JSON ({str(error)[:80]})") from error

@@ -92,7 +92,7 @@ def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | No
             _check(stored[name], shapes=((k // GROUP, n),), dtypes=FLOATS)
         part = PartSpec(0, k, WeightSpec(), None, rank=k // GROUP)
     else:
-        rows, whole = ((n,), (n, 1)), ((), (1,), (1, 1))
+        rows, whole = ((n,), (n, 1), (1, n)), ((), (1,), (1, 1))
         eight = declared.format == "int8_tensorwise"
         _check(stored["weight_scale"], shapes=rows + whole * eight, dtypes=FLOATS)
         grain = "channel" if stored["weight_scale"].shape in rows else "tensor"

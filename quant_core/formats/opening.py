@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..families import UnknownArchitecture
 from . import stop
 from .checkpoint import Checkpoint, open_safetensors
 from .errors import CheckpointError
@@ -52,11 +53,21 @@ def open_quantized(path: Path) -> Opened:
     """The reader of a quantized model. Raises PackError for one that is not quantized, and the errors of the readers."""
     kind = kind_of(path)
     if kind in (FULL, CALIBRATION):
+        what = "a calibration" if kind == CALIBRATION else f"{_fp8(path)}not a quantized model that this pack knows"
         raise PackError(
-            f"{path}: {'a calibration' if kind == CALIBRATION else 'not a quantized model that this pack knows'}. Load full-precision models "
-            "with Load Diffusion Model; this pack reads its own files, ComfyUI's and comfy-kitchen's, and nunchaku's INT4."
+            f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its own files, ComfyUI's and "
+            "comfy-kitchen's, and nunchaku's INT4."
         )
     return {NIBBLE: PackFile, KITCHEN: KitchenFile, NUNCHAKU: NunchakuFile}[kind](path)
+
+
+def _fp8(path) -> str:
+    """A phrase on a file in fp8, "" for any other. Raises CheckpointError for weights in a format that this pack does not read."""
+    try:
+        found = Checkpoint(path).fp8
+    except UnknownArchitecture:
+        return ""
+    return f"in fp8 ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""
 
 
 def open_any(path: Path) -> Opened | Checkpoint:

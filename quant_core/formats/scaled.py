@@ -1,6 +1,8 @@
 """fp8 as a source: with scales, in the two ways that ComfyUI writes them, and without; what becomes of dtypes that have no arithmetic."""
 
+from collections import Counter
 from collections.abc import Callable
+from math import prod
 
 import torch
 
@@ -14,7 +16,8 @@ PACKED = ("I8", "U8", "I16", "I32", "I64")
 
 
 class Scales:
-    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the model.
+    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the model. phrase: on its weights in fp8
+    and their scales, "" without any; values: how many numbers are in fp8.
 
     Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a scalar or one a row.
     """
@@ -37,10 +40,25 @@ class Scales:
             if dtypes[weight] not in FP8.values():
                 raise CheckpointError(f"{path}: {key} is a scale, but {weight} is {dtypes[weight]}, not fp8. The file mixes formats.")
             rows = shapes[weight][0]
-            if dtypes[key] not in ("F32", "F16", "BF16") or shape not in ((), (1,), (rows,), (rows, 1)):
+            if dtypes[key] not in ("F32", "F16", "BF16") or shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
                 raise CheckpointError(f"{path}: {key}: expected one float, or {rows}, found {dtypes[key]} {list(shape)}")
             self.keys.add(key)
             self.of[weight] = key
+        names = {dtype: name for name, dtype in FP8.items()}
+        held = {key: names[dtype] for key, dtype in dtypes.items() if dtype in names and key not in self.keys}
+        self.values = sum(prod(shapes[key]) for key in held)
+        self.phrase = self._phrase(held, shapes)
+
+    def _phrase(self, held, shapes) -> str:
+        weights = [key for key in held if key.endswith(".weight") and len(shapes[key]) > 1]
+        kinds = Counter(f"{held[key]} with {self._grain(key, shapes)}" for key in weights)
+        words = [f"{count} weights in {kind}" for kind, count in kinds.most_common()]
+        return ", ".join(words + [f"{len(held) - len(weights)} other tensors in fp8"] * (len(held) > len(weights)))
+
+    def _grain(self, key, shapes) -> str:
+        if key not in self.of:
+            return "no scales"
+        return "a scale a row" if prod(shapes[self.of[key]]) > 1 else "a scale a tensor"
 
     def apply(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
         """The real values of a tensor, bf16 where it has a scale: 2^-9 of a value beside fp8's own 2^-4."""

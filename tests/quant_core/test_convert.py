@@ -170,12 +170,12 @@ def test_two_formats_in_one_file(packed, tmp_path):
         open_quantized(tmp_path / "both.safetensors")
 
 
-def test_declared_fp8_is_full_precision(source, tmp_path):
+def test_declared_fp8_is_a_source(source, tmp_path):
     state = tensors(source)
     state[f"{LINEAR2}.weight"] = state[f"{LINEAR2}.weight"].to(torch.float8_e4m3fn)
     conf = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
     save_file(state | {f"{LINEAR2}.weight_scale": torch.ones(()), f"{LINEAR2}.comfy_quant": conf}, tmp_path / "fp8.safetensors")
-    assert describe(tmp_path / "fp8.safetensors")["kind"] == "full-precision checkpoint"
+    assert describe(tmp_path / "fp8.safetensors")["kind"] == "fp8 checkpoint"
     assert "13 layers" in nibble("quantize", tmp_path / "fp8.safetensors", tmp_path / "q.safetensors", "--method", "rtn")
 
 
