@@ -101,7 +101,8 @@ def test_columns(ranks):
 def test_columns_that_cannot_be_one_layer():
     a = random("a", 48)
     with pytest.raises(
-        SpecError, match="layer ab: columns of one layer need equally many out-channels and no order of their own, found 48 and 32"
+        SpecError,
+        match="layer ab: columns of one layer need equally many out-channels and no order or padding of their own, found 48 and 32",
     ):
         stack_columns("ab", [a, random("b", 32)])
     ordered = QuantizedLayer("b", replace(a.spec, order=True), a.tensors | {"channel_order": torch.arange(K).int()})
