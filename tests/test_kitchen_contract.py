@@ -10,6 +10,7 @@ from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.packing import pack
+from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import relative_error
 
 
@@ -55,7 +56,7 @@ def test_convrot_through_comfy_kitchen(make_problem, k, size):
     x = torch.randn(17, k, generator=torch.Generator().manual_seed(3))
     t = layer.tensors
     y = convrot_w4a4.convrot_w4a4_linear(x, t["weight"], t["weight_scale"][0], t["bias"].float(), convrot_groupsize=size)
-    assert relative_error(y, layer(x)) < 1e-5
+    assert layer_error(y, layer(x), x, layer.spec, t) < 1e-5
 
 
 @pytest.mark.parametrize("after_gelu", [False, True])

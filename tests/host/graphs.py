@@ -1,5 +1,9 @@
 """API graphs for the host tests."""
 
+import json
+
+from comfyui_nibble.tests.codes import EDGE
+
 
 def node(kind, **inputs):
     return {"class_type": kind, "inputs": inputs}
@@ -77,3 +81,28 @@ def load_graph(case, name, sample_steps=8, **extra):
     if "model" in extra:
         graph["sample"]["inputs"]["model"] = ["model", 0]
     return graph
+
+
+def keep_codes(graph, sampler="sample", name="codes"):
+    """The graph with the activation codes of a sampler's model kept under a name, for `take_codes` of a later graph."""
+    graph[f"{sampler}_kept"] = node("TestKeepCodes", model=graph[sampler]["inputs"]["model"], name=name)
+    graph[sampler]["inputs"]["model"] = [f"{sampler}_kept", 0]
+    return graph
+
+
+def take_codes(graph, sampler="sample", positive="codes", negative="", start=0):
+    """The graph with a sampler's model on codes kept before: of `positive`, one name for each image of the batch, and `negative`, from
+    the network's call `start` on. See `took_codes`."""
+    stock = graph[sampler]["inputs"]
+    graph[f"{sampler}_took"] = node("TestTakeCodes", model=stock["model"], positive=positive, negative=negative, start=start, name=sampler)
+    graph[f"{sampler}_told"] = node("TestCodesTaken", samples=[sampler, 0], name=sampler)
+    graph[f"{sampler}_said"] = node("PreviewAny", source=[f"{sampler}_told", 0])
+    stock["model"] = [f"{sampler}_took", 0]
+    return graph
+
+
+def took_codes(outputs, sampler="sample", edge=EDGE):
+    """Asserts that the sampler's own values give the codes that it took, or lie on the edge."""
+    said = json.loads(outputs[f"{sampler}_said"]["text"][0])
+    assert said["codes"] > 0
+    assert said["edge"] < edge, said

@@ -7,6 +7,7 @@ from comfyui_nibble.quant_core.formats import native, others
 from comfyui_nibble.quant_core.formats.pack import PackFile
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.host.conftest import COMFYUI
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node
 from comfyui_nibble.tests.host.inside import forward
@@ -85,4 +86,5 @@ def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_t
     forward(patcher)
     assert set(seen) == set(layers)
     for name, (x, y) in seen.items():
-        assert relative_error(y, layers[name](x)) < 1e-6, name
+        rows, layer = x.flatten(0, -2), layers[name]
+        assert layer_error(y.flatten(0, -2), layer(rows), rows, layer.spec, layer.tensors) < 1e-6, name

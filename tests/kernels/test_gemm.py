@@ -173,6 +173,7 @@ def test_lora_in_another_dtype():
     assert output_error(run(x, spec, tensors, lora), x, spec, tensors, lora) < LIMIT[BF16]
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("rotation", [2, 16, 128, 256])
 def test_rotation(rotation):
     """The sums of a rotation are in fp32, in another order than naive's; of two fp16 values many lie on the edge of two codes."""
@@ -191,6 +192,7 @@ def test_extreme_codes(codes, bits):
         assert torch.equal(y, want.to(BF16))
 
 
+@pytest.mark.arithmetic
 def test_before_is_fused_or_called():
     """Two runs of the quantizer cannot share a LayerNorm, a low rank above the limit needs the normed x itself. In the quantizer what
     stands before is in fp32, as a module of its own it rounds to bf16."""

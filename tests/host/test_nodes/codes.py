@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import contextmanager
 
 import torch
 from comfy_api.latest import io
@@ -18,6 +19,19 @@ def quantizer():
     return sys.modules[f"{pack}.kernels.quant_linear.naive"]
 
 
+def wrapped(model, running):
+    """A clone whose network is called within running(args), around the wrapper that it may have."""
+    out, context = model.clone(), contextmanager(running)
+    inner = out.model_options.get("model_function_wrapper", lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+
+    def wrap(apply, args):
+        with context(args):
+            return inner(apply, args)
+
+    out.set_model_unet_function_wrapper(wrap)
+    return out
+
+
 class TestKeepCodes(io.ComfyNode):
     """The model, whose codes are kept under a name."""
 
@@ -31,32 +45,31 @@ class TestKeepCodes(io.ComfyNode):
     def execute(cls, model, name):
         kept = KEPT[name] = []
 
-        def wrap(apply, args):
+        def running(args):
             with codes.kept(quantizer()) as now:
                 kept.append(now)
-                return apply(args["input"], args["timestep"], **args["c"])
+                yield
 
-        out = model.clone()
-        out.set_model_unet_function_wrapper(wrap)
-        return io.NodeOutput(out)
+        return io.NodeOutput(wrapped(model, running))
 
 
 class TestTakeCodes(io.ComfyNode):
     """The model, which takes the codes kept under other names: `positive`, one name for each image of the batch, and `negative`
-    likewise. What it took is told under its own name."""
+    likewise, from the network's call `start` on. What it took is told under its own name."""
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Model.Input("model"), io.String.Input("name"), io.String.Input("positive"), io.String.Input("negative", default="")]
+        inputs = [io.Model.Input("model"), io.String.Input("name"), io.String.Input("positive"), io.String.Input("negative")]
+        inputs += [io.Int.Input("start")]
         return io.Schema("TestTakeCodes", category="test", inputs=inputs, outputs=[io.Model.Output()])
 
     @classmethod
-    def execute(cls, model, name, positive, negative):
+    def execute(cls, model, name, positive, negative, start):
         sources = [[KEPT[n] for n in names.split()] for names in (positive, negative)]
-        done, took = [0, 0], TAKEN.setdefault(name, [])
+        done, took = [start, start], TAKEN.setdefault(name, [])
         took.clear()
 
-        def wrap(apply, args):
+        def running(args):
             images = []
             for branch in args["cond_or_uncond"]:
                 images += [calls[done[branch]].calls for calls in sources[branch]]
@@ -64,11 +77,9 @@ class TestTakeCodes(io.ComfyNode):
             together = codes.Codes(torch.cat(call) for call in zip(*images, strict=True))
             with codes.taken(together, quantizer()) as now:
                 took.append(now)
-                return apply(args["input"], args["timestep"], **args["c"])
+                yield
 
-        out = model.clone()
-        out.set_model_unet_function_wrapper(wrap)
-        return io.NodeOutput(out)
+        return io.NodeOutput(wrapped(model, running))
 
 
 class TestCodesTaken(io.ComfyNode):

@@ -16,6 +16,7 @@ from comfyui_nibble.quant_core.formats.kitchen import KitchenFile, is_kitchen
 from comfyui_nibble.quant_core.packing import pack, unpack
 from comfyui_nibble.quant_core.spec import GELU_SHIFT
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
+from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import outlier_tokens, relative_error
 
 HIDDEN = 256
@@ -58,8 +59,8 @@ def tokens(after_gelu=False):
 def check(path, theirs, x, limit=1e-5):
     """Our layer, by the fp32 path and by the exact specification, against comfy-kitchen's eager forward."""
     layer = KitchenFile(path).layer(NAME)
-    assert relative_error(theirs, layer(x)) < limit
-    assert relative_error(theirs, naive.quant_linear(x, layer.spec, layer.tensors)) < limit
+    assert layer_error(theirs, layer(x), x, layer.spec, layer.tensors) < limit
+    assert layer_error(theirs, naive.quant_linear(x, layer.spec, layer.tensors), x, layer.spec, layer.tensors) < limit
     return layer
 
 

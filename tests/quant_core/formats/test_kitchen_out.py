@@ -12,7 +12,7 @@ from comfyui_nibble.quant_core.formats import kitchen_out
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.methods.rtn import RTNConfig
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from comfyui_nibble.tests.support import relative_error
+from comfyui_nibble.tests.codes import layer_error
 
 METHOD = METHODS["svdquant"]
 
@@ -37,7 +37,7 @@ def test_svdquant_runs_in_comfy_kitchen(make_problem, tmp_path, after_gelu):
     assert kitchen_out.losses({layer.name: layer.spec}) == {}
     kitchen_out.save(tmp_path / "a", {layer.name: layer}, {}, {})
     x = problem.tokens("report")
-    assert relative_error(forward(tmp_path / "a", layer.name, x, after_gelu), layer(x)) < 1e-5
+    assert layer_error(forward(tmp_path / "a", layer.name, x, after_gelu), layer(x), x, layer.spec, layer.tensors) < 1e-5
 
 
 def test_without_smoothing_and_low_rank_it_gets_neutral_ones(make_problem, tmp_path):
@@ -46,7 +46,7 @@ def test_without_smoothing_and_low_rank_it_gets_neutral_ones(make_problem, tmp_p
     assert set(layer.tensors) == {"weight", "weight_scale", "bias"}
     kitchen_out.save(tmp_path / "a", {layer.name: layer}, {}, {})
     x = problem.tokens("report")
-    assert relative_error(forward(tmp_path / "a", layer.name, x, False), layer(x)) < 1e-5
+    assert layer_error(forward(tmp_path / "a", layer.name, x, False), layer(x), x, layer.spec, layer.tensors) < 1e-5
 
 
 def test_what_it_cannot_hold(make_problem, tmp_path):
