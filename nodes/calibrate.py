@@ -16,7 +16,6 @@ from ..quant_core.calibration.collect import first_tensor
 from ..quant_core.calibration.observe import Observation
 from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
-from ..quant_core.families import GENERIC
 from ..quant_core.families.generic import observed
 from .host.called import linear_layers_called
 from .host.carry import uncompiled
@@ -143,8 +142,8 @@ class NibbleCalibrate(io.ComfyNode):
                 sampled(sample, steps, lambda *_: bar.update(1))
 
         plan = source.layers
-        if source.family is GENERIC:
-            with Observation().watching({layer.name: source.modules[layer.name] for layer in plan}) as seen:
+        if by_rule := [layer.name for layer in plan if layer.rule]:
+            with Observation().watching({name: source.modules[name] for name in by_rule}) as seen:
                 sampled(0, 1)
             meta["observed"] = seen.to_json()
             plan = observed(plan, meta["observed"])

@@ -87,7 +87,7 @@ def _info(a, b, chosen):
     family = a.info.get("family") or b.info["family"]
 
     def origin(side):
-        plan = by_name(family).layers(side.shapes)
+        plan = by_name(family).mapped(side.shapes)
         return side.info.get("provenance") or {"model": fingerprint(plan, side.rest.__getitem__), "method": "full precision"}
 
     first, second = origin(a), origin(b)

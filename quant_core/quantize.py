@@ -100,9 +100,10 @@ def not_quantizable(layer: Layer) -> str:
     return ""
 
 
-def leave_out(layers: dict, rows: list[Row]):
-    """Takes out of `layers` what measured far worse than the rest, in place; its rows then say 16 bit and why. For models without a map."""
-    found = sensitive(rows)
+def leave_out(layers: dict, rows: list[Row], plan: list[Layer]):
+    """Takes out of `layers` what the rules found and what measured far worse than the rest, in place; its rows then say 16 bit and why."""
+    by_rule = {layer.name for layer in plan if layer.rule}
+    found = {name: why for name, why in sensitive(rows).items() if name in by_rule}
     for i, row in enumerate(rows):
         if why := found.get(row.name):
             layers.pop(row.name, None)

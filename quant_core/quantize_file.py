@@ -10,7 +10,7 @@ import torch
 
 from . import diffusers_model
 from .calibration.file import Calibration
-from .families import GENERIC, Family, Layer, measured
+from .families import Family, Layer, measured
 from .families.pointwise import why_unsure
 from .formats import pack
 from .formats.atomic import require_writable
@@ -54,11 +54,12 @@ def quantize_file(
     if preset != UNTRAINED:
         settings["training"] = asdict(preset)
         require_trajectory(calibration)
-        require_chain(checkpoint.family)
     layers = checkpoint.family.layers(checkpoint.shapes)
     unsure = {layer: why for layer in layers if (why := why_unsure(layer, calibration))}
     plan = measured([layer for layer in layers if layer not in unsure], calibration)
     require_statistics(plan, calibration)
+    if preset != UNTRAINED:
+        require_chain(checkpoint.family, plan)
     store = BlockStore(Path(f"{destination}.partial"), checkpoint.family.name, settings)
     trainer = None
     if preset != UNTRAINED:
@@ -70,8 +71,7 @@ def quantize_file(
             pass
         settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
     quantized, rows = finished(plan, preset, store)
-    if checkpoint.family is GENERIC:
-        leave_out(quantized, rows)
+    leave_out(quantized, rows, plan)
     rows += [Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why) for layer, why in unsure.items()]
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
     rows_json = [row.to_json() for row in rows]

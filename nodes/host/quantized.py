@@ -9,7 +9,6 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 
-from ...quant_core.families import GENERIC
 from ...quant_core.formats.blocks import BlockStore
 from ...quant_core.gains import of_calibration
 from ...quant_core.quantize import leave_out, quantize_layers, require_statistics
@@ -66,7 +65,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     require_statistics(plan, calibration)
     if preset != UNTRAINED:
         require_trajectory(calibration)
-        require_chain(source.family)
+        require_chain(source.family, plan)
     layers, rows, frame = {}, [], frame_after(model)  # whatever ComfyUI cannot make fails before the fit
     if preset == UNTRAINED:
         store = store_of(calibration, source, provenance, "partial")
@@ -85,8 +84,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
             for _ in steps(work, steps_of(plan, preset)):
                 pass
         layers, rows = finished(plan, preset, store)
-    if source.family is GENERIC:
-        leave_out(layers, rows)
+    leave_out(layers, rows, plan)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
     info = {
         "family": source.family.name,

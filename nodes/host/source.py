@@ -126,7 +126,7 @@ class ModelSource:
 
     def fingerprint(self) -> str:
         """Of the base weights and, where there are any, of the patches."""
-        base = fingerprint(self.family.layers(self.shapes), lambda key: self._base(key, convert=False))
+        base = fingerprint(self.family.mapped(self.shapes), lambda key: self._base(key, convert=False))
         if not self._patches and not self._bypassed:
             return base
         patches = {key: list(held) for key, held in self._patches.items()}

@@ -69,7 +69,7 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     sources = family.diffusers({k: v.shape for k, v in state.items()})
 
     shapes = {k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()}
-    layers = family.layers(shapes)
+    layers = family.mapped(shapes)  # the rules beside it want an observation, which only ComfyUI's node makes
     inputs = inputs_of(layers)
     modules = {i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight")) for i in inputs}
     settings = {"steps": steps, "size": size, "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16]}

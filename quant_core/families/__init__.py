@@ -1,11 +1,12 @@
 """Model families: which linear layers are quantized, how, and what the same tensors are called elsewhere."""
 
-from .base import Family, Layer, Part, UnknownArchitecture
+from .base import Family, UnknownArchitecture
 from .chroma import CHROMA
 from .dit import DIT
 from .flux import FLUX
 from .flux2 import FLUX2
-from .generic import GENERIC, measured
+from .generic import GENERIC, measured, why_left_out
+from .layer import Layer, Part
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
@@ -46,4 +47,16 @@ def by_name(name: str) -> Family:
     raise UnknownArchitecture(f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}.")
 
 
-__all__ = ["FAMILIES", "GENERIC", "Family", "Layer", "Part", "UnknownArchitecture", "by_name", "detect", "known", "measured"]
+__all__ = [
+    "FAMILIES",
+    "GENERIC",
+    "Family",
+    "Layer",
+    "Part",
+    "UnknownArchitecture",
+    "by_name",
+    "detect",
+    "known",
+    "measured",
+    "why_left_out",
+]

@@ -6,39 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .layer import Layer, Part, by_block, natural
 from .pointwise import spatial_of
+from .rules import in_blocks, shared_modulation
 
 
 class UnknownArchitecture(ValueError):
     """No family knows this model."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """In-channels start..stop of a layer that are quantized on their own. after_gelu: x >= -0.17 there."""
-
-    start: int
-    stop: int
-    after_gelu: bool = False
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer to quantize.
-
-    name: the module, without ".weight". block: the transformer block it belongs to. input: the layer whose input it
-    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16. spatial: as in LinearSpec, for 1x1
-    convolutions.
-    """
-
-    name: str
-    block: str
-    in_features: int
-    out_features: int
-    parts: tuple[Part, ...]
-    input: str
-    weight_only: bool = False
-    spatial: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,11 +63,6 @@ def renamed(modules: dict[str, str | tuple[str, ...]], ours: str = "", theirs: s
     return out
 
 
-def natural(name: str) -> list:
-    """A sort key under which blocks.10 comes after blocks.9."""
-    return [(1, int(piece), "") if piece.isdigit() else (0, 0, piece) for piece in name.split(".")]
-
-
 def count(keys, stem: str) -> int:
     """How many blocks stem.0, stem.1 ... the keys have."""
     return len({k[len(stem) + 1 :].split(".", 1)[0] for k in keys if k.startswith(f"{stem}.")})
@@ -102,8 +71,8 @@ def count(keys, stem: str) -> int:
 @dataclass(frozen=True)
 class Family:
     """name: in files. block: regular expression of a block's prefix; `rules`: the layers within it. stems: beginnings of the blocks'
-    names in the order of the forward pass, where that is not alphabetical. ahead: rules for layers in front of the blocks, which are
-    counted to the first block.
+    names in the order of the forward pass, where that is not alphabetical. outside: rules for layers outside of the blocks, which are
+    counted to the first one. kept: (pattern, why) of layers that neither the map nor the rules behind it take.
 
     signature: ComfyUI keys that must be there; `without`: key prefixes, ComfyUI's or diffusers', that must not (relatives with another
     layout).
@@ -125,7 +94,8 @@ class Family:
     diffusers_streams: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     stems: tuple[str, ...] = ()
-    ahead: tuple[Rule, ...] = ()
+    outside: tuple[Rule, ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
     chain: bool = True
 
     def matches(self, shapes) -> bool:
@@ -143,7 +113,19 @@ class Family:
         return lambda name: next((i for i, s in enumerate(streams) if re.match(rf".+?\.\d+\.{s}", name)), None)
 
     def layers(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
-        """The layers to quantize, block by block in the order of the forward pass."""
+        """The layers to quantize, block by block in the order of the forward pass: those of the map, then what the rules find beside them,
+        such as parts that a variant of the model adds."""
+        found = self.mapped(shapes)
+        names = {layer.name for layer in found}
+        found += [layer for layer in in_blocks(shapes) if layer.name not in names and not self.why_kept(layer.name)]
+        return by_block(found + [layer for layer in shared_modulation(shapes, found) if not self.why_kept(layer.name)])
+
+    def why_kept(self, name: str) -> str:
+        """Why a layer stays in 16 bit by the map, "" where it does not say so."""
+        return next((why for pattern, why in self.kept if re.fullmatch(pattern, name)), "")
+
+    def mapped(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+        """The layers of the map alone. A model's fingerprint is made of them, so that it stays when the rules learn something."""
         linear = {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and spatial_of(s) is not None}
         found = []
         for name, (n, k, *_) in linear.items():
@@ -155,8 +137,8 @@ class Family:
                     found.append((self._position(match["block"]), order, name, match["block"], rule))
         found.sort(key=lambda f: f[:2])
         blocks = list(dict.fromkeys(block for *_, block, _ in found))
-        front = [(name, rule) for rule in self.ahead for name in linear if re.fullmatch(rule.pattern, name)]
-        found = [(name, blocks[0], rule) for name, rule in front] + [f[2:] for f in found]
+        outside = [(name, blocks[0], rule) for rule in self.outside for name in linear if re.fullmatch(rule.pattern, name)]
+        found = outside + [f[2:] for f in found]
         return [self._layer(name, shapes, block, rule, blocks) for name, block, rule in found]
 
     def _position(self, block):

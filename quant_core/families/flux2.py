@@ -60,7 +60,7 @@ FLUX2 = Family(
     title="FLUX.2",
     block=r"(?:double|single)_blocks\.\d+",
     # All of them read SiLU of the one vector of time and guidance.
-    ahead=(Rule(r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin", weight_only=True, shared_input="double_stream_modulation_img.lin"),),
+    outside=(Rule(r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin", weight_only=True, shared_input="double_stream_modulation_img.lin"),),
     rules=(
         Rule(r"(img|txt)_attn\.qkv"),
         Rule(r"(img|txt)_attn\.proj"),

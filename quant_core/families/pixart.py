@@ -1,6 +1,7 @@
 """PixArt-alpha and PixArt-Sigma: self-attention, cross-attention to the text, GELU MLP; one adaLN for all blocks.
 
-`t_block` (adaLN-single) runs once a step for all blocks and stays in 16 bit, with the embedders and the final layer.
+`t_block` (adaLN-single) runs once a step for all blocks; it is left to the rules behind the map, which take it with a calibration. The
+embedders and the final layer stay in 16 bit.
 """
 
 from .base import Family, Rule, Stacked, count, renamed

@@ -66,6 +66,7 @@ SD3 = Family(
         Rule(r"(context|x)_block\.mlp\.fc1"),
         Rule(r"(context|x)_block\.mlp\.fc2", split="gelu"),
     ),
+    kept=((r"joint_blocks\.\d+\.context_block\.adaLN_modulation\.1", "its rows are in another order in diffusers"),),
     signature=("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight"),
     diffusers_signature=(
         "transformer_blocks.0.attn.add_q_proj.weight",

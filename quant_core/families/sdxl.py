@@ -77,6 +77,7 @@ SDXL = Family(
         Rule(r"ff\.net\.2"),
         Rule(r"proj_out"),
     ),
+    kept=((r".+\.emb_layers\.1", "the time vector of a residual block, 0.6 % of SDXL"),),
     signature=("input_blocks.0.0.weight", "label_emb.0.0.weight", "out.2.weight"),
     diffusers_signature=("conv_in.weight", "add_embedding.linear_1.weight", "conv_out.weight"),
     # SD 1, SD 2 and Stable Video Diffusion have transformers at full resolution.

@@ -1,9 +1,9 @@
 """Wan 2.1 and 2.2, text to video and image to video, at 1.3B, 5B and 14B; and VACE, which has a second list of blocks beside.
 
 Source: the Wan team's reference model. Self-attention, cross-attention to the text (2.1's image to video also to an image, `k_img` and
-`v_img`), GELU MLP; the blocks' modulation is a table. `time_projection` runs once a step for all blocks and stays in 16 bit, with
-the embedders of patches, text, time and image and the head. Relatives with layers of their own (camera, S2V, HuMo, Animate) keep
-those in 16 bit.
+`v_img`), GELU MLP; the blocks' modulation is a table. The embedders of patches, text, time and image and the head stay in 16 bit.
+`time_projection`, which runs once a step for all blocks, and what relatives have beside (HuMo, S2V, Animate, WanDancer) are left to the
+rules behind the map.
 """
 
 from dataclasses import replace

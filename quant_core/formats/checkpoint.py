@@ -128,7 +128,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """What calibrations are tied to; the same for ComfyUI's and diffusers' names of one model."""
-        return fingerprint(self.family.layers(self.shapes), self.get)
+        return fingerprint(self.family.mapped(self.shapes), self.get)
 
     def sha256(self) -> str:
         """Of the files, for provenance; about 1 GB/s."""

@@ -1,6 +1,7 @@
 """Goes through a network run after run of blocks: what goes in and should come out of each is carried along, for every recorded call."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from ..calibration.file import Calibration
 from ..calibration.reconstruct import Modules, Run, TrainConfig, installed, judged, train
 from ..calibration.segments import Chain
 from ..calibration.trajectory import Trajectory
-from ..families import Family
+from ..families import Family, Layer
 from ..formats.atomic import save_text
 from ..linear import QuantizedLayer
 from ..methods.again import round_again
@@ -42,9 +43,9 @@ class NoChain(ValueError):
     """Training was asked for, and the model's blocks do not stand one behind the other."""
 
 
-def require_chain(family: Family):
-    """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their place."""
-    if not family.chain:
+def require_chain(family: Family, plan: list[Layer]):
+    """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their place. plan: the layers."""
+    if not family.chain or any(not re.fullmatch(family.block, layer.block) for layer in plan):
         raise NoChain(
             f"training goes through a model's blocks one after the other, and those of {family.title} also read what other blocks computed. "
             "Set training to none."

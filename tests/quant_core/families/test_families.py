@@ -1,3 +1,4 @@
+from itertools import groupby
 from math import prod
 
 import pytest
@@ -6,13 +7,24 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.families import FAMILIES, FLUX, PIXART, Family, Part, detect
+from comfyui_nibble.quant_core.families.chroma import CHROMA
 from comfyui_nibble.quant_core.families.flux2 import FLUX2
 from comfyui_nibble.quant_core.families.qwen_image import QWEN_IMAGE
 from comfyui_nibble.quant_core.families.sd3 import SD3
 from comfyui_nibble.quant_core.families.sdxl import SDXL
+from comfyui_nibble.quant_core.families.wan import WAN
 from comfyui_nibble.quant_core.families.z_image import Z_IMAGE
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.tests.assets.synthetic import flux2_shapes, flux_shapes, pixart_shapes, sd3_shapes, sdxl_shapes, z_image_shapes
+from comfyui_nibble.tests.assets.synthetic import (
+    chroma_shapes,
+    flux2_shapes,
+    flux_shapes,
+    pixart_shapes,
+    sd3_shapes,
+    sdxl_shapes,
+    wan_shapes,
+    z_image_shapes,
+)
 
 
 def test_flux_map_of_a_full_width_model():
@@ -85,6 +97,8 @@ def test_pixart_map_shares_the_text():
     shapes = pixart_shapes(depth=3)
     layers = {layer.name: layer for layer in PIXART.layers(shapes)}
     assert detect(shapes) is PIXART
+    assert [layer.name for layer in layers.values() if layer.rule] == ["t_block.1"]
+    del layers["t_block.1"]
     assert len(layers) == 3 * 7
     assert {layers[f"blocks.{i}.cross_attn.kv_linear"].input for i in range(3)} == {"blocks.0.cross_attn.kv_linear"}
     assert layers["blocks.2.mlp.fc2"].parts[0].after_gelu
@@ -120,6 +134,32 @@ def test_streams_of_layers():
     image = ("img_mod.1", "attn.to_q", "attn.to_out.0", "img_mlp.net.2")
     assert {qwen(f"transformer_blocks.11.{n}") for n in text} == {sd3("joint_blocks.3.context_block.mlp.fc1")} == {0}
     assert {qwen(f"transformer_blocks.11.{n}") for n in image} == {sd3("joint_blocks.3.x_block.attn2.qkv")} == {1}
+
+
+def test_what_a_variant_adds_is_left_to_the_rules():
+    """HuMo attends to sound in each block, S2V in modules of their own; neither changes what the map says or the model's fingerprint."""
+    plain = wan_shapes(2, dim=128)
+    sound = {f"blocks.{i}.audio_cross_attn_wrapper.audio_cross_attn.{x}.weight": (128, 128) for i in range(2) for x in "qkvo"}
+    injector = {f"audio_injector.injector.{i}.{x}.weight": (128, 128) for i in range(2) for x in "qkvo"}
+    added = sound | injector | {"casual_audio_encoder.linear.weight": (128, 128)}
+    layers = WAN.layers(plain | added)
+    assert WAN.mapped(plain | added) == WAN.mapped(plain) == [layer for layer in layers if not layer.rule]
+    assert {f"{layer.name}.weight" for layer in layers if layer.rule == "block"} == {*sound, *injector}
+    assert [layer.name for layer in layers if layer.rule == "shared"] == ["time_projection.1"]
+    # Blocks are contiguous, those of the map first.
+    assert [block for block, _ in groupby(layers, key=lambda layer: layer.block)] == [
+        "blocks.0", "blocks.1", "audio_injector.injector.0", "audio_injector.injector.1",
+    ]  # fmt: skip
+
+
+def test_what_a_map_keeps_is_not_taken_by_the_rules():
+    approximator = {name for name in chroma_shapes(2, 2) if name.startswith("distilled_guidance_layer.")}
+    assert approximator
+    layers = CHROMA.layers(chroma_shapes(2, 2, radiance=True))
+    assert not approximator & {f"{layer.name}.weight" for layer in layers}
+    assert CHROMA.why_kept("distilled_guidance_layer.layers.0.in_layer") == "its errors reach every block"
+    assert [layer.name for layer in layers if layer.weight_only] == [f"nerf_blocks.{i}.param_generator" for i in range(4)]
+    assert not any(layer.rule for layer in [*layers, *SD3.layers(sd3_shapes(2)), *SDXL.layers(sdxl_shapes())])
 
 
 def test_relatives_are_not_taken_for_flux():

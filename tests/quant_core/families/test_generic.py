@@ -1,11 +1,12 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from comfyui_nibble.quant_core.calibration.observe import Observation
-from comfyui_nibble.quant_core.families import FLUX, GENERIC, PIXART, UnknownArchitecture, detect
-from comfyui_nibble.quant_core.families.generic import measured, observed, sensitive
+from comfyui_nibble.quant_core.families import FLUX, GENERIC, PIXART, Layer, Part, UnknownArchitecture, detect
+from comfyui_nibble.quant_core.families.generic import _unlike, measured, observed, sensitive, why_left_out
 from comfyui_nibble.quant_core.quantize import leave_out
 from comfyui_nibble.quant_core.report import Row
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
@@ -20,6 +21,7 @@ def test_the_rules_find_what_a_map_says(family, shapes):
     """Names, blocks and modulation of known models; the halves of linear2 and GELU are what only a map or a calibration knows."""
     plain = lambda layers: {(x.name, x.block, x.in_features, x.out_features, x.weight_only) for x in layers}
     assert plain(GENERIC.layers(shapes)) == plain(family.layers(shapes))
+    assert {x.rule for x in GENERIC.layers(shapes)} - {"shared"} == {"block"}
 
 
 def test_blocks_in_natural_order_and_what_stays_out():
@@ -35,6 +37,53 @@ def test_blocks_in_natural_order_and_what_stays_out():
 def test_the_outermost_repetition_is_the_block():
     shapes = linear(*(f"stages.{i}.experts.{j}.{w}" for i in range(2) for j in range(3) for w in ("w1", "w2", "w3")), "stages.0.attn.q")
     assert {x.block for x in GENERIC.layers(shapes)} == {"stages.0", "stages.1"}
+
+
+def test_two_layers_make_a_block_where_they_come_back_to_their_width():
+    """FLUX.2's one-stream blocks do. Embedders widen what they read, and a list of projections is none of a sequence of blocks."""
+    shapes = {}
+    for i in range(3):
+        shapes |= {f"single_blocks.{i}.linear1.weight": (1152, 128), f"single_blocks.{i}.linear2.weight": (128, 512)}
+        shapes |= {f"heads.{i}.fc1.weight": (512, 256), f"heads.{i}.fc2.weight": (128, 512)}
+        shapes |= {f"time_embedders.{i}.mlp.0.weight": (128, 128), f"time_embedders.{i}.mlp.2.weight": (128, 128)}
+    shapes |= linear("mlp.0", "mlp.2", "mlp.4", "mlp.6", "label_emb.0.0", "label_emb.0.2")
+    found = GENERIC.layers(shapes)
+    assert {x.block for x in found} == {f"single_blocks.{i}" for i in range(3)}
+    assert [x.name for x in found][:2] == ["single_blocks.0.linear1", "single_blocks.0.linear2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        ([f"caption_projection.{i}.linear" for i in range(4)], True),  # HiDream has 49
+        ([f"caption_projection.{i}.linear" for i in range(3)], False),
+        ([f"nerf_blocks.{i}.param_generator" for i in range(2)], True),  # by its name
+        ([f"label_embedders.{i}.proj" for i in range(9)], False),
+        ([f"heads.{i}" for i in range(9)], False),
+    ],
+)
+def test_lists_of_one_layer_each(names, taken):
+    blocks = [f"blocks.{i}.{x}" for i in range(2) for x in "qkv"]
+    assert {x.name for x in GENERIC.layers(linear(*blocks, *names))} == {*blocks, *(names if taken else ())}
+
+
+def test_shared_modulation_wants_a_calibration():
+    """From the width of the model to a multiple of three of it; a time embedder that widens, a final layer and an MLP are something else."""
+    shapes = linear(*(f"blocks.{i}.{x}" for i in range(2) for x in "qkv"))
+    others = {"time_projection.1": (768, 128), "t_embedder.0": (768, 256), "final_layer.linear": (384, 128), "mlp.0": (512, 128)}
+    layers = GENERIC.layers(shapes | {f"{name}.weight": s for name, s in others.items()})
+    found = [x for x in layers if x.rule == "shared"]
+    assert [(x.name, x.block, x.weight_only) for x in found] == [("time_projection.1", "blocks.0", True)]
+    assert measured(layers, None) == [x for x in layers if x not in found]
+    assert why_left_out(found[0], None) == "modulation that all blocks share: quantized with a calibration only"
+    # A calibration of an older version: what it has statistics of.
+    old = SimpleNamespace(meta={}, names=[x.name for x in layers if x not in found])
+    assert measured(layers, old) == measured(layers, None)
+    assert why_left_out(found[0], old) == "the calibration holds no statistics of it"
+    rows = {x.name: 40 for x in layers} | {"time_projection.1": 2}
+    seen = {"order": ["time_projection.1", *(x.name for x in layers if x not in found)], "shared": {}, "rows": rows}
+    assert [x.name for x in observed(layers, seen)][:2] == ["time_projection.1", "blocks.0.k"]
+    assert _unlike(found[0], seen | {"rows": rows | {"time_projection.1": 21}}) == "modulation of single tokens, 21 rows a call"
 
 
 def test_no_blocks_is_an_unknown_architecture():
@@ -121,7 +170,10 @@ def test_a_layer_far_below_the_median_goes_back_to_16_bit():
     rows[2] = replace(rows[2], sqnr_db=10.5)
     assert list(sensitive(rows)) == ["blocks.2.q"]
     layers = {row.name: object() for row in rows}
-    leave_out(layers, rows)
+    plan = [Layer(row.name, row.block, 64, 64, (Part(0, 64),), row.name, rule="block") for row in rows]
+    leave_out(layers, rows, [replace(layer, rule="") for layer in plan])
+    assert len(layers) == 7  # a map's layers stay
+    leave_out(layers, rows, plan)
     assert "blocks.2.q" not in layers
     assert len(layers) == 6
     assert rows[2].note == "16 bit: 10.5 dB, the median layer has 23.0"

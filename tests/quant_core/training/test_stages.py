@@ -17,6 +17,7 @@ from comfyui_nibble.quant_core.training.plot import plot
 from comfyui_nibble.quant_core.training.presets import UNTRAINED, Preset
 from comfyui_nibble.quant_core.training.stages import blocks_of, runs_of, steps_of
 from comfyui_nibble.quant_core.training.trainer import NoChain, NoTrajectory, require_chain, require_trajectory
+from comfyui_nibble.tests.assets.synthetic import flux_shapes
 
 BLOCKS = ["double_blocks.0", "single_blocks.0", "single_blocks.1"]
 TRAINED = Preset(TrainConfig(("transform", "smooth", "bias"), steps=3, rate=2e-3, calls=2), None)
@@ -234,5 +235,8 @@ def test_calibrations_without_recorded_calls_are_refused(small, tmp_path):
 
 def test_families_whose_blocks_are_no_chain_are_refused():
     with pytest.raises(NoChain, match=r"those of SDXL also read what other blocks computed. Set training to none"):
-        require_chain(SDXL)
-    require_chain(FLUX)
+        require_chain(SDXL, [])
+    plan = FLUX.layers(flux_shapes(hidden=128))
+    require_chain(FLUX, plan)
+    with pytest.raises(NoChain, match="FLUX.1"):  # blocks that a variant adds
+        require_chain(FLUX, [*plan, replace(plan[0], block="injector.0")])
