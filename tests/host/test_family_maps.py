@@ -39,7 +39,7 @@ CASES = {
     "chroma radiance": (
         "chroma",
         chroma_shapes(2, 2, radiance=True),
-        {"txt_in", "distilled_guidance_layer.", "nerf_image_embedder."},
+        {"txt_in", "distilled_guidance_layer.", "nerf_image_embedder.", "nerf_blocks."},
     ),
     "pixart": ("pixart", pixart_shapes(2), {"t_embedder.", "y_embedder.", "csize_embedder.", "ar_embedder.", "final_layer.linear"}),
     "sd3.5 medium": ("sd3", sd3_shapes(24, twice=13, positions=384), _SD3 | {"joint_blocks.23.context_block.adaLN_modulation.1"}),
