@@ -230,7 +230,7 @@ def test_attachments_of_other_packs_come_along(full, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def packed(tiny_packed, one_thread):
+def quantized(tiny_packed, one_thread):
     return tiny_packed()
 
 
@@ -244,17 +244,17 @@ PUT_ON = {
 
 @pytest.mark.parametrize("on_loading", [False, True], ids=["sampled", "loaded"])
 @pytest.mark.parametrize("kind", PUT_ON)
-def test_a_quantized_model_is_saved_without_what_a_clone_has_left(packed, kind, on_loading, tmp_path, monkeypatch):
+def test_a_quantized_model_is_saved_without_what_a_clone_has_left(quantized, kind, on_loading, tmp_path, monkeypatch):
     """loaded: where the run broke off before ComfyUI's clean-up."""
     import folder_paths
 
     from comfyui_nibble.nodes.files import NibbleSaveModel
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    before = PackFile(NibbleSaveModel.execute(packed, "before").args[0])
-    clone = PUT_ON[kind](packed)
+    before = PackFile(NibbleSaveModel.execute(quantized, "before").args[0])
+    clone = PUT_ON[kind](quantized)
     _ = load(clone) if on_loading else sample(clone, 1)
-    after = PackFile(NibbleSaveModel.execute(packed, "after").args[0])
+    after = PackFile(NibbleSaveModel.execute(quantized, "after").args[0])
     assert after.specs == before.specs
     assert after.rest == before.rest
     assert all(torch.equal(before.tensor(key), after.tensor(key)) for key in before.rest)
@@ -263,7 +263,7 @@ def test_a_quantized_model_is_saved_without_what_a_clone_has_left(packed, kind, 
         assert all(torch.equal(a[leaf], b[leaf]) for leaf in a)
 
 
-def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(packed, full, tmp_path, monkeypatch):
+def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(quantized, full, tmp_path, monkeypatch):
     import folder_paths
 
     from comfyui_nibble.nodes.export import NibbleExportModel
@@ -272,9 +272,9 @@ def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(packed,
     from comfyui_nibble.nodes.swap import NibbleSwapBlocks
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
-    packed.attachments["nibble"] |= {"provenance": {"model": "of the test"}}
-    want = sample(packed)
-    clone = load(wrapped(packed))
+    quantized.attachments["nibble"] |= {"provenance": {"model": "of the test"}}
+    want = sample(quantized)
+    clone = load(wrapped(quantized))
     assert torch.equal(sample(clone), want)
     load(clone)
     assert torch.equal(sample(load_file(NibbleSaveModel.execute(clone, "saved").args[0])), want)
@@ -285,37 +285,40 @@ def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(packed,
     make, args = clone.cached_patcher_init
     assert torch.equal(sample(make(*args)), want)
     load(clone)
-    assert torch.equal(sample(NibbleSwapBlocks.execute(clone, packed, "double 0").args[0]), want)
+    assert torch.equal(sample(NibbleSwapBlocks.execute(clone, quantized, "double 0").args[0]), want)
     assert torch.equal(sample(NibbleSwapBlocks.execute(clone, wrapped(full), "all").args[0]), sample(full))
 
 
-def test_a_lora_is_baked_from_a_wrapped_model(packed):
+def test_a_lora_is_baked_from_a_wrapped_model(quantized):
     from comfyui_nibble.nodes.bake import NibbleBakeLora
 
-    patched, bias = with_lora(packed, adapter("lora and bias", QKV) | adapter("lora", LINEAR2)), packed.model.state_dict()[f"{QKV}.bias"]
+    patched, bias = (
+        with_lora(quantized, adapter("lora and bias", QKV) | adapter("lora", LINEAR2)),
+        quantized.model.state_dict()[f"{QKV}.bias"],
+    )
     want, got = (NibbleBakeLora.execute(m, 0).args[0].model.state_dict() for m in (patched, load(wrapped(patched))))
     assert want.keys() == got.keys()
     assert all(torch.equal(want[key], got[key]) for key in want)
     assert not torch.equal(want[f"{QKV}.bias"], bias)
 
 
-def test_a_lora_acts_in_wrapped_blocks_and_is_found_after_a_run(packed):
+def test_a_lora_acts_in_wrapped_blocks_and_is_found_after_a_run(quantized):
     """ComfyUI itself looks for patches under the names of the moment, and drops the rest."""
-    want = sample(with_lora(packed, adapter("lora", QKV) | adapter("lora", LINEAR2)))
-    assert relative_error(sample(packed), want) > 0.05
-    clone = wrapped(packed)
+    want = sample(with_lora(quantized, adapter("lora", QKV) | adapter("lora", LINEAR2)))
+    assert relative_error(sample(quantized), want) > 0.05
+    clone = wrapped(quantized)
     assert torch.equal(sample(with_lora(clone, adapter("lora", QKV) | adapter("lora", LINEAR2))), want)
     sample(clone)
     assert torch.equal(sample(with_lora(clone, adapter("lora", QKV) | adapter("lora", LINEAR2))), want)
-    assert torch.equal(sample(with_lora(packed, adapter("lora", QKV) | adapter("lora", LINEAR2))), want)
+    assert torch.equal(sample(with_lora(quantized, adapter("lora", QKV) | adapter("lora", LINEAR2))), want)
 
 
-def test_what_acts_on_a_quantized_models_own_layers_is_refused(packed, full):
+def test_what_acts_on_a_quantized_models_own_layers_is_refused(quantized, full):
     from comfyui_nibble.nodes.host.carry import CannotCount
     from comfyui_nibble.nodes.swap import NibbleSwapBlocks
 
-    for a, b in ((packed.clone(), full), (packed, full.clone())):
-        patched = b if a is packed else a
+    for a, b in ((quantized.clone(), full), (quantized, full.clone())):
+        patched = b if a is quantized else a
         patched.add_object_patch(f"{BLOCK}.forward", lambda *args, **kwargs: None)
         with pytest.raises(CannotCount, match=f"object patches on {BLOCK}.forward, which"):
             NibbleSwapBlocks.execute(a, b, "double 0")
