@@ -1,12 +1,14 @@
 """The pack imports anywhere, keeps its imports relative and its layers apart."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [p for folder in ("nodes", "quant_core", "kernels") for p in (ROOT / folder).rglob("*.py")] + [ROOT / "__init__.py"]
@@ -53,11 +55,107 @@ def test_version_is_one():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
 
 
-def test_requirements_never_name_torch():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    names = {line.split(";")[0].split(">")[0].split("=")[0].strip() for line in lines if line}
-    assert names == {"numpy", "platformdirs", "safetensors", "tqdm", "triton", "triton-windows"}
-    assert not any(p in ("torch", "triton") for p in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+def requirements(name):
+    """{package: Requirement} of a file, in the words of pip."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line]
+    return {requirement.name: requirement for requirement in found}
+
+
+def test_requirements_never_name_torch_or_triton():
+    """A `triton` from PyPI would overwrite that of a ROCm build of torch, and a triton-windows of another torch break torch.compile."""
+    assert set(requirements("requirements.txt")) == {"numpy", "platformdirs", "safetensors", "tqdm"}
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert not {"torch", "triton", "triton-windows"} & {Requirement(line).name for line in dependencies}
+
+
+def test_triton_for_windows_is_bounded_and_for_windows_alone():
+    (triton,) = requirements("requirements-windows.txt").values()
+    assert triton.name == "triton-windows"
+    assert [str(v) for v in ("3.5.1.post24", "3.6.0.post26", "3.7.0.post26") if triton.specifier.contains(v)] == ["3.6.0.post26"]
+    assert [s for s in ("Windows", "Linux", "Darwin") if triton.marker.evaluate({"platform_system": s})] == ["Windows"]
+
+
+def test_every_bound_on_triton_is_one_that_the_kernels_take():
+    """The table in the comment too: a minor version each, from the oldest that the kernels take on."""
+    from comfyui_nibble.kernels.target import MIN_TRITON
+
+    bounds = re.findall(r"triton-windows>=(\d+)\.(\d+),<(\d+)\.(\d+)", (ROOT / "requirements-windows.txt").read_text())
+    assert sorted(bounds) == [("3", str(n), "3", str(n + 1)) for n in range(MIN_TRITON[1], 9)]
+
+
+def test_runs_without_triton():
+    """The eager path, on any card: a layer computes, and the reason is said."""
+    code = """
+import sys
+from importlib import metadata
+sys.modules["triton"] = None
+version = metadata.version
+def without(name):
+    if "triton" in name:
+        raise metadata.PackageNotFoundError(name)
+    return version(name)
+metadata.version = without
+import torch
+from comfyui_nibble.kernels import choose, quant_linear
+from comfyui_nibble.kernels.quant_linear import naive
+from comfyui_nibble.kernels.target import Target, target_of
+from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+assert target_of("cpu").triton is None
+spec = LinearSpec(128, 16, (PartSpec(0, 128, WeightSpec(), ActivationSpec()),), False)
+tensors = {"weight": torch.randint(-128, 128, (16, 64), dtype=torch.int8), "weight_scale": torch.full((2, 16), 0.01)}
+x = torch.randn(5, 128)
+assert torch.allclose(quant_linear(x, spec, tensors), naive.quant_linear(x, spec, tensors), rtol=1e-4, atol=1e-4)
+for target in (Target("cuda", 89), Target("hip", "gfx1100")):
+    assert str(choose(spec, target)).startswith("eager; "), choose(spec, target)
+    assert "Triton is not installed" in str(choose(spec, target)), choose(spec, target)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_required_comfyui_has_three_numbers():
+    import comfyui_nibble
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]["requires-comfyui"]
+    assert wanted == f">={'.'.join(map(str, comfyui_nibble.TESTED))}" == ">=0.31.0"
+
+
+@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "v0.46.1", "1.0", "0.38.1-rc2", "unknown", ""])
+def test_hosts_that_are_tested_pass(version, caplog):
+    import comfyui_nibble
+
+    comfyui_nibble.require_host(version)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.24", "0.28.1", "0.30.9"])
+def test_hosts_that_only_ran_the_main_job_are_told_so_in_one_line(version, caplog):
+    import comfyui_nibble
+
+    comfyui_nibble.require_host(version)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"ComfyUI-Nibble needs ComfyUI 0.31.0 or newer, this is {version}. On 0.24 to 0.30 calibrating, quantizing, saving, loading and "
+        "LoRAs ran; the rest was not tried there. Update ComfyUI where something fails."
+    )
+
+
+@pytest.mark.parametrize("version", ["0.23.9", "0.18.0", "0.3.64", "v0.2.7"])
+def test_older_hosts_get_one_line(version):
+    """Before anything of the nodes is imported, which would fail with the name of something missing."""
+    code = f"""
+import asyncio, sys, types
+sys.modules["comfyui_version"] = types.SimpleNamespace(__version__="{version}")
+import comfyui_nibble
+try:
+    asyncio.run(comfyui_nibble.comfy_entrypoint())
+except RuntimeError as error:
+    assert str(error) == "ComfyUI-Nibble needs ComfyUI 0.31.0 or newer, this is {version}. Update ComfyUI.", error
+else:
+    raise SystemExit("no error")
+assert not any(name.startswith("comfyui_nibble.") for name in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
 def test_every_node_has_a_help_page():
