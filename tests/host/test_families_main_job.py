@@ -50,10 +50,10 @@ CASES = {
     "sd3": Small("sd3", sd3_shapes(2, twice=1), 18, 0.18, _PICTURE, 4096, 2048),  # 0.121; rtn 0.253
     "qwen_image": Small("qwen_image", qwen_image_shapes(1, hidden=128, context=64), 14, 0.07, _PICTURE),  # 0.040; rtn 0.126
     "z_image": Small("z_image", z_image_shapes(1, hidden=256, context=64, refiners=1), 17, 0.2, _PICTURE),  # 0.138; rtn 0.296
-    "wan": Small("wan", wan_shapes(), 10, 0.12, _VIDEO, 4096),  # 0.081; rtn 0.166
-    "wan_i2v": Small("wan", wan_shapes(channels=36, image=True), 12, 0.13, _VIDEO, 4096, image_tokens=7),  # 0.082; rtn 0.215
-    "wan_5B": Small("wan", wan_shapes(channels=48, out=48), 10, 0.13, _VIDEO, 4096),  # 0.084; rtn 0.223
-    "wan_vace": Small("wan_vace", wan_shapes(vace=1), 22, 0.09, _VIDEO, 4096),  # 0.055; rtn 0.146
+    "wan": Small("wan", wan_shapes(), 11, 0.12, _VIDEO, 4096),  # 0.081; rtn 0.166
+    "wan_i2v": Small("wan", wan_shapes(channels=36, image=True), 13, 0.13, _VIDEO, 4096, image_tokens=7),  # 0.082; rtn 0.215
+    "wan_5B": Small("wan", wan_shapes(channels=48, out=48), 11, 0.13, _VIDEO, 4096),  # 0.084; rtn 0.223
+    "wan_vace": Small("wan_vace", wan_shapes(vace=1), 23, 0.09, _VIDEO, 4096),  # 0.055; rtn 0.146
     "sdxl": Small(
         "sdxl", sdxl_shapes(), 74, 0.115, node("EmptyLatentImage", width=128, height=128, batch_size=1), 2048, 1280,
         gain=1.0, second_moments=False,
