@@ -129,16 +129,19 @@ def test_adapters_come_and_go_under_a_compiled_model(base_on_gpu_attention):
     assert packed_hash(base) == before
 
 
-def test_inductor_through_the_stock_node(comfy, base_on_gpu_attention):
-    """TorchCompileModel's default backend, with a LoRA loaded behind it and a hook LoRA that comes and goes."""
+def test_inductor_through_the_stock_node(comfy, base_on_gpu_attention, full):
+    """TorchCompileModel's default backend, with a LoRA loaded behind it and a hook LoRA that comes and goes. It moves calls of the quantizer and
+    what stands between them, so that codes of another run cannot be taken: where some flip, two runs lie nearer to each other than to
+    full precision. 9e-7 measured without a flip."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     base, tensors = base_on_gpu_attention, adapter("lora", QKV) | adapter("lora", MLP)
     group = comfy.hooks.create_hook_lora(tensors, 0.8, 0.0)
-    plain, recorded = sample(base), record(sample, with_lora(base, tensors, 0.8))
+    plain, moved, exact = sample(base), sample(with_lora(base, tensors, 0.8)), sample(with_lora(full, tensors, 0.8))
+    cost = relative_error(exact, moved)
     (fast,) = TorchCompileModel.execute(base, "inductor").result
-    assert_repeats(recorded, sample, with_lora(fast, tensors, 0.8))
-    assert_repeats(recorded, lambda: sample(fast, hooks=group))
+    assert relative_error(moved, sample(with_lora(fast, tensors, 0.8))) < cost / 2
+    assert relative_error(moved, sample(fast, hooks=group)) < cost / 2
     assert torch._dynamo.utils.counters["inductor"]
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert relative_error(plain, recorded[0]) > 0.15
+    assert relative_error(plain, moved) > 0.15 > cost / 2
