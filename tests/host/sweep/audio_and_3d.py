@@ -123,6 +123,7 @@ ENTRIES = (
         (1, 256, 16),
         text=(10, 768),
         outside=_seconds("seconds_total", 256) | {"conditioner.conditioners.prompt.padding_embedding": (768,)},
+        note="ComfyUI reads its widths off the checkpoint; the sizes here are for those of Stable Audio 1.",
     ),
     Entry(
         "ACEStep",
@@ -132,7 +133,14 @@ ENTRIES = (
         conds=lambda rand: {"conditioning_lyrics": torch.arange(8)[None]},
         replace={"comfy.ldm.ace.model.LyricEncoder": lambda made: partial(made, num_blocks=1, linear_units=256)},
     ),
-    Entry("ACEStep15", {"audio_model": "ace1.5"}, _ACE15_SMALL, (1, 64, 20), conds=lambda rand: {"conditioning_lyrics": rand(1, 8, 64)}),
+    Entry(
+        "ACEStep15",
+        {"audio_model": "ace1.5"},
+        _ACE15_SMALL,
+        (1, 64, 20),
+        conds=lambda rand: {"conditioning_lyrics": rand(1, 8, 64)},
+        device="cpu",  # it computes with its buffers as it is made; weights stay memory that nothing touches
+    ),
     Entry("Hunyuan3Dv2", _HUNYUAN3D, _HUNYUAN3D_SMALL, (1, 64, 32)),
     Entry("Hunyuan3Dv2mini", _HUNYUAN3D | {"depth": 8, "depth_single_blocks": 16}, _HUNYUAN3D_SMALL, (1, 64, 32)),
     Entry(
@@ -179,6 +187,7 @@ ENTRIES = (
         (1, 8, 16, 16, 16),
         conds=lambda rand: {"embeds": rand(1, 10, 64)},
         variant="structure",
+        note="Nibble Calibrate sees the network of the stage that it samples; those of the other stages stay in 16 bit.",
     ),
     Entry(
         "Trellis2",

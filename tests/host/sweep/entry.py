@@ -12,12 +12,13 @@ class Entry:
     """A class of `comfy.supported_models` and what makes a tiny instance of it run.
 
     full: its `unet_config` at full width, as ComfyUI's detection has it for the published checkpoint; what is the network's own default may
-    be left out. narrow: what the tiny instance has instead. latent: shape of the latent, or shapes of the streams of a nested one. text:
-    (tokens, width) of the text encoder's output. conds(rand): what else stands in the conditioning, where rand(*shape) is seeded noise.
-    outside: shapes of tensors outside of the network that the class takes from its checkpoint. variant: tells apart several entries of
-    one class. prepare(network): puts right what random weights alone leave wrong. replace: {name within ComfyUI:
-    function of what stands there that gives what shall stand there}, for widths that no constructor's argument narrows. gain: of the
-    random layers, smaller where the network multiplies what they give. error: bound of the network's relative error at 4 bits.
+    be left out. device: where the network is made so. narrow: what the tiny instance has instead. latent: shape of the latent, or shapes of
+    the streams of a nested one. text: (tokens, width) of the text encoder's output. conds(rand): what else stands in the conditioning,
+    where rand(*shape) is seeded noise. outside: shapes of tensors outside of the network that the class takes from its checkpoint.
+    variant: tells apart several entries of one class. note: a sentence for docs/models.md. prepare(network): puts right what random weights
+    alone leave wrong. replace: {name within ComfyUI: function of what stands there that gives what shall stand there}, for widths that no
+    argument of a constructor narrows. gain: of the random layers, smaller where the network multiplies what they give. error: bound of the
+    network's relative error at 4 bits.
     """
 
     name: str
@@ -28,8 +29,10 @@ class Entry:
     conds: Callable = lambda rand: {}
     outside: dict = field(default_factory=dict)
     variant: str = ""
+    note: str = ""
     prepare: Callable = lambda network: None
     replace: dict = field(default_factory=dict)
+    device: str = "meta"
     gain: float = 0.7
     error: float = 0.3
 

@@ -173,8 +173,11 @@ class Inputs:
 
         comfy.model_management.load_models_gpu([patcher])
         args, kwargs = _copied(self.call)
+        network = patcher.model.diffusion_model
+        if hasattr(network, "clear_kv_cache"):  # HiDream-O1 keeps keys and values of its prompt from call to call
+            network.clear_kv_cache()
         with torch.no_grad():
-            out = patcher.model.diffusion_model(*args, **kwargs)
+            out = network(*args, **kwargs)
         streams = [out] if torch.is_tensor(out) else [t for t in out if torch.is_tensor(t)]
         return torch.cat([t.detach().float().flatten() for t in streams])
 

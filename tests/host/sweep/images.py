@@ -289,6 +289,26 @@ ENTRIES = (
         (1, 16, 16, 16),
         conds=lambda rand: {"pooled_output": rand(1, 64), "conditioning_llama3": rand(1, 2, 10, 64)},
     ),
+    Entry(
+        "HiDreamO1",
+        {"image_model": "hidream_o1"},
+        {
+            "text_config_overrides": {
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 1,
+                "num_key_value_heads": 1,
+            },
+            "vision_config_overrides": {"hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "depth": 2},
+        },
+        (1, 3, 64, 64),
+        conds=lambda rand: {
+            "text_input_ids": torch.tensor([[151644, 872, 198, 11, 12, 13, 151645, 151673]]),  # <|im_start|>user\n ... <|tms_token|>
+            "reference_latents": [rand(1, 64, 64, 3).clamp(0, 1)],
+        },
+        note="Its tower for reference images is quantized where the calibration samples with one.",
+    ),
     Entry("PixelDiTT2I", {"image_model": "pixeldit_t2i"}, _PIXELDIT_SMALL, (1, 3, 64, 64)),
     Entry(
         "PiD",

@@ -2,7 +2,15 @@
 
 from comfyui_nibble.tests.host.sweep import audio_and_3d, flux, images, unets, video, wan
 
-ENTRIES = (*flux.ENTRIES, *images.ENTRIES, *unets.ENTRIES, *video.ENTRIES, *wan.ENTRIES, *audio_and_3d.ENTRIES)
+SECTIONS = {
+    "FLUX and its kind": flux.ENTRIES,
+    "Other image transformers": images.ENTRIES,
+    "U-Nets": unets.ENTRIES,
+    "Video": video.ENTRIES,
+    "Wan": wan.ENTRIES,
+    "Audio and 3D": audio_and_3d.ENTRIES,
+}
+ENTRIES = tuple(entry for entries in SECTIONS.values() for entry in entries)
 # One sentence each; docs/models.md says it to users.
 WITHOUT = {
     "RT_DETR_v4": "A detector of objects, no diffusion model.",

@@ -1,0 +1,67 @@
+"""docs/models.md: what the pack makes of each of ComfyUI's models. `python -m comfyui_nibble.tests.host.sweep.page` writes it anew, with
+COMFYUI_PATH set as for the host tests; a test fails where it is stale."""
+
+import sys
+from pathlib import Path
+
+from comfyui_nibble.tests.host.sweep.full_width import Facts, facts
+from comfyui_nibble.tests.host.sweep.registry import SECTIONS, WITHOUT
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "models.md"
+WORTH = 0.005  # share of the weights from which what stays in 16 bit is named
+_HEAD = """# Models
+
+Every diffusion model class of ComfyUI, as ComfyUI names it. The test suite takes a small random instance of each through Nibble Calibrate,
+Nibble Quantize, Nibble Save Model, Nibble Load Diffusion Model and a LoRA: the quantized network predicts what the full-precision one does,
+the saved file predicts the same bit for bit, and the LoRA moves both alike.
+
+- **Map**: the family whose map says which layers are quantized and how; "rules" where they are found by names and shapes and confirmed by
+  a calibration.
+- **Quantized**: share of the network's weights in 4 bits at full width.
+- **bf16, 4 bit**: size of the network in GB before and after (svdquant_r, rank 32, all side data).
+- **In 16 bit**: what stays and why, with its share and its largest tensor, from half a percent of the weights on. A calibration leaves in
+  16 bit as well what it never saw called, and without a map what measures far worse than the rest.
+
+This page is made by the test suite: `python -m comfyui_nibble.tests.host.sweep.page`.
+"""
+
+
+def text() -> str:
+    """The whole page."""
+    lines = [_HEAD]
+    for title, entries in SECTIONS.items():
+        lines += [f"## {title}", "", "| class | map | quantized | bf16 | 4 bit | in 16 bit |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [row(entry, facts(entry)) for entry in entries]
+        lines += ["", *[f"`{e.id}`: {e.note}\n" for e in entries if e.note]]
+    lines += ["## Not quantized", "", *(f"- `{name}`: {why}" for name, why in WITHOUT.items()), ""]
+    return "\n".join(lines)
+
+
+def row(entry, found: Facts) -> str:
+    """An entry's line of a table."""
+    name = f"{entry.name}, {entry.variant}" if entry.variant else entry.name
+    share = lambda count: f"{100 * count / found.weights:.1f} %"
+    kept = [
+        f"{share(count)} {why}" + f" (`{largest}`)" * bool(largest)
+        for why, (count, largest) in found.kept.items()
+        if count >= WORTH * found.weights
+    ]
+    sizes = f"{2 * found.weights / 1e9:.1f} GB | {found.nbytes / 1e9:.1f} GB"
+    return f"| {name} | {found.family} | {share(found.quantized)} | {sizes} | {', '.join(kept) or '-'} |"
+
+
+def rows(page: str) -> list[str]:
+    """Its lines of facts: tables and lists."""
+    return [line for line in page.splitlines() if line.startswith(("|", "- `", "`", "## "))]
+
+
+if __name__ == "__main__":
+    from comfyui_nibble.tests.host.server import find_comfyui
+
+    sys.path.append(str(find_comfyui()))
+    sys.argv = sys.argv[:1]
+    from comfy.cli_args import args
+
+    args.cpu = True
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text())
