@@ -94,7 +94,13 @@ class NibbleAllocateBits(io.ComfyNode):
         else:
             picture = pixels(done)[None]
         title = f"{source.family.title}, {NAME}"
-        text = [as_text(done, title), "", *notes, "", rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths)]
+        text = [
+            as_text(done, title),
+            "",
+            *notes,
+            "",
+            rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes),
+        ]
         return io.NodeOutput(made, "\n".join(text), picture)
 
 

@@ -55,4 +55,4 @@ class NibbleQuantize(io.ComfyNode):
             origin = provenance(fingerprint, chosen.name, config, calibration)
             made, rows, specs = quantized(model, source, plan, chosen, config, calibration, origin, device, trained)
         paths, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(made, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths))
+        return io.NodeOutput(made, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths, source.shapes))

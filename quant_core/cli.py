@@ -89,7 +89,8 @@ def quantize(
     statistics = Calibration(calibration) if calibration else None
     trained = preset(method, training)
     rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"), base3, trained)
-    typer.echo(as_text(rows, f"{destination} ({chosen.title})", [file_storage(PackFile(destination))]))
+    written = PackFile(destination)
+    typer.echo(as_text(rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()))
     losses = Path(f"{destination}.losses.json")
     if trained != UNTRAINED and losses.is_file() and find_spec("matplotlib") is not None:
         plot(losses.with_suffix(".png"), losses)
@@ -140,7 +141,8 @@ def allocate(
         weights = allocate_file.read_gains(gains) if gains else None
     done, rows = allocate_file.allocate_file(source, destination, statistics, asked, config, weights, device, _bar, base3)
     typer.echo(allocate_file.as_text(done, str(destination)))
-    typer.echo("\n" + as_text(rows, f"{destination} ({menu})", [file_storage(PackFile(destination))]))
+    written = PackFile(destination)
+    typer.echo("\n" + as_text(rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes()))
     if find_spec("matplotlib") is None:
         typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
         return

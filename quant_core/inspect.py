@@ -14,8 +14,11 @@ from .formats.native import losses
 from .formats.opened import Opened
 from .formats.opening import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
 from .formats.pack import PackFile
+from .kept import kept_rows
 from .memory import predict
-from .report import file_storage
+from .report import Row, as_report, file_storage, left_overs, whole
+
+USUAL_BITS = 4.6  # of svdquant_r at rank 32, all side data counted, at FLUX's widths
 
 
 def describe(path: Path, device: str | torch.device | None = None) -> dict:
@@ -36,6 +39,11 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
 
 def _full(checkpoint: Checkpoint, target) -> dict:
     layers = checkpoint.family.layers(checkpoint.shapes)
+    rows = [
+        Row(x.name, x.block, x.in_features, x.out_features, "", nbytes=round(x.in_features * x.out_features * USUAL_BITS / 8))
+        for x in layers
+    ]
+    kept = kept_rows(checkpoint.shapes, checkpoint.family, rows)
     held = 2 * sum(map(prod, checkpoint.shapes.values())) - checkpoint.fp8_values
     return {
         "kind": "fp8 checkpoint" if checkpoint.fp8 else "full-precision checkpoint",
@@ -46,6 +54,8 @@ def _full(checkpoint: Checkpoint, target) -> dict:
         "tensors": len(checkpoint.shapes),
         "blocks": len({layer.block for layer in layers}),
         "quantizable layers": len(layers),
+        "quantized with a calibration": f"{whole(rows, checkpoint.shapes)}, at {USUAL_BITS} bits a weight",
+        "left-overs": left_overs(kept, checkpoint.shapes),
         "stock ComfyUI": "loads it" if checkpoint.family.comfyui else "has no such model",
         "memory": predict({}, held, target).lines(),
     }
@@ -56,18 +66,24 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     rows = {row["name"]: row for row in model.report}
     error = lambda name: f", {rows[name]['sqnr_db']:.1f} dB" if rows.get(name, {}).get("sqnr_db") is not None else ""
     kernels, why = paths_of(model.specs, target)
+    shapes, quantized = model.logical_shapes(), [Row(**row) for row in as_report(model)]
+    beside = kept_rows(shapes, by_name(model.family), quantized, otherwise="left so by who made the file")
+    kept = [Row(**row) for row in model.report if not row["nbytes"]]
+    kept += [row for row in beside if row.name not in {r.name for r in kept}]
     out = {
         "kind": model.kind,
         "family": by_name(model.family).title,
         "file bytes": sum(f.stat().st_size for f in model.path.glob("*.safetensors")) if model.path.is_dir() else model.path.stat().st_size,
         "quantized layers": len(model.specs),
+        "quantized": whole(quantized, shapes),
     }
     if model.report:
         out["block bits per weight"] = round(8 * sum(r["nbytes"] for r in model.report) / max(1, weights), 3)
     if isinstance(model, PackFile):
         out["storage"] = file_storage(model)
     return out | {
-        "left in 16 bit": [name for name, row in rows.items() if not row["nbytes"]],
+        "left in 16 bit": [name for name, row in rows.items() if not row["nbytes"] and row["block"]],
+        "left-overs": left_overs(kept, shapes),
         "stock ComfyUI": _stock(model, kind),
         "notes": list(model.notes),
         "provenance": model.provenance,

@@ -18,6 +18,7 @@ from .formats.blocks import BlockStore
 from .formats.checkpoint import Checkpoint
 from .formats.provenance import provenance
 from .gains import of_calibration
+from .kept import kept_rows
 from .methods import Method
 from .quantize import leave_out, require_statistics
 from .report import Row
@@ -73,6 +74,7 @@ def quantize_file(
     quantized, rows = finished(plan, preset, store)
     leave_out(quantized, rows, plan)
     rows += [Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why) for layer, why in unsure.items()]
+    rows += kept_rows(checkpoint.shapes, checkpoint.family, rows, calibration)
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
     rows_json = [row.to_json() for row in rows]
     pack.save(destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin)

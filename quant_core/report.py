@@ -1,5 +1,7 @@
-"""What quantization cost, layer by layer, as text and as JSON."""
+"""What quantization cost, layer by layer and of the whole model, as text and as JSON."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
 
@@ -11,7 +13,8 @@ from .memory import layer_bytes
 
 @dataclass
 class Row:
-    """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not measured."""
+    """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not measured. block: empty for what
+    was never to be quantized (`kept.kept_rows`)."""
 
     name: str
     block: str
@@ -43,6 +46,7 @@ def bits_per_weight(rows) -> float:
 
 
 FOUR_BITS = 4 + 16 / 64
+MOST = 10  # groups of left-overs that a report names
 STORAGE = (
     "  (fp32 and bf16: 4 and 2 bytes a value. 4-bit: 4.25 bits a quantized weight, 64 codes sharing a 16-bit scale, and 2 bytes a value of "
     "the rest. Ours: codes, scales, smoothing, low rank and biases.)"
@@ -64,7 +68,7 @@ def storage(what: str, nbytes: int, weights: int, rest: int = 0) -> str:
 
 def file_storage(pack: PackFile) -> str:
     """`storage` of a whole file as it lies on the disk, header included."""
-    layers = {row["name"] for row in pack.report} | set(pack.specs)
+    layers = {row["name"] for row in pack.report if row["block"]} | set(pack.specs)
     shapes = pack.logical_shapes()
     weights = sum(prod(s) for k, s in shapes.items() if k.endswith(".weight") and k.removesuffix(".weight") in layers)
     trits = f", {len(pack.base3)} ternary layers in base 3" * bool(pack.base3)
@@ -86,26 +90,55 @@ def sqnr_summary(rows) -> dict:
     return {"mean": sum(measured) / len(measured), "min": min(measured)}
 
 
-def as_text(rows, title: str, notes=(), paths=None) -> str:
-    """A summary and a table, worst layers first. paths: {layer: the kernels it runs on}, of `kernels.paths_of`."""
+def whole(rows, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """E.g. "24.1 % of the weights are quantized, 53.3 of 64.4 GB remain". shapes: {key: shape} of the whole model, at 16 bit if not quantized."""
     done = [r for r in rows if r.quantized]
-    kept = [r for r in rows if not r.quantized]
+    total, weights = sum(map(prod, shapes.values())), sum(r.weights for r in done)
+    remain = 2 * (total - weights) + sum(r.nbytes for r in done)
+    scale, unit = (1e9, "GB") if total > 5e8 else (1e6, "MB")
+    return f"{100 * weights / total:.1f} % of the weights are quantized, {remain / scale:.1f} of {2 * total / scale:.1f} {unit} remain"
+
+
+def left_overs(rows, shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
+    """What stays in 16 bit, layers that differ by their number alone in one line: what was planned, then the biggest of the rest."""
+    groups, total = {}, sum(map(prod, (shapes or {}).values()))
+    for row in rows:
+        if not row.quantized:
+            groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "N", row.name), row.note, bool(row.block)), []).append(row)
+    size = lambda group: sum(r.weights for r in group)
+    share = lambda weights: f", {100 * weights / total:.1f} % of the weights" if total else ""
+    ordered = sorted(groups.items(), key=lambda item: (not item[0][2], -size(item[1])))
+    named = sum(planned for _, _, planned in groups) + MOST
+    lines = []
+    for (pattern, note, _), group in ordered[:named]:
+        what = group[0].name if len(group) == 1 else f"{len(group)} x {pattern}"
+        lines.append(f"Left in 16 bit: {what} ({note}){share(size(group))}")
+    if rest := [row for _, group in ordered[named:] for row in group]:
+        lines.append(f"Left in 16 bit: {len(rest)} more{share(size(rest))}")
+    return lines
+
+
+def as_text(rows, title: str, notes=(), paths=None, shapes: Mapping[str, tuple[int, ...]] | None = None) -> str:
+    """A summary and a table, worst layers first. paths: {layer: the kernels it runs on}, of `kernels.paths_of`. shapes: as in `whole`."""
+    done = [r for r in rows if r.quantized]
+    planned = [r for r in rows if r.quantized or r.block]
     before, after = 2 * sum(r.weights for r in done), sum(r.nbytes for r in done)
-    lines = [
-        title,
+    lines = [title] if shapes is None else [title, whole(rows, shapes)]
+    lines += [
         f"{len(done)} layers: {before / 2**20:.1f} MiB at 16 bit -> {after / 2**20:.1f} MiB, {bits_per_weight(rows):.2f} bits a weight with all side data",
     ]
     if done:
-        lines += [storage("Blocks", after + 2 * sum(r.weights for r in kept), sum(r.weights for r in rows)), STORAGE]
+        held = after + 2 * sum(r.weights for r in planned if not r.quantized)
+        lines += [storage("Blocks", held, sum(r.weights for r in planned)), STORAGE]
     summary = sqnr_summary(rows)
     if summary["mean"] is None:
         lines.append("Layer errors were not measured: no calibration was connected.")
     else:
         lines.append(f"Layer SQNR on held-out tokens: mean {summary['mean']:.1f} dB, worst {summary['min']:.1f} dB")
-    lines += [f"Left in 16 bit: {r.name} ({r.note})" for r in kept]
+    lines += left_overs(rows, shapes)
     lines += list(notes)
     lines.append("")
-    width = max([len(r.name) for r in rows], default=4)
+    width = max([len(r.name) for r in done], default=4)
     lines.append(f"{'layer':{width}}  {'N x K':>13}  {'SQNR dB':>7}  {'bits':>5}  {'seconds':>7}  what")
     for r in sorted(done, key=lambda r: (r.sqnr_db is None, r.sqnr_db or 0)):
         sqnr = "      -" if r.sqnr_db is None else f"{r.sqnr_db:7.2f}"

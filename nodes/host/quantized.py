@@ -11,6 +11,7 @@ import folder_paths
 
 from ...quant_core.formats.blocks import BlockStore
 from ...quant_core.gains import of_calibration
+from ...quant_core.kept import kept_rows
 from ...quant_core.quantize import leave_out, quantize_layers, require_statistics
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, quantize_on, steps_of
@@ -85,6 +86,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
                 pass
         layers, rows = finished(plan, preset, store)
     leave_out(layers, rows, plan)
+    rows += kept_rows(source.shapes, source.family, rows, calibration)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
     info = {
         "family": source.family.name,

@@ -63,7 +63,7 @@ def taken(model):
     return {
         r["name"]: 16 if r["what"] == "16 bit" else int(r["what"].split()[0].partition("A")[2])
         for r in info["report"]
-        if "mod" not in r["name"]
+        if r["block"] and "mod" not in r["name"]
     }
 
 
