@@ -38,7 +38,8 @@ def replaceable(module) -> bool:
     """Whether a module of a network is one that ours can stand for: ComfyUI's linear layer, or its convolution where that is one."""
     if isinstance(module, (torch.nn.Conv1d, torch.nn.Conv2d)):
         return isinstance(module, comfy.ops.CastWeightBiasOp) and is_pointwise(module)
-    return isinstance(module, (torch.nn.Linear, comfy.ops.CastWeightBiasOp))
+    # Embeddings cast their weights as linear layers do, and their shapes tell nothing.
+    return isinstance(module, torch.nn.Linear) or (isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features"))
 
 
 def is_pointwise(convolution) -> bool:

@@ -18,7 +18,8 @@ class Entry:
     variant: tells apart several entries of one class. note: a sentence for docs/models.md. prepare(network): puts right what random weights
     alone leave wrong. replace: {name within ComfyUI: function of what stands there that gives what shall stand there}, for widths that no
     argument of a constructor narrows. gain: of the random layers, smaller where the network multiplies what they give. error: bound of the
-    network's relative error at 4 bits.
+    network's relative error at 4 bits. cosine: what the LoRA's effect reaches at least, against that on full precision; five relatives of
+    SDXL and SVD came to 0.934 to 0.949 with the sweep's short search, everything else lies above 0.95.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Entry:
     device: str = "meta"
     gain: float = 0.7
     error: float = 0.3
+    cosine: float = 0.95
 
     @property
     def id(self) -> str:

@@ -24,4 +24,4 @@ def test_class(comfy, one_thread, outputs, entry):
     print(f"| {entry.id} | {result} |")
     assert result.layers
     assert 1e-3 < result.error < entry.error
-    assert result.effect < 1e-3 or result.cosine >= 0.95
+    assert result.effect < 1e-3 or result.cosine >= entry.cosine
