@@ -78,7 +78,7 @@ def test_on_hopper_it_runs_as_w8a8_and_is_saved_as_it_was(server):
 def test_one_block_pixart(server):
     outputs, error, path = run_both(server, PIXART, samples=3, steps=2)
     assert error < 0.1
-    assert "7 layers" in outputs["report"]["text"][0]
+    assert "8 layers" in outputs["report"]["text"][0]
     assert PackFile(path).family == "pixart"
 
 

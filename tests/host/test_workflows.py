@@ -312,7 +312,7 @@ def with_latents(graph):
 
 # PixArt's position embedding needs 272 pixels or more.
 @pytest.mark.parametrize(
-    ("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 7), ("wan_4bit", 64, 10), ("sdxl_4bit", 128, 74)]
+    ("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 8), ("wan_4bit", 64, 11), ("sdxl_4bit", 128, 74)]
 )
 def test_twin_runs(server, models, request, name, pixels, layers):
     if name == "flux_4bit":
