@@ -55,7 +55,7 @@ class TestKeepCodes(io.ComfyNode):
 
 class TestTakeCodes(io.ComfyNode):
     """The model, which takes the codes kept under other names: `positive`, one name for each image of the batch, and `negative`
-    likewise, from the network's call `start` on. What it took is told under its own name."""
+    likewise, from the network's call `start` on; a second sampling begins there again. What it took is told under its own name."""
 
     @classmethod
     def define_schema(cls):
@@ -66,13 +66,13 @@ class TestTakeCodes(io.ComfyNode):
     @classmethod
     def execute(cls, model, name, positive, negative, start):
         sources = [[KEPT[n] for n in names.split()] for names in (positive, negative)]
-        done, took = [start, start], TAKEN.setdefault(name, [])
+        done, took = [0, 0], TAKEN.setdefault(name, [])
         took.clear()
 
         def running(args):
             images = []
             for branch in args["cond_or_uncond"]:
-                images += [calls[done[branch]].calls for calls in sources[branch]]
+                images += [calls[start + done[branch] % (len(calls) - start)].calls for calls in sources[branch]]
                 done[branch] += 1
             together = codes.Codes(torch.cat(call) for call in zip(*images, strict=True))
             with codes.taken(together, quantizer()) as now:
