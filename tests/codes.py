@@ -7,6 +7,7 @@ by rounding alone (ROUNDING), and what remains to be asked of the codes is asked
 have become it, or lay on its edge (EDGE).
 """
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
@@ -144,3 +145,12 @@ def layer_error(want, got, x, spec, tensors) -> float:
         left_out += steps @ dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group).abs().T
     want, got = want.double(), got.double()
     return float(((want - got).abs() - left_out).clamp(min=0).norm() / want.norm().clamp(min=1e-30))
+
+
+def assert_apart_by_flips(full, a, b):
+    """a and b are one quantized network, run by two programs whose codes cannot be made equal. Flipped codes part them until their
+    errors against `full` precision have nothing in common, and no further; and they leave the size of the error what it is, to within
+    the fourth part by which it varies from run to run."""
+    errors, apart = (relative_error(full, a), relative_error(full, b)), relative_error(full, full + a - b)
+    assert apart < math.hypot(*errors), f"{apart:.2g} apart, at errors of {errors[0]:.2g} and {errors[1]:.2g}"
+    assert max(errors) < 1.25 * min(errors), f"errors of {errors[0]:.2g} and {errors[1]:.2g}"

@@ -8,7 +8,7 @@ import torch
 from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.packing import pack
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from comfyui_nibble.tests.codes import Codes, assert_repeats, kept, layer_error, record, taken
+from comfyui_nibble.tests.codes import Codes, assert_apart_by_flips, assert_repeats, kept, layer_error, record, taken
 from comfyui_nibble.tests.support import relative_error
 
 pytestmark = pytest.mark.arithmetic
@@ -84,3 +84,13 @@ def test_layer_error_leaves_out_what_an_edge_can_move(layer, x):
     assert layer_error(layer(x), other * 1.001, x, layer.spec, layer.tensors) > 5e-4
     inside = moved(x, -0.2)
     assert layer_error(layer(inside), other, inside, layer.spec, layer.tensors) > 0.005
+
+
+def test_two_programs_are_apart_by_their_errors():
+    full, one, two = torch.randn(3, 4096, generator=torch.Generator().manual_seed(0)).unbind()
+    near, far = full + 0.05 * (one + 0.1 * two), full - 0.05 * one
+    assert_apart_by_flips(full, full + 0.05 * one, near)
+    with pytest.raises(AssertionError, match=r"0\.1 apart, at errors of 0\.05 and 0\.05"):
+        assert_apart_by_flips(full, full + 0.05 * one, far)
+    with pytest.raises(AssertionError, match="errors of 0.05 and 0.08"):
+        assert_apart_by_flips(full, full + 0.05 * one, full + 0.08 * one)
