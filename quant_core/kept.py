@@ -13,7 +13,7 @@ BANK = 16  # width of the last of three dimensions from which they are a bank of
 _EMBEDDER = re.compile(
     r"(^|[._])(t|time\w*|te?xt\w*|cap\w*|label\w*|vector\w*|guidance\w*|cond\w*|pool\w*|clip\w*|t5\w*|llm\w*)([._]|$)", re.I
 )
-_ENDS = re.compile(r"^(img|x|proj|conv|patch|input|linear|out|output)(_(in|out|proj|layer|embedding))?([._]|$)", re.I)
+_ENDS = re.compile(r"^(img|x|proj|conv|patch|input|linear|out|output)(_(in|out|proj|layer|embedding|embedder))?([.]|$)", re.I)
 
 
 def kept_rows(
