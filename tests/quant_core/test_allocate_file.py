@@ -139,7 +139,9 @@ def test_file_is_what_was_chosen(calibration, tmp_path, monkeypatch):
     assert sum(t.nbytes for k, t in load_file(out).items() if not k.startswith(stop.PREFIX)) == again.allocation.reached
     assert 0.99 * 6e6 < again.allocation.reached <= 6e6
     kept = [r for r in rows if r.what == "16 bit"]
-    assert {r.name for r in kept} == {n for n, e in again.allocation.layers.items() if e == "16 bit"}
+    chosen = {n for n, e in again.allocation.layers.items() if e == "16 bit"}
+    assert {r.name for r in kept if r.name in again.allocation.layers} == chosen
+    assert all(r.note for r in kept if r.name not in again.allocation.layers)  # a row of each other weight, with the reason
     assert kept
     assert kept[0].note == "allocated 16 bit"
     with pytest.raises(BudgetError, match="closest that can be met"):
