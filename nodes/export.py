@@ -3,8 +3,9 @@
 from comfy_api.latest import io, ui
 
 from ..quant_core import convert
+from ..quant_core.formats.native import AWQ, OLDEST
 from ..quant_core.formats.opened import Opened
-from ..quant_core.formats.others import AS
+from ..quant_core.formats.others import AS, SMALL
 from .files import free_path, narrow, require_savable
 from .host.build import ATTACHMENT, unpatched
 from .host.progress import steps
@@ -49,7 +50,8 @@ class NibbleExportModel(io.ComfyNode):
                 io.Combo.Input("format", options=list(convert.TARGETS), default="native", tooltip="native: Load Diffusion Model of a ComfyUI without this pack reads it. kitchen: also comfy-kitchen's svdquant_w4a4, for a ComfyUI that takes it. nunchaku: SVDQuant INT4 where the shapes allow. nibble: as Nibble Save Model."),
                 io.String.Input("filename_prefix", default="diffusion_models/exported", tooltip="Folder and name within the output folder."),
                 io.Boolean.Input("lossy", default=False, tooltip="Allow layers that the format does not have to be written otherwise. Off: such a model is refused, with the list."),
-                io.Combo.Input("replacement", options=list(AS), default=AS[0], advanced=True, tooltip="What such layers become: int8 (twice the size, about 40 dB) or 16 bit."),
+                io.Combo.Input("replacement", options=[*AS, SMALL], default=AS[0], advanced=True, tooltip="What such layers become: int8 (twice the size, about 40 dB), 16 bit, or with comfyui 0.38 awq: weight-only layers in 4 bit without their low rank, the rest int8."),
+                io.Combo.Input("comfyui", options=[OLDEST, AWQ], default=OLDEST, optional=True, advanced=True, tooltip="The oldest ComfyUI that shall read a native or kitchen file. From 0.38 on, modulation stays in 4 bit (awq_w4a16)."),
             ],
             outputs=[
                 io.String.Output("path", tooltip="Where the file is."),
@@ -59,9 +61,9 @@ class NibbleExportModel(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, format, filename_prefix, lossy, replacement):
+    def execute(cls, model, format, filename_prefix, lossy, replacement, comfyui=OLDEST):
         require_savable(model, NAME)
         path = free_path(filename_prefix)
-        planned = convert.plan(Held(model, path), format)
+        planned = convert.plan(Held(model, path), format, comfyui)
         text = "\n".join(convert.convert(planned, path, lossy=lossy, replacement=replacement, progress=steps))
         return io.NodeOutput(str(path), text, ui=ui.PreviewText(text))

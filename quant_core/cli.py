@@ -194,13 +194,20 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="The file to write.")],
     to: Annotated[str, typer.Option(help="native (stock ComfyUI), kitchen, nunchaku or nibble.")],
     lossy: Annotated[bool, typer.Option("--lossy", help="Allow layers that the format does not have to be replaced.")] = False,
-    replacement: Annotated[str, typer.Option(help="What they become: int8 or '16 bit'.")] = "int8",
+    replacement: Annotated[
+        str,
+        typer.Option(help="What they become: int8, '16 bit', or with --comfyui 0.38 awq: weight-only layers in 4 bit without a low rank."),
+    ] = "int8",
+    comfyui: Annotated[
+        str,
+        typer.Option(help="Oldest ComfyUI that shall read a native or kitchen file. From 0.38 on modulation stays in 4 bit (awq_w4a16)."),
+    ] = "0.31",
 ):
     """Converts between formats. What that loses is said first, and refused without --lossy; what is not replaced is read back and compared."""
     from . import convert as conversion
     from .formats.opening import open_quantized
 
-    planned = conversion.plan(open_quantized(source), to)
+    planned = conversion.plan(open_quantized(source), to, comfyui)
     if lossy:
         typer.echo("\n".join(planned.lines(replacement)))
     lines = conversion.convert(planned, destination, lossy=lossy, replacement=replacement, progress=_bar("layer"))

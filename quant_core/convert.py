@@ -10,7 +10,7 @@ from .formats import kitchen_out, native, nunchaku, pack
 from .formats.atomic import require_writable
 from .formats.opened import Opened
 from .formats.opening import open_quantized
-from .formats.others import AS, NEAREST, becomes, nearest_spec, replaced
+from .formats.others import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
 from .formats.zero_points import offsets_only
 from .linear import QuantizedLayer
 
@@ -34,6 +34,7 @@ class Plan:
     to: str
     lossy: dict[str, str]
     impossible: str = ""
+    awq: bool = False  # whether the ComfyUI that shall read a native or kitchen file has awq_w4a16
 
     @property
     def lossless(self) -> bool:
@@ -62,14 +63,18 @@ class Plan:
         return out
 
 
-def plan(source: Opened, to: str) -> Plan:
-    """Raises ValueError for an unknown target."""
+def plan(source: Opened, to: str, comfyui: str = native.OLDEST) -> Plan:
+    """comfyui: the oldest version that shall read a native or kitchen file; later ones have more formats. Raises ValueError for an unknown
+    target or version."""
     if to not in TARGETS:
         raise ValueError(f"unknown format {to!r}; choose of {', '.join(TARGETS)}")
     if to == "nunchaku":
         return _for_nunchaku(source)
-    losses = {"native": native.losses, "kitchen": kitchen_out.losses, "nibble": lambda specs: {}}[to]
-    return Plan(source, to, losses(source.specs))
+    if to == "nibble":
+        return Plan(source, to, {})
+    awq = native.has_awq(comfyui)
+    losses = native.losses if to == "native" else kitchen_out.losses
+    return Plan(source, to, losses(source.specs, source.layer if awq else None), awq=awq)
 
 
 def _for_nunchaku(source: Opened) -> Plan:
@@ -97,12 +102,17 @@ def convert(
 ) -> list[str]:
     """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
 
-    replacement: "int8" or "16 bit", what becomes of `planned.lossy`, which `lossy` must allow. Layers are read one by one and stay
+    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. Layers are read one by one and stay
     memory-mapped where they are written as they are. Raises LossyConversion, ValueError where it is impossible, and the errors of reading.
     """
     source, destination = planned.source, Path(destination)
     if planned.impossible:
         raise ValueError("\n".join(planned.lines()))
+    if replacement == SMALL and not planned.awq:
+        raise ValueError(
+            f"replacement {SMALL}: the file is for a ComfyUI without awq_w4a16. Ask for one of {native.AWQ} or newer (--comfyui {native.AWQ}, or "
+            "the input of the node), or take int8."
+        )
     if not lossy and not planned.lossless:
         raise LossyConversion(
             "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
@@ -137,7 +147,7 @@ def _write(planned, destination, layers, rest) -> list[str]:
         return nunchaku.save(destination, layers, rest, source.family, source.provenance)
     else:
         metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
-        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata, source.origin)
+        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata, source.origin, planned.awq)
     return []
 
 

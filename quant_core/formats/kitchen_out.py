@@ -1,6 +1,8 @@
 """Quantized layers in comfy-kitchen's formats, and the file that declares them as ComfyUI does."""
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,12 +15,16 @@ from .kitchen import PROVENANCE
 from .kitchen_declared import HEADER, LEAF, ROTATIONS
 from .kitchen_layers import SIDE
 from .origin import Origin, encoded
+from .zero_points import offsets_only, signed
 
 _FOUR = (ActivationSpec(), ActivationSpec(unsigned=True, shift=GELU_SHIFT))
 
 
-def format_of(spec: LinearSpec) -> tuple[dict, str]:
-    """(the layer's JSON for comfy_quant, ""), or ({}, why no format of comfy-kitchen computes exactly what the layer does)."""
+def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = None) -> tuple[dict, str]:
+    """(the layer's JSON for comfy_quant, ""), or ({}, why no format of comfy-kitchen computes exactly what the layer does).
+
+    layer(): the layer itself, for awq_w4a16, where its low rank may be no more than the zero points of its groups. None: without that format.
+    """
     part = spec.parts[0]
     if len(spec.parts) > 1:
         return {}, f"{len(spec.parts)} ranges of in-channels with quantizers of their own; comfy-kitchen's layers have one"
@@ -31,8 +37,24 @@ def format_of(spec: LinearSpec) -> tuple[dict, str]:
     if part.kronecker:
         return {}, "a learned transform"
     if part.rank or part.smooth or part.weight == WeightSpec():
-        return _svdquant(spec, part)
+        return _awq(spec, part, layer) if layer is not None and part.activation is None else _svdquant(spec, part)
     return _rowwise(part)
+
+
+def _awq(spec, part, layer):
+    if part.weight != WeightSpec() or part.smooth or part.rotation:
+        return {}, "16-bit activations, and smoothing, a rotation or other weights than 4 bits in groups; awq_w4a16 has none of that"
+    if part.rank and awq_zeros(layer()) is None:
+        return {}, f"4-bit weights for 16-bit activations with a low rank of {part.rank}; awq_w4a16 has none"
+    return {"format": "awq_w4a16", "group_size": GROUP}, ""
+
+
+def awq_zeros(layer: QuantizedLayer) -> torch.Tensor | None:
+    """weight_zeros (K / 64, N) of a weight-only layer in groups: W = (code - 8) scale + zero. None where its low rank is more than that."""
+    scale, up = layer.tensors["weight_scale"], layer.tensors.get("proj_up")
+    if up is None:
+        return torch.zeros_like(scale)
+    return up.T.contiguous() if up.shape[1] == len(scale) and offsets_only(layer) else None
 
 
 def _svdquant(spec, part):
@@ -77,20 +99,23 @@ def _activation(act):
     return " ".join(words)
 
 
-def losses(specs: dict[str, LinearSpec]) -> dict[str, str]:
-    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `others.replaced` is for."""
-    return {name: f"has {reason}" for name, spec in specs.items() for _, reason in [format_of(spec)] if reason}
+def losses(specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None) -> dict[str, str]:
+    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `others.replaced` is for. layer(name): as in `format_of`."""
+    found = {name: format_of(spec, layer and partial(layer, name)) for name, spec in specs.items()}
+    return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
 
 
-def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None):
+def save(
+    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None, awq: bool = False
+):
     """Writes svdquant_w4a4, convrot_w4a4 and int8_tensorwise layers, in natural layout under comfy-kitchen's names, and the rest.
 
-    Stock ComfyUI 0.33 loads the last two formats only (see `native`). metadata: JSON of where the model comes from, with "provenance" and
+    Stock ComfyUI 0.33 loads the last two formats only (see `native`). awq: awq_w4a16 layers as well. metadata: JSON of where the model comes from, with "provenance" and
     "report" as in the pack's own file. origin: its header entries and tensors stand where ComfyUI's detection looks for them. Raises ValueError naming a layer that has no such format.
     """
     conf = {}
     for name, layer in layers.items():
-        conf[name], reason = format_of(layer.spec)
+        conf[name], reason = format_of(layer.spec, (lambda layer=layer: layer) if awq else None)
         if reason:
             raise ValueError(f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's own format.")
     tensors = {f"{name}.{leaf}": t for name, layer in layers.items() for leaf, t in _stored(layer, conf[name]).items()}
@@ -112,6 +137,8 @@ def _stored(layer, conf):
     out = {"weight": t["weight"]} | ({"bias": t["bias"]} if layer.spec.bias else {})
     if conf["format"] == "svdquant_w4a4":
         out |= {"weight_scale": t["weight_scale"]} | {f"weight_{leaf}": t[leaf] if leaf in t else _neutral(layer, leaf) for leaf in SIDE}
+    elif conf["format"] == "awq_w4a16":
+        out |= {"weight": signed(t["weight"]), "weight_scale": t["weight_scale"], "weight_zeros": awq_zeros(layer)}
     else:
         tensor, rows = layer.spec.parts[0].weight.granularity == "tensor", t["weight_scale"][0]
         # The shapes that comfy-kitchen's own quantizers give.

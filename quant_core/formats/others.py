@@ -15,6 +15,7 @@ from .kitchen_declared import INT8_CHANNELS, ROTATIONS
 
 AS = ("int8", "16 bit")
 NEAREST = "W4A16 rounded to nearest"
+SMALL = "awq"  # for a target that has awq_w4a16: NEAREST what is weight-only, int8 the rest
 
 
 def dense(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -55,7 +56,9 @@ def nearest(layer: QuantizedLayer) -> QuantizedLayer:
 
 
 def becomes(spec: LinearSpec, what: str) -> str:
-    """What of NEAREST and AS a layer really becomes where `what` was asked for."""
+    """What of NEAREST and AS a layer really becomes where one of them, or SMALL, was asked for."""
+    if what == SMALL:
+        what = NEAREST if spec.weight_only and not spec.padding else "int8"
     return "16 bit" if what == "int8" and (spec.spatial or spec.in_features % INT8_CHANNELS) else what
 
 
@@ -74,8 +77,8 @@ def replaced(
 ) -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
     """(layers, rest) with the layers `names` as what they become by `becomes`: `nearest`, `int8`, or plain weights and biases in `rest`, in bf16
     (fp16 where the layer's own tensors are). Raises ValueError for another `what`."""
-    if what not in (*AS, NEAREST):
-        raise ValueError(f"unknown replacement {what!r}; choose of {', '.join(AS)}")
+    if what not in (*AS, NEAREST, SMALL):
+        raise ValueError(f"unknown replacement {what!r}; choose of {', '.join((*AS, SMALL))}")
     layers, rest = dict(layers), dict(rest)
     for name in names:
         if (now := becomes(layers[name].spec, what)) != "16 bit":
