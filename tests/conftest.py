@@ -6,6 +6,9 @@ from pathlib import Path
 
 # Before anything imports triton: without a GPU the kernels' tests run in its interpreter. Processes that tests start inherit it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Several processes share the cores; processes that tests start inherit it.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import pytest
 import torch

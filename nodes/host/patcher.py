@@ -135,9 +135,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
                 "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
             )
 
-    def get_key_patches(self, filter_prefix=None):
+    def get_key_patches(self, filter_prefix=None, **kwargs):
         """As ModelPatcher's, with packed codes as plain tensors: a merge casts them before it asks `convert_weight` for real values."""
-        found = super().get_key_patches(filter_prefix)
+        found = super().get_key_patches(filter_prefix, **kwargs)
         for key, ((weight, *convert), *patches) in found.items():
             if isinstance(weight, PackedWeight):
                 found[key] = [(weight.data, *convert), *patches]
@@ -225,10 +225,10 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         heavy = shape.gain is not None or shape.dense is not None
         return side_of(patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device)
 
-    def cleanup(self):
+    def cleanup(self, **kwargs):
         """As ModelPatcher's, at the end of a sampling run; and takes off what this clone has put on the shared network, which the next run
         puts on again: LoRA loaders would not find their keys in wrapped blocks."""
-        super().cleanup()
+        super().cleanup(**kwargs)
         for name in [name for name in self.object_patches_backup if in_network(name)]:
             comfy.utils.set_attr(self.model, name, self.object_patches_backup.pop(name))
 

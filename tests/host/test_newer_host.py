@@ -37,6 +37,8 @@ CALLS = {  # of each method that NibblePatcher overrides: how a newer ComfyUI wo
     "add_weight_wrapper": lambda p: p.add_weight_wrapper("diffusion_model.img_in.weight", lambda w: w, fast_disk=True),
     "set_injections": lambda p: p.set_injections("bypass_lora", [], fast_disk=True),
     "patch_weight_to_device": lambda p: p.patch_weight_to_device(f"{MLP}.bias", fast_disk=True),
+    "get_key_patches": lambda p: p.get_key_patches("diffusion_model.", fast_disk=True),
+    "cleanup": lambda p: p.cleanup(fast_disk=True),
     "load": lambda p: p.load(CPU, full_load=True, fast_disk=True),
     "partially_unload": lambda p: load(p).partially_unload(CPU, 1000, fast_disk=True),
     "unpatch_model": lambda p: p.unpatch_model(CPU, fast_disk=True),

@@ -208,7 +208,8 @@ def test_file_in_diffusers_model_is_its_quantized_layers(kind, tmp_path):
     # The same by writing what the packed layers apply into the full-precision model: activations stay as they are there.
     family = detect(pack.logical_shapes())
     names = diffusers_model.modules_of(family, family.layers(pack.logical_shapes()), full)
-    for name, targets in names.items():
+    for name in pack.specs:
+        targets = names[name]
         rows = [full.get_submodule(t).out_features for t in targets]
         for target, piece in zip(targets, pack.layer(name).dequantize().split(rows), strict=True):
             full.get_submodule(target).weight.copy_(piece)
