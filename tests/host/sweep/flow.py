@@ -39,7 +39,7 @@ def sweep(entry) -> Result:
     import comfy.model_management
 
     try:
-        with _short_search(), _replaced(entry.replace):
+        with _short_search(), replaced(entry.replace):
             return _sweep(entry)
     finally:
         comfy.model_management.unload_all_models()
@@ -139,7 +139,7 @@ def _short_search():
 
 
 @contextmanager
-def _replaced(replacements):
+def replaced(replacements):
     """Other objects under names such as "comfy.ldm.ace.model.LyricEncoder" or, within a class, "...model_animate:Generator.get_motion"."""
     with ExitStack() as stack:
         for name, make in replacements.items():

@@ -24,6 +24,17 @@ def test_the_rules_find_what_a_map_says(family, shapes):
     assert {x.rule for x in GENERIC.layers(shapes)} - {"shared"} == {"block"}
 
 
+def test_qwen_image_2_1_goes_by_the_rules():
+    """Named like Qwen-Image, but with one stream and a fused SwiGLU."""
+    shapes, h = {}, 256
+    for i in range(3):
+        shapes |= linear(*(f"transformer_blocks.{i}.attn.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")), n=h, k=h)
+        shapes |= linear(f"transformer_blocks.{i}.img_mlp.gate_up", n=6 * h, k=h) | linear(f"transformer_blocks.{i}.img_mlp.out", n=h, k=3 * h)
+    shapes |= linear("img_in", n=h, k=64) | linear("txt_in", n=h, k=512) | linear("proj_out", n=64, k=h)
+    assert detect(shapes) is GENERIC
+    assert {x.name for x in GENERIC.layers(shapes)} == {k.removesuffix(".weight") for k in shapes if k.startswith("transformer_blocks")}
+
+
 def test_blocks_in_natural_order_and_what_stays_out():
     rests = ("attn.q", "attn.k", "ff.0", "ff.2", "adaLN_modulation.1", "norm1.linear", "pos_embed", "time_mod")
     shapes = linear(*(f"layers.{i}.{rest}" for i in (0, 1, 2, 10) for rest in rests), "embed", "head.0", "head.2")
