@@ -56,8 +56,10 @@ def _convolutions(shapes, blocks) -> list[Layer]:
 
 
 def shared_modulation(shapes: dict[str, tuple[int, ...]], layers: list[Layer]) -> list[Layer]:
-    """Layers outside of the blocks that make shifts, scales and gates for all of them: from a width of the model to 3, 6, 9 ... times it.
+    """Layers outside of the blocks that make shifts, scales and gates for all of them: from a width of the model to 3, 6, 9 ... times it,
+    or to 4 and more times where the name says modulation (two shifts and two scales of LTX-2's attention between video and sound).
     layers: those within blocks."""
+    modulates = lambda name, n, k: n % (3 * k) == 0 or (n % k == 0 and n >= 4 * k and MODULATION.search(name))
     widths = Counter(layer.in_features for layer in layers if not layer.weight_only)
     widths = {width for width, count in widths.items() if WIDTH * count >= len(layers)}
     names = {layer.name for layer in layers}
@@ -65,7 +67,7 @@ def shared_modulation(shapes: dict[str, tuple[int, ...]], layers: list[Layer]) -
     return [
         Layer(name, layers[0].block, k, n, (Part(0, k),), name, True, SHARED)
         for name, (n, k) in linear_layers(shapes).items()
-        if name not in names and not name.startswith(inside) and k in widths and n % (3 * k) == 0 and not FINAL.search(name)
+        if name not in names and not name.startswith(inside) and k in widths and modulates(name, n, k) and not FINAL.search(name)
     ]
 
 

@@ -149,7 +149,9 @@ def test_bias_is_scaled_without_its_correction_in_every_state(comfy, base, scale
         assert relative_error(bias, own_bias(m)) < 1e-6, state
         want = plain * (0.6 if "weight" in scaled_leaves else 1.0) + bias
         assert relative_error(want, m(x)) < 1e-5, state
-        assert all(isinstance(f, RealValues) for f in (*m.weight_function, *m.bias_function))  # no patch is left to be computed at each call
+        assert all(
+            isinstance(f, RealValues) for f in (*m.weight_function, *m.bias_function)
+        )  # no patch is left to be computed at each call
     patched.detach()
     assert torch.equal(own_bias(m), true)
     assert relative_error(weight, attached_weight(m)) < 1e-9

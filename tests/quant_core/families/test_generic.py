@@ -29,7 +29,9 @@ def test_qwen_image_2_1_goes_by_the_rules():
     shapes, h = {}, 256
     for i in range(3):
         shapes |= linear(*(f"transformer_blocks.{i}.attn.{x}" for x in ("to_q", "to_k", "to_v", "to_out.0")), n=h, k=h)
-        shapes |= linear(f"transformer_blocks.{i}.img_mlp.gate_up", n=6 * h, k=h) | linear(f"transformer_blocks.{i}.img_mlp.out", n=h, k=3 * h)
+        shapes |= linear(f"transformer_blocks.{i}.img_mlp.gate_up", n=6 * h, k=h) | linear(
+            f"transformer_blocks.{i}.img_mlp.out", n=h, k=3 * h
+        )
     shapes |= linear("img_in", n=h, k=64) | linear("txt_in", n=h, k=512) | linear("proj_out", n=64, k=h)
     assert detect(shapes) is GENERIC
     assert {x.name for x in GENERIC.layers(shapes)} == {k.removesuffix(".weight") for k in shapes if k.startswith("transformer_blocks")}
@@ -95,6 +97,15 @@ def test_shared_modulation_wants_a_calibration():
     seen = {"order": ["time_projection.1", *(x.name for x in layers if x not in found)], "shared": {}, "rows": rows}
     assert [x.name for x in observed(layers, seen)][:2] == ["time_projection.1", "blocks.0.k"]
     assert _unlike(found[0], seen | {"rows": rows | {"time_projection.1": 21}}) == "modulation of single tokens, 21 rows a call"
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "taken"), [("scale_shift_adaln.linear", 4, True), ("mlp.0", 4, False), ("gate_adaln.linear", 2, False)]
+)
+def test_shared_modulation_of_another_count_goes_by_its_name(name, times, taken):
+    """LTX-2's attention between video and sound has two shifts and two scales; its gates are one to a block, not worth a kernel."""
+    shapes = linear(*(f"blocks.{i}.{x}" for i in range(2) for x in "qkv")) | {f"{name}.weight": (times * 128, 128)}
+    assert (name in {x.name for x in GENERIC.layers(shapes)}) == taken
 
 
 def test_no_blocks_is_an_unknown_architecture():
