@@ -64,7 +64,7 @@ def requirements(name):
 
 def test_requirements_never_name_torch_or_triton():
     """A `triton` from PyPI would overwrite that of a ROCm build of torch, and a triton-windows of another torch break torch.compile."""
-    assert set(requirements("requirements.txt")) == {"numpy", "platformdirs", "safetensors", "tqdm"}
+    assert set(requirements("requirements.txt")) == {"filelock", "numpy", "platformdirs", "safetensors", "tqdm", "xxhash"}
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert not {"torch", "triton", "triton-windows"} & {Requirement(line).name for line in dependencies}
 
