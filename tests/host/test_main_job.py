@@ -122,7 +122,7 @@ def test_calibration_is_reused_and_interrupted_ones_go_on(server):
     start = log.stat().st_size
     server.run(graph)
     # One line "0/20" opens each sampling run; a calibration that starts again would write 40 of them.
-    assert 0 < log.read_text()[start:].count("| 0/20 ") <= 40 - done
+    assert 0 < log.read_bytes()[start:].decode().count("| 0/20 ") <= 40 - done
     assert samples_done() == 40
 
 

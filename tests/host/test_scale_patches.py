@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 
-from comfyui_nibble.nodes.host.real_values import RealValues
 from comfyui_nibble.tests.assets.synthetic import random_state, sdxl_shapes, wan_shapes
 from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, packed_hash
 from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, H, adapter, merged, randn, with_lora
@@ -140,6 +139,8 @@ def runs(comfy, patched):
 @pytest.mark.parametrize("scaled_leaves", [("weight", "bias"), ("weight",), ("bias",)], ids=["both", "weight", "bias"])
 def test_bias_is_scaled_without_its_correction_in_every_state(comfy, base, scaled_leaves):
     """MLP's stored bias holds a correction for shifted activations, which belongs to the weight. Its difference comes first, then 0.6."""
+    from comfyui_nibble.nodes.host.real_values import RealValues
+
     m = module(load(base), MLP)
     true, weight, x = own_bias(m).clone(), m.layer().dequantize(), randn(7, 4 * H)
     patched = scaled(with_lora(base, {f"{MLP}.diff_b": randn(H)}), 0.6, (MLP,), scaled_leaves)
