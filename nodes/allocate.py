@@ -81,12 +81,13 @@ class NibbleAllocateBits(io.ComfyNode):
             chosen = replace(config, layers=done.allocation.layers)
             origin = provenance(fingerprint, MIXED.name, chosen, calibration)
             origin["allocation"] = {"budget": asked.text(), "reached": asked.text(done.allocation.reached), "gains": use_gains}
-            made, rows, specs = quantized(model, source, plan, MIXED, chosen, calibration, origin, device)
+            made, rows, specs, kept = quantized(model, source, plan, MIXED, chosen, calibration, origin, device)
         paths, lines = paths_of(specs, target_of(device))
         notes = [
+            *kept,
             f"Layer noise is weighted by gains measured on {SAMPLES} recorded samplings of {STEPS} steps."
             if use_gains
-            else "Layer noise is not weighted by gains."
+            else "Layer noise is not weighted by gains.",
         ]
         if find_spec("matplotlib") is None:
             picture = torch.ones(1, 64, 64, 3)

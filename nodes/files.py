@@ -1,5 +1,6 @@
 """Nibble Save Model and Nibble Load Diffusion Model."""
 
+from itertools import count
 from pathlib import Path
 
 import folder_paths
@@ -71,9 +72,10 @@ def require_savable(model, node: str):
 
 
 def free_path(filename_prefix: str) -> Path:
-    """A path in the output folder that no file has yet."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+    """A path in the output folder that no file has yet. ComfyUI counts for names alone: of an empty one, "folder/", it says 1 each time."""
+    folder, name, first, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+    paths = (Path(folder) / f"{name}_{number:05}_.safetensors" for number in count(first))
+    return next(path for path in paths if not path.exists())
 
 
 def narrow(tensor: torch.Tensor) -> torch.Tensor:

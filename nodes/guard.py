@@ -1,6 +1,10 @@
 """Nibble Guard."""
 
+import hashlib
+import json
 import uuid
+from dataclasses import asdict
+from pathlib import Path
 
 import comfy.model_management
 import torch
@@ -11,7 +15,9 @@ from ..kernels.target import target_of
 from ..quant_core.budget import for_memory, for_quality
 from ..quant_core.families import measured as as_observed
 from ..quant_core.formats.provenance import VERSION
-from ..quant_core.guard import PRECISIONS, as_units, by_layer, higher, measure, w4a8, w8a8
+from ..quant_core.formats.table import Table
+from ..quant_core.formats.unfinished import hash_of
+from ..quant_core.guard import PRECISIONS, Measured, as_units, by_layer, higher, measure, w4a8, w8a8
 from ..quant_core.guard_report import Decision, as_text, rows_after
 from ..quant_core.quantize import problem_of
 from .calibrate import CalibrationType
@@ -74,8 +80,7 @@ class NibbleGuard(io.ComfyNode):
             plan = [layer for layer in as_observed(source.layers, calibration) if layer.name in layers and higher(layers[layer.name].spec)]
             make_room(plan, device)
             # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would fill 18 GB.
-            numbers = measure(plan, layers, source.get, source.shapes, calibration, allowed, device)
-            measured = list(steps(numbers, len(plan)))
+            measured = kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device)
             units = as_units(measured, blocks := unit == "block")
             chosen = pick(units, limit)
             weight_only = len(layers) - len(plan)
@@ -97,6 +102,20 @@ class NibbleGuard(io.ComfyNode):
         result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
         _, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(result, "\n".join([as_text(decision, f"{source.family.title}, {NAME}"), "", *lines]))
+
+
+def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device) -> list[Measured]:
+    """Of `measure`, in the order of `plan`. Beside the calibration they stay for a run that goes on, and for another budget."""
+    settings = {"model": fingerprint, "calibration": calibration.hash, "allowed": allowed, "nibble": VERSION}
+    settings["quantized"] = hash_of(t for layer in plan for t in layers[layer.name].tensors.values())
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    table = Table(Path(f"{calibration.path}.{key}.guard.json"), settings, "measured layers")
+    done = {row.name: row for row in table.parsed(lambda row: Measured(**row))}
+    left = [layer for layer in plan if layer.name not in done]
+    for found in steps(measure(left, layers, source.get, source.shapes, calibration, allowed, device), len(left)):
+        done[found.name] = found
+        table.add(asdict(found))
+    return [done[layer.name] for layer in plan]
 
 
 def make(source, layer, quantized, precision, rest, device):

@@ -53,6 +53,6 @@ class NibbleQuantize(io.ComfyNode):
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
             origin = provenance(fingerprint, chosen.name, config, calibration)
-            made, rows, specs = quantized(model, source, plan, chosen, config, calibration, origin, device, trained)
+            made, rows, specs, notes = quantized(model, source, plan, chosen, config, calibration, origin, device, trained)
         paths, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(made, as_text(rows, f"{source.family.title}, {chosen.title}", lines, paths, source.shapes))
+        return io.NodeOutput(made, as_text(rows, f"{source.family.title}, {chosen.title}", [*notes, *lines], paths, source.shapes))

@@ -12,6 +12,7 @@ from .calibration.file import Calibration
 from .families import Layer, measured
 from .families.pointwise import why_unsure
 from .formats.checkpoint import Checkpoint
+from .formats.lock import only_run
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
 from .mixed import MIXED, MixedConfig
@@ -43,6 +44,7 @@ def allocate_file(
     device: str = "cpu",
     progress: Callable[[str], Callable[[Iterable, int], Iterable]] = lambda unit: lambda items, total: items,
     base3: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Allocated, list[Row]]:
     """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as they
     are in memory: base3, see `pack.save`, makes the file smaller than that.
@@ -53,17 +55,18 @@ def allocate_file(
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
-    table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
+    with only_run(path, f"measures {checkpoint.path.name}"):
+        table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
     done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
     chosen = replace(config, layers=done.allocation.layers)
-    rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("block"), base3)
+    rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say)
     return done, rows
 
 
 def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[Checkpoint, str, list[Layer]]:
     """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the destination can be written."""
     checkpoint = Checkpoint(source)
-    require_place(destination, checkpoint)
+    require_place(destination, checkpoint, calibration)
     fingerprint = checkpoint.fingerprint()
     calibration.require_model(fingerprint)
     layers = measured(_sure(checkpoint, calibration), calibration)

@@ -1,6 +1,7 @@
 """The `nibble` command."""
 
 import json
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,10 @@ def _bar(unit):
     from tqdm import tqdm
 
     return lambda items, total: tqdm(items, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
+
+
+def _note(line):
+    typer.echo(line, err=True)
 
 
 def _device(name):
@@ -88,7 +93,18 @@ def quantize(
     config = chosen.configured(**{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None} | _options(set_ or []))
     statistics = Calibration(calibration) if calibration else None
     trained = preset(method, training)
-    rows = quantize_file(source, destination, chosen, config, statistics, _device(device), _bar("block"), base3, trained)
+    rows = quantize_file(
+        source,
+        destination,
+        chosen,
+        config,
+        statistics,
+        _device(device),
+        _bar("layer" if trained == UNTRAINED else "block"),
+        base3,
+        trained,
+        _note,
+    )
     written = PackFile(destination)
     typer.echo(as_text(rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()))
     losses = Path(f"{destination}.losses.json")
@@ -139,7 +155,7 @@ def allocate(
         weights = allocate_file.measured_gains(source, statistics, device, _bar("layer"))
     else:
         weights = allocate_file.read_gains(gains) if gains else None
-    done, rows = allocate_file.allocate_file(source, destination, statistics, asked, config, weights, device, _bar, base3)
+    done, rows = allocate_file.allocate_file(source, destination, statistics, asked, config, weights, device, _bar, base3, _note)
     typer.echo(allocate_file.as_text(done, str(destination)))
     written = PackFile(destination)
     typer.echo("\n" + as_text(rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes()))
@@ -162,10 +178,11 @@ def gains(
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where it was, a second one is free."""
     from .allocate_file import measured_gains
     from .calibration import Calibration
-    from .formats.atomic import require_writable, save_text
+    from .formats.atomic import require_output, save_text
 
-    require_writable(out)
-    found = measured_gains(source, Calibration(calibration), _device(device), _bar("layer"), samples)
+    statistics = Calibration(calibration)
+    require_output(out, statistics.files)
+    found = measured_gains(source, statistics, _device(device), _bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
         typer.echo(f"{gain:10.4f}  {name}")
@@ -266,6 +283,31 @@ def merge_calibrations(
     )
 
 
+@app.command()
+def clean(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Where to look, with all that is below; the current folder if not given.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove what is listed, but for what a running process is at.")] = False,
+):
+    """Lists what stopped runs have left: finished layers of quantizations that nobody went on with, and files that were not written to
+    their end. ComfyUI's lie in output/nibble_calibration."""
+    from .leftovers import as_text, leftovers
+
+    found = [left for folder in folders or [Path()] for left in leftovers(folder)]
+    if not found:
+        typer.echo("nothing is left of stopped runs")
+        return
+    typer.echo(as_text(found))
+    size = sum(left.nbytes for left in found if not left.held) / 1e6
+    if not remove:
+        typer.echo(f"{size:,.1f} MB; the same command with --remove removes them. A run with the same options goes on with them instead.")
+        return
+    for left in found:
+        left.remove()
+    typer.echo(f"{size:,.1f} MB removed")
+
+
 @app.command("bench-fit")
 def bench_fit(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
@@ -319,7 +361,10 @@ def ablate_splitquant(
 
 
 def main():
-    """Runs the command; known errors are one line on stderr and exit code 1."""
+    """Runs the command; known errors are one line on stderr and exit code 1. A polite kill ends it as an interrupt does, cleaning up."""
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

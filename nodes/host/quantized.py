@@ -2,31 +2,34 @@
 
 import hashlib
 import json
-from contextlib import contextmanager
+import logging
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import comfy.model_management
 import folder_paths
 
-from ...quant_core.formats.blocks import BlockStore
+from ...quant_core.formats.lock import only_run
+from ...quant_core.formats.unfinished import Unfinished
 from ...quant_core.gains import of_calibration
 from ...quant_core.kept import kept_rows
-from ...quant_core.quantize import leave_out, quantize_layers, require_statistics
+from ...quant_core.linear import QuantizedLayer
+from ...quant_core.quantize import leave_out, require_statistics
 from ...quant_core.training.presets import UNTRAINED
-from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, quantize_on, steps_of
+from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build, frame_after
 from .carry import keep_sampling_patches, uncompiled
 from .progress import steps
 
 
-def store_of(calibration, source, provenance, kind) -> BlockStore:
-    """Where a run keeps the blocks that are finished: beside the calibration, or where it would be."""
+def store_path(calibration, source, provenance, kind) -> Path:
+    """Where a run keeps what is finished: beside the calibration, or where it would be; a folder for each choice of options."""
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(folder_paths.get_output_directory()) / "nibble_calibration"
     path = folder / source.family.name if calibration is None else calibration.path
-    return BlockStore(Path(f"{path}.{key}.{kind}"), source.family.name, provenance)
+    return Path(f"{path}.{key}.{kind}")
 
 
 def _trainer(model, source, plan, calibration, store, preset):
@@ -58,33 +61,39 @@ def make_room(plan, device):
 
 
 def quantized(model, source, plan, method, config, calibration, provenance, device, preset=UNTRAINED):
-    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer: LinearSpec}).
+    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer: LinearSpec}, lines for the
+    report on what a stopped run has left).
 
     source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
-    training could touch. A stopped run goes on behind its last finished block; after a training those stay beside the calibration.
+    training could touch. A stopped run goes on behind its last finished layer, with training behind its last finished block; after a
+    training those stay beside the calibration.
     """
     require_statistics(plan, calibration)
-    if preset != UNTRAINED:
+    if trained := preset != UNTRAINED:
         require_trajectory(calibration)
         require_chain(source.family, plan)
-    layers, rows, frame = {}, [], frame_after(model)  # whatever ComfyUI cannot make fails before the fit
-    if preset == UNTRAINED:
-        store = store_of(calibration, source, provenance, "partial")
-        fit = lambda members: quantize_layers(members, source.get, source.shapes, method, config, calibration, device)
-        for layer, row in steps(quantize_on(plan, fit, store), len(plan)):
-            rows.append(row)
-            if layer is not None:
-                layers[layer.name] = layer
-        store.remove()
-    else:
         provenance["training"] = asdict(preset)
-        store = store_of(calibration, source, provenance, "training")
-        trainer = _trainer(model, source, plan, calibration, store, preset)
+    frame = frame_after(model)  # whatever ComfyUI cannot make fails before the fit
+    folder = store_path(calibration, source, provenance, "training" if trained else "partial")
+    with only_run(folder, f"quantizes with {method.name}"):
+        store = Unfinished(folder, source.family.name, provenance)
+        notes = [store.text] if store.kept else []
+        for note in notes:
+            logging.info(f"Nibble: {note}")
+        trainer = _trainer(model, source, plan, calibration, store, preset) if trained else None
         work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
-        with _in_training():
+        with _in_training() if trained else nullcontext():
             for _ in steps(work, steps_of(plan, preset)):
                 pass
         layers, rows = finished(plan, preset, store)
+        made, specs = _built(model, source, plan, calibration, provenance, frame, layers, rows)
+        if not trained:
+            store.remove()
+    return made, rows, specs, notes
+
+
+def _built(model, source, plan, calibration, provenance, frame, layers, rows):
+    """(the model, {layer: LinearSpec}) of finished layers, which are memory-mapped from files that may be removed afterwards."""
     leave_out(layers, rows, plan)
     rows += kept_rows(source.shapes, source.family, rows, calibration)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
@@ -95,6 +104,10 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
         "source": f"{source.family.title}, quantized in the graph",
     }
     specs = {name: layer.spec for name, layer in layers.items()}
-    made = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
+    made = build(lambda name: _in_memory(layers.pop(name, None)), specs, rest, info, frame)
     keep_sampling_patches(model, made)
-    return made, rows, specs
+    return made, specs
+
+
+def _in_memory(layer):
+    return layer and QuantizedLayer(layer.name, layer.spec, {k: t.clone() for k, t in layer.tensors.items()})

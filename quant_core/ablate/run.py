@@ -18,8 +18,8 @@ from ..demo.outliers import add_outliers
 from ..demo.run import JUDGED, STEPS, calibrate_tiny
 from ..diffusers_model import modules_of, place
 from ..families import FLUX, Layer
-from ..formats.blocks import BlockStore
 from ..formats.table import Table
+from ..formats.unfinished import Unfinished, file_name
 from ..linear import QuantizedLayer
 from ..methods.problem import power_db
 from ..quantize_file import trainer_of
@@ -71,7 +71,8 @@ class World:
 
     def quantize(self, entry: Entry) -> tuple[torch.nn.Module, list[Row], dict[str, QuantizedLayer]]:
         """(the model with the entry's layers in place, rows of its report, the layers). Finished blocks of a training are kept."""
-        store = BlockStore(self.folder / "partial", "flux", {"name": entry.name, "calibration": self.calibration.hash} | entry.settings)
+        settings = {"name": entry.name, "calibration": self.calibration.hash} | entry.settings
+        store = Unfinished(self.folder / f"partial-{file_name(json.dumps(settings, sort_keys=True))}", "flux", settings)
         trainer = None
         if entry.preset != UNTRAINED:
             trainer = trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", store.folder, entry.preset)

@@ -1,6 +1,8 @@
 """Runs the samples with hooks on, pass by pass; every finished sample can be resumed from."""
 
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ..formats.atomic import require_room
+from ..formats.lock import only_run
+from ..formats.settings import differences
 from . import file
 from .observe import rows_of
 from .plan import plan_passes
@@ -107,22 +112,29 @@ def calibrate(
     """Gathers the statistics of `inputs` into `folder` and opens them.
 
     run(sample, capture): one sampling run; it calls `capture.at` before each evaluation of the model. `meta` names the
-    model ("model") and everything else that decides the outcome; a folder made with other `meta` is started afresh, one
-    with the same goes on after its last saved sample, with the same result as a run that was never stopped.
+    model ("model") and everything else that decides the outcome; a folder made with the same goes on after its last saved sample, with the
+    same result as a run that was never stopped. Raises CalibrationError for one made with other `meta`, naming what differs, and Busy.
     memory: bytes for the statistics of one pass; more passes over the samples where it is not enough. place(bytes) makes
     room for a pass and says on which device; it is called before the pass samples, so that the model is loaded around it.
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
+    with only_run(folder, "calibrates"):
+        return _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress)
+
+
+def _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress) -> file.Calibration:
     if finished := _finished(folder, meta, inputs):
         return finished  # whatever the memory it was gathered in
     passes = plan_passes(inputs, memory, reservoir)
     meta |= {"passes": len(passes), "plan": [[i.name for i in p] for p in passes]}
-    _forget_other_runs(folder, meta)
+    _require_own(folder, meta)
+    size = sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in inputs)
+    require_room(folder, size - sum(path.stat().st_size for path in folder.glob("pass-*.safetensors")))
     work = []
     for index, group in enumerate(passes):
         path = folder / f"pass-{index:03d}.safetensors"
-        done = _done(path, meta)
+        done = _done(path)
         work += [(index, path, group, sample) for sample in range(done, samples)]
     statistics, current, saved, cost = {}, None, 0.0, 0.0
     for index, path, group, sample in progress(work, len(work)):
@@ -151,27 +163,34 @@ def _finished(folder, meta, inputs):
         found = file.Calibration(folder)
     except file.CalibrationError:
         return None
-    wanted = json.loads(json.dumps(meta))
-    same = all(found.meta.get(k) == v for k, v in wanted.items()) and set(found.names) == {i.name for i in inputs}
-    return found if same else None
+    return found if _same(found.meta, meta) and set(found.names) == {i.name for i in inputs} else None
 
 
-def _forget_other_runs(folder, meta):
-    for path in folder.glob("pass-*.safetensors"):
-        if _done(path, meta) is None:
-            path.unlink()
+def _require_own(folder, meta):
+    """Hours of another run are never removed; what cannot be read stays under another name."""
+    for path in sorted(folder.glob("pass-*.safetensors")):
+        try:
+            found = file.read_meta(path)
+        except file.CalibrationError as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            os.replace(path, aside)
+            logging.warning(f"Nibble: {error} It is now {aside.name}; its part of the calibration is gathered again.")
+            continue
+        if not _same(found, meta):
+            differ = "; ".join(differences(found, json.loads(json.dumps(meta)), list(meta))[:3])
+            raise file.CalibrationError(
+                f"{folder}: holds {found.get('done')} of {found.get('samples')} samples of another calibration ({differ}). Name another "
+                "folder, or move or remove this one; with the same options a stopped calibration goes on."
+            )
 
 
-def _done(path, meta):
-    """Samples already in the file; 0 where there is none, None where it belongs to another run or is broken."""
-    if not path.is_file():
-        return 0
-    try:
-        found = file.read_meta(path)
-    except file.CalibrationError:
-        return None
-    wanted = json.loads(json.dumps(meta))
-    return found["done"] if all(found.get(k) == v for k, v in wanted.items()) else None
+def _same(found, meta) -> bool:
+    return all(found.get(k) == v for k, v in json.loads(json.dumps(meta)).items())
+
+
+def _done(path) -> int:
+    """Samples already in the file."""
+    return file.read_meta(path)["done"] if path.is_file() else 0
 
 
 def _resume(path, group):

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..formats.atomic import save_tensors
+from ..formats.atomic import new_folder, save_tensors
+from ..formats.lock import only_run
 from .statistics import InputStatistics
 from .trajectory import Call, Recorder, Trajectory
 
@@ -81,6 +82,7 @@ class Calibration:
         if not files:
             raise CalibrationError(f"calibration folder {self.path}: holds no .safetensors file")
         metas = [read_meta(f) for f in files]
+        self.files = files
         self.meta = {k: v for k, v in metas[0].items() if k not in ("inputs", "trajectory")}
         self._recorded = [(file, _calls(meta)) for file, meta in zip(files, metas, strict=True) if "trajectory" in meta]
         for file, meta in zip(files, metas, strict=True):
@@ -147,20 +149,28 @@ class Calibration:
 
 def merge(paths, out: Path):
     """Merges complete calibrations of one model, made with other prompts or seeds, into the folder `out`, a file for each pass of the
-    first: no more is in memory than one of its passes had."""
-    calibrations = [Calibration(p) for p in paths]
+    first: no more is in memory than one of its passes had. Raises CalibrationError where `out` holds anything already."""
+    calibrations, out = [Calibration(p) for p in paths], Path(out)
+    require_empty(out)
     for other in calibrations[1:]:
         other.require_model(calibrations[0].meta["model"])
         if set(other.names) != set(calibrations[0].names):
             raise CalibrationError(f"calibrations {calibrations[0].path} and {other.path} observed different layers")
     total = sum(c.meta["samples"] for c in calibrations)
     meta = calibrations[0].meta | {"samples": total, "done": total, "merged_from": [c.hash for c in calibrations]}
-    for index, names in enumerate(calibrations[0].passes()):
-        merged = {name: calibrations[0].get(name) for name in names}
-        for name, statistics in merged.items():
-            for other in calibrations[1:]:
-                statistics.merge(other.get(name))
-        save(Path(out) / f"pass-{index:03d}.safetensors", merged, meta)
+    with only_run(out, "merges calibrations"), new_folder(out) as part:  # some passes of a merged calibration are none
+        for index, names in enumerate(calibrations[0].passes()):
+            merged = {name: calibrations[0].get(name) for name in names}
+            for name, statistics in merged.items():
+                for other in calibrations[1:]:
+                    statistics.merge(other.get(name))
+            save(part / f"pass-{index:03d}.safetensors", merged, meta)
+
+
+def require_empty(out: Path):
+    """Raises CalibrationError where something is at `out` that is no empty folder."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CalibrationError(f"{out}: is there already. Name a new folder for the merged calibration; nothing is written over.")
 
 
 def fingerprint(layers, get) -> str:

@@ -9,7 +9,8 @@ from .atomic import save_text
 
 
 class Table:
-    """rows: what a run of the same `settings` has left in `path`, [] where there is none or of others; `add` writes one more.
+    """rows: what a run of the same `settings` has left in `path`, [] where there is none; `add` writes one more. Where `path` has the rows
+    of others, which may be hours of work, it stays, and these go beside it, with a part of a hash in the name.
 
     Raises ValueError for a file that is no table.
     """
@@ -17,14 +18,19 @@ class Table:
     def __init__(self, path: Path, settings: dict, what: str):
         self.path, self.what = Path(path), what
         self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self.rows = []
+        self.rows = self._read()
+        if self.rows is None:
+            self.path = self.path.with_name(f"{self.path.stem}.{self._key[:8]}{self.path.suffix}")
+            self.rows = self._read() or []
+
+    def _read(self) -> list | None:
+        """None where there are rows of other settings."""
         if not self.path.exists():
-            return
+            return []
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            if found["settings"] == self._key:
-                self.rows = list(found["layers"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return list(found["layers"]) if found["settings"] == self._key else None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(error) from error
 
     def parsed(self, row: Callable[[dict], object]) -> list:

@@ -8,13 +8,15 @@ from .problem import Fitted, Problem
 
 @dataclass(frozen=True)
 class Method:
-    """`config` holds the defaults, `fit(problem, config)` returns a Fitted. weight_only: it fits weight-only layers too."""
+    """`config` holds the defaults, `fit(problem, config)` returns a Fitted. weight_only: it fits weight-only layers too. bits: the
+    fewest that a weight takes."""
 
     name: str
     title: str
     fit: object
     config: object
     weight_only: bool = False
+    bits: int = 4
 
     def configured(self, **options):
         """The config with `options` set. Raises ValueError for an option that the method does not have."""
@@ -32,7 +34,7 @@ METHODS = {
         Method("splitquant", "SplitQuant (4 slices share a transform, no low rank)", splitquant.fit, splitquant.SplitQuantConfig()),
         Method("convrot", "ConvRot (per token and channel)", convrot.fit, convrot.ConvRotConfig()),
         Method("rtn", "Round to nearest (baseline)", rtn.fit, rtn.RTNConfig()),
-        Method("robuq", "RobuQ (ternary weights)", robuq.fit, robuq.RobuQConfig()),
+        Method("robuq", "RobuQ (ternary weights)", robuq.fit, robuq.RobuQConfig(), bits=2),
         Method("native", "What stock ComfyUI runs", native.fit, native.NativeConfig(), weight_only=True),
     )
 }

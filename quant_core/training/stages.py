@@ -1,11 +1,12 @@
 """A whole model, block by block: quantized, trained where a preset says so, then runs of blocks; what is finished is kept."""
 
+import hashlib
 from collections.abc import Callable, Iterator
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 
 from ..calibration.file import Calibration
 from ..families import Layer
-from ..formats.blocks import BlockStore
+from ..formats.unfinished import Remembered, Unfinished
 from ..linear import QuantizedLayer
 from ..methods import Method
 from ..methods.problem import output_sqnr
@@ -34,75 +35,87 @@ def quantize_blocks(
     config,
     calibration: Calibration | None,
     device,
-    store: BlockStore,
+    store: Unfinished,
     preset: Preset = UNTRAINED,
     trainer: Trainer | None = None,
 ) -> Iterator[str]:
-    """Quantizes and trains all blocks into `store`; yields after each block and each run of blocks, `steps_of` times in all.
+    """Quantizes all layers into `store`, and trains them where a preset says so; yields after each layer, or, with training, after each
+    block and each run of blocks: `steps_of` times in all.
 
-    Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in the store is not done again.
+    Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in the store is not done again,
+    unless the weights it was made from have changed since.
     """
+    get = Remembered(get, keys)
+    fit = lambda members: list(quantize_layers(members, get, keys, method, config, calibration, device))
+    if preset == UNTRAINED:
+        yield from _layer_by_layer(plan, fit, store, get)
+        return
     blocks = blocks_of(plan)
     names = [name for name, _ in blocks]
+    sources = list(accumulate(([get.source_of(m.name) for m in members] for _, members in blocks), _chained, initial=""))[1:]
     runs = runs_of(len(blocks), preset.span) if preset.distill else []
     distilled = [_run_name(names, run) for run in runs]
+    taken = lambda name, i: store.take(name, sources[i])
     if preset.blocks:
         trainer.begin(preset.blocks)
     for i, (name, members) in enumerate(blocks):
-        if name in store:
-            if preset.blocks and any(n not in store for n in names[i:]):
-                trainer.skip(i + 1, store.load(name)[0])
+        if done := taken(name, i):
+            if preset.blocks and any(taken(n, j) is None for j, n in enumerate(names[i:], i)):
+                trainer.skip(i + 1, done[0])
             yield name
             continue
-        done = list(quantize_layers(members, get, keys, method, config, calibration, device))
+        done = fit(members)
         layers, rows = {layer.name: layer for layer, _ in done if layer is not None}, [row for _, row in done]
         if preset.blocks:
             layers = _train(trainer, i + 1, members, layers, rows, name, get, keys, calibration, device)
-        store.save(name, layers, rows)
+        store.save(name, sources[i], layers, rows)
         yield name
     if runs:
         trainer.begin(preset.distill)
     for (first, stop), name in zip(runs, distilled, strict=True):
-        if name in store:
-            if any(n not in store for n in distilled):
-                trainer.skip(stop, store.load(name)[0])
+        if done := taken(name, -1):
+            if any(taken(n, -1) is None for n in distilled):
+                trainer.skip(stop, done[0])
             yield name
             continue
         loaded = [store.load(block) for block in names[first:stop]]
         layers, rows = {k: v for found, _ in loaded for k, v in found.items()}, [row for _, found in loaded for row in found]
         members = [layer for _, group in blocks[first:stop] for layer in group]
         layers = _train(trainer, stop, members, layers, rows, name, get, keys, calibration, device)
-        store.save(name, layers, rows)
+        store.save(name, sources[-1], layers, rows)
         yield name
 
 
-def quantize_on(plan: list[Layer], fit: Callable, store: BlockStore) -> Iterator[tuple[QuantizedLayer | None, Row]]:
-    """What `fit(layers of a block)` yields, block by block, from `store` where a run before has left the block there."""
-    for name, members in blocks_of(plan):
-        if name in store:
-            layers, rows = store.load(name)
-            # In memory: the file is removed when all is done.
-            whole = {n: QuantizedLayer(n, layer.spec, {k: t.clone() for k, t in layer.tensors.items()}) for n, layer in layers.items()}
-            yield from ((whole.get(row.name), row) for row in rows)
-            continue
-        done = []
-        for pair in fit(members):
-            done.append(pair)
-            yield pair
-        store.save(name, {layer.name: layer for layer, _ in done if layer is not None}, [row for _, row in done])
+def _layer_by_layer(plan, fit, store, get) -> Iterator[str]:
+    for layer in plan:
+        source = get.source_of(layer.name)
+        if store.take(layer.name, source) is None:
+            ((made, row),) = fit([layer])
+            store.save(layer.name, source, {} if made is None else {layer.name: made}, [row])
+        yield layer.name
+
+
+def _chained(before: str, sources: list[str]) -> str:
+    """A trained block depends on the blocks before it."""
+    return hashlib.sha256("".join([before, *sources]).encode()).hexdigest()[:16]
 
 
 def steps_of(plan: list[Layer], preset: Preset) -> int:
     """How often `quantize_blocks` yields."""
+    if preset == UNTRAINED:
+        return len(plan)
     count = len(blocks_of(plan))
     return count + (len(runs_of(count, preset.span)) if preset.distill else 0)
 
 
-def finished(plan: list[Layer], preset: Preset, store: BlockStore) -> tuple[dict[str, QuantizedLayer], list[Row]]:
-    """({layer: quantized}, rows of the report) of a store in which everything is done."""
-    names = [name for name, _ in blocks_of(plan)]
-    files = [_run_name(names, run) for run in runs_of(len(names), preset.span)] if preset.distill else names
-    loaded = [store.load(name) for name in files]
+def finished(plan: list[Layer], preset: Preset, store: Unfinished) -> tuple[dict[str, QuantizedLayer], list[Row]]:
+    """({layer: quantized, memory-mapped}, rows of the report) of a store in which everything is done."""
+    if preset == UNTRAINED:
+        units = [layer.name for layer in plan]
+    else:
+        names = [name for name, _ in blocks_of(plan)]
+        units = [_run_name(names, run) for run in runs_of(len(names), preset.span)] if preset.distill else names
+    loaded = [store.load(unit) for unit in units]
     return {k: v for layers, _ in loaded for k, v in layers.items()}, [row for _, rows in loaded for row in rows]
 
 

@@ -137,24 +137,28 @@ def test_allocate(tmp_path, calibration, monkeypatch):
         nibble(*args, "--budget", "A9")
 
 
-def test_killed_run_goes_on_with_the_finished_blocks(tmp_path, monkeypatch):
-    out, seen, real = tmp_path / "q.safetensors", [], stages.quantize_layers
+def test_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
+    out, seen, said, real = tmp_path / "q.safetensors", [], [], stages.quantize_layers
 
-    def dies_in_the_third_block(members, *args):
-        seen.append(members[0].block)
-        if len(seen) == 3:
+    def dies_at_the_fifth_layer(members, *args):
+        seen.extend(layer.name for layer in members)
+        if len(seen) == 5:
             raise KeyboardInterrupt
         return real(members, *args)
 
-    monkeypatch.setattr(stages, "quantize_layers", dies_in_the_third_block)
+    monkeypatch.setattr(stages, "quantize_layers", dies_at_the_fifth_layer)
     from comfyui_nibble.quant_core.methods import METHODS
 
     rtn = METHODS["rtn"]
     with pytest.raises(KeyboardInterrupt):
-        job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config)
+        job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config, say=said.append)
     assert not out.exists()
-    job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config)
-    assert seen == ["double_blocks.0", "single_blocks.0", "single_blocks.1", "single_blocks.1"]
+    assert not said
+    job.quantize_file(tiny_flux.CHECKPOINT, out, rtn, rtn.config, say=said.append)
+    [line] = said
+    assert line.startswith(f"{out}.partial: 4 finished pieces of the run since ")
+    assert len(seen) == 17
+    assert [name for name in seen if seen.count(name) > 1] == [seen[4]] * 2  # 16 layers, one of them twice
     monkeypatch.setattr(stages, "quantize_layers", real)
     whole = tmp_path / "whole.safetensors"
     job.quantize_file(tiny_flux.CHECKPOINT, whole, rtn, rtn.config)

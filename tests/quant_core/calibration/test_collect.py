@@ -82,11 +82,20 @@ def test_finished_run_samples_nothing_again(modules, tmp_path):
     assert log == []
 
 
-def test_other_settings_start_afresh(modules, tmp_path):
+def test_another_calibration_in_the_folder_is_kept(modules, tmp_path):
+    """With other options, another model, or more memory while it is not finished: hours of work."""
     go(modules, tmp_path)
-    log = []
-    go(modules, tmp_path, meta={"model": "other"}, log=log)
-    assert sorted(set(log)) == [0, 1, 2, 3, 4]
+    [path] = tmp_path.glob("pass-*")
+    before, log = path.read_bytes(), []
+    with pytest.raises(
+        CalibrationError, match=r"holds 5 of 5 samples of another calibration \(model: m there, other here\)\. Name another"
+    ):
+        go(modules, tmp_path, meta={"model": "other"}, log=log)
+    with pytest.raises(CalibrationError, match=r"\(samples: 5 there, 4 here"):
+        go(modules, tmp_path, samples=4, log=log)
+    assert not log
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["pass-000.safetensors"]
 
 
 def test_several_passes_equal_one(modules, tmp_path):
@@ -147,8 +156,9 @@ def test_broken_files_are_named(modules, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CalibrationError, match=r"holds no .safetensors"):
         Calibration(tmp_path / "empty")
-    # A broken file of the same run is not trusted: the run starts again and ends well.
+    # Its part is gathered again; the file itself stays, under another name.
     assert go(modules, tmp_path / "c").names == ["a", "b", "c"]
+    assert path.with_name("pass-000.safetensors.damaged").read_bytes() == whole[: len(whole) // 2]
 
 
 def test_inputs_that_hold_a_tensor_are_seen_as_it(tmp_path):

@@ -10,8 +10,8 @@ from comfyui_nibble.quant_core import diffusers_model
 from comfyui_nibble.quant_core.calibration import Calibration, calibrate
 from comfyui_nibble.quant_core.calibration.plan import inputs_of
 from comfyui_nibble.quant_core.families import FLUX, Layer
-from comfyui_nibble.quant_core.formats.blocks import BlockStore
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
+from comfyui_nibble.quant_core.formats.unfinished import Unfinished
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.quantize_file import trainer_of
 from comfyui_nibble.quant_core.training.presets import UNTRAINED
@@ -48,7 +48,7 @@ class Small:
     def quantize(self, folder, preset, name="splitquant", check=lambda: None, progress=lambda items: list(items), **options):
         """({layer: quantized}, rows, trainer)."""
         method = by_name(name)
-        store = BlockStore(Path(folder), "flux", {"preset": repr(preset)})
+        store = Unfinished(Path(folder), "flux", {"preset": repr(preset)})
         trainer = self.trainer(store.folder, check, preset)
         config = method.configured(**options)
         keys = self.checkpoint.shapes
