@@ -1,0 +1,26 @@
+"""Long work on small things, for processes that are killed: functions of strings, that `runs` calls by their names."""
+
+from pathlib import Path
+
+import torch
+
+from comfyui_nibble.quant_core.calibration import calibrate
+from comfyui_nibble.quant_core.calibration.plan import Input
+
+WIDTH, SAMPLES = 512, 24
+
+
+def calibration(folder: str, steps: str = "12"):
+    """Calibrates two layers of 512 channels over 24 samples."""
+    torch.set_grad_enabled(False)
+    layers = {name: torch.nn.Linear(WIDTH, WIDTH, bias=False) for name in "ab"}
+
+    def run(sample, capture):
+        for step in range(int(steps)):
+            capture.at(step, float(step))
+            g = torch.Generator().manual_seed(100 * sample + step)
+            for layer in layers.values():
+                layer(torch.randn(256, WIDTH, generator=g))
+
+    inputs = [Input(name, WIDTH, ((0, WIDTH),), "block") for name in layers]
+    calibrate(run, layers, inputs, Path(folder), {"model": "m", "steps": steps}, samples=SAMPLES, memory=1)

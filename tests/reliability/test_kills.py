@@ -1,0 +1,98 @@
+"""Runs killed at random moments: nothing half under a final name, the same bytes when they go on, nothing left over.
+
+NIBBLE_KILLS=60 kills that many; CI fewer. What they came to is printed, with -rP.
+"""
+
+import re
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+
+import pytest
+
+from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.leftovers import leftovers
+from comfyui_nibble.tests.reliability.runs import Run, contents, moments, run, size_of
+
+LAYERS = 16
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Job:
+    """arguments(folder): of the command, which writes below `folder`/out. source: what stands in `folder` before."""
+
+    name: str
+    arguments: object
+    layers: bool = False  # whether its work is counted in layers
+
+
+JOBS = [
+    Job("rtn", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "rtn", "--device", "cpu"], True),
+    Job("robuq, base 3", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "robuq", "--base3", "--device", "cpu"], True),
+    Job("svdquant", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "svdquant", "--device", "cpu"], True),
+    Job("convert", lambda f: ["convert", f / "native.safetensors", f / "out" / "c.safetensors", "--to", "native"]),
+    Job("calibrate", lambda f: ["calibration", f / "out" / "c"]),
+    Job("merge", lambda f: ["merge-calibrations", f / "out" / "m", f / "a", f / "b"]),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A folder with what the jobs read."""
+    folder = tmp_path_factory.mktemp("before")
+    assert (
+        run(["quantize", tiny_flux.CHECKPOINT, folder / "native.safetensors", "--method", "native", "--device", "cpu"], folder / "log").code
+        == 0
+    )
+    for name in "ab":
+        assert run(["calibration", folder / name], folder / "log").code == 0
+    (folder / "log").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.name)
+def test_killed_at_any_moment(job, before, tmp_path):
+    kills = -(-size_of("NIBBLE_KILLS", 12) // len(JOBS))
+    whole, log = tmp_path / "whole", tmp_path / "log"
+    shutil.copytree(before, whole)
+    start = time.monotonic()
+    ended = run(job.arguments(whole), log)
+    seconds = time.monotonic() - start
+    assert ended.code == 0, ended.text
+    want = contents(whole / "out")
+    codes = []
+    for i, moment in enumerate(moments(kills, seconds, seed=len(job.name))):
+        folder, number = tmp_path / f"{i}", SIGNALS[i % len(SIGNALS)]
+        shutil.copytree(before, folder)
+        going = Run(job.arguments(folder), log)
+        if (ended := going.wait(moment)) is None:
+            ended = going.kill(number)
+        codes.append(ended.code)
+        assert "Traceback" not in ended.text
+        found = contents(folder / "out") if (folder / "out").exists() else {}
+        for name in set(found) & set(want) if job.name != "calibrate" else ():  # whose samples are saved one by one
+            assert found[name] == want[name], f"half of {name} after signal {number}"
+        pieces = list((folder / "out").glob("*.partial/*.nibble.safetensors"))
+        again = run(job.arguments(folder), log)
+        done = job.name == "merge" and found == want  # killed behind its last line; it writes over nothing
+        assert again.code == 0 or (done and "is there already" in again.text), again.text
+        assert contents(folder / "out") == want
+        assert not list(leftovers(folder))
+        if pieces:
+            assert int(re.search(r"(\d+) finished pieces", again.text)[1]) == len(pieces)
+        shutil.rmtree(folder)
+    print(f"{job.name}: {kills} kills in {seconds:.1f} s, exit codes {codes}, 0 half files, 0 leftovers, same bytes")
+
+
+def test_a_polite_kill_cleans_up(before, tmp_path):
+    """SIGTERM in the middle: no temporary file and no lock stay, only finished layers."""
+    out, log = tmp_path / "q.safetensors", tmp_path / "log"
+    going = Run(["quantize", tiny_flux.CHECKPOINT, out, "--method", "svdquant", "--device", "cpu"], log)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("*.partial/*.nibble.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert going.kill(signal.SIGTERM).code == 128 + signal.SIGTERM
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log", "q.safetensors.partial"]
+    assert all(p.name.endswith((".nibble.safetensors", "nibble-unfinished.json")) for p in (tmp_path / "q.safetensors.partial").iterdir())
