@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..formats.atomic import new_folder, save_tensors
+from ..formats.atomic import new_folder, require_room, save_tensors
 from ..formats.lock import only_run
 from .statistics import InputStatistics
 from .trajectory import Call, Recorder, Trajectory
@@ -156,6 +156,7 @@ def merge(paths, out: Path):
         other.require_model(calibrations[0].meta["model"])
         if set(other.names) != set(calibrations[0].names):
             raise CalibrationError(f"calibrations {calibrations[0].path} and {other.path} observed different layers")
+    require_room(out, sum(f.stat().st_size for f in calibrations[0].files))
     total = sum(c.meta["samples"] for c in calibrations)
     meta = calibrations[0].meta | {"samples": total, "done": total, "merged_from": [c.hash for c in calibrations]}
     with only_run(out, "merges calibrations"), new_folder(out) as part:  # some passes of a merged calibration are none

@@ -21,7 +21,11 @@ _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up",
 
 
 class NoRoom(OSError):
-    """A disk, a quota or a limit on the size of files is too small for what is written."""
+    """A disk, a quota or a limit on the size of files is too small for what is written. errno: which."""
+
+    def __init__(self, code: int, text: str):
+        super().__init__(text)
+        self.errno = code
 
 
 class OverInput(ValueError):

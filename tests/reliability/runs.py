@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -42,9 +44,9 @@ def context():
 class Run:
     """`nibble` with arguments, or a function of tests.reliability.small by its name, under way."""
 
-    def __init__(self, arguments: list, log: Path):
+    def __init__(self, arguments: list, log: Path, **options):
         self.log = Path(log)
-        self.process = context().Process(target=_main, args=([str(a) for a in arguments], str(self.log)))
+        self.process = context().Process(target=_main, args=([str(a) for a in arguments], str(self.log)), kwargs=options)
         self.process.start()
 
     def wait(self, seconds: float | None = None) -> Ended | None:
@@ -58,13 +60,16 @@ class Run:
         return self.wait()
 
 
-def run(arguments: list, log: Path) -> Ended:
-    """The same to its end."""
-    return Run(arguments, log).wait(600)
+def run(arguments: list, log: Path, **options) -> Ended:
+    """The same to its end. largest: bytes that its files may have; without_check: the room is not looked at before the work;
+    stop_after: pieces of work after which it is interrupted."""
+    return Run(arguments, log, **options).wait(600)
 
 
-def _main(arguments, log):
-    from comfyui_nibble.quant_core import cli
+def _main(arguments, log, largest=None, without_check=False, stop_after=None):
+    from comfyui_nibble.quant_core import cli, quantize_file
+    from comfyui_nibble.quant_core.formats import atomic
+    from comfyui_nibble.quant_core.training import stages
     from comfyui_nibble.tests.reliability import small
 
     with open(log, "w") as f:
@@ -72,19 +77,35 @@ def _main(arguments, log):
         os.dup2(f.fileno(), 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    if without_check:
+        atomic.require_room = quantize_file.require_room = lambda *_: None
+    if stop_after is not None:
+        stages.Unfinished.save = _stopping(stages.Unfinished.save, stop_after)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if hasattr(small, arguments[0]):
-        getattr(small, arguments[0])(*arguments[1:])
-        return
+        cli.app = lambda: getattr(small, arguments[0])(*arguments[1:])  # with the command's handling of signals and errors
     sys.argv = ["nibble", *arguments]
     cli.main()
 
 
-def moments(count: int, seconds: float, seed: int) -> list[float]:
+def _stopping(save, after):
+    done = count(1)
+
+    def saved(*args):
+        save(*args)
+        if next(done) == after:
+            raise KeyboardInterrupt
+
+    return saved
+
+
+def moments(number: int, seconds: float, seed: int) -> list[float]:
     """Random moments of a run that takes `seconds` undisturbed."""
     draw = random.Random(seed)
-    return [draw.uniform(0, seconds) for _ in range(count)]
+    return [draw.uniform(0, seconds) for _ in range(number)]
 
 
 def contents(folder: Path) -> dict:

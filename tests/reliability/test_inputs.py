@@ -1,0 +1,127 @@
+"""No command writes over what it reads, whatever the name it is given, nor over what somebody else has there."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.tests.reliability.runs import contents, run
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    for name in "ab":
+        assert run(["calibration", folder / name], folder / "log").code == 0
+    shutil.copy(tiny_flux.CHECKPOINT, folder / "m.safetensors")
+    assert (
+        run(["quantize", folder / "m.safetensors", folder / "n.safetensors", "--method", "native", "--device", "cpu"], folder / "log").code
+        == 0
+    )
+    (folder / "log").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "f")
+
+
+COMMANDS = {
+    "quantize": ("m.safetensors", lambda f, out: ["quantize", f / "m.safetensors", out, "--method", "rtn"]),
+    "allocate": ("m.safetensors", lambda f, out: ["allocate", f / "m.safetensors", out, "--calibration", f / "a", "--budget", "A3"]),
+    "convert": ("n.safetensors", lambda f, out: ["convert", f / "n.safetensors", out, "--to", "native"]),
+    "quantize, calibration": ("a/pass-000.safetensors", lambda f, out: ["quantize", f / "m.safetensors", out, "--calibration", f / "a"]),
+    "merge": ("a", lambda f, out: ["merge-calibrations", out, f / "a", f / "b"]),
+}
+
+
+@pytest.mark.parametrize("alias", ["itself", "symbolic link", "hard link", "through a folder"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_input_is_never_written_over(command, alias, folder, tmp_path):
+    name, arguments = COMMANDS[command]
+    source, before = folder / name, contents(folder)
+    out = source
+    if alias == "symbolic link":
+        out = tmp_path / "link.safetensors"
+        out.symlink_to(source)
+    elif alias == "hard link" and source.is_file():
+        out = tmp_path / "hard.safetensors"
+        os.link(source, out)
+    elif alias == "through a folder":
+        (tmp_path / "again").symlink_to(folder, target_is_directory=True)
+        out = tmp_path / "again" / name
+    ended = run(arguments(folder, out), tmp_path / "log")
+    assert ended.code == 1, ended.text
+    assert str(out) in ended.text
+    assert "would be written over" in ended.text or "is there already" in ended.text or "Give another name" in ended.text
+    assert contents(folder) == before
+    assert out.is_symlink() == (alias == "symbolic link")
+
+
+def test_a_folder_of_the_users_beside_the_destination_stays(folder, tmp_path):
+    mine = tmp_path / "q.safetensors.partial"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    ended = run(["quantize", folder / "m.safetensors", tmp_path / "q.safetensors", "--method", "rtn"], tmp_path / "log")
+    assert ended.code == 1
+    assert "q.safetensors.partial: is in the way of unfinished work, and Nibble has not made it" in ended.text
+    assert (mine / "thesis.txt").read_text() == "years"
+
+
+def test_a_calibration_with_other_options_stays(tmp_path):
+    assert run(["calibration", tmp_path / "c", "12"], tmp_path / "log").code == 0
+    before = contents(tmp_path / "c")
+    ended = run(["calibration", tmp_path / "c", "13"], tmp_path / "log")
+    assert ended.code == 1
+    assert "c: holds 24 of 24 samples of another calibration (steps: 12 there, 13 here). Name another folder" in ended.text
+    assert contents(tmp_path / "c") == before
+
+
+def test_a_source_that_changes_under_a_stopped_run_is_quantized_anew(folder, tmp_path):
+    """Only what a fingerprint does not sample has changed: one value of a weight, and a bias."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    source, out = folder / "m.safetensors", tmp_path / "q.safetensors"
+    command = ["quantize", source, out, "--method", "rtn", "--device", "cpu"]
+    assert run(command, tmp_path / "log", stop_after=9).code != 0
+    pieces = len(list(tmp_path.glob("*.partial/*.nibble.safetensors")))
+    assert pieces == 9
+    state = load_file(source)
+    weight, bias = "double_blocks.0.img_attn.qkv.weight", "double_blocks.0.txt_attn.proj.bias"
+    state[weight].view(-1)[1] += 1
+    state[bias] += 1
+    save_file(state, source)
+    assert run(command, tmp_path / "log").code == 0
+    resumed = contents(tmp_path)["q.safetensors"]
+    assert run([*command[:2], tmp_path / "again" / "q.safetensors", *command[3:]], tmp_path / "log").code == 0
+    assert resumed == contents(tmp_path / "again")["q.safetensors"]
+    assert torch.equal(load_file(out)[bias], load_file(source)[bias])
+
+
+def test_leftovers_are_listed_and_removed_where_told(folder, tmp_path):
+    source, out = folder / "m.safetensors", tmp_path / "models" / "q.safetensors"
+    assert run(["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=9).code != 0
+    (out.parent / "mine.txt").write_text("mine")
+    listed = run(["clean", out.parent], tmp_path / "log")
+    assert listed.code == 0
+    assert f"{out}.partial  (rtn: 9 finished pieces, begun 20" in listed.text
+    assert "the same command with --remove removes them" in listed.text
+    assert len(list(tmp_path.glob("models/*.partial/*.nibble.safetensors"))) == 9
+    assert "MB removed" in run(["clean", out.parent, "--remove"], tmp_path / "log").text
+    assert [p.name for p in out.parent.iterdir()] == ["mine.txt"]
+    assert run(["clean", out.parent], tmp_path / "log").text == "nothing is left of stopped runs\n"
+
+
+def test_settings_that_differ_are_named(folder, tmp_path):
+    source, out = folder / "m.safetensors", tmp_path / "q.safetensors"
+    assert run(["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=3).code != 0
+    ended = run(["quantize", source, out, "--method", "convrot", "--device", "cpu"], tmp_path / "log")
+    assert ended.code == 1
+    assert "3 finished pieces of another run, since 20" in ended.text
+    assert "(method: rtn there, convrot here" in ended.text
+    assert f"nibble clean {out}.partial --remove" in ended.text
+    assert json.loads((tmp_path / "q.safetensors.partial" / "nibble-unfinished.json").read_text())["settings"]["method"] == "rtn"
