@@ -197,10 +197,14 @@ def inspect(
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every tensor with its hash in the file, and say no more.")] = False,
 ):
     """Says what a file holds, what its layers run on, whether stock ComfyUI loads it and what memory it takes."""
-    from .inspect import as_text, describe
+    from .inspect import as_text, describe, verified
 
+    if verify:
+        typer.echo(verified(file, _bar("tensor")))
+        return
     found = describe(file)
     typer.echo(json.dumps(found, indent=1) if as_json else as_text(found))
 
@@ -367,6 +371,8 @@ def main():
             signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"nibble: {error}", err=True)
         sys.exit(1)

@@ -70,7 +70,7 @@ def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtyp
                 f"{file}: {key}: the configuration asks for the shape {shape}, found {has}. Give the configuration of its own model."
             )
     for name in pack.specs:
-        place(model, [k.removesuffix(".weight") for k in names[f"{name}.weight"].keys], pack.layer(name))
+        place(model, [k.removesuffix(".weight") for k in names[f"{name}.weight"].keys], pack.sound_layer(name))
     for key in set(pack.rest) & set(names):  # ComfyUI's PixArt has tensors of its own beside
         for name, value in names[key].write(pack.tensor(key).to(dtype), [theirs[k][0] for k in names[key].keys]).items():
             _assign(model, name, value)

@@ -9,7 +9,8 @@ from ..kernels import paths_of
 from ..kernels.target import target_of
 from .calibration.file import Calibration
 from .families import by_name
-from .formats.checkpoint import Checkpoint
+from .formats import digests
+from .formats.checkpoint import Checkpoint, open_safetensors
 from .formats.native import losses
 from .formats.opened import Opened
 from .formats.opening import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
@@ -35,6 +36,17 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
     if kind == FULL:
         return _full(Checkpoint(path), target)
     return _quantized(open_quantized(path), kind, target)
+
+
+def verified(path: Path, progress=lambda items, total: items) -> str:
+    """A sentence for a file, or a folder of them, whose tensors all agree with their hashes. Raises CheckpointError naming those that do
+    not, ValueError for a file without hashes."""
+    path = Path(path)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    sizes = {file: digests.verify(file, open_safetensors(file), progress=progress) for file in files}
+    if without := [file for file, size in sizes.items() if size < 0]:
+        raise ValueError(f"{without[0]}: has no hashes to compare with: it was not written by Nibble 0.7 or later.")
+    return f"{path}: {sum(sizes.values()) / 1e6:,.1f} MB in {len(files)} files, every tensor as it was written"
 
 
 def _full(checkpoint: Checkpoint, target) -> dict:

@@ -1,6 +1,7 @@
 """A ComfyUI model around quantized layers: a `Frame` with the layers and the rest in it."""
 
 import logging
+import os
 
 import comfy.model_management
 import torch
@@ -17,6 +18,9 @@ from .frame import DetectionError, Frame, after, of_file
 from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
+
+# Set to 1, every load compares each tensor with its hash: at 10 GB/s from memory, else at the speed of the disk, which then reads twice.
+VERIFY = "NIBBLE_VERIFY"
 
 
 def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
@@ -69,6 +73,8 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     """A quantized file of any format that `open_quantized` reads, as a model. Weights stay memory-mapped until ComfyUI moves them, where the
     format has the layout of memory. Raises DetectionError where ComfyUI has no such model."""
     pack = open_quantized(path)
+    if os.environ.get(VERIFY, "0") not in ("", "0"):
+        pack.verify()
     for note in pack.notes:
         logging.warning(f"Nibble: {pack.path.name}: {note}")
     if not (family := by_name(pack.family)).comfyui:
@@ -80,7 +86,7 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     info = {"family": pack.family, "provenance": provenance, "report": pack.report or as_report(pack), "source": str(path)}
     rest = {key: pack.tensor(key) for key in pack.rest}
     frame = frame_of_file(pack.origin, pack.specs, rest, path, pack.family)
-    patcher = build(lambda name: pack.layer(name) if name in pack.specs else None, pack.specs, rest, info, frame)
+    patcher = build(lambda name: pack.sound_layer(name) if name in pack.specs else None, pack.specs, rest, info, frame)
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..formats import digests
 from ..formats.atomic import new_folder, require_room, save_tensors
 from ..formats.lock import only_run
 from .statistics import InputStatistics
@@ -42,6 +43,8 @@ def read_meta(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as f:
             header = (f.metadata() or {}).get("nibble_calibration")
+            if header is not None:
+                digests.require_description(path, f, CalibrationError)
     except SafetensorError as error:
         raise CalibrationError(f"calibration file {path}: not a whole safetensors file ({error}). Run the calibration again.") from error
     if header is None:

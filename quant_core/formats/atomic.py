@@ -14,6 +14,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from . import digests
 from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
@@ -33,7 +34,9 @@ class OverInput(ValueError):
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str]):
-    """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed. Raises NoRoom."""
+    """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed; with hashes of what it holds in
+    its header, see `digests`. tensors: contiguous, on the CPU. Raises NoRoom."""
+    metadata = metadata | digests.entry(tensors, metadata)
     size = sum(t.nbytes for t in tensors.values()) + sum(map(len, metadata.values()))
     require_room(path, size)
     with replacing(path, size) as temporary:

@@ -1,13 +1,17 @@
 """What every opened file of a quantized model offers, whatever its format."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec
+from . import digests
+from .errors import CheckpointError
 from .origin import Origin
 
 
@@ -41,6 +45,30 @@ class Opened(ABC):
     @abstractmethod
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of one of `rest`, from the header."""
+
+    def sound_layer(self, name: str) -> QuantizedLayer:
+        """The same, to be run: one NaN among scales or smoothing would make a black picture. Raises CheckpointError naming file and tensor.
+
+        It reads the side data, which are to be moved anyway: 0.5 GB of FLUX.1 in 4 bit take 0.2 s on one core.
+        """
+        layer = self.layer(name)
+        for key, tensor in layer.tensors.items():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise CheckpointError(
+                    f"{self.path}: {name}.{key}: NaN or Inf. The file is damaged: download it or quantize the model again."
+                )
+        return layer
+
+    def verify(self, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> int:
+        """Reads every tensor and returns how many bytes agree with the hashes in the header; -1 where the file has none. Raises
+        CheckpointError naming what does not agree."""
+        if self.path.is_dir():
+            return -1
+        with safe_open(self.path, "pt") as file:
+            return digests.verify(self.path, file, CheckpointError, progress)
 
     def rest_bytes(self) -> int:
         """Of `rest` in 16 bit, as ComfyUI holds it."""

@@ -12,6 +12,7 @@ from math import prod
 
 import torch
 
+from . import digests
 from .errors import CheckpointError
 
 # Names under which trainers and ComfyUI keep tensors of the model beside the network's; in a file of the network alone they stand among its own.
@@ -26,7 +27,7 @@ _OTHER_MODELS = re.compile(
 )
 BESIDE_BYTES = 64 * 2**20  # Stable Audio's embedders have 0.4 MB, Zero123's projection 4.7 MB in fp32
 METADATA_BYTES = 2**20  # a config has some kB; workflows and thumbnails in headers up to megabytes
-_OWN = ("format", "nibble", "nibble_calibration", "nibble_export", "_quantization_metadata")
+_OWN = ("format", "nibble", "nibble_calibration", "nibble_export", digests.ENTRY, "_quantization_metadata")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from ..linear import QuantizedLayer
 from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
-from . import stop
+from . import digests, stop
 from .atomic import save_tensors
 from .checkpoint import CheckpointError, open_safetensors
 from .opened import Opened
@@ -113,6 +113,7 @@ class PackFile(Opened):
             raise PackError(f"{self.path}: layers said to be in base 3 that the header does not describe: {', '.join(sorted(unknown)[:3])}")
         self.rest = sorted(self._keys - owned)
         self._require_described()
+        digests.require_description(self.path, self._file, PackError)  # last: what is said above is more to the point
 
     def _origin(self, value, owned) -> Origin:
         def read(name):

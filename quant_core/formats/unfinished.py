@@ -15,7 +15,7 @@ import xxhash
 
 from ..linear import QuantizedLayer
 from ..report import Row
-from . import pack
+from . import digests, pack
 from .atomic import TEMPORARY, save_text
 from .checkpoint import CheckpointError
 from .settings import differences
@@ -39,12 +39,9 @@ def file_name(unit: str) -> str:
 
 
 def hash_of(tensors: Iterable[torch.Tensor]) -> str:
-    """xxh3 of the tensors' dtypes, shapes and bytes."""
-    digest = xxhash.xxh3_64()
-    for t in tensors:
-        digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """xxh3 of the tensors' dtypes, shapes and bytes, wherever they are."""
+    parts = [f"{t.dtype}{tuple(t.shape)}{digests.hash_of(t.detach().cpu().contiguous())}" for t in tensors]
+    return xxhash.xxh3_64_hexdigest("".join(parts).encode())
 
 
 class Unfinished:
@@ -101,6 +98,7 @@ class Unfinished:
         found = file.provenance
         if found.get("unit") != unit or found.get("run") != self._key or source not in (None, found.get("source")):
             raise pack.PackError(f"{path}: belongs to another run, or to other weights, than {unit} of this one")
+        file.verify()
         return {layer: file.layer(layer) for layer in file.specs}, [Row(**row) for row in file.report]
 
     def save(self, unit: str, source: str, layers: dict[str, QuantizedLayer], rows: list[Row]):

@@ -76,7 +76,7 @@ def _main(arguments, log, largest=None, without_check=False, stop_after=None):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the command has its own: Python says where it was
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if without_check:
@@ -88,6 +88,7 @@ def _main(arguments, log, largest=None, without_check=False, stop_after=None):
     if hasattr(small, arguments[0]):
         cli.app = lambda: getattr(small, arguments[0])(*arguments[1:])  # with the command's handling of signals and errors
     sys.argv = ["nibble", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
 
 
