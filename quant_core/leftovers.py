@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from .calibration.file import CalibrationError, read_meta
 from .formats import unfinished
 from .formats.atomic import TEMPORARY, remove_temporary
 from .formats.lock import LOCK, RUN, is_held
@@ -13,7 +14,7 @@ from .formats.lock import LOCK, RUN, is_held
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files of ours that no finished result needs. kind: "unfinished", "temporary" or "lock"; what: for a list; held: a run is at it."""
+    """Files of ours that no finished result needs. kind: "unfinished", "calibration", "temporary" or "lock"; what: for a list; held: a run is at it."""
 
     path: Path
     kind: str
@@ -28,6 +29,11 @@ class Leftover:
             return
         if self.kind == "unfinished":
             unfinished.remove(self.path)
+        elif self.kind == "calibration":
+            for file in _passes(self.path):
+                file.unlink()
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
         elif self.kind == "temporary":
             remove_temporary(self.path)
         else:
@@ -45,6 +51,8 @@ def leftovers(folder: Path) -> Iterator[Leftover]:
             yield _unfinished(here)
             folders.clear()
             continue
+        if (left := _calibration(here)) is not None:
+            yield left
         for name in [n for n in folders if n.endswith(TEMPORARY)]:
             folders.remove(name)
             yield _temporary(here / name)
@@ -69,6 +77,29 @@ def _unfinished(folder) -> Leftover:
         _changed(files),
         held,
     )
+
+
+def _passes(folder) -> dict[Path, dict]:
+    """{file: its header} of the passes of a calibration that can be read."""
+    found = {}
+    for file in folder.glob("pass-*.safetensors"):
+        try:
+            found[file] = read_meta(file)
+        except CalibrationError:
+            continue
+    return found
+
+
+def _calibration(folder) -> Leftover | None:
+    """None for a finished one, which is no leftover, and where there is none."""
+    if not (found := _passes(folder)):
+        return None
+    passes, samples = next(iter(found.values()))["passes"], sum(meta["done"] for meta in found.values())
+    wanted = passes * next(iter(found.values()))["samples"]
+    if samples >= wanted:
+        return None
+    what = f"a calibration of {samples} of {wanted} sampling runs"
+    return Leftover(folder, "calibration", what, _size(found), _changed(found), is_held(folder.with_name(f".{folder.name}{LOCK}")))
 
 
 def _temporary(folder) -> Leftover:

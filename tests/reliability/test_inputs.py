@@ -125,3 +125,19 @@ def test_settings_that_differ_are_named(folder, tmp_path):
     assert "(method: rtn there, convrot here" in ended.text
     assert f"nibble clean {out}.partial --remove" in ended.text
     assert json.loads((tmp_path / "q.safetensors.partial" / "nibble-unfinished.json").read_text())["settings"]["method"] == "rtn"
+
+
+def test_a_calibration_that_was_not_finished_is_a_leftover(tmp_path):
+    import time
+
+    from comfyui_nibble.tests.reliability.runs import Run
+
+    going = Run(["calibration", tmp_path / "c"], tmp_path / "log")
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("c/pass-*")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    going.kill()
+    (tmp_path / "c" / "mine.txt").write_text("mine")
+    assert " of 48 sampling runs)" in run(["clean", tmp_path], tmp_path / "log").text
+    run(["clean", tmp_path, "--remove"], tmp_path / "log")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["c", "log", "mine.txt"]
