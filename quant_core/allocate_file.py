@@ -15,6 +15,7 @@ from .formats.checkpoint import Checkpoint
 from .formats.lock import only_run
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
+from .methods.soundness import of_file
 from .mixed import MIXED, MixedConfig
 from .quantize import not_quantizable, require_statistics
 from .quantize_file import quantize_file, require_place
@@ -55,7 +56,7 @@ def allocate_file(
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
-    with only_run(path, f"measures {checkpoint.path.name}"):
+    with only_run(path, f"measures {checkpoint.path.name}"), of_file(source):
         table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
     done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
     chosen = replace(config, layers=done.allocation.layers)

@@ -6,6 +6,7 @@ import torch
 
 from .linear import QuantizedLayer
 from .methods.lowrank import truncated
+from .methods.soundness import naming, require_finite_fit
 from .side import Side
 
 
@@ -27,7 +28,7 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
 
     rank 0: every column is kept, and only the rounding to 16 bit is lost. Otherwise at most `rank` columns in all, the layer's own
     included: the best fit of the branch in the Frobenius norm, part by part. Kronecker products and dense differences need a rank;
-    raises RankNeeded without one.
+    raises RankNeeded without one, UnfitLayer where the adapter's numbers leave fp32 or the dtype of the branch.
     """
     dtype = layer.tensors["proj_up"].dtype if layer.spec.rank else _half(layer)
     full = _residual(side)
@@ -42,7 +43,8 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
         full = torch.nn.functional.pad(full, (0, spec.padding))
         full = full.index_select(1, tensors["channel_order"]) if spec.order else full
     if rank and (full is not None or spec.rank > rank):
-        spec, tensors = _cut(spec, tensors, full, rank)
+        with naming(layer.name, full):
+            spec, tensors = _cut(spec, tensors, full, rank)
     if "weight_scale" in changed:
         tensors["weight_scale"] = changed["weight_scale"].to(layer.tensors["weight_scale"].dtype)
     offset = tensors.pop("bias_offset", None)
@@ -54,6 +56,7 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
         if name in tensors:
             tensors[name] = tensors[name].to(dtype).contiguous()
     baked = QuantizedLayer(layer.name, spec, tensors)
+    require_finite_fit(layer.name, baked)
     base = layer.dequantize()
     want = side.weight(base)
     return Baked(baked, layer.spec.rank, float((baked.dequantize() - want).norm() / (want - base).norm().clamp(min=1e-30)))

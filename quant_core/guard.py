@@ -121,7 +121,7 @@ def measure(
     """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor from one to the next.
 
     get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises what `require_statistics` does, CalibrationError
-    where the calibration holds no token to judge by, and NonFiniteWeight.
+    where the calibration holds no token to judge by, and UnfitLayer.
     """
     layers = list(layers)
     require_statistics(layers, calibration)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 
 from .guard import w4a8, w8a8
 from .linear import QuantizedLayer
-from .methods import Fitted, Method, Problem, by_name
+from .methods import Fitted, Method, Problem, by_name, fit_problem
 
 SIXTEEN = "16 bit"
 
@@ -91,7 +91,7 @@ def _fit(problem, entry, config):
     method = by_name(entry.method)
     shared = {f.name for f in fields(method.config)} & {"rank", "gptq"}
     options = {name: getattr(config, name) for name in shared} | dict(entry.options)
-    return method.fit(problem, method.configured(**options))
+    return fit_problem(problem, method, method.configured(**options))
 
 
 def _raised(problem, layer, entry):

@@ -11,13 +11,10 @@ from .families.generic import sensitive
 from .linear import QuantizedLayer
 from .methods import Method, Problem, fit_problem
 from .methods.problem import output_sqnr
+from .methods.soundness import require_sound
 from .quantizers import GROUP
 from .report import Row
 from .spec import SpecError
-
-
-class NonFiniteWeight(ValueError):
-    """NaN or Inf in a weight."""
 
 
 def quantize_layers(
@@ -32,7 +29,7 @@ def quantize_layers(
     """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16 bit.
 
     get(key): the tensor of a ComfyUI key, in a dtype that has arithmetic; `keys`: those there are. calibration: one that
-    `require_statistics` takes. Raises NonFiniteWeight.
+    `require_statistics` takes. Raises UnfitLayer, which names the layer.
     """
     for layer in layers:
         started = time.perf_counter()
@@ -59,19 +56,16 @@ def quantize_layers(
 def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True) -> Problem:
     """A layer's weight, bias and statistics on the device, filled up to whole groups of 64; the statistics None without calibration.
 
-    Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises NonFiniteWeight and CalibrationError.
+    Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises UnfitLayer as `require_sound` does, and CalibrationError.
     """
     weight = get(f"{layer.name}.weight").to(device).flatten(1)  # a convolution's as a linear layer's
     bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
-    for leaf, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and not torch.isfinite(tensor).all():
-            raise NonFiniteWeight(
-                f"layer {layer.name}: NaN or Inf in its {leaf}. The checkpoint is damaged, or was saved in a dtype too narrow for it."
-            )
     statistics = None
     if calibration is not None and _wants_statistics(layer, calibration):
         statistics = calibration.get(layer.input, second_moments)
-    return Problem(layer, weight, bias, statistics).filled()
+    problem = Problem(layer, weight, bias, statistics)
+    require_sound(problem, calibration and calibration.path)
+    return problem.filled()
 
 
 def _wants_statistics(layer, calibration):

@@ -22,6 +22,7 @@ from .formats.unfinished import Unfinished
 from .gains import of_calibration
 from .kept import kept_rows
 from .methods import Method
+from .methods.soundness import of_file
 from .quantize import leave_out, require_statistics
 from .report import Row
 from .training.presets import UNTRAINED, Preset
@@ -48,7 +49,7 @@ def quantize_file(
     a time (1.3 GB above the page cache for a 12B FLUX with ConvRot); source and finished layers stay memory-mapped. With a preset that
     trains, the source must be a diffusers folder, whose model is loaded; the losses go to `<destination>.losses.json`.
     Raises the errors of Checkpoint, Calibration, `require_place`, `require_statistics`, Unfinished and of training, and Busy, before anything
-    is computed, those of quantize_layers and Trainer later.
+    is computed, those of quantize_layers, with the name of `source` in front, and Trainer later.
     """
     checkpoint = Checkpoint(source)
     require_place(destination, checkpoint, calibration)
@@ -83,8 +84,9 @@ def _quantized(checkpoint, destination, method, config, calibration, device, pro
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
         work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
-        for _ in progress(work, steps_of(plan, preset)):
-            pass
+        with of_file(checkpoint.path):
+            for _ in progress(work, steps_of(plan, preset)):
+                pass
         settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
     require_unchanged(before)
     quantized, rows = finished(plan, preset, store)

@@ -74,7 +74,7 @@ def sensitivity(
 
     A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in `quantize_layers`. Layers
     whose width no kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where no token was
-    held out, ValueError for a damaged table, and NonFiniteWeight.
+    held out, ValueError for a damaged table, and UnfitLayer.
     """
     table = Table(path, settings, "sensitivities")
     done = {row.name: row for row in table.parsed(_row)}

@@ -38,6 +38,8 @@ class Observation:
     def _hook(self, name, live):
         def hook(module, args):
             x = tensor_of(args[0])
+            if not x.numel():  # a call without tokens says nothing: two layers that read one empty tensor may not share the next
+                return
             self.rows[name] = max(self.rows.get(name, 0), x.numel() // rows_of(module, x).shape[-1])
             if name in self.order:
                 return

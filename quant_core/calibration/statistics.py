@@ -1,5 +1,6 @@
 """Streaming statistics of one layer input."""
 
+import math
 import zlib
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -9,10 +10,11 @@ import torch
 # Of one call. A picture of 1024 x 1024 has at most 4.6 thousand tokens in FLUX, 81 frames of 480p have 32760 in Wan: there the second
 # moments of a call cost a quarter of the time, and the fp32 copy of the MLP's input 0.45 instead of 1.8 GB.
 TOKENS = 8192
+FP32 = torch.finfo(torch.float32).max
 
 
 class NonFiniteActivation(ValueError):
-    """NaN or Inf at the input of a layer."""
+    """NaN, Inf or what becomes Inf in the second moments at the input of a layer."""
 
 
 def hessian_blocks(parts, limit: int) -> tuple[tuple[int, int], ...]:
@@ -77,9 +79,12 @@ class InputStatistics:
         return 4 * sum((b - a) ** 2 for a, b in blocks) + 2 * width * reservoir + 4 * width
 
     def update(self, x: torch.Tensor, keys: torch.Tensor | None = None):
-        """Adds fit tokens x (..., K). Of more than TOKENS of them the second moments see those with the smallest `keys`, absmax all."""
+        """Adds fit tokens x (..., K). Of more than TOKENS of them the second moments see those with the smallest `keys`, absmax all. A call
+        without tokens adds nothing."""
         x = x.reshape(-1, self.width)
         self.to(x.device)
+        if not len(x):
+            return
         torch.maximum(self.absmax, x.abs().amax(0).float(), out=self.absmax)
         if keys is not None and len(x) > TOKENS:
             x = x[keys.topk(TOKENS, largest=False).indices.sort().values.to(x.device)]
@@ -104,7 +109,7 @@ class InputStatistics:
             self.hessians[a, b] = self.hessians[a, b].to(device) if (a, b) in self.hessians else torch.zeros(b - a, b - a, device=device)
 
     def hold_out(self, x: torch.Tensor, keys: torch.Tensor, timestep: float):
-        """Offers tokens x (..., K) with their `keys` to the reservoir."""
+        """Offers tokens x (..., K), of which there may be none, with their `keys` to the reservoir."""
         x = x.reshape(-1, self.width)
         if len(self.keys) == self.reservoir:
             chosen = (keys < self.keys.max()).nonzero().flatten()
@@ -132,10 +137,26 @@ class InputStatistics:
         self._keep(other.tokens, other.keys, other.timesteps)
 
     def check_finite(self, x, sample, step):
-        """Raises NonFiniteActivation naming the layer, the sample and the step."""
-        if not torch.isfinite(x).all():
-            channel = int((~torch.isfinite(x.reshape(-1, self.width))).any(0).nonzero()[0])
-            raise NonFiniteActivation(
-                f"NaN or Inf at the input of layer {self.name}, channel {channel}, sample {sample}, step {step}. "
-                "The model itself overflows there: try bf16 or fp32 computation, other prompts, or a lower cfg."
-            )
+        """Raises NonFiniteActivation naming the layer, the channel, the sample and the step, for NaN or Inf in x (..., K) and for values
+        whose second moments, summed over the tokens so far and these, may leave fp32.
+
+        One pass over x, in a sixteenth of the time of `isfinite`: a channel's sum is at most the largest square times the tokens.
+        """
+        if not x.numel():
+            return
+        low, high = x.aminmax()
+        peak = float(torch.maximum(-low.float(), high.float()))
+        tokens = self.count + x.numel() // self.width
+        if math.isfinite(peak) and (not self.blocks or peak * peak * tokens < FP32):
+            return
+        rows = x.reshape(-1, self.width)
+        if math.isfinite(peak):
+            channel = int(rows.abs().amax(0).argmax())
+            found, why = f"Values up to {peak:.3g}", f"Their squares, summed over {tokens} tokens, overflow fp32"
+        else:
+            channel = int((~torch.isfinite(rows)).any(0).nonzero()[0])
+            found, why = "NaN or Inf", "The model itself overflows there"
+        raise NonFiniteActivation(
+            f"{found} at the input of layer {self.name}, channel {channel}, sample {sample}, step {step}. "
+            f"{why}: try bf16 or fp32 computation, other prompts, or a lower cfg."
+        )

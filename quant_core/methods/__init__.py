@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from . import convrot, native, robuq, rtn, splitquant, svdquant, weight_only
 from .problem import Fitted, Problem
+from .soundness import UnfitLayer, naming, require_finite_fit
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,15 @@ def by_name(name: str) -> Method:
 
 
 def fit_problem(problem: Problem, method: Method, config) -> Fitted:
-    """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ."""
-    if method.weight_only or not problem.layer.weight_only:
-        return method.fit(problem, config)
-    return weight_only.fit(problem, getattr(config, "rank", 0), getattr(config, "gptq", False))
+    """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ. Raises UnfitLayer, which names the layer, where
+    linear algebra fails or NaN or Inf comes out."""
+    with naming(problem.layer.name, problem.weight, problem.statistics):
+        if method.weight_only or not problem.layer.weight_only:
+            fitted = method.fit(problem, config)
+        else:
+            fitted = weight_only.fit(problem, getattr(config, "rank", 0), getattr(config, "gptq", False))
+    require_finite_fit(problem.layer.name, fitted.layer)
+    return fitted
 
 
-__all__ = ["METHODS", "Fitted", "Method", "Problem", "by_name", "fit_problem"]
+__all__ = ["METHODS", "Fitted", "Method", "Problem", "UnfitLayer", "by_name", "fit_problem"]

@@ -1,5 +1,6 @@
 """What a method is given and what it returns, and how candidates are judged."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -8,6 +9,7 @@ from ..calibration.statistics import InputStatistics
 from ..families import Layer
 from ..linear import QuantizedLayer
 from ..quantizers import GROUP
+from .soundness import UnfitLayer, largest
 
 # Rows are worked on in chunks of 2 M weights, 8 MB in fp32, whatever the width of the layer: small enough for the
 # allocator to reuse. A 21504 x 3072 layer takes 12 s on two CPU cores so, 31 s with chunks of 16 M.
@@ -89,7 +91,10 @@ class Fitted:
 
 
 def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "report") -> float | None:
-    """SQNR in dB of the layer's output on held-out tokens, by the operator itself; None without calibration."""
+    """SQNR in dB of the layer's output on held-out tokens, by the operator itself; None without calibration.
+
+    Raises UnfitLayer where the full-precision output is not finite, and for purpose "report" where the quantized one is not; a candidate
+    of "select" with such an output is the worst, at -inf."""
     x = problem.tokens(purpose)
     if x is None:
         return None
@@ -101,4 +106,11 @@ def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "rep
             want += problem.bias[rows].float()
         signal += want.double().square().sum().item()
         noise += (want - y[:, rows]).double().square().sum().item()
-    return power_db(signal, noise)
+    for what, energy in (("full-precision", signal), ("quantized", noise)):
+        if not math.isfinite(energy) and (what == "full-precision" or purpose == "report"):
+            raise UnfitLayer(
+                f"layer {problem.layer.name}: its {what} output on {len(x)} held-out tokens is not finite; its weight goes up to "
+                f"{largest(problem.weight):.3g}, these tokens up to {largest(x):.3g}. Calibrate again with other prompts, or take "
+                "another file of the model."
+            )
+    return power_db(signal, noise) if math.isfinite(noise) else -math.inf

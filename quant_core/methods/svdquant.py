@@ -5,6 +5,7 @@ the residual may be rounded by GPTQ, and with `rotation` a Hadamard rotation fol
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -212,7 +213,8 @@ class PartFit:
     # -- judgement -------------------------------------------------------------------------------------------------------
 
     def _judged(self, candidate):
-        candidate["error"] = 0.0 if self.x is None else self._error_of(candidate)
+        error = 0.0 if self.x is None else self._error_of(candidate)
+        candidate["error"] = math.inf if math.isnan(error) else error  # nothing is better than NaN, not even itself
         return candidate
 
     def _error_of(self, candidate):

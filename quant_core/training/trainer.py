@@ -1,6 +1,7 @@
 """Goes through a network run after run of blocks: what goes in and should come out of each is carried along, for every recorded call."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from ..formats.atomic import save_text
 from ..linear import QuantizedLayer
 from ..methods.again import round_again
 from ..methods.problem import Problem, power_db
+from ..methods.soundness import naming
 from ..methods.student import Student
 
 SAVE_EVERY = 60.0  # seconds between checkpoints within a run
@@ -109,7 +111,7 @@ class Trainer:
         with torch.inference_mode(False):
             run = Run(self.at, stop, self.calls, self.held, self.sample, self.weight, self.quantized, self._outputs(stop, self.full, {}))
             others = {n: layer for n, layer in layers.items() if layer.spec.weight_only}  # left as they are
-            students = {n: Student(problems[n], layers[n], self.config.kinds, self.config.affine) for n in layers if n not in others}
+            students = {n: self._student(problems[n], layers[n]) for n in layers if n not in others}
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
@@ -118,7 +120,7 @@ class Trainer:
             trained = layers | {n: s.layer() for n, s in students.items()}
             offered = [trained]
             if {"transform", "smooth"} & set(self.config.kinds):  # the start may have GPTQ's codes, these are rounded to nearest
-                offered.append(trained | {n: again for n in students if (again := round_again(problems[n], trained[n])) is not None})
+                offered.append(trained | {n: again for n in students if (again := _rounded_again(problems[n], trained[n])) is not None})
             ratio, trained = min(((self._ratio(run, o, before), o) for o in offered), key=lambda pair: pair[0])
             outcome = Outcome(name, -power_db(ratio, 1.0), ratio < 1, done.note, done.losses)
             layers = trained if outcome.kept else layers
@@ -127,10 +129,15 @@ class Trainer:
         checkpoint.unlink(missing_ok=True)
         return layers, outcome
 
+    def _student(self, problem, layer):
+        with naming(layer.name, problem.weight, problem.statistics):
+            return Student(problem, layer, self.config.kinds, self.config.affine)
+
     def _ratio(self, run, layers, before):
-        """Of the held-out losses to those before, the mean of the outputs."""
+        """Of the held-out losses to those before, the mean of the outputs; inf where it is not finite."""
         after = judged(self.chain, run, layers, self.modules, self.config.coherence)
-        return sum(a / max(b, 1e-30) for a, b in zip(after, before, strict=True)) / len(after)
+        ratio = sum(a / max(b, 1e-30) for a, b in zip(after, before, strict=True)) / len(after)
+        return ratio if math.isfinite(ratio) else math.inf
 
     def skip(self, stop: int, layers: dict[str, QuantizedLayer]):
         """Goes on behind blocks that are done."""
@@ -195,6 +202,11 @@ class Trainer:
             "note": outcome.note,
         }
         save_text(self.losses, json.dumps(before | {outcome.name: entry}))
+
+
+def _rounded_again(problem, layer):
+    with naming(layer.name, problem.weight, problem.statistics):
+        return round_again(problem, layer)
 
 
 def _weights(calls, bins) -> dict[int, float]:

@@ -245,7 +245,7 @@ def test_nan_weight_names_the_layer(tmp_path, tiny_state):
     save_file(state, tmp_path / "nan.safetensors")
     result = command("quantize", tmp_path / "nan.safetensors", tmp_path / "q.safetensors", "--method", "rtn", "--device", "cpu")
     assert result.returncode == 1
-    assert "nibble: layer single_blocks.1.linear2: NaN or Inf in its weight" in result.stderr
+    assert "nan.safetensors: layer single_blocks.1.linear2: NaN or Inf in its weight" in result.stderr
     assert not (tmp_path / "q.safetensors").exists()
 
 

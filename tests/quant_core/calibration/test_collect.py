@@ -184,3 +184,28 @@ def test_inputs_that_hold_a_tensor_are_seen_as_it(tmp_path):
     with Observation().watching({"a": layer}) as seen:
         layer(Sparse(x))
     assert seen.rows == {"a": 20}
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (1, 0, 64)])
+def test_calls_without_tokens_are_skipped(modules, tmp_path, shape):
+    """As of a network that cuts its text away: statistics and observation are those of the other calls."""
+
+    good = runner(modules)
+
+    def run(sample, capture):
+        modules["a"](torch.empty(shape))
+        good(sample, capture)
+
+    want = go(modules, tmp_path / "a")
+    found = calibrate(run, modules, INPUTS, tmp_path / "b", {"model": "m"}, samples=5, memory=2**30, reservoir=16)
+    assert (found.get("a").count, found.get("b").count) == (want.get("a").count, want.get("b").count)
+    assert torch.equal(found.get("a").absmax, want.get("a").absmax)
+    layers = {"a": torch.nn.Linear(64, 8), "b": torch.nn.Linear(64, 8)}
+    with Observation().watching(layers) as seen:
+        empty = torch.empty(shape)
+        layers["a"](empty)
+        layers["b"](empty)
+        assert seen.to_json() == {"order": [], "shared": {}, "rows": {}}
+        layers["b"](torch.randn(3, 64))
+        layers["a"](torch.randn(2, 64))
+    assert seen.to_json() == {"order": ["b", "a"], "shared": {}, "rows": {"b": 3, "a": 2}}

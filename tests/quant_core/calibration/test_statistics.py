@@ -96,3 +96,40 @@ def test_memory_bound_is_what_is_held():
     s.hold_out(torch.randn(100, 256), torch.rand(100, dtype=torch.float64), 0.0)
     held = sum(h.nbytes for h in s.hessians.values()) + s.tokens.nbytes + s.absmax.nbytes
     assert held == InputStatistics.nbytes(256, ((0, 256),), 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_whose_squares_overflow_name_their_place(dtype):
+    x = torch.ones(8, 128, dtype=dtype)
+    x[3, 77] = -1e30
+    with pytest.raises(
+        NonFiniteActivation,
+        match=r"^Values up to 1e\+30 at the input of layer layer, channel 77, sample 4, step 9. Their squares, summed over 8 ",
+    ):
+        make().check_finite(x, 4, 9)
+    InputStatistics.empty("layer", 128, ()).check_finite(x, 4, 9)  # no second moments to overflow
+
+
+def test_the_bound_on_second_moments_counts_the_tokens_so_far():
+    s, x = make(), torch.full((4, 128), 1e18)
+    for step in range(85):  # 340 tokens: 3.4e38
+        s.check_finite(x, 0, step)
+        s.update(x)
+    assert torch.isfinite(s.hessians[0, 128]).all()
+    with pytest.raises(NonFiniteActivation, match="sample 0, step 85. Their squares, summed over 344 tokens, overflow fp32"):
+        s.check_finite(x, 0, 85)
+
+
+def test_a_call_without_tokens_changes_nothing():
+    s, x = make(), torch.randn(5, 128)
+    s.update(x)
+    s.hold_out(x, reservoir_keys(0, "layer", 3, 0, 1, 5), 0.5)
+    count, absmax, hessian, tokens = s.count, s.absmax.clone(), s.hessians[0, 128].clone(), s.tokens.clone()
+    for empty in (torch.empty(0, 128), torch.empty(1, 0, 128)):
+        s.check_finite(empty, 0, 0)
+        s.update(empty)
+        s.hold_out(empty, reservoir_keys(0, "layer", 3, 1, 1, 0), 0.5)
+    assert s.count == count
+    assert torch.equal(s.absmax, absmax)
+    assert torch.equal(s.hessians[0, 128], hessian)
+    assert torch.equal(s.tokens, tokens)
