@@ -30,6 +30,52 @@ def test_imports_inside_the_pack_are_relative(path):
         assert not found & {"comfy", "comfy_api", "folder_paths"}
 
 
+UNPICKLED = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def opened_pickles(source: str) -> list[str]:
+    """What in a source opens or writes pickles, or may make a library open them."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found += [name for name in names if name.split(".")[0] in UNPICKLED]
+            if isinstance(node, ast.ImportFrom) and node.module == "torch":
+                found += [f"torch.{alias.name}" for alias in node.names if alias.name in ("load", "save")]
+        if isinstance(node, ast.Attribute) and node.attr in ("load", "save", "hub", "package") and getattr(node.value, "id", "") == "torch":
+            found.append(f"torch.{node.attr}")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            said = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            if node.func.attr in ("from_pretrained", "from_single_file") and said.get("use_safetensors") is not True:
+                found.append(f"{node.func.attr} without use_safetensors=True")
+            if said.get("allow_pickle"):
+                found.append("allow_pickle")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_opens_or_writes_pickles(path):
+    assert opened_pickles(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch\ntorch.load(p, weights_only=True)", ["torch.load"]),
+        ("from torch import save as s", ["torch.save"]),
+        ("import pickle as p", ["pickle"]),
+        ("from pickle import loads", ["pickle"]),
+        ("numpy.load(p, allow_pickle=True)", ["allow_pickle"]),
+        ("Model.from_pretrained(p)", ["from_pretrained without use_safetensors=True"]),
+        ("Model.from_pretrained(p, use_safetensors=None)", ["from_pretrained without use_safetensors=True"]),
+        ("Model.from_pretrained(p, use_safetensors=True)", []),
+        ("state.load(p)\nloaded = load_file(p)", []),
+    ],
+)
+def test_the_search_for_pickles_finds_them(source, found):
+    assert opened_pickles(source) == found
+
+
 def test_imports_without_comfyui_triton_and_gpu():
     code = """
 import sys

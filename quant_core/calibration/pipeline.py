@@ -8,6 +8,7 @@ import torch
 
 from ..families import GENERIC, UnknownArchitecture, detect
 from ..formats.checkpoint import Checkpoint
+from ..formats.pipeline_folder import require_safetensors
 from .collect import calibrate
 from .file import Calibration, fingerprint
 from .plan import inputs_of
@@ -21,7 +22,7 @@ def calibrate_pipeline(
 
     prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids evenly over the classes.
     Raises ImportError without diffusers, ValueError for a folder that is no pipeline, CheckpointError for one without a
-    transformer in safetensors files, UnknownArchitecture for a transformer that no family knows.
+    transformer in safetensors files or with another component in pickled ones, UnknownArchitecture for a transformer that no family knows.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -31,11 +32,12 @@ def calibrate_pipeline(
         raise ValueError(
             f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the ComfyUI node Nibble Calibrate."
         )
+    require_safetensors(Path(pipeline))
     _mapped(Checkpoint(pipeline).family)  # refuses a model that `nibble quantize` could not read, before the text encoders load
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(
-        pipeline, torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32, local_files_only=True
+        pipeline, torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32, local_files_only=True, use_safetensors=True
     )
     if device == "cpu":
         pipe.to("cpu")

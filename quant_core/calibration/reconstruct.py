@@ -10,6 +10,7 @@ mean's energy orders methods as their pictures do, the mean squared error does n
 pictures of 32.2, without 18.5 and 33.7; their means have 25.4 and 26.4 dB.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from ..formats.atomic import replacing
+from ..formats.atomic import save_tensors
 from ..methods.student import Student
 from .segments import Chain, State, replaced
 
 Modules = dict[str, list[tuple[torch.nn.Module, slice]]]  # {layer: the modules that hold its rows}
 WINDOWS = 8  # of a run's steps; after each the held-out calls judge, and the best state is kept: the small FLUX overfits to 24 pictures
 DIVERGED = 2.0  # times the loss of the first window
+HEADER = "nibble_training"  # header entry of a checkpoint
+_PLAIN = ("least", "losses", "unit", "start")  # of its state, what is no tensor
 
 
 @dataclass(frozen=True)
@@ -237,26 +241,48 @@ class _State:
             student.renew()
 
     def save(self, path):
-        state = {
-            "parameters": self._copy(),
-            "good": self.good,
-            "least": self.least,
-            "losses": self.losses,
-            "unit": self.unit,
-            "start": self.start,
-        }
-        state |= {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        """A safetensors file, with what is no tensor as JSON in its header: Python writes floats so that they read back exactly."""
+        optimizer = self.optimizer.state_dict()
+        tensors = {f"parameters.{i}": p for i, p in enumerate(self._copy())} | {f"good.{i}": g for i, g in enumerate(self.good)}
+        tensors |= {f"optimizer.{i}.{k}": t for i, held in optimizer["state"].items() for k, t in held.items()}
+        plain = {k: getattr(self, k) for k in _PLAIN} | {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
+        save_tensors(path, {k: t.detach().contiguous() for k, t in tensors.items()}, {HEADER: json.dumps(plain)})
 
     @torch.no_grad()
     def load(self, path):
+        """Goes on from the file at `path`, if there is one. One that is damaged or of other students is not trusted: the run starts again."""
         if path is None or not path.is_file():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        for p, value in zip(self.students.parameters(), state["parameters"], strict=True):
+        parameters = list(self.students.parameters())
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            with safe_open(path, "pt") as f:
+                plain, keys = json.loads(f.metadata()[HEADER]), list(f.keys())
+                now = [_copied(f.get_tensor(f"parameters.{i}"), p) for i, p in enumerate(parameters)]
+                good = [_copied(f.get_tensor(f"good.{i}"), p) for i, p in enumerate(parameters)]
+                state = {}
+                for key in (k for k in keys if k.startswith("optimizer.")):
+                    _, i, name = key.split(".")
+                    like = torch.empty(()) if name == "step" else trained[int(i)]  # which AdamW keeps on the CPU
+                    state.setdefault(int(i), {})[name] = _copied(f.get_tensor(key), like)
+            found, schedule = {k: plain[k] for k in _PLAIN}, dict(plain["schedule"])
+            groups = [
+                {k: tuple(v) if isinstance(own[k], tuple) else v for k, v in group.items()}
+                for own, group in zip(self.optimizer.param_groups, plain["groups"], strict=True)
+            ]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.schedule.load_state_dict(schedule)
+        except (SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return
+        for p, value in zip(parameters, now, strict=True):
             p.copy_(value)
-        self.good = [g.to(p.device) for g, p in zip(state["good"], self.students.parameters(), strict=True)]
-        self.least, self.losses, self.unit, self.start = (state[k] for k in ("least", "losses", "unit", "start"))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        self.good = good
+        for k, value in found.items():
+            setattr(self, k, value)
+
+
+def _copied(tensor, like):
+    """A copy where and as `like` lies in memory. The file is replaced while the run goes on, which Windows refuses for one that is mapped."""
+    if tensor.shape != like.shape:
+        raise ValueError(f"expected the shape {tuple(like.shape)}, found {tuple(tensor.shape)}")
+    return torch.empty_like(like).copy_(tensor)

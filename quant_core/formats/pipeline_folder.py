@@ -7,6 +7,7 @@ import torch
 
 from .errors import CheckpointError
 from .origin import METADATA_BYTES, Origin
+from .shards import require_no_pickles
 
 CONFIG = "diffusers_config"  # header entry that keeps the text of config.json
 
@@ -23,6 +24,13 @@ def origin_of(folder: Path) -> Origin:
     sdxl = config["_class_name"] == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time"
     beside = _markers(_json(folder.parent / "scheduler" / "scheduler_config.json")) if sdxl else {}
     return Origin({CONFIG: json.dumps(config, sort_keys=True)}, beside=beside)
+
+
+def require_safetensors(pipeline: Path):
+    """Raises CheckpointError where a component that model_index.json names has its weights in pickled files only, naming one of them."""
+    for name, what in _json(pipeline / "model_index.json").items():
+        if isinstance(what, list) and Path(name).name == name:
+            require_no_pickles(pipeline / name)
 
 
 def _markers(scheduler: dict) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from .errors import CheckpointError
 
 INDEX = ".safetensors.index.json"
 INDEX_BYTES = 64 * 2**20  # FLUX's index has 120 kB
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what torch.save's files are called; to open one may run code
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -35,8 +36,20 @@ def files_of(path: Path) -> list[Path]:
     if len(sets) == 1 and all(_SHARD.fullmatch(p.name) for p in found):
         return _set(path, *sets.pop())
     if not found:
+        require_no_pickles(path)
         raise CheckpointError(f"{path}: a folder without .safetensors files")
     return found
+
+
+def require_no_pickles(folder: Path):
+    """Raises CheckpointError naming the first pickled file of weights in a folder that has none in safetensors; they are never opened."""
+    if any(folder.glob("*.safetensors")) or not folder.is_dir():
+        return
+    if pickled := sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLED):
+        raise CheckpointError(
+            f"{pickled[0]}: pickled weights, which can run code when opened, and no .safetensors file beside them. Save the model again with "
+            "save_pretrained(folder, safe_serialization=True), or download its .safetensors files."
+        )
 
 
 def _set(folder, stem, count):

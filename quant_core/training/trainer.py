@@ -115,7 +115,7 @@ class Trainer:
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
-                checkpoint = self.folder / f"{name}.pt"
+                checkpoint = self.folder / f"{name}.training"
                 done = train(self.chain, run, students, self.modules, config, self.stream_of, checkpoint, self._ticks())
             trained = layers | {n: s.layer() for n, s in students.items()}
             offered = [trained]

@@ -125,7 +125,7 @@ def test_interrupted_training_goes_on(comfy, model, calibration, trained, monkey
         assert len(seen) == done
         assert all(p is before[name] for name, p in model.model.named_parameters())
         assert not any("forward" in m.__dict__ for m in model.model.diffusion_model.modules())
-        assert list(stores(calibration)[0].glob("*.pt"))  # the steps that were done
+        assert list(stores(calibration)[0].glob("*.training"))  # the steps that were done
     monkeypatch.setattr(trainer, "train", real)
     got = codes(quantize(model, calibration)[0])
     assert got.keys() == want.keys()

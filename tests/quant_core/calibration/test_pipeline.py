@@ -275,6 +275,34 @@ def test_other_models_are_refused_before_they_load(tmp_path):
         nibble("calibrate", tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("component", ["vae", "text_encoder_2", "transformer"])
+def test_pickled_weights_are_refused_by_name_before_the_work(saved, tmp_path, monkeypatch, component):
+    pipe = shutil.copytree(saved / "flux", tmp_path / "pipe")
+    [weights] = (pipe / component).glob("*.safetensors")
+    pickled = weights.with_suffix(".bin")
+    torch.save({"w": torch.zeros(1)}, pickled)
+    monkeypatch.setattr("torch.load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    calibrated = calibrate(saved, pipe, tmp_path / "out", samples=1, steps=1)
+    nibble(*calibrated)  # beside safetensors, nobody looks at it
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=rf"{component}/{pickled.name}: pickled weights, .*safe_serialization=True"):
+        nibble(*calibrated[:2], tmp_path / "again", *calibrated[3:])
+    assert not (tmp_path / "again").exists()
+
+
+def test_diffusers_itself_is_told_to_open_no_pickle(saved, tmp_path, monkeypatch):
+    """Also where the folder was changed after the check."""
+    pipe = shutil.copytree(saved / "flux", tmp_path / "pipe")
+    for component in ("vae", "text_encoder"):
+        [weights] = (pipe / component).glob("*.safetensors")
+        torch.save({"w": torch.zeros(1)}, weights.with_name({"vae": "diffusion_pytorch_model.bin"}.get(component, "pytorch_model.bin")))
+        weights.unlink()
+    monkeypatch.setattr("comfyui_nibble.quant_core.calibration.pipeline.require_safetensors", lambda folder: None)
+    monkeypatch.setattr("torch.load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    with pytest.raises(OSError, match="safetensors"):
+        nibble(*calibrate(saved, pipe, tmp_path / "out", samples=1, steps=1))
+
+
 def test_file_without_prompts_is_named(saved, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="empty.txt: holds no prompts"):

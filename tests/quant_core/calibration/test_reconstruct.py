@@ -1,7 +1,10 @@
+import json
+import pickle
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from comfyui_nibble.quant_core.calibration.reconstruct import Run, TrainConfig, installed, judged, losses_of, train
 from comfyui_nibble.quant_core.calibration.segments import Chain
@@ -244,7 +247,7 @@ class Stopped(Exception):
 
 @pytest.mark.parametrize("at", [0, 1, 6, 11])
 def test_interrupted_run_goes_on_bit_for_bit(world, tmp_path, at):
-    run, whole, checkpoint = world.run(), world.students(), tmp_path / "run.pt"
+    run, whole, checkpoint = world.run(), world.students(), tmp_path / "run.training"
     want = train(world.chain, run, whole, world.modules, CONFIG, STREAM)
 
     def on_step(step, loss):
@@ -264,7 +267,7 @@ def test_interrupted_run_goes_on_bit_for_bit(world, tmp_path, at):
 
 def test_killed_run_goes_on_from_its_last_checkpoint(world, tmp_path):
     """Killed within step 8, with checkpoints after each third step."""
-    run, whole, checkpoint = world.run(), world.students(), tmp_path / "run.pt"
+    run, whole, checkpoint = world.run(), world.students(), tmp_path / "run.training"
     want = train(world.chain, run, whole, world.modules, CONFIG, STREAM)
     world.evaluations, world.dies_at = 0, 8 * CONFIG.calls + 2
     with pytest.raises(SystemExit):
@@ -274,6 +277,60 @@ def test_killed_run_goes_on_from_its_last_checkpoint(world, tmp_path):
     assert world.evaluations == (12 - 6) * CONFIG.calls
     assert got.losses == want.losses
     assert same(parameters(students), parameters(whole))
+
+
+def stopped(world, checkpoint, at=6):
+    def on_step(step, loss):
+        if step == at:
+            raise Stopped
+        return False
+
+    with pytest.raises(Stopped):
+        train(world.chain, world.run(), world.students(), world.modules, CONFIG, STREAM, checkpoint, on_step)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole.replace(b'"parameters.0"', b'"parameters.x"'),
+        lambda whole: whole.replace(b'\\"schedule\\": {', b'\\"schedules\\":{'),
+        lambda whole: pickle.dumps({"parameters": []}),
+    ],
+    ids=["empty", "cut", "without a parameter", "without the schedule", "pickled"],
+)
+def test_a_damaged_checkpoint_is_not_trusted(world, tmp_path, damage):
+    """The run starts again and ends as one that was never stopped."""
+    checkpoint = tmp_path / "run.training"
+    stopped(world, checkpoint)
+    whole = checkpoint.read_bytes()
+    assert damage(whole) != whole
+    checkpoint.write_bytes(damage(whole))
+    world.evaluations, students, fresh = 0, world.students(), world.students()
+    got = train(world.chain, world.run(), students, world.modules, CONFIG, STREAM, checkpoint)
+    assert world.evaluations == 12 * CONFIG.calls
+    want = train(world.chain, world.run(), fresh, world.modules, CONFIG, STREAM)
+    assert got.losses == want.losses
+    assert same(parameters(students), parameters(fresh))
+
+
+def test_a_checkpoint_of_other_students_is_not_trusted(world, tmp_path):
+    checkpoint = tmp_path / "run.training"
+    stopped(world, checkpoint)
+    fewer = dict(list(world.students().items())[:1])
+    world.evaluations = 0
+    train(world.chain, world.run(), fewer, world.modules, replace(CONFIG, isolate=False), STREAM, checkpoint)
+    assert world.evaluations == 12 * CONFIG.calls
+
+
+def test_a_checkpoint_is_a_safetensors_file(world, tmp_path):
+    stopped(world, tmp_path / "run.training")
+    with safe_open(tmp_path / "run.training", "pt") as f:
+        plain, keys = json.loads(f.metadata()["nibble_training"]), set(f.keys())
+    assert len(plain["losses"]) == 7
+    assert plain["schedule"]["last_epoch"] == 7
+    assert {"parameters.0", "good.0", "optimizer.0.step", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= keys
 
 
 def test_layers_that_stand_in_several_modules(world):
