@@ -5,7 +5,7 @@ or None. Adding a card or a kernel is adding a row.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from ..quant_core.spec import LinearSpec, parse
 from ..quant_core.transforms import transform_activation
 from . import ops
+from .fp16 import HALF, balanced, balanced_parts, row_power
 from .plan import NATIVE_INT4, TURING, has_groups, kernel_of
 from .quant_linear import eager
 from .target import MIN_INT4, MIN_TRITON, Target, target_of
@@ -271,6 +272,8 @@ def _transformed(rows, spec, tensors, lora, before, target):
     """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the rest is a plain layer of
     what comes out. The low-rank branches see the raw x."""
     rows = rows if before is None else before(rows)
+    if rows.dtype == HALF:
+        return _transformed_in_range(rows, spec, tensors, lora, target)
     pieces = []
     for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
         piece = rows[:, part.start : part.stop]
@@ -285,3 +288,28 @@ def _transformed(rows, spec, tensors, lora, before, target):
     for down, up, first in lora:
         y[:, first : first + up.shape[0]].addmm_(rows @ down.to(rows.dtype).T, up.to(rows.dtype).T)
     return y
+
+
+def _transformed_in_range(rows, spec, tensors, lora, target):
+    """`_transformed` in fp16: each token divided by a power of two, which changes no code, and y multiplied by it in the end."""
+    if any(p.activation is not None and p.activation.shift for p in spec.parts):  # that of a divided token would be another one
+        return eager.quant_linear(rows, spec, tensors, lora)
+    pieces = []
+    for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
+        piece = rows[:, part.start : part.stop].float()
+        pieces.append(piece if factors is None else transform_activation(piece, smooth, 0, factors=factors))
+    power = row_power(*(piece.abs() for piece in pieces))
+    inverse = 1 / power
+    plain = {k: t for k, t in tensors.items() if k not in ("transform", "proj_down", "proj_up", "bias")}
+    x = torch.cat([(piece * inverse).to(HALF) for piece in pieces], 1)
+    y = quant_linear(x, replace(spec.without_learned(), bias=False), plain, target=target)
+    if spec.rank:
+        down, up = balanced_parts(spec, tensors)
+        low = torch.cat([rows[:, p.start : p.stop] @ down[p.start : p.stop] for p in spec.parts], -1)
+        y.addmm_((low * inverse).to(HALF), up.T)
+    for down, up, first in lora:
+        down, up = balanced(down.T, up)
+        y[:, first : first + up.shape[0]].addmm_((rows @ down * inverse).to(HALF), up.T)
+    if spec.bias:
+        y.add_(tensors["bias"].float() * inverse)
+    return y.mul_(power)

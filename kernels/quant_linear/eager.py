@@ -3,16 +3,20 @@
 import torch
 
 from ...quant_core.packing import unpack
-from ...quant_core.quantizers import dequantize
+from ...quant_core.quantizers import code_range, dequantize
 from ...quant_core.transforms import transform_activation
+from ..fp16 import HALF, balanced, balanced_parts, row_power
 from .naive import quantize_activation
 
 
 def quant_linear(x, spec, tensors, lora=()):
     """x (M, K) -> y (M, N) in the dtype of x. Arguments as in `naive.quant_linear`.
 
-    The products run in the dtype of x with the device's own accumulation; everything before the codes is fp32.
+    The products run in the dtype of x with the device's own accumulation; everything before the codes is fp32. In fp16 they are those of each
+    token divided by a power of two, so that nothing but the result can overflow: two passes more over y, and the same bits where no value is above 256.
     """
+    if x.dtype == HALF:
+        return _in_range(x, spec, tensors, lora)
     dtype, raw = x.dtype, x
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
@@ -27,6 +31,54 @@ def quant_linear(x, spec, tensors, lora=()):
     return y
 
 
+def _in_range(x, spec, tensors, lora):
+    """`quant_linear` in fp16."""
+    raw = x
+    if spec.order:
+        x = x.index_select(1, tensors["channel_order"])
+    inputs = [_input(x, *part) for part in zip(spec.split(tensors), spec.factors(tensors), strict=True)]
+    power = row_power(*(_magnitude(values, scale, part) for (values, scale), part in zip(inputs, spec.parts, strict=True)))
+    inverse, y = 1 / power, None
+    if spec.bias:
+        y = (tensors["bias"].float() * inverse).to(HALF)
+    for (values, scale), (part, packed, scales, _) in zip(inputs, spec.split(tensors), strict=True):
+        if scale is None:
+            tx = (values * inverse).to(HALF)
+        else:
+            tx = dequantize(values, scale * inverse, part.activation.granularity, part.activation.group).to(HALF)
+        weight = _weight(packed, scales.to(HALF), part)
+        y = torch.addmm(y, tx, weight.T) if y is not None else tx @ weight.T
+    if spec.rank:
+        down, up = balanced_parts(spec, tensors)
+        low = torch.cat([x[:, p.start : p.stop] @ down[p.start : p.stop] for p in spec.parts], -1)
+        y = y.addmm_((low * inverse).to(HALF), up.T)
+    for down, up, first in lora:
+        down, up = balanced(down.T, up)
+        y[:, first : first + up.shape[0]].addmm_((raw @ down * inverse).to(HALF), up.T)
+    return y.mul_(power)  # in fp32: there is no 2^16 in fp16
+
+
+def _input(x, split, factors):
+    """(codes, scale) of a part's activations, or (the transformed values in fp32, None)."""
+    part, _, _, smooth = split
+    xp, smooth = x[:, part.start : part.stop], None if smooth is None else smooth.float()
+    if part.activation is None:
+        return transform_activation(xp.float(), smooth, part.rotation, factors=factors), None
+    return quantize_activation(xp, part, smooth, factors)
+
+
+def _magnitude(values, scale, part):
+    """(M or 1, any) fp32: no smaller than what the values of a row have."""
+    if scale is None:
+        return values.abs()
+    return scale * code_range(part.activation.bits, part.activation.unsigned)[1]
+
+
+def _weight(packed, scales, part):
+    grain = "group" if part.scale_rows > 1 else "channel"
+    return dequantize(unpack(packed, part.weight.bits), scales.T, grain, part.weight.group)
+
+
 def _dequantized_parts(x, spec, tensors):
     for (part, packed, scales, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
         xp = x[:, part.start : part.stop]
@@ -36,5 +88,4 @@ def _dequantized_parts(x, spec, tensors):
         else:
             codes, scale = quantize_activation(xp, part, smooth, factors)
             tx = dequantize(codes, scale, part.activation.granularity, part.activation.group).to(x.dtype)
-        grain = "group" if part.scale_rows > 1 else "channel"
-        yield tx, dequantize(unpack(packed, part.weight.bits), scales.to(x.dtype).T, grain, part.weight.group)
+        yield tx, _weight(packed, scales.to(x.dtype), part)

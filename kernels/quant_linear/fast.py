@@ -5,6 +5,7 @@ import torch
 from ...quant_core.transforms import transform_activation
 from .. import ops
 from ..before import NOTHING, Before
+from ..fp16 import HALF, balanced_parts, row_power
 from ..plan import Gemm, lower
 from ..target import Target
 from ..tuning import low_rank_limit
@@ -14,8 +15,12 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
     """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. `tensors` as LinearSpec has them."""
     if before is not None and ((spec.rank and not _fused(spec, target)) or not before.fits(spec)):
         x, before = before(x), None
-    y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
     launches, low = lower(spec, target), empty_low(x, spec)
+    if spec.rank and x.dtype == HALF:
+        tensors = tensors | dict(zip(("proj_down", "proj_up"), balanced_parts(spec, tensors), strict=True))
+    # Between launches a sum may leave fp16 that does not in the end; where there is one launch, as for most layers, nothing changes.
+    between = torch.float32 if x.dtype == HALF and len(launches) > 1 else x.dtype
+    y = torch.empty(x.shape[0], spec.out_features, dtype=between, device=x.device)
     for step in launches:
         codes, scale = quantize(x, spec, tensors, target, step, low, before)
         last = step is launches[-1]
@@ -25,7 +30,7 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
             low if last else None, tensors["proj_up"] if last and spec.rank else None, tensors["bias"] if last and spec.bias else None,
             y, step.kernel, step.planes, step.scales, step.swap, step.block, step.ends, step.act_grouped, step is not launches[0],
         )  # fmt: skip
-    return y
+    return y.to(x.dtype)
 
 
 def _fused(spec, target: Target) -> bool:
@@ -81,6 +86,8 @@ def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
     """As `quant_linear` for parts with 16-bit activations. The transforms of a few rows are left to torch."""
     if before is not None:
         x = before(x)
+    if x.dtype == HALF and (spec.rank or len(spec.parts) > 1 or any(p.smooth or p.rotation for p in spec.parts)):
+        return _weight_only_in_range(x, spec, tensors)
     y = None
     for i, (part, packed, scales, smooth) in enumerate(spec.split(tensors)):
         xp = x[:, part.start : part.stop]
@@ -94,3 +101,24 @@ def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
             out.addmm_(xp @ tensors["proj_down"][part.start : part.stop].to(x.dtype), up.T)
         y = out if y is None else y + out
     return y
+
+
+def _weight_only_in_range(x, spec, tensors):
+    """`weight_only` in fp16 where more than one term is rounded: each token divided by a power of two, as in `eager`."""
+    transformed = [transform_activation(x[:, p.start : p.stop].float(), s, p.rotation) for p, _, _, s in spec.split(tensors)]
+    power = row_power(*(t.abs() for t in transformed))
+    inverse = 1 / power
+    y = torch.zeros(x.shape[0], spec.out_features, dtype=HALF, device=x.device)
+    if spec.bias:
+        y += tensors["bias"].float() * inverse
+    down, up = balanced_parts(spec, tensors) if spec.rank else (None, None)
+    for i, (tx, (part, packed, scales, _)) in enumerate(zip(transformed, spec.split(tensors), strict=True)):
+        out = torch.empty_like(y)
+        ops.weight_only(
+            (tx * inverse).to(HALF), packed, scales, None, out, part.weight.bits, part.weight.group if part.scale_rows > 1 else 0
+        )
+        if spec.rank:
+            low = x[:, part.start : part.stop] @ down[part.start : part.stop] * inverse
+            out.addmm_(low.to(HALF), up[:, i * spec.rank : (i + 1) * spec.rank].T)
+        y += out
+    return y.mul_(power)

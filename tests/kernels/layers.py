@@ -69,7 +69,7 @@ def output_error(y, x, spec, tensors, lora=()):
 
 
 @contextmanager
-def _kernels_codes():
+def kernels_codes():
     """The codes of what the kernels' quantizer is given within, part by part."""
     codes, real = Codes(), fast.quantize
 
@@ -89,7 +89,7 @@ def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
     roundings: how many roundings to the dtype of x part the values of the two before the codes: each moves a value and its scale by UNIT
     of the largest value, and the output by LIMIT.
     """
-    with _kernels_codes() as codes:
+    with kernels_codes() as codes:
         y = quant_linear(x, spec, tensors, lora, before, interpreter())
     with taken(codes) as took:
         want = naive.quant_linear(x if before is None else before(x), spec, tensors, lora)
