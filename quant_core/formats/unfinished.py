@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError
 from .settings import differences
 
 MARKER, END = "nibble-unfinished.json", ".nibble.safetensors"
+TRAINING = ".training"  # the state of a training under way
 FORMER = "settings.sha256"  # the marker up to 0.6
 _NAMED = 3  # differences that an error names
 
@@ -133,7 +134,7 @@ def files_of(folder: Path) -> list[Path]:
     if not is_unfinished(folder):
         return []
     former = (folder / FORMER).is_file()
-    own = lambda p: p.name.endswith((END, ".state.safetensors", ".state.json")) or p.name == "losses.json" or (former and _nibble(p))
+    own = lambda p: p.name.endswith((END, TRAINING)) or p.name == "losses.json" or (former and _nibble(p))
     temporary = [f for p in folder.iterdir() if p.name.endswith(TEMPORARY) and p.is_dir() for f in [*p.iterdir(), p]]
     return [
         *(p for p in folder.iterdir() if p.is_file() and own(p)),

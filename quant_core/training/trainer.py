@@ -17,6 +17,7 @@ from ..calibration.segments import Chain
 from ..calibration.trajectory import Trajectory
 from ..families import Family, Layer
 from ..formats.atomic import save_text
+from ..formats.unfinished import TRAINING, file_name
 from ..linear import QuantizedLayer
 from ..methods.again import round_again
 from ..methods.problem import Problem, power_db
@@ -115,7 +116,7 @@ class Trainer:
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
-                checkpoint = self.folder / f"{name}.training"
+                checkpoint = self.folder / f"{file_name(name)}{TRAINING}"
                 done = train(self.chain, run, students, self.modules, config, self.stream_of, checkpoint, self._ticks())
             trained = layers | {n: s.layer() for n, s in students.items()}
             offered = [trained]
