@@ -16,7 +16,7 @@ import xxhash
 from ..linear import QuantizedLayer
 from ..report import Row
 from . import digests, pack
-from .atomic import TEMPORARY, save_text
+from .atomic import TEMPORARY, new_folder, save_text
 from .checkpoint import CheckpointError
 from .settings import differences
 
@@ -56,11 +56,11 @@ class Unfinished:
         self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         if self.folder.exists():
             self._require_own()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.kept = len(list(self.folder.glob(f"*{END}")))
         if not (self.folder / MARKER).exists():
             made = {"settings": self.settings, "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
-            save_text(self.folder / MARKER, json.dumps(made, indent=1) + "\n")
+            with new_folder(self.folder) as part:  # never without its marker, or a run killed here would leave a folder of nobody's
+                save_text(part / MARKER, json.dumps(made, indent=1) + "\n")
 
     @property
     def text(self) -> str:

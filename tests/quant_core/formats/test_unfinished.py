@@ -126,3 +126,15 @@ def test_weights_are_read_once_for_the_hash_and_the_fit():
     assert get("a.weight") is state["a.weight"]
     get.source_of("b")
     assert seen == ["a.weight", "a.bias", "b.weight", "b.bias"]
+
+
+def test_the_folder_is_never_there_without_its_marker(tmp_path, monkeypatch):
+    """A run that was killed between the two was refused for ever, as a folder of the user's."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished, "save_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Unfinished(tmp_path / "x.partial", "flux", SETTINGS)
+    assert not list(tmp_path.iterdir())
