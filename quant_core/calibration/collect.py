@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..formats.atomic import require_room
+from ..formats.atomic import require_folder, require_room
 from ..formats.lock import only_run
 from ..formats.settings import differences
 from . import file
@@ -119,6 +119,7 @@ def calibrate(
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
+    require_folder(folder)
     with only_run(folder, "calibrates"):
         return _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..families import GENERIC, UnknownArchitecture, detect
+from ..formats.atomic import require_folder
 from ..formats.checkpoint import Checkpoint
 from ..formats.pipeline_folder import require_safetensors
 from .collect import calibrate
@@ -33,6 +34,7 @@ def calibrate_pipeline(
             f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the ComfyUI node Nibble Calibrate."
         )
     require_safetensors(Path(pipeline))
+    require_folder(folder)
     _mapped(Checkpoint(pipeline).family)  # refuses a model that `nibble quantize` could not read, before the text encoders load
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -76,6 +76,17 @@ def require_writable(path: Path, needed: int = 0):
     require_room(path, needed)
 
 
+def require_folder(path: Path):
+    """The same of a folder: raises OSError where `path` is a file, or no file can be put into it."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: a file. Name a folder to write into.")
+    there = path.exists()
+    require_writable(path / "file")
+    if not there:
+        path.rmdir()
+
+
 def require_room(path: Path, needed: int):
     """Raises NoRoom where the disk of `path` has less than `needed` bytes free, or files may not be that large."""
     there = next(p for p in Path(path).absolute().parents if p.exists())

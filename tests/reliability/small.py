@@ -3,11 +3,25 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from comfyui_nibble.quant_core.calibration import calibrate
 from comfyui_nibble.quant_core.calibration.plan import Input
+from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.demo.run import calibrate_tiny
+from comfyui_nibble.quant_core.families import FLUX
+from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 
 WIDTH, SAMPLES = 512, 24
+
+
+def calibration_of_flux(folder: str):
+    """Calibrates the shipped FLUX, in two runs of two steps."""
+    torch.set_grad_enabled(False)
+    model = tiny_flux.load()
+    plan = FLUX.layers({k: tuple(v.shape) for k, v in load_file(tiny_flux.CHECKPOINT).items()})
+    model_hash = Checkpoint(tiny_flux.CHECKPOINT).fingerprint()
+    calibrate_tiny(model, plan, Path(folder), steps=2, samples=2, model_hash=model_hash)
 
 
 def calibration(folder: str, steps: str = "12"):

@@ -16,6 +16,7 @@ from comfyui_nibble.quant_core.formats.atomic import (
     leftovers,
     new_folder,
     replacing,
+    require_folder,
     require_output,
     require_room,
     require_writable,
@@ -38,6 +39,18 @@ def test_a_folder_is_no_file(tmp_path):
     (tmp_path / "q.safetensors").mkdir()
     with pytest.raises(IsADirectoryError, match=r"q.safetensors: a folder\. Name the file to write"):
         require_writable(tmp_path / "q.safetensors")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "c").write_bytes(b"mine")
+    with pytest.raises(NotADirectoryError, match=r"c: a file\. Name a folder to write into"):
+        require_folder(tmp_path / "c")
+    with pytest.raises(OSError, match="c/d/file: cannot be written"):
+        require_folder(tmp_path / "c" / "d")
+    (tmp_path / "e").mkdir()
+    for name in ("e", "new"):
+        require_folder(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "e"]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
