@@ -11,6 +11,7 @@ from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig, insta
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.families.sdxl import SDXL
 from comfyui_nibble.quant_core.methods import by_name
+from comfyui_nibble.quant_core.methods.soundness import UnfitLayer
 from comfyui_nibble.quant_core.quantize import quantize_layers
 from comfyui_nibble.quant_core.training import trainer as trainer_file
 from comfyui_nibble.quant_core.training.plot import plot
@@ -162,6 +163,25 @@ def test_diverging_training_keeps_the_start(small, untrained, tmp_path):
     same = lambda row: torch.equal(layers[row.name].tensors["weight"], untrained[0][row.name].tensors["weight"])
     kept = [row for row in rows if row.choices.get("training", "").startswith("kept its start")]
     assert all(same(row) for row in kept)
+
+
+@pytest.mark.parametrize("step", ["Student", "round_again"])
+def test_a_layer_whose_linear_algebra_fails_is_named(small, tmp_path, monkeypatch, step):
+    def fails(*args):
+        raise torch.linalg.LinAlgError("linalg.inv: The diagonal element 3 is zero.")
+
+    monkeypatch.setattr(trainer_file, step, fails)
+    with pytest.raises(
+        UnfitLayer, match=r"^layer double_blocks.0.\S+: cannot be fitted, The diagonal element 3 is zero; its weight goes up to"
+    ):
+        small.quantize(tmp_path / "s", TRAINED, **FAST)
+
+
+def test_training_that_ends_in_nan_is_the_worst(small, tmp_path, monkeypatch):
+    trainer = small.trainer(tmp_path)
+    trainer.begin(TrainConfig())
+    monkeypatch.setattr(trainer_file, "judged", lambda *args: [1.0, float("nan")])
+    assert trainer._ratio(None, {}, [1.0, 1.0]) == float("inf")
 
 
 def test_distilled_runs(small, tmp_path):
