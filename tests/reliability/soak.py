@@ -60,7 +60,7 @@ class Soak:
             f"{sum(self.graphs.values())} graphs in {seconds:.0f} s: {', '.join(f'{k} {n}' for k, n in sorted(self.graphs.items()))}\n"
             f"{self.interrupted} interrupted, {self.refused} refused as they should be, {len(self.unexpected)} unexpected errors\n"
             f"{self.repeated} latents the same as those of the graph before, bit for bit\n"
-            f"RssAnon after /free {mib[0]:.1f} -> {mib[-1]:.1f} MiB (most {max(mib):.1f}); descriptors {first.descriptors} -> "
+            f"RssAnon after /free {' '.join(f'{m:.1f}' for m in mib)} MiB; descriptors {first.descriptors} -> "
             f"{last.descriptors}, maps {first.maps} -> {last.maps}, mapped model files {first.files} -> {last.files}"
         )
 
@@ -196,7 +196,9 @@ class Graphs:
 
 
 def held(server) -> Held:
-    """What the server's process holds once /free has been done: it is done when memory stops falling."""
+    """What the server's process holds once /free has been done: it is done when memory stops falling. ComfyUI's history of prompts is
+    cleared before, which grows by 16 kB a graph."""
+    server.post("/history", {"clear": True})
     server.post("/free", {"unload_models": True, "free_memory": True})
     process, before = Path(f"/proc/{server.process.pid}"), None
     for _ in range(40):
