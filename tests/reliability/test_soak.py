@@ -49,10 +49,10 @@ def test_latents_repeat_bit_for_bit(done):
 
 
 def test_memory_after_free_does_not_grow(done):
-    """By 1 % in 100 graphs at most. A reading may find a thread's buffers, so the least of the last three counts; the first is after a
-    warm-up. Beyond 100 graphs 10 kB each: 534 graphs took 7.5 kB each, with no more Python objects but ComfyUI's log and its URLs."""
+    """By 1 % in 100 graphs at most. Some readings find 7 MiB that the allocator keeps, so the least of the second half counts, which a
+    leak would lift; the first is after a warm-up. Beyond 100 graphs 10 kB each: 534 graphs took 7.5 kB each, with no more Python objects but ComfyUI's log and its URLs."""
     _, found, _ = done
-    first, last = found.held[0].anonymous, min(h.anonymous for h in found.held[-3:])
+    first, last = found.held[0].anonymous, min(h.anonymous for h in found.held[len(found.held) // 2 :])
     assert last < 1.01 * first + 10_000 * max(0, COUNT - 100), [round(h.anonymous / 2**20, 1) for h in found.held]
 
 
