@@ -5,37 +5,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..calibration.file import fingerprint
 from ..families import detect
 from .errors import CheckpointError
-from .foreign import GGUF, require_declarations, require_leaves
+from .foreign import require_declarations, require_leaves
 from .kitchen_declared import HEADER
 from .origin import Origin, is_beside, names_text, outside, size
 from .pipeline_folder import origin_of
 from .prefixes import Names, network
+from .safe import open_safetensors
 from .scaled import Scales
 from .shards import files_of
-
-
-def open_safetensors(path: Path):
-    """safe_open with errors that name the file and say what it seems to be. Pickles are never opened."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: not found")
-    with open(path, "rb") as f:
-        start = f.read(16)
-    # A safetensors file starts with the length of its header, which may look like anything, then the header's brace.
-    if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-        raise CheckpointError(f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to safetensors first.")
-    if start[:4] == b"GGUF":
-        raise CheckpointError(f"{path}: {GGUF}.")
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise CheckpointError(f"{path}: not a whole safetensors file of {size} bytes ({error}). Download or save it again.") from error
 
 
 def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]:

@@ -1,5 +1,40 @@
-"""What reading a file raises."""
+"""What reading a file raises, in words that are fit to print: what a file says stands in them, and may be anything."""
+
+import re
+
+MESSAGE, NAME = 2000, 200  # characters that a text and one word of it may have
+_LONG = re.compile(rf"\S{{{NAME + 1},}}")
 
 
-class CheckpointError(ValueError):
+class NamedError(ValueError):
+    """An error that names the file, or what in it, and what was expected. Its text is bounded and has no control characters."""
+
+    def __init__(self, text: object = ""):
+        super().__init__(sentence(str(text)))
+
+
+class CheckpointError(NamedError):
     """A file that is not a readable safetensors checkpoint, or not a sound one of its kind."""
+
+
+def plain(text: str, keep: str = "") -> str:
+    """The text with everything that is not printed, control characters, marks of direction and broken surrogates, as in Python's strings;
+    keep: what stays, such as line ends."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def shortened(text: str, most: int = NAME) -> str:
+    """The text, cut in its middle where it has over `most` characters: both ends of a name say something."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+
+
+def sentence(text: str, keep: str = "") -> str:
+    """What an error says: `plain`, no word longer than NAME but for those of the path in front, and MESSAGE characters in all."""
+    path, colon, rest = plain(shortened(text, 8 * MESSAGE), keep).partition(": ")
+    if not colon:
+        path, rest = "", path
+    return shortened(path + colon + _LONG.sub(lambda word: shortened(word[0]), rest), MESSAGE)

@@ -14,13 +14,13 @@ from ..families import detect
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec, SpecError
 from . import kitchen_declared as declared
-from .checkpoint import open_safetensors
 from .errors import CheckpointError
 from .kitchen_declared import Declaration, DeclarationError
 from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
 from .opened import Opened
 from .origin import Origin, decoded, is_beside, outside, size
 from .prefixes import network
+from .safe import open_safetensors
 from .scaled import real_values
 
 PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know

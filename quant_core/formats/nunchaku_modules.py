@@ -9,10 +9,11 @@ import torch
 from ..families import by_name
 from ..spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from . import nunchaku_layout as layout
-from .checkpoint import open_files, open_safetensors
+from .checkpoint import open_files
 from .errors import CheckpointError
 from .nunchaku_names import NAMES, OLD_LEAVES, Module, names_of
 from .prefixes import network
+from .safe import open_safetensors
 from .zero_points import offset_columns
 
 FOLDER = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")

@@ -4,12 +4,13 @@ from pathlib import Path
 
 from ..families import UnknownArchitecture
 from . import stop
-from .checkpoint import Checkpoint, open_safetensors
+from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .kitchen import KitchenFile, is_kitchen
 from .nunchaku import NunchakuFile, is_nunchaku
 from .opened import Opened
 from .pack import PackError, PackFile
+from .safe import open_safetensors
 from .scaled import PACKED
 from .shards import files_of
 

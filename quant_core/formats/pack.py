@@ -16,9 +16,10 @@ from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
 from . import digests, stop
 from .atomic import save_tensors
-from .checkpoint import CheckpointError, open_safetensors
+from .errors import CheckpointError
 from .opened import Opened
 from .origin import Origin
+from .safe import open_safetensors
 
 VERSION = 3  # 2, up to 0.5, had no origin; 1, up to 0.3, no base 3 either
 BESIDE = "nibble_beside."
