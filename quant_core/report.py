@@ -2,41 +2,13 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from math import prod
 
 from .families import by_name
 from .formats.opened import Opened
 from .formats.pack import PackFile
 from .memory import layer_bytes
-
-
-@dataclass
-class Row:
-    """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not measured. block: empty for what
-    was never to be quantized (`kept.kept_rows`)."""
-
-    name: str
-    block: str
-    in_features: int
-    out_features: int
-    what: str
-    sqnr_db: float | None = None
-    nbytes: int = 0
-    seconds: float = 0.0
-    choices: dict = field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def weights(self) -> int:
-        return self.in_features * self.out_features
-
-    @property
-    def quantized(self) -> bool:
-        return self.nbytes > 0
-
-    def to_json(self) -> dict:
-        return asdict(self)
+from .row import Row
 
 
 def bits_per_weight(rows) -> float:
@@ -96,7 +68,9 @@ def whole(rows, shapes: Mapping[str, tuple[int, ...]]) -> str:
     total, weights = sum(map(prod, shapes.values())), sum(r.weights for r in done)
     remain = 2 * (total - weights) + sum(r.nbytes for r in done)
     scale, unit = (1e9, "GB") if total > 5e8 else (1e6, "MB")
-    return f"{100 * weights / total:.1f} % of the weights are quantized, {remain / scale:.1f} of {2 * total / scale:.1f} {unit} remain"
+    return (
+        f"{100 * weights / max(1, total):.1f} % of the weights are quantized, {remain / scale:.1f} of {2 * total / scale:.1f} {unit} remain"
+    )
 
 
 def left_overs(rows, shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:

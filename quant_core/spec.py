@@ -6,14 +6,16 @@ from functools import lru_cache
 
 import torch
 
+from .formats.errors import NamedError, shortened
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
 TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform", "channel_order")
+LARGEST_ROTATION = 4096  # its matrix has 64 MiB; methods take 256
 GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
 
 
-class SpecError(ValueError):
+class SpecError(NamedError):
     """A layer description that contradicts itself or does not fit its tensors."""
 
 
@@ -79,7 +81,10 @@ class PartSpec:
     def __post_init__(self):
         _check(0 <= self.start < self.stop, f"empty range of in-channels {self.start}..{self.stop}")
         _check(self.rank >= 0 and self.rotation >= 0, "rank and rotation cannot be negative")
-        _check(self.rotation == 0 or self.width % self.rotation == 0, f"rotation {self.rotation} does not divide {self.width} channels")
+        if self.rotation:
+            power = self.rotation & (self.rotation - 1) == 0 and 2 <= self.rotation <= LARGEST_ROTATION
+            _check(power, f"a rotation takes a power of two from 2 to {LARGEST_ROTATION}, found {self.rotation}")
+            _check(self.width % self.rotation == 0, f"rotation {self.rotation} does not divide {self.width} channels")
         for q in (self.weight, self.activation):
             if q is not None and q.granularity == "group":
                 _check(q.group > 0 and self.width % q.group == 0, f"group {q.group} does not divide {self.width} channels")
@@ -155,6 +160,8 @@ class LinearSpec:
         _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
         edge = 0
         for part in self.parts:
+            whole = part.width * part.weight.bits % 8 == 0
+            _check(whole, f"{part.width} channels of {part.weight.bits} bits do not fill whole bytes")
             _check(part.start == edge, f"parts must follow each other: expected a part at channel {edge}, found {part.start}")
             edge = part.stop
         padded = f" and {self.padding} of padding" * bool(self.padding)
@@ -240,8 +247,8 @@ class LinearSpec:
         parts = []
         for raw in data["parts"]:
             raw = _fields(PartSpec, raw)
-            _check(isinstance(raw["kronecker"], (list, tuple)), "kronecker must be a list")
-            raw["kronecker"] = tuple(raw["kronecker"])
+            sizes = raw["kronecker"] = tuple(raw["kronecker"]) if isinstance(raw["kronecker"], (list, tuple)) else (None,)
+            _check(all(type(k) is int and 0 < k < WHOLE for k in sizes), f"kronecker must be a list of sizes, found {_short(sizes)}")
             raw["weight"] = WeightSpec(**_fields(WeightSpec, raw["weight"]))
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
@@ -316,18 +323,27 @@ _LATER = {
     PartSpec: {"kronecker": (), "per_slice": False},
     LinearSpec: {"order": False, "padding": 0, "spatial": 0},
 }  # fields that older files do not have
+WHOLE = 2**31  # sizes are below
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
+
+
+def _short(value) -> str:
+    return shortened(repr(value), 400)
 
 
 def _fields(cls, data) -> dict:
     _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
     names = {f.name: f for f in fields(cls)}
     data = _LATER.get(cls, {}) | data
-    _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {sorted(data)}")
+    _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {_short(sorted(data))}")
     for name, f in names.items():
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
         if kind in _TYPES:
             value = data[name]
             right = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
-            _check(right, f"{cls.__name__}.{name}: expected {kind}, found {value!r}")
+            _check(right, f"{cls.__name__}.{name}: expected {kind}, found {_short(value)}")
+            if kind == "int":
+                _check(-WHOLE < value < WHOLE, f"{cls.__name__}.{name}: {_short(value)} is out of range")
+            elif kind == "float":
+                _check(abs(value) < WHOLE, f"{cls.__name__}.{name}: expected a finite number, found {_short(value)}")
     return dict(data)

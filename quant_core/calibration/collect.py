@@ -196,4 +196,8 @@ def _done(path) -> int:
 
 def _resume(path, group):
     found = file.read_meta(path)["inputs"]
+    if missing := [i.name for i in group if i.name not in found]:
+        raise file.CalibrationError(
+            f"calibration file {path}: no statistics of layer {missing[0]}. Move it, and run the calibration again."
+        )
     return {i.name: file.read_statistics(path, i.name, found[i.name]) for i in group}

@@ -40,7 +40,7 @@ class Recorder:
         arguments = {"args": [_record(a, found) for a in args], "kwargs": {k: _record(v, found) for k, v in kwargs.items()}}
         self.tensors |= {name: t for name, t in found.items() if name not in self.tensors}
         self.calls = sorted([*self.calls, Call(sample, step, timestep, held_out, key, arguments)], key=lambda c: c.key)[:CALLS]
-        used = {name for call in self.calls for name in _names(call.arguments)}
+        used = {name for call in self.calls for name in names_in(call.arguments)}
         self.tensors = {name: t for name, t in self.tensors.items() if name in used}
 
 
@@ -91,12 +91,13 @@ def _is_data(value) -> bool:
     return isinstance(value, (*_PLAIN, torch.Tensor))
 
 
-def _names(value) -> list[str]:
+def names_in(value) -> list[str]:
+    """Names of the tensors in the arguments of a call."""
     if isinstance(value, list):
-        return [n for v in value for n in _names(v)]
+        return [n for v in value for n in names_in(v)]
     if not isinstance(value, dict):
         return []
-    return [value["tensor"]] if "tensor" in value else [n for v in value.get("dict", value).values() for n in _names(v)]
+    return [value["tensor"]] if "tensor" in value else [n for v in value.get("dict", value).values() for n in names_in(v)]
 
 
 def _replay(value, get):

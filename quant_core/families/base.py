@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ..formats.errors import NamedError
 from .layer import Layer, Part, by_block, natural
 from .pointwise import spatial_of
 from .rules import in_blocks, shared_modulation
 
 
-class UnknownArchitecture(ValueError):
+class UnknownArchitecture(NamedError):
     """No family knows this model."""
 
 

@@ -3,7 +3,6 @@
 svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute. float8 layers become bf16.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,13 +11,16 @@ import torch
 
 from ..families import detect
 from ..linear import QuantizedLayer
+from ..row import Row
 from ..spec import LinearSpec, SpecError
 from . import kitchen_declared as declared
+from . import own_json
 from .errors import CheckpointError
 from .kitchen_declared import Declaration, DeclarationError
 from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
 from .opened import Opened
 from .origin import Origin, decoded, is_beside, outside, size
+from .own_json import NotOurs
 from .prefixes import network
 from .safe import open_safetensors
 from .scaled import real_values
@@ -73,12 +75,10 @@ class KitchenFile(Opened):
         self.family = self._family()
         self.kind = f"ComfyUI quantized model ({', '.join(f'{c} {f}' for f, c in formats.items())})"
         exported = self._exported(metadata.get(PROVENANCE))
-        self.provenance, self.report = (
-            found if isinstance(found := exported.get(key), kind) else kind() for key, kind in (("provenance", dict), ("report", list))
-        )
+        self.provenance, self.report = exported["provenance"], exported["report"]
         kept, dropped = outside({key: size(self._file.get_slice(key)) for key in names.outside})
         beside = [*kept, *(key for name, key in names.keys.items() if is_beside(name))]
-        self.origin = self._origin(metadata, exported.get("host", {}), {key: self._file.get_tensor(key) for key in beside})
+        self.origin = self._origin(metadata, exported["host"], {key: self._file.get_tensor(key) for key in beside})
         self.notes = (*self._notes(leaves, len(names.outside) - len(kept)), *dropped)
 
     def _stored(self, key) -> Stored:
@@ -124,19 +124,23 @@ class KitchenFile(Opened):
             )
         return family.name
 
-    @staticmethod
-    def _exported(text) -> dict:
-        """Our own header entry; empty in any other file, and for what is no JSON of ours."""
+    def _exported(self, text) -> dict:
+        """Our own header entry; empty in any other file."""
+        empty = {"provenance": {}, "report": [], "host": {}}
+        if text is None:
+            return empty
         try:
-            header = json.loads(text or "{}")
-        except (ValueError, RecursionError):
-            return {}
-        return header if isinstance(header, dict) else {}
+            found = empty | own_json.parse(text)
+            for key, value in empty.items():
+                own_json.field(found, key, type(value))
+            return found | {"report": [Row.from_json(row).to_json() for row in found["report"]]}
+        except NotOurs as error:
+            raise CheckpointError(f"{self.path}: header entry {PROVENANCE!r}: {error}. Download or export the file again.") from error
 
     def _origin(self, metadata, host, beside) -> Origin:
         """What ComfyUI's detection sees in the file, and the record of the host in our own entry."""
         try:
-            return Origin.of_header(metadata, host=decoded(host) if isinstance(host, dict) else {}, beside=beside)
+            return Origin.of_header(metadata, host=decoded(host), beside=beside)
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: header entry {PROVENANCE!r}: {error}") from error
 

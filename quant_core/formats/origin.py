@@ -138,6 +138,8 @@ def decoded(value):
     if not isinstance(value, dict):
         return value
     form, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
+    if form in _FORMS and not isinstance(inner, list if form in ("tuple", "dict") else str):
+        raise CheckpointError(f"'origin', host: {form} {str(inner)[:80]!r} cannot be read (a {type(inner).__name__})")
     try:
         if form == "tuple":
             return tuple(decoded(v) for v in inner)

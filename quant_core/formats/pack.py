@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
+from ..families import UnknownArchitecture, by_name
 from ..linear import QuantizedLayer
 from ..packing import TRITS, pack, pack_base3, unpack, unpack_base3
+from ..row import Row
 from ..spec import TENSOR_NAMES, LinearSpec, SpecError
-from . import digests, stop
+from . import digests, own_json, stop
 from .atomic import save_tensors
 from .errors import CheckpointError
 from .opened import Opened
 from .origin import Origin
+from .own_json import NotOurs
 from .safe import open_safetensors
 
 VERSION = 3  # 2, up to 0.5, had no origin; 1, up to 0.3, no base 3 either
@@ -86,14 +89,15 @@ class PackFile(Opened):
                 f"{self.path}: a safetensors file, but not one written by Nibble (no 'nibble' entry in its header). Load full-precision models with Load Diffusion Model."
             )
         header = self._parse(text)
-        self.family, self.provenance, self.report = header["family"], header["provenance"], header["report"]
+        self.family, self.provenance = header["family"], header["provenance"]
+        self.report = [self._row(index, row) for index, row in enumerate(header["report"])]
         self._keys = set(self._file.keys())
         self.base3 = frozenset(header.get("base3", ()))
         self.specs, owned = {}, set()
         for name, raw in header["layers"].items():
             try:
                 self.specs[name] = spec = LinearSpec.from_json(raw)
-            except (SpecError, TypeError) as error:
+            except SpecError as error:
                 raise PackError(f"{self.path}: description of layer {name}: {error}") from error
             if name in self.base3 and any(p.weight.bits != 2 for p in spec.parts):
                 raise PackError(f"{self.path}: layer {name} is said to be in base 3, which takes weights of 2 bits: {spec.describe()}")
@@ -138,22 +142,27 @@ class PackFile(Opened):
                     "download it or quantize the model again."
                 )
 
+    def _row(self, index, row) -> dict:
+        try:
+            return Row.from_json(row).to_json()
+        except NotOurs as error:
+            raise PackError(f"{self.path}: header entry 'report', row {index}: {error}") from error
+
     def _parse(self, text):
         try:
-            header = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PackError(f"{self.path}: the 'nibble' entry of the header is not JSON ({error})") from error
-        version = header.get("version") if isinstance(header, dict) else None
-        if isinstance(version, int) and version > VERSION:
-            raise PackError(
-                f"{self.path}: format version {version}; this version of the pack reads up to {VERSION}. Update ComfyUI-Nibble."
-            )
-        wanted = {"version": int, "family": str, "layers": dict, "provenance": dict, "report": list}
-        for key, kind in wanted.items():
-            if not isinstance(header, dict) or not isinstance(header.get(key), kind):
+            header = own_json.parse(text)
+            version = own_json.field(header, "version", int, 1)
+            if version > VERSION:
                 raise PackError(
-                    f"{self.path}: header entry {key!r}: expected {kind.__name__}, found {type(header).__name__ if not isinstance(header, dict) else header.get(key)!r}"
+                    f"{self.path}: format version {version}; this version of the pack reads up to {VERSION}. Update ComfyUI-Nibble."
                 )
+            for key, kind in {"family": str, "layers": dict, "provenance": dict, "report": list}.items():
+                own_json.field(header, key, kind)
+            by_name(header["family"])
+        except NotOurs as error:
+            raise PackError(f"{self.path}: header entry 'nibble': {error}") from error
+        except UnknownArchitecture as error:
+            raise PackError(f"{self.path}: {error} Update ComfyUI-Nibble.") from error
         trits = header.get("base3", [])
         if not isinstance(trits, list) or not all(isinstance(name, str) for name in trits) or (trits and version < 2):
             raise PackError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .atomic import save_text
+from .errors import NamedError
 
 
 class Table:
@@ -29,7 +30,10 @@ class Table:
             return []
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))
-            return list(found["layers"]) if found["settings"] == self._key else None
+            rows = list(found["layers"])
+            if not all(isinstance(row, dict) for row in rows):
+                raise TypeError("rows that are no objects")
+            return rows if found["settings"] == self._key else None
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self._damaged(error) from error
 
@@ -37,7 +41,7 @@ class Table:
         """row(r) of each. A row that `row` cannot take is a damaged table."""
         try:
             return [row(r) for r in self.rows]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise self._damaged(error) from error
 
     def add(self, row: dict):
@@ -45,4 +49,4 @@ class Table:
         save_text(self.path, json.dumps({"settings": self._key, "layers": self.rows}, indent=1) + "\n")
 
     def _damaged(self, error):
-        return ValueError(f"{self.path}: not a table of {self.what} ({error}). Delete it to measure again.")
+        return NamedError(f"{self.path}: not a table of {self.what} ({type(error).__name__}: {error}). Delete it to measure again.")

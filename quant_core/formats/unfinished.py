@@ -100,7 +100,7 @@ class Unfinished:
         if found.get("unit") != unit or found.get("run") != self._key or source not in (None, found.get("source")):
             raise pack.PackError(f"{path}: belongs to another run, or to other weights, than {unit} of this one")
         file.verify()
-        return {layer: file.layer(layer) for layer in file.specs}, [Row(**row) for row in file.report]
+        return {layer: file.layer(layer) for layer in file.specs}, [Row.from_json(row) for row in file.report]
 
     def save(self, unit: str, source: str, layers: dict[str, QuantizedLayer], rows: list[Row]):
         """source: hash of the weights that it was made from."""
@@ -119,7 +119,7 @@ def about(folder: Path) -> dict:
     """What the marker of a folder says; {} where it has none that can be read."""
     try:
         found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

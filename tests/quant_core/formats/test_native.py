@@ -14,12 +14,13 @@ from comfyui_nibble.quant_core.formats import native, pack
 from comfyui_nibble.quant_core.formats.kitchen import KitchenFile
 from comfyui_nibble.quant_core.guard import w4a8, w8a8
 from comfyui_nibble.quant_core.methods import METHODS
+from comfyui_nibble.quant_core.row import Row
 from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
 SHAPES = flux_shapes(1, 0, 256, 64, 64)
 NAMES = ("double_blocks.0.img_attn.proj", "double_blocks.0.txt_attn.proj", "double_blocks.0.img_mlp.2")
-METADATA = {"provenance": {"method": "convrot", "nibble": "0"}, "report": [{"name": NAMES[0]}]}
+METADATA = {"provenance": {"method": "convrot", "nibble": "0"}, "report": [Row(NAMES[0], "double_blocks.0", 64, 64, "16 bit").to_json()]}
 
 
 @pytest.fixture

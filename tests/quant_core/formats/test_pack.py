@@ -13,6 +13,7 @@ from comfyui_nibble.quant_core.formats import pack
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint, CheckpointError
 from comfyui_nibble.quant_core.formats.origin import Origin
 from comfyui_nibble.quant_core.methods import METHODS
+from comfyui_nibble.quant_core.row import Row
 
 ORIGIN = Origin(
     {"config": '{"transformer": {}}'},
@@ -30,7 +31,7 @@ def layer(make_problem):
 @pytest.fixture
 def saved(layer, tmp_path):
     path = tmp_path / "model.safetensors"
-    rest, report = {"img_in.weight": torch.ones(4, 4)}, [{"name": layer.name}]
+    rest, report = {"img_in.weight": torch.ones(4, 4)}, [Row(layer.name, "blocks.0", 64, 64, "16 bit").to_json()]
     pack.save(path, {layer.name: layer}, rest, "flux", {"method": "svdquant"}, report, origin=ORIGIN)
     return path
 
@@ -55,7 +56,11 @@ def test_round_trip_is_bit_exact(layer, saved):
     assert opened.origin.metadata == ORIGIN.metadata
     assert opened.origin.host == ORIGIN.host
     assert torch.equal(opened.origin.beside["v_pred"], ORIGIN.beside["v_pred"])
-    assert (opened.family, opened.provenance, opened.report) == ("flux", {"method": "svdquant"}, [{"name": layer.name}])
+    assert (opened.family, opened.provenance, opened.report) == (
+        "flux",
+        {"method": "svdquant"},
+        [Row(layer.name, "blocks.0", 64, 64, "16 bit").to_json()],
+    )
 
 
 @pytest.fixture
@@ -134,10 +139,38 @@ def test_tensor_given_twice_is_refused(layer, tmp_path):
             None,
             "layer blocks.0.linear is said to be in base 3, which takes weights of 2",
         ),
-        (lambda h: h.update(version="x"), None, "header entry 'version': expected int, found 'x'"),
-        (lambda h: {k: v for k, v in h.items() if k != "layers"}, None, "header entry 'layers'"),
+        (lambda h: h.update(version="x"), None, "header entry 'nibble': version: expected a whole number, found 'x'"),
+        (lambda h: {k: v for k, v in h.items() if k != "layers"}, None, "header entry 'nibble': layers: expected an object, found none"),
         (lambda h: "not json", None, "not JSON"),
-        (lambda h: "[1]", None, "header entry 'version': expected int"),
+        (lambda h: '{"a":' * 70 + "1" + "}" * 70, None, "header entry 'nibble': nested too deep, expected at most 64 levels"),
+        (lambda h: "[" * 100_000, None, "header entry 'nibble': nested too deep, expected at most 64 levels"),
+        (lambda h: '{"version": 1, "version": 2}', None, "header entry 'nibble': has 'version' twice in one object"),
+        (lambda h: h.update(family="\ud800"), None, "header entry 'nibble': holds half of a surrogate pair"),
+        (lambda h: h.update(version=True), None, "header entry 'nibble': version: expected a whole number, found True"),
+        (
+            lambda h: h.update(version=0),
+            None,
+            "header entry 'nibble': version: expected a whole number from 1 to below 2147483648, found 0",
+        ),
+        (lambda h: h.update(family="\x1b[2J"), None, r"unknown model family '\\x1b\[2J'"),
+        (lambda h: h.update(report=[1]), None, "header entry 'report', row 0: expected an object, found 1"),
+        (
+            lambda h: h["report"][0].pop("block") and None,
+            None,
+            "header entry 'report', row 0: layer blocks.0.linear: block: expected text, found none",
+        ),
+        (lambda h: h["report"][0].update(sqnr_db="x"), None, "sqnr_db: expected a whole number or a number or null, found 'x'"),
+        (lambda h: h["report"][0].update(nbytes=-1), None, "nbytes: expected a number of bytes, found -1"),
+        (lambda h: h["layers"].update(a=[]), None, "description of layer a: LinearSpec: expected an object, found list"),
+        (lambda h: h["layers"]["blocks.0.linear"].update(in_features=10**40), None, "LinearSpec.in_features: 10+ is out of range"),
+        (lambda h: h["layers"]["blocks.0.linear"]["parts"][0].update(kronecker=["a", 2]), None, "kronecker must be a list of sizes"),
+        (lambda h: h["layers"]["blocks.0.linear"]["parts"][0].update(rotation=3), None, "a power of two from 2 to 4096, found 3"),
+        (
+            lambda h: h["layers"]["blocks.0.linear"]["parts"][0]["activation"].update(shift=1e999),
+            None,
+            "ActivationSpec.shift: expected a finite",
+        ),
+        (lambda h: "[1]", None, "header entry 'nibble': expected an object, found list"),
         (lambda h: h["layers"]["blocks.0.linear"]["parts"][0].update(rank=-1), None, "layer blocks.0.linear: rank and rotation"),
         (None, lambda t: t.pop("blocks.0.linear.proj_up"), "blocks.0.linear.proj_up is missing"),
         (
