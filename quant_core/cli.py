@@ -374,5 +374,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"nibble: {error}", err=True)
+        from .formats.errors import sentence
+
+        typer.echo(f"nibble: {sentence(str(error), keep=chr(10))}", err=True)
         sys.exit(1)

@@ -4,15 +4,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from .formats import kitchen_out, native, nunchaku, pack
-from .formats.atomic import require_writable
+from .formats.atomic import NoRoom, replacing, require_output
+from .formats.errors import NamedError
 from .formats.opened import Opened
 from .formats.opening import open_quantized
 from .formats.others import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
 from .formats.zero_points import offsets_only
-from .linear import QuantizedLayer
+from .linear import QuantizedLayer, same_bits
 
 TARGETS = {
     "native": "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack",
@@ -24,6 +23,10 @@ TARGETS = {
 
 class LossyConversion(ValueError):
     """The conversion would change layers, and nobody said that it may."""
+
+
+class NotReadBack(ValueError):
+    """A written file is not what it was made from; a defect of the pack."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,7 @@ def convert(
         raise LossyConversion(
             "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
         )
-    if destination.exists() and destination.samefile(source.path):
-        raise ValueError(f"{destination}: is the file to convert. Give another name.")
-    require_writable(destination)
+    require_output(destination, source.path.glob("*.safetensors") if source.path.is_dir() else [source.path])
     layers, rest = {}, {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)
@@ -128,12 +129,12 @@ def convert(
             layers, rest = layers | one, rest | more
         else:
             layers[name] = layer
-    notes = _write(planned, destination, layers, rest)
-    kept = {name: layers[name] for name in source.specs if name not in planned.lossy}
-    if planned.to == "nunchaku":
-        changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
-        kept = {name: layer for name, layer in kept.items() if not changed(name)}
-    same = _verify(destination, kept, planned.to)
+    with replacing(destination) as temporary:  # a file that does not read back never has the name, and what had it stays
+        try:
+            notes = _write(planned, temporary, layers, rest)
+            same = _verify(planned, temporary, destination, layers, notes)
+        except NoRoom as error:
+            raise NoRoom(error.errno, str(error).replace(str(temporary), str(destination))) from error
     size = destination.stat().st_size
     return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
 
@@ -151,19 +152,33 @@ def _write(planned, destination, layers, rest) -> list[str]:
     return []
 
 
-def _verify(destination, layers: dict[str, QuantizedLayer], to: str) -> int:
-    written = open_quantized(destination) if layers else None
-    if to == "nunchaku":  # it has some weight-only layers in 16 bit
-        layers = {name: layer for name, layer in layers.items() if name in written.specs}
-    for name, layer in layers.items():
-        found = written.layer(name)
-        if to == "nunchaku" and nunchaku.reads_back(found, layer):
-            continue
-        same = all(k in found.tensors and torch.equal(found.tensors[k], t) for k, t in layer.tensors.items())
-        # A format may ask for a low rank of zeros and smoothing by one where the layer has none.
-        if not same or (found.spec != layer.spec and not torch.equal(found.dequantize(), layer.dequantize())):
-            raise RuntimeError(
-                f"{destination}: layer {name} does not read back as it was ({layer.spec.describe()} became {found.spec.describe()}). The file "
-                "is not a lossless copy; do not use it, and report this with the two specifications."
+def _verify(planned, written: Path, destination: Path, layers: dict[str, QuantizedLayer], notes) -> int:
+    """How many layers of the file `written` are as they were. Raises NotReadBack, which speaks of `destination`."""
+    kept = {name: layers[name] for name in planned.source.specs if name not in planned.lossy}
+    if planned.to == "nunchaku":
+        changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
+        kept = {name: layer for name, layer in kept.items() if not changed(name)}
+    try:
+        found = open_quantized(written) if kept else None
+    except NamedError as error:
+        why = str(error).replace(str(written), "it")
+        raise NotReadBack(f"{destination}: cannot be read back ({why}). The file is not written; report this.") from error
+    if planned.to == "nunchaku":  # it has some weight-only layers in 16 bit
+        kept = {name: layer for name, layer in kept.items() if name in found.specs}
+    for name, layer in kept.items():
+        again = found.layer(name) if name in found.specs else None
+        if again is None or not _same(again, layer, planned.to):
+            became = "nothing" if again is None else again.spec.describe()
+            raise NotReadBack(
+                f"{destination}: layer {name} does not read back as it was ({layer.spec.describe()} became {became}). The file is not "
+                "written; report this with the two specifications."
             )
-    return len(layers)
+    return len(kept)
+
+
+def _same(found: QuantizedLayer, layer: QuantizedLayer, to: str) -> bool:
+    if to == "nunchaku" and nunchaku.reads_back(found, layer):
+        return True
+    same = all(k in found.tensors and same_bits(found.tensors[k], t) for k, t in layer.tensors.items())
+    # A format may ask for a low rank of zeros and smoothing by one where the layer has none.
+    return same and (found.spec == layer.spec or same_bits(found.dequantize(), layer.dequantize()))

@@ -10,11 +10,13 @@ from ..kernels.target import target_of
 from .calibration.file import Calibration
 from .families import by_name
 from .formats import digests
-from .formats.checkpoint import Checkpoint, open_safetensors
+from .formats.checkpoint import Checkpoint
+from .formats.errors import MESSAGE, plain, shortened
 from .formats.native import losses
 from .formats.opened import Opened
 from .formats.opening import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
 from .formats.pack import PackFile
+from .formats.safe import open_safetensors
 from .kept import kept_rows
 from .memory import predict
 from .report import Row, as_report, file_storage, left_overs, whole
@@ -32,7 +34,8 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
     kind = kind_of(path)
     if kind == CALIBRATION:
         calibration = Calibration(path)
-        return {"kind": "calibration", "hash": calibration.hash, "inputs": len(calibration.names)} | calibration.meta
+        own = {"kind": "calibration", "hash": calibration.hash, "inputs": len(calibration.names)}
+        return own | {key: value for key, value in calibration.meta.items() if key not in own}
     if kind == FULL:
         return _full(Checkpoint(path), target)
     return _quantized(open_quantized(path), kind, target)
@@ -80,7 +83,7 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     kernels, why = paths_of(model.specs, target)
     shapes, quantized = model.logical_shapes(), [Row(**row) for row in as_report(model)]
     beside = kept_rows(shapes, by_name(model.family), quantized, otherwise="left so by who made the file")
-    kept = [Row(**row) for row in model.report if not row["nbytes"]]
+    kept = [Row.from_json(row) for row in model.report if not row["nbytes"]]
     kept += [row for row in beside if row.name not in {r.name for r in kept}]
     out = {
         "kind": model.kind,
@@ -114,13 +117,13 @@ def _stock(model: Opened, kind: str) -> str:
 
 
 def as_text(found: dict) -> str:
-    """A description as lines, the layers last and indented."""
-    lines = []
+    """A description as lines, the layers last and indented. Names and texts of the file have no control characters here, and are cut."""
+    lines, shown = [], lambda value: shortened(plain(str(value)), MESSAGE)
     for key, value in found.items():
-        if key == "layers":
-            lines += [f"  {name}: {what}" for name, what in value.items()]
+        if key == "layers" and isinstance(value, dict):
+            lines += [f"  {shortened(plain(name))}: {shown(what)}" for name, what in value.items()]
         elif isinstance(value, list) and value and len(value) <= 12:
-            lines += [f"{key}: {value[0]}", *(" " * (len(key) + 2) + str(line) for line in value[1:])]
+            lines += [f"{shown(key)}: {shown(value[0])}", *(" " * (len(key) + 2) + shown(line) for line in value[1:])]
         elif value not in ([], {}):
-            lines.append(f"{key}: {value}")
+            lines.append(f"{shown(key)}: {shown(value)}")
     return "\n".join(lines)

@@ -79,6 +79,13 @@ class QuantizedLayer:
         ]
 
 
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors have one dtype, one shape and the same bits, by which a NaN is itself and zeros have a sign."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+
+
 class QuantLinear(torch.nn.Module):
     """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N); of a 1x1 convolution
     (..., K, L) or (..., K, H, W), as nn.Conv1d and nn.Conv2d take it."""

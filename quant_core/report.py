@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import prod
 
 from .families import by_name
+from .formats.errors import MESSAGE, plain, shortened
 from .formats.opened import Opened
 from .formats.pack import PackFile
 from .memory import layer_bytes
@@ -86,7 +87,7 @@ def left_overs(rows, shapes: Mapping[str, tuple[int, ...]] | None = None) -> lis
     lines = []
     for (pattern, note, _), group in ordered[:named]:
         what = group[0].name if len(group) == 1 else f"{len(group)} x {pattern}"
-        lines.append(f"Left in 16 bit: {what} ({note}){share(size(group))}")
+        lines.append(f"Left in 16 bit: {shortened(plain(what))} ({shortened(plain(note), MESSAGE)}){share(size(group))}")
     if rest := [row for _, group in ordered[named:] for row in group]:
         lines.append(f"Left in 16 bit: {len(rest)} more{share(size(rest))}")
     return lines
@@ -112,14 +113,15 @@ def as_text(rows, title: str, notes=(), paths=None, shapes: Mapping[str, tuple[i
     lines += left_overs(rows, shapes)
     lines += list(notes)
     lines.append("")
-    width = max([len(r.name) for r in done], default=4)
+    names = {r.name: shortened(plain(r.name)) for r in done}
+    width = max(map(len, names.values()), default=4)
     lines.append(f"{'layer':{width}}  {'N x K':>13}  {'SQNR dB':>7}  {'bits':>5}  {'seconds':>7}  what")
     for r in sorted(done, key=lambda r: (r.sqnr_db is None, r.sqnr_db or 0)):
         sqnr = "      -" if r.sqnr_db is None else f"{r.sqnr_db:7.2f}"
         shape = f"{r.out_features} x {r.in_features}"
-        chosen = "; ".join(f"{k} {v}" for k, v in r.choices.items())
+        chosen = plain("; ".join(f"{k} {v}" for k, v in r.choices.items()))
         lines.append(
-            f"{r.name:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {r.what}"
+            f"{names[r.name]:{width}}  {shape:>13}  {sqnr}  {8 * r.nbytes / r.weights:5.2f}  {r.seconds:7.2f}  {plain(r.what)}"
             + f" ({chosen})" * bool(chosen)
             + (f", {paths[r.name]}" if paths and r.name in paths else "")
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..families import by_name
-from ..linear import QuantizedLayer
+from ..linear import QuantizedLayer, same_bits
 from ..spec import GELU_SHIFT, LinearSpec, SpecError
 from . import nunchaku_layout as layout
 from .atomic import save_tensors
@@ -103,9 +103,12 @@ def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
     by one where there is none, biases of 2^-8 of themselves (plus 1) less. Not for layers that `save` names in what it returns."""
     bias = [other.tensors["bias"].float() if other.spec.bias else torch.zeros(other.spec.out_features) for other in (found, layer)]
     weight = [other.dequantize() for other in (found, layer)]
+    for pair in (weight, bias):  # a NaN that was there stays one
+        if pair[0].shape == pair[1].shape and torch.equal(pair[0].isfinite(), pair[1].isfinite()):
+            pair[:] = [t.nan_to_num(0, 0, 0) for t in pair]
     return (
         (found.spec.in_features, found.spec.out_features) == (layer.spec.in_features, layer.spec.out_features)
-        and all(torch.equal(found.tensors[key], layer.tensors[key]) for key in ("weight", "weight_scale"))
+        and all(same_bits(found.tensors[key], layer.tensors[key]) for key in ("weight", "weight_scale"))
         and bool((weight[0] - weight[1]).norm() <= 1e-6 * weight[1].norm())
         and bool(((bias[0] - bias[1]).abs() <= 2**-8 * (1 + bias[1].abs())).all())
     )

@@ -6,13 +6,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from ..linear import QuantizedLayer
 from ..spec import LinearSpec
 from . import digests
 from .errors import CheckpointError
 from .origin import Origin
+from .safe import open_safetensors
 
 
 class Opened(ABC):
@@ -67,8 +67,7 @@ class Opened(ABC):
         CheckpointError naming what does not agree."""
         if self.path.is_dir():
             return -1
-        with safe_open(self.path, "pt") as file:
-            return digests.verify(self.path, file, CheckpointError, progress)
+        return digests.verify(self.path, open_safetensors(self.path), CheckpointError, progress)
 
     def rest_bytes(self) -> int:
         """Of `rest` in 16 bit, as ComfyUI holds it."""

@@ -105,7 +105,7 @@ def test_refusals(packed, source, tmp_path):
         nibble("convert", packed["convrot"], tmp_path / "x", "--to", "gguf")
     with pytest.raises(PackError, match="not a quantized model that this pack knows"):
         nibble("convert", source, tmp_path / "x", "--to", "native")
-    with pytest.raises(ValueError, match="is the file to convert"):
+    with pytest.raises(ValueError, match="is read by this command .* and would be written over"):
         nibble("convert", packed["convrot"], packed["convrot"], "--to", "nibble")
     with pytest.raises(ValueError, match=r"not possible: .* Quantize the full-precision model with the method svdquant"):
         nibble("convert", packed["splitquant"], tmp_path / "x", "--to", "nunchaku")
@@ -157,8 +157,31 @@ def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypa
         layers["single_blocks.0.linear1"].tensors["weight"] = layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
 
     monkeypatch.setattr(convert.pack, "save", wrong)
-    with pytest.raises(RuntimeError, match=r"layer single_blocks\.0\.linear1 does not read back as it was"):
+    (tmp_path / "x.safetensors").write_text("of before")
+    with pytest.raises(convert.NotReadBack, match=r"/x.safetensors: layer single_blocks\.0\.linear1 does not read back as it was"):
         nibble("convert", packed["convrot"], tmp_path / "x.safetensors", "--to", "nibble")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.safetensors", "of before")]
+
+
+@pytest.mark.parametrize(("method", "to"), [("convrot", "native"), ("svdquant", "nunchaku"), ("splitquant", "nibble")])
+def test_a_nan_of_the_source_reads_back_as_it_was(packed, tmp_path, method, to):
+    opened = pack.PackFile(packed[method])
+    layers = {name: opened.layer(name) for name in opened.specs}
+    name = "double_blocks.0.img_attn.qkv"
+    scales = layers[name].tensors["weight_scale"].clone()
+    scales[0, 0] = float("nan")
+    layers[name] = replace(layers[name], tensors=layers[name].tensors | {"weight_scale": scales})
+    pack.save(tmp_path / "nan.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, opened.family, {}, [])
+    nibble("convert", tmp_path / "nan.safetensors", tmp_path / "out.safetensors", "--to", to, "--lossy")
+    assert open_quantized(tmp_path / "out.safetensors").layer(name).dequantize().isnan().any()
+
+
+@pytest.mark.parametrize("bad", [b"x", None])
+def test_a_copy_that_cannot_be_opened_is_not_left(packed, tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(convert.pack, "save", lambda path, *_, **__: path.write_bytes(bad or packed["splitquant"].read_bytes()[:-100]))
+    with pytest.raises(convert.NotReadBack, match=r"x.safetensors: cannot be read back \(it: not a whole safetensors file"):
+        nibble("convert", packed["convrot"], tmp_path / "x.safetensors", "--to", "nibble")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_formats_in_one_file(packed, tmp_path):
