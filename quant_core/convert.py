@@ -105,7 +105,7 @@ def convert(
 ) -> list[str]:
     """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
 
-    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. Layers are read one by one and stay
+    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The source's hashes are compared first, where it has them. Layers are read one by one and stay
     memory-mapped where they are written as they are. Raises LossyConversion, ValueError where it is impossible, and the errors of reading.
     """
     source, destination = planned.source, Path(destination)
@@ -121,6 +121,8 @@ def convert(
             "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
         )
     require_output(destination, source.path.glob("*.safetensors") if source.path.is_dir() else [source.path])
+    if source.path.is_file():  # else a folder of another's, or a model in the graph
+        source.verify()
     layers, rest = {}, {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)

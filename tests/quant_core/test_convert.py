@@ -7,6 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core import convert
+from comfyui_nibble.quant_core.demo import tiny_flux
 from comfyui_nibble.quant_core.formats import pack
 from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.kitchen import KitchenFile
@@ -14,6 +15,8 @@ from comfyui_nibble.quant_core.formats.opening import kind_of, open_quantized
 from comfyui_nibble.quant_core.formats.pack import PackError, PackFile
 from comfyui_nibble.quant_core.inspect import as_text, describe
 from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.methods import METHODS
+from comfyui_nibble.quant_core.quantize_file import quantize_file
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
 from comfyui_nibble.tests.support import nibble, relative_error
 
@@ -222,3 +225,15 @@ def test_inspect_of_each_kind(packed, source, tmp_path):
         assert json.loads(nibble("inspect", path, "--json")) == what
     assert "  double_blocks.0.img_mlp.0: W4A4 per token" not in as_text(found[native])  # a scale a row is "per channel"
     assert "  double_blocks.0.img_mlp.0: W4A4 per channel H64, eager" in as_text(found[native])
+
+
+def test_a_source_that_is_not_what_was_written_is_refused(tmp_path):
+    rtn = METHODS["rtn"]
+    quantize_file(tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", rtn, rtn.config)
+    data = bytearray((tmp_path / "q.safetensors").read_bytes())
+    data[-1000] ^= 4
+    (tmp_path / "q.safetensors").write_bytes(data)
+    planned = convert.plan(open_quantized(tmp_path / "q.safetensors"), "nibble")
+    with pytest.raises(CheckpointError, match=r"q.safetensors: 1 of \d+ tensors are not what was written: .*Download it or make it again"):
+        convert.convert(planned, tmp_path / "c.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["q.safetensors"]
