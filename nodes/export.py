@@ -29,6 +29,10 @@ class Held(Opened):
     def layer(self, name):
         return self._layers[name]
 
+    @property
+    def files(self):
+        return []
+
     def tensor(self, key):
         return narrow(self._rest[key])
 

@@ -120,9 +120,8 @@ def convert(
         raise LossyConversion(
             "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
         )
-    require_output(destination, source.path.glob("*.safetensors") if source.path.is_dir() else [source.path])
-    if source.path.is_file():  # else a folder of another's, or a model in the graph
-        source.verify()
+    require_output(destination, source.files)
+    source.verify()
     layers, rest = {}, {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)

@@ -46,6 +46,11 @@ class Opened(ABC):
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape of one of `rest`, from the header."""
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that are read; none for a model in the graph."""
+        return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+
     def sound_layer(self, name: str) -> QuantizedLayer:
         """The same, to be run: one NaN among scales or smoothing would make a black picture. Raises CheckpointError naming file and tensor.
 
@@ -65,7 +70,7 @@ class Opened(ABC):
     def verify(self, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> int:
         """Reads every tensor and returns how many bytes agree with the hashes in the header; -1 where the file has none. Raises
         CheckpointError naming what does not agree."""
-        if self.path.is_dir():
+        if self.files != [self.path]:
             return -1
         return digests.verify(self.path, open_safetensors(self.path), CheckpointError, progress)
 

@@ -219,7 +219,7 @@ def run_one(server, soak: Soak, kind: str, graph: dict, error: str, share: float
     try:
         prompt = server.submit(graph)
         if share is not None:
-            time.sleep(share * soak.seconds[kind])
+            time.sleep(share * soak.seconds.get(kind, 0.5))
             server.post("/interrupt")
         outputs = server.wait(prompt, timeout=300)["outputs"]
     except GraphError as found:
@@ -277,7 +277,7 @@ def left_over(server, scratch: Path) -> list[str]:
     """Temporary files below the server's folder and in `scratch`, its TMPDIR. A stopped quantization keeps its finished blocks, and goes
     on with them: its folder is none, what is temporary in it is."""
     found = [p for folder in (server.base / "output", server.base / "models", server.base / "temp") for p in folder.rglob("*")]
-    names = re.compile(r"^\.?tmp\w*$|\.tmp$|^\.tmp")
+    names = re.compile(r"^\.?tmp\w*$|[.-]tmp$|^\.tmp|^\.nibble|-lock$|-run$")
     return sorted(str(p.relative_to(server.base)) for p in found if names.search(p.name)) + sorted(
         p.name for p in scratch.rglob("*.safetensors")
     )

@@ -61,7 +61,7 @@ def test_descriptors_and_maps_are_flat(done):
     first, last = found.held[0], found.held[-1]
     assert last.descriptors <= first.descriptors + 2, found.held
     assert last.maps <= 1.02 * first.maps + 8, found.held
-    assert last.files == first.files, found.held
+    assert last.files <= first.files + 1, found.held  # the LoRA that was read last stays mapped, and may be another's beside
 
 
 def test_no_temporary_file_is_left(done):
