@@ -25,6 +25,10 @@ class LossyConversion(ValueError):
     """The conversion would change layers, and nobody said that it may."""
 
 
+class ImpossibleConversion(ValueError):
+    """The format has nothing for what the model is."""
+
+
 class NotReadBack(ValueError):
     """A written file is not what it was made from; a defect of the pack."""
 
@@ -105,12 +109,13 @@ def convert(
 ) -> list[str]:
     """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
 
-    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The source's hashes are compared first, where it has them. Layers are read one by one and stay
-    memory-mapped where they are written as they are. Raises LossyConversion, ValueError where it is impossible, and the errors of reading.
+    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The
+    source's hashes are compared first, where it has them. Layers are read one by one and stay memory-mapped where they are written as they
+    are. Raises LossyConversion, ImpossibleConversion, NotReadBack, OverInput, and the errors of reading.
     """
     source, destination = planned.source, Path(destination)
     if planned.impossible:
-        raise ValueError("\n".join(planned.lines()))
+        raise ImpossibleConversion("\n".join(planned.lines()))
     if replacement == SMALL and not planned.awq:
         raise ValueError(
             f"replacement {SMALL}: the file is for a ComfyUI without awq_w4a16. Ask for one of {native.AWQ} or newer (--comfyui {native.AWQ}, or "

@@ -8,6 +8,8 @@ import torch
 
 FP32 = torch.finfo(torch.float32).max
 
+from ..spec import SpecError
+
 
 class UnfitLayer(ValueError):
     """A layer whose weight, statistics or result hold numbers that nothing can be fitted to. The message names the layer."""
@@ -89,8 +91,10 @@ def naming(name: str, weight: torch.Tensor | None = None, statistics=None):
 
 @contextmanager
 def of_file(path):
-    """Puts the file's name in front of an UnfitLayer that is raised within the block."""
+    """Puts the file's name in front of an UnfitLayer or a SpecError that is raised within the block without it."""
     try:
         yield
-    except UnfitLayer as error:
+    except (UnfitLayer, SpecError) as error:
+        if str(path) in str(error):
+            raise
         raise type(error)(f"{path}: {error}") from error
