@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-FP32 = torch.finfo(torch.float32).max
-
 from ..spec import SpecError
+
+FP32 = torch.finfo(torch.float32).max
 
 
 class UnfitLayer(ValueError):
