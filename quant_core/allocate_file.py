@@ -88,7 +88,7 @@ def read_gains(path: Path) -> dict[str, float]:
     """{layer: factor} of a JSON file. Raises ValueError naming the file and what is no number of 0 or more."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of thousands of digits
         raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected an object {{layer: number}}, found {type(found).__name__}")

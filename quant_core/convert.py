@@ -29,7 +29,7 @@ class ImpossibleConversion(ValueError):
     """The format has nothing for what the model is."""
 
 
-class NotReadBack(ValueError):
+class NotReadBack(NamedError):
     """A written file is not what it was made from; a defect of the pack."""
 
 
@@ -168,7 +168,9 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
         found = open_quantized(written) if kept else None
     except NamedError as error:
         why = str(error).replace(str(written), "it")
-        raise NotReadBack(f"{destination}: cannot be read back ({why}). The file is not written; report this.") from error
+        raise NotReadBack(
+            f"{destination}: made from {planned.source.path}, cannot be read back ({why}). The file is not written; report this."
+        ) from error
     if planned.to == "nunchaku":  # it has some weight-only layers in 16 bit
         kept = {name: layer for name, layer in kept.items() if name in found.specs}
     for name, layer in kept.items():
@@ -176,7 +178,7 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
         if again is None or not _same(again, layer, planned.to):
             became = "nothing" if again is None else again.spec.describe()
             raise NotReadBack(
-                f"{destination}: layer {name} does not read back as it was ({layer.spec.describe()} became {became}). The file is not "
+                f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became {became}). The file is not "
                 "written; report this with the two specifications."
             )
     return len(kept)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..calibration.file import fingerprint
-from ..families import detect
+from ..families import Family, UnknownArchitecture, detect
 from .errors import CheckpointError
 from .foreign import require_declarations, require_leaves
 from .kitchen_declared import HEADER
@@ -32,6 +32,14 @@ def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]
                 )
             where[key] = handle, file
     return where, metadata
+
+
+def family_of(shapes, path: Path) -> Family:
+    """`detect`, whose error names the file."""
+    try:
+        return detect(shapes)
+    except UnknownArchitecture as error:
+        raise UnknownArchitecture(f"{path}: {error}") from error
 
 
 class Checkpoint:
@@ -60,7 +68,7 @@ class Checkpoint:
         for key in self._scales.keys:
             del own[key]
         self.origin = self._origin(names, where, own, metadata)
-        self.family = detect(own)
+        self.family = family_of(own, self.path)
         self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
         if self._stacks:
             self._require_all(own)

@@ -29,7 +29,8 @@ def shortened(text: str, most: int = NAME) -> str:
     """The text, cut in its middle where it has over `most` characters: both ends of a name say something."""
     if len(text) <= most:
         return text
-    return f"{text[: most - most // 3 - 5]} ... {text[len(text) - most // 3 :]}"
+    tail = most // 3
+    return f"{text[: most - tail - 5]} ... {text[len(text) - tail :]}"
 
 
 def sentence(text: str, keep: str = "") -> str:

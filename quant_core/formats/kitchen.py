@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..families import detect
 from ..linear import QuantizedLayer
 from ..row import Row
 from ..spec import LinearSpec, SpecError
 from . import kitchen_declared as declared
 from . import own_json
+from .checkpoint import family_of
 from .errors import CheckpointError
 from .kitchen_declared import Declaration, DeclarationError
 from .kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
@@ -116,7 +116,7 @@ class KitchenFile(Opened):
 
     def _family(self) -> str:
         shapes = self.logical_shapes()
-        family = detect(shapes)
+        family = family_of(shapes, self.path)
         if not family.matches(shapes):
             raise CheckpointError(
                 f"{self.path}: its tensors have diffusers' names, expected ComfyUI's for {family.title}, whose quantized layers stack several "

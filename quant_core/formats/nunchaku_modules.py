@@ -99,7 +99,7 @@ class StoredModules:
             raise CheckpointError(f"{self.path}: header entry {entry!r}: expected at most {HEADER_LIMIT} characters, found {len(text)}")
         try:
             found = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
             raise CheckpointError(f"{self.path}: header entry {entry!r} is not JSON ({error}). Download the file again.") from error
         if not isinstance(found, dict):
             raise CheckpointError(f"{self.path}: header entry {entry!r}: expected an object, found {type(found).__name__}")

@@ -73,7 +73,7 @@ def _require_small(path, length, file):
         )
     header = file.read(length)
     # Measured with safetensors 0.8: texts and the tables that hold them, numbers and lists, and the copies of a long text.
-    memory = 72 * header.count(b'"') + 40 * sum(map(header.count, (b",", b"[", b"{"))) + 4 * length
+    memory = 100 * header.count(b'"') + 40 * sum(map(header.count, (b",", b"[", b"{"))) + 4 * length
     if memory > MEMORY:
         raise CheckpointError(
             f"{path}: its header of {length} bytes would take {memory / 1e6:.0f} MB to read, expected at most {MEMORY / 1e6:.0f}. It is no "

@@ -71,6 +71,8 @@ def _indexed(index):
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: expected JSON with a weight_map {{tensor: file}} ({type(error).__name__}: {error})") from error
+    if not names:
+        raise CheckpointError(f"{index}: weight_map: expected names of .safetensors files, found none")
     for name in names:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index}: weight_map: expected names of .safetensors files beside it, found {str(name)[:80]!r}")

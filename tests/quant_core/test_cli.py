@@ -15,7 +15,7 @@ from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig
 from comfyui_nibble.quant_core.demo import run, tiny_flux
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.pack import PackFile, save
 from comfyui_nibble.quant_core.training import presets, stages
 from comfyui_nibble.quant_core.training.trainer import NoTrajectory
 from comfyui_nibble.tests.support import nibble
@@ -279,3 +279,29 @@ def test_errors_are_one_line(args, message, tmp_path):
     assert result.stderr.startswith("nibble: ")
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_a_file_says_reaches_the_terminal_without_control_characters(tmp_path):
+    state = load_file(tiny_flux.CHECKPOINT)
+    save_file(state | {"\x1b[2J\nnibble: all is well": torch.zeros(3, 3)}, tmp_path / "m.safetensors")
+    found = command("inspect", tmp_path / "m.safetensors")
+    assert found.returncode == 0
+    assert found.stdout.replace("\n", "").isprintable()
+    save_file({"\x1b[2J" + "x" * 100_000: torch.zeros(1)}, tmp_path / "m.safetensors")
+    found = command("inspect", tmp_path / "m.safetensors")
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"nibble: {tmp_path / 'm.safetensors'}: the names of all 1 tensors begin")
+    assert "\\x1b[2Jxxx" in found.stderr
+    assert found.stderr.removesuffix("\n").isprintable()
+    assert len(found.stderr) < 1000
+
+
+def test_a_report_with_a_name_of_control_characters_is_shown_without_them(tmp_path):
+    nibble("quantize", tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", "--method", "rtn")
+    opened = PackFile(tmp_path / "q.safetensors")
+    report = [*opened.report, opened.report[0] | {"name": "\x1b[31mred", "note": "\x07", "nbytes": 0}]
+    layers = {name: opened.layer(name) for name in opened.specs}
+    save(tmp_path / "r.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, "flux", {"by": "\x1b"}, report)
+    text = nibble("inspect", tmp_path / "r.safetensors")
+    assert r"\x1b[31mred" in text
+    assert text.replace("\n", "").isprintable()

@@ -70,6 +70,14 @@ def test_an_index_that_is_none(tmp_path, text):
         files_of(tmp_path)
 
 
+def test_an_index_that_names_no_file(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(
+        CheckpointError, match=r"model.safetensors.index.json: weight_map: expected names of .safetensors files, found none"
+    ):
+        files_of(tmp_path)
+
+
 def test_the_plain_variant_is_preferred_and_doubles_are_refused(tmp_path, state):
     plain = shards(tmp_path / "a", state, stem="model")
     shards(tmp_path / "a", state, stem="model.fp16")
