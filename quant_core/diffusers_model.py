@@ -44,6 +44,16 @@ def full(folder: Path, device: str = "cpu") -> torch.nn.Module:
     return model.to(device).eval().requires_grad_(False)
 
 
+def _config(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise PackError(f"{path}: a configuration that is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise PackError(f"{path}: expected a configuration, a JSON object, found {type(found).__name__}")
+    return found
+
+
 def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """diffusers' model with the quantized layers of a Nibble file, in eval mode: for a pipeline's `transformer`.
 
@@ -55,7 +65,7 @@ def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtyp
     family = family_by_name(pack.family)
     if not isinstance(config, dict):
         path = Path(config) / "config.json" if Path(config).is_dir() else Path(config)
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = _config(path)
     model = _empty(_class(family), config)
     theirs = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     names = family.diffusers(theirs)

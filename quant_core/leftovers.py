@@ -9,6 +9,7 @@ from pathlib import Path
 from .calibration.file import CalibrationError, read_meta
 from .formats import unfinished
 from .formats.atomic import TEMPORARY, remove_temporary
+from .formats.errors import plain, shortened
 from .formats.lock import LOCK, RUN, is_held
 
 
@@ -120,7 +121,7 @@ def _changed(files) -> datetime:
 def as_text(found: list[Leftover]) -> str:
     """A line for each, the largest first."""
     lines = [
-        f"{left.nbytes / 1e6:10,.1f} MB  {left.changed:%Y-%m-%d %H:%M}  {left.path}  ({left.what}{'; a run is at it' if left.held else ''})"
+        f"{left.nbytes / 1e6:10,.1f} MB  {left.changed:%Y-%m-%d %H:%M}  {plain(str(left.path))}  ({shortened(plain(left.what))}{'; a run is at it' if left.held else ''})"
         for left in sorted(found, key=lambda left: -left.nbytes)
     ]
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .errors import plain, shortened
+
 LOCK, RUN = ".nibble-lock", ".nibble-run"  # the lock, and who has it: the lock's own bytes cannot be read on Windows
 
 
@@ -81,7 +83,7 @@ def released(lock: Path, held: FileLock):
 def _who(target, run) -> str:
     try:
         found = json.loads(run.read_text())
-        who = f"process {found['pid']} on {found['host']}, since {found['since']}, {found['doing']}"
-    except (OSError, ValueError, KeyError, TypeError):
+        who = shortened(plain(f"process {found['pid']} on {found['host']}, since {found['since']}, {found['doing']}"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         who = "it has not said which"
     return f"{target}: another run is writing this ({who}). Wait for it or stop it, or choose another place."

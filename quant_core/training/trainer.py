@@ -195,7 +195,10 @@ class Trainer:
         return on_step
 
     def _log(self, outcome):
-        before = json.loads(self.losses.read_text(encoding="utf-8")) if self.losses.is_file() else {}
+        try:
+            before = dict(json.loads(self.losses.read_text(encoding="utf-8"))) if self.losses.is_file() else {}
+        except (ValueError, TypeError, RecursionError):  # damaged: the curves are for the eye, a trained block is hours
+            before = {}
         entry = {
             "losses": [round(x, 6) for x in outcome.losses],
             "gain_db": round(outcome.gain_db, 3),
