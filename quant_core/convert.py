@@ -30,7 +30,7 @@ class ImpossibleConversion(ValueError):
 
 
 class NotReadBack(NamedError):
-    """A written file is not what it was made from; a defect of the pack."""
+    """A written file is not what it was made from: a defect of the pack, or a damaged source."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,11 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
     for name, layer in kept.items():
         again = found.layer(name) if name in found.specs else None
         if again is None or not _same(again, layer, planned.to):
+            if not all(t.isfinite().all() for t in layer.tensors.values() if t.is_floating_point()):
+                raise NotReadBack(
+                    f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the format cannot keep it as it is. The "
+                    "file is not written; the source is damaged: download or quantize it again."
+                )
             became = "nothing" if again is None else again.spec.describe()
             raise NotReadBack(
                 f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became {became}). The file is not "
