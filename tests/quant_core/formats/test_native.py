@@ -8,9 +8,10 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreConvRotW4A4Layout, TensorWiseINT8Layout
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from comfyui_nibble.quant_core.formats import native, pack
+from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.kitchen import KitchenFile
 from comfyui_nibble.quant_core.guard import w4a8, w8a8
 from comfyui_nibble.quant_core.methods import METHODS
@@ -161,3 +162,21 @@ def test_a_layer_that_is_not_native_is_not_written(layers, rest, make_problem, t
     ):
         native.save(tmp_path / "a", layers | {"blocks.9": other}, rest, METADATA)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{", "is not JSON"),
+        ('{"report": 1}', "report: expected a list, found 1"),
+        ('{"report": [{"name": "x"}]}', "layer x: block: expected text, found none"),
+        ('{"provenance": []}', "provenance: expected an object, found list of 0"),
+    ],
+)
+def test_a_damaged_record_of_the_export_names_the_file_and_the_field(layers, rest, tmp_path, entry, message):
+    native.save(tmp_path / "m.safetensors", layers, rest, METADATA)
+    with safe_open(tmp_path / "m.safetensors", "pt") as f:
+        metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    save_file(tensors, tmp_path / "m.safetensors", metadata=metadata | {"nibble_export": entry})
+    with pytest.raises(CheckpointError, match=f"m.safetensors: header entry 'nibble_export': {message}"):
+        KitchenFile(tmp_path / "m.safetensors")
