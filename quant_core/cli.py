@@ -378,3 +378,6 @@ def main():
 
         typer.echo(f"nibble: {sentence(str(error), keep=chr(10))}", err=True)
         sys.exit(1)
+    finally:
+        if (atomic := sys.modules.get(f"{__package__}.formats.atomic")) is not None:
+            atomic.clean_own()

@@ -8,7 +8,8 @@ import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile, mkdtemp
+from tempfile import TemporaryFile
+from uuid import uuid4
 
 from filelock import Timeout
 from safetensors import SafetensorError
@@ -19,6 +20,9 @@ from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not become that large"}
+
+
+_own: set[Path] = set()  # of this process
 
 
 class NoRoom(OSError):
@@ -160,7 +164,9 @@ def new_folder(path: Path):
 def _folder_for(path):
     """(a new folder for a file under way to `path`, its lock)."""
     while True:
-        folder = Path(mkdtemp(prefix=f"{_prefix(path)}.", suffix=TEMPORARY, dir=path.parent))
+        folder = path.with_name(f"{_prefix(path)}.{uuid4().hex[:8]}{TEMPORARY}")
+        _own.add(folder)
+        folder.mkdir(mode=0o700)
         with suppress(Timeout, FileNotFoundError):  # another run has just taken it for a leftover
             return folder, acquired(folder / "lock")
 
@@ -206,7 +212,14 @@ def remove_temporary(folder: Path) -> bool:
     return _emptied(folder)
 
 
+def clean_own():
+    """Removes the folders of files that this process has under way: where a signal ends it, it may be at any line."""
+    for folder in list(_own):
+        _emptied(folder)
+
+
 def _emptied(folder) -> bool:
+    _own.discard(folder)
     with suppress(OSError):
         for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
             path.rmdir() if path.is_dir() else path.unlink()

@@ -59,11 +59,11 @@ def acquired(lock: Path) -> FileLock:
     """The lock of the file `lock`, to be given back by `released`. Raises filelock's Timeout at once where another has it."""
     while True:
         lock.touch()
-        before = lock.stat()
         held = FileLock(lock, timeout=0)
-        held.acquire()
-        # The run before may have removed the file between our opening and locking it: then ours is no lock to anybody.
+        # The run before may remove the file at any moment, also between our opening and locking it: then ours is no lock to anybody.
         with suppress(FileNotFoundError):
+            before = lock.stat()
+            held.acquire()
             if os.path.samestat(before, lock.stat()):
                 return held
         held.release()
