@@ -15,7 +15,7 @@ from filelock import Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from . import digests
+from . import digests, lock
 from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
@@ -213,16 +213,17 @@ def remove_temporary(folder: Path) -> bool:
 
 
 def clean_own():
-    """Removes the folders of files that this process has under way: where a signal ends it, it may be at any line."""
+    """Removes the folders of files that this process has under way, and its locks: where a signal ends it, it may be at any line."""
     for folder in list(_own):
         _emptied(folder)
+    lock.clean_own()
 
 
 def _emptied(folder) -> bool:
-    _own.discard(folder)
     with suppress(OSError):
         for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
             path.rmdir() if path.is_dir() else path.unlink()
         folder.rmdir()
-        return True
-    return False
+    if gone := not folder.exists():
+        _own.discard(folder)
+    return gone

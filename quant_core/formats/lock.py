@@ -17,6 +17,9 @@ from .errors import plain, shortened
 LOCK, RUN = ".nibble-lock", ".nibble-run"  # the lock, and who has it: the lock's own bytes cannot be read on Windows
 
 
+_own: set[Path] = set()  # of this process
+
+
 class Busy(OSError):
     """Another run is writing the same."""
 
@@ -34,6 +37,7 @@ def only_run(target: Path, doing: str):
         held = acquired(lock)
     except Timeout:
         raise Busy(_who(target, run)) from None
+    _own.update((run, lock))
     try:
         run.write_text(
             json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}", "doing": doing})
@@ -42,6 +46,13 @@ def only_run(target: Path, doing: str):
     finally:
         run.unlink(missing_ok=True)
         released(lock, held)
+        _own.difference_update((run, lock))
+
+
+def clean_own():
+    """Removes the locks that this process holds: where a signal ends it, it may be at any line."""
+    for path in _own:
+        path.unlink(missing_ok=True)
 
 
 def is_held(lock: Path) -> bool:
