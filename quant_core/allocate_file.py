@@ -8,14 +8,14 @@ from pathlib import Path
 
 from .allocate import Allocation, Budget, allocate, pareto, uniform
 from .budget import decibel
-from .calibration.file import Calibration
+from .calibration.file import Calibration, CalibrationError
 from .families import Layer, measured
 from .families.pointwise import why_unsure
 from .formats.checkpoint import Checkpoint
+from .formats.errors import naming
 from .formats.lock import only_run
 from .formats.provenance import provenance
 from .gains import SAMPLES, of_calibration
-from .methods.soundness import of_file
 from .mixed import MIXED, MixedConfig
 from .quantize import not_quantizable, require_statistics
 from .quantize_file import quantize_file, require_place
@@ -56,7 +56,7 @@ def allocate_file(
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
-    with only_run(path, f"measures {checkpoint.path.name}"), of_file(source):
+    with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, CalibrationError):
         table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
     done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
     chosen = replace(config, layers=done.allocation.layers)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .formats import kitchen_out, native, nunchaku, pack
 from .formats.atomic import NoRoom, replacing, require_output
-from .formats.errors import NamedError
+from .formats.errors import NamedError, naming
 from .formats.opened import Opened
 from .formats.opening import open_quantized
 from .formats.others import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
@@ -131,13 +131,15 @@ def convert(
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)
         if name in planned.lossy:
-            one, more = replaced({name: layer}, {}, [name], planned.becomes(replacement))
+            with naming(source.path):
+                one, more = replaced({name: layer}, {}, [name], planned.becomes(replacement))
             layers, rest = layers | one, rest | more
         else:
             layers[name] = layer
     with replacing(destination) as temporary:  # a file that does not read back never has the name, and what had it stays
         try:
-            notes = _write(planned, temporary, layers, rest)
+            with naming(source.path):
+                notes = _write(planned, temporary, layers, rest)
             same = _verify(planned, temporary, destination, layers, notes)
         except NoRoom as error:
             raise NoRoom(error.errno, str(error).replace(str(temporary), str(destination))) from error
@@ -183,8 +185,8 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
                 )
             became = "nothing" if again is None else again.spec.describe()
             raise NotReadBack(
-                f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became {became}). The file is not "
-                "written; report this with the two specifications."
+                f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became "
+                f"{became}). The file is not written; report this with the two specifications."
             )
     return len(kept)
 

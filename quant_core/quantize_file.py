@@ -16,13 +16,13 @@ from .families.pointwise import why_unsure
 from .formats import pack
 from .formats.atomic import require_output, require_room
 from .formats.checkpoint import Checkpoint
+from .formats.errors import naming
 from .formats.lock import only_run
 from .formats.provenance import provenance
 from .formats.unfinished import Unfinished
 from .gains import of_calibration
 from .kept import kept_rows
 from .methods import Method
-from .methods.soundness import of_file
 from .quantize import leave_out, require_statistics
 from .report import Row
 from .training.presets import UNTRAINED, Preset
@@ -84,7 +84,7 @@ def _quantized(checkpoint, destination, method, config, calibration, device, pro
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
         work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
-        with of_file(checkpoint.path):
+        with naming(checkpoint.path, CalibrationError):
             for _ in progress(work, steps_of(plan, preset)):
                 pass
         settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}

@@ -1,6 +1,8 @@
 """What reading a file raises, in words that are fit to print: what a file says stands in them, and may be anything."""
 
 import re
+from contextlib import contextmanager
+from pathlib import Path
 
 MESSAGE, NAME = 2000, 200  # characters that a text and one word of it may have
 _LONG = re.compile(rf"\S{{{NAME + 1},}}")
@@ -15,6 +17,21 @@ class NamedError(ValueError):
 
 class CheckpointError(NamedError):
     """A file that is not a readable safetensors checkpoint, or not a sound one of its kind."""
+
+
+@contextmanager
+def naming(path: Path, but: type[Exception] | tuple[type[Exception], ...] = ()):
+    """What is found wrong within names the file `path`, too, with the type that it has; but: types that name another file. Errors of others,
+    such as PyTorch's, become a NamedError."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, but) or str(path) in str(error):
+            raise
+        if type(error).__module__.partition(".")[0] != __name__.partition(".")[0]:
+            raise NamedError(f"{path}: {error}") from error
+        error.args = (f"{path}: {error}",)
+        raise
 
 
 def plain(text: str, keep: str = "") -> str:

@@ -1,13 +1,22 @@
 """The descriptions of a model that nunchaku's loaders read from a file's header, made from the model's shapes."""
 
+from .errors import CheckpointError
+
 HEAD = 128  # channels of an attention head, in all three
 
 
 def configs(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
     """{header entry: description}: "config", diffusers' arguments of the model class, and for FLUX.1 "comfy_config", ComfyUI's, without
-    which ComfyUI-nunchaku does not load it. shapes: {ComfyUI key: shape}. Raises KeyError where an embedder is missing.
+    which ComfyUI-nunchaku does not load it. shapes: {ComfyUI key: shape}. Raises CheckpointError where an embedder is missing or has other dimensions.
     """
-    return _MAKERS[family](shapes)
+    try:
+        return _MAKERS[family](shapes)
+    except KeyError as error:
+        raise CheckpointError(
+            f"nunchaku's description of the model needs the tensor {error}, found none: the model is not whole"
+        ) from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"nunchaku's description of the model needs its embedders as matrices ({error}): it is damaged") from error
 
 
 def _depth(shapes, stem) -> int:

@@ -58,7 +58,7 @@ def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor],
 
     layers, rest: under ComfyUI's names. Everything is stored in the layers' 16-bit dtype: biases with a correction for shifted activations
     or 1 added lose up to 2^-9 of themselves in bf16. Ranks are filled up with zeros to one multiple of 16. Raises SpecError where `losses`
-    finds any, or the low rank of a modulation layer is no offset of groups; KeyError where `rest` lacks a tensor that the header's
+    finds any, or the low rank of a modulation layer is no offset of groups; CheckpointError where `rest` lacks a tensor that the header's
     description of the model needs.
     """
     if lost := losses({name: layer.spec for name, layer in layers.items()}, family):

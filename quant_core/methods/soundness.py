@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from ..spec import SpecError
-
 FP32 = torch.finfo(torch.float32).max
 
 
@@ -87,14 +85,3 @@ def naming(name: str, weight: torch.Tensor | None = None, statistics=None):
             f"layer {name}: cannot be fitted, {why}{''.join(f'; {f}' for f in found)}. Its numbers are too large or too small for fp32: "
             "check the checkpoint, calibrate again with other prompts, or take the method rtn or convrot."
         ) from error
-
-
-@contextmanager
-def of_file(path):
-    """Puts the file's name in front of an UnfitLayer or a SpecError that is raised within the block without it."""
-    try:
-        yield
-    except (UnfitLayer, SpecError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}") from error

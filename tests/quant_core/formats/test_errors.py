@@ -1,4 +1,9 @@
-from comfyui_nibble.quant_core.formats.errors import MESSAGE, NAME, CheckpointError, plain, sentence, shortened
+from pathlib import Path
+
+import pytest
+
+from comfyui_nibble.quant_core.formats.errors import MESSAGE, NAME, CheckpointError, NamedError, naming, plain, sentence, shortened
+from comfyui_nibble.quant_core.spec import SpecError
 
 
 def test_a_text_without_control_characters_stays_as_it_is():
@@ -29,3 +34,14 @@ def test_a_text_has_2000_characters_at_most_and_keeps_its_end():
     assert text.startswith("m: word")
     assert text.endswith("word end")
     assert shortened("x" * NAME) == "x" * NAME
+
+
+def test_what_is_found_wrong_within_a_file_names_it():
+    with pytest.raises(SpecError, match=r"^m.safetensors: layer a: no$"), naming(Path("m.safetensors")):
+        raise SpecError("layer a: no")
+    with pytest.raises(CheckpointError, match=r"^m.safetensors: no$"), naming(Path("m.safetensors")):
+        raise CheckpointError("m.safetensors: no")
+    with pytest.raises(NamedError, match=r"^m.safetensors: of others$"), naming(Path("m.safetensors")):
+        raise ValueError("of others")
+    with pytest.raises(SpecError, match=r"^of another file$"), naming(Path("m.safetensors"), SpecError):
+        raise SpecError("of another file")
