@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from . import diffusers_model
-from .calibration.file import Calibration
+from .calibration.file import Calibration, CalibrationError
 from .families import Family, Layer, measured
 from .families.pointwise import why_unsure
 from .formats import pack

@@ -1,6 +1,7 @@
 """Weights, statistics and tokens that nothing can be fitted to: an error that names the layer, from every place that fits one."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +9,11 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.bake import bake
 from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.formats.errors import naming as of_file
 from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import METHODS, Fitted, fit_problem, lowrank
 from comfyui_nibble.quant_core.methods.problem import output_sqnr
-from comfyui_nibble.quant_core.methods.soundness import NonFiniteWeight, UnfitLayer, largest, naming, of_file, require_sound
+from comfyui_nibble.quant_core.methods.soundness import NonFiniteWeight, UnfitLayer, largest, naming, require_sound
 from comfyui_nibble.quant_core.mixed import MIXED, MixedConfig, variants
 from comfyui_nibble.quant_core.quantize import problem_of, quantize_layers
 from comfyui_nibble.quant_core.quantize_file import quantize_file
@@ -155,7 +157,7 @@ def test_only_failures_of_linear_algebra_are_renamed():
         1 / 0  # noqa: B018
     with pytest.raises(UnfitLayer, match="^layer a: cannot be fitted, "), naming("a"):
         torch.linalg.cholesky(-torch.eye(2))
-    with pytest.raises(UnfitLayer, match=r"^f: layer a: cannot be fitted, "), of_file("f"), naming("a"):
+    with pytest.raises(UnfitLayer, match=r"^f: layer a: cannot be fitted, "), of_file(Path("f")), naming("a"):
         lowrank.truncated(lambda rows: torch.full((4, 4), float("nan"))[rows], (4, 4), 2)
 
 
