@@ -157,7 +157,7 @@ def test_only_failures_of_linear_algebra_are_renamed():
         1 / 0  # noqa: B018
     with pytest.raises(UnfitLayer, match="^layer a: cannot be fitted, "), naming("a"):
         torch.linalg.cholesky(-torch.eye(2))
-    with pytest.raises(UnfitLayer, match=r"^f: layer a: cannot be fitted, "), of_file(Path("f")), naming("a"):
+    with pytest.raises(UnfitLayer, match=r"^m.safetensors: layer a: cannot be fitted, "), of_file(Path("m.safetensors")), naming("a"):
         lowrank.truncated(lambda rows: torch.full((4, 4), float("nan"))[rows], (4, 4), 2)
 
 
