@@ -192,7 +192,7 @@ def idle(monkeypatch):
     """Nodes must refuse before they sample or fit."""
     import comfy.sample
 
-    from comfyui_nibble.nodes.host import quantized as work
+    from comfyui_nibble.quant_core.training import stages as work
 
     def begins(*args, **kwargs):
         raise AssertionError("the work began before the refusal")
