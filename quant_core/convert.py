@@ -7,6 +7,7 @@ from pathlib import Path
 from .formats import kitchen_out, native, nunchaku, pack
 from .formats.atomic import NoRoom, replacing, require_output
 from .formats.errors import NamedError, naming
+from .formats.lock import only_run
 from .formats.opened import Opened
 from .formats.opening import open_quantized
 from .formats.others import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
@@ -111,7 +112,7 @@ def convert(
 
     replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The
     source's hashes are compared first, where it has them. Layers are read one by one and stay memory-mapped where they are written as they
-    are. Raises LossyConversion, ImpossibleConversion, NotReadBack, OverInput, and the errors of reading.
+    are. Raises LossyConversion, ImpossibleConversion, NotReadBack, OverInput, Busy, and the errors of reading.
     """
     source, destination = planned.source, Path(destination)
     if planned.impossible:
@@ -126,6 +127,15 @@ def convert(
             "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
         )
     require_output(destination, source.files)
+    with only_run(destination, f"converts {source.path.name}"):
+        notes, same = _converted(planned, destination, replacement, progress)
+    size = destination.stat().st_size
+    return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
+
+
+def _converted(planned, destination, replacement, progress) -> tuple[list[str], int]:
+    """(what the format changed, how many layers read back)."""
+    source = planned.source
     source.verify()
     layers, rest = {}, {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
@@ -143,8 +153,7 @@ def convert(
             same = _verify(planned, temporary, destination, layers, notes)
         except NoRoom as error:
             raise NoRoom(error.errno, str(error).replace(str(temporary), str(destination))) from error
-    size = destination.stat().st_size
-    return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
+    return notes, same
 
 
 def _write(planned, destination, layers, rest) -> list[str]:

@@ -172,6 +172,8 @@ def _require_own(folder, meta):
     for path in sorted(folder.glob("pass-*.safetensors")):
         try:
             found = file.read_meta(path)
+        except file.NoCalibration as error:
+            raise file.CalibrationError(f"{error}, and would be written over. Name another folder, or move it.") from error
         except file.CalibrationError as error:
             aside = path.with_name(f"{path.name}.damaged")
             os.replace(path, aside)

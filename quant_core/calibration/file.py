@@ -22,6 +22,10 @@ class CalibrationError(NamedError):
     """A calibration file that is broken, incomplete, or belongs to another model."""
 
 
+class NoCalibration(CalibrationError):
+    """A sound file of something else."""
+
+
 def save(path: Path, statistics: dict[str, InputStatistics], meta: dict, recorder: Recorder | None = None):
     """Writes the statistics of a pass under a temporary name, then renames. `meta` must hold "model" and "done"."""
     tensors, table = {}, {}
@@ -49,7 +53,7 @@ def _opened(path) -> tuple[SafeFile, dict]:
         raise CalibrationError(f"calibration file {str(error).rstrip('.')}. Run the calibration again.") from error
     header = (file.metadata() or {}).get("nibble_calibration")
     if header is None:
-        raise CalibrationError(f"calibration file {path}: a safetensors file, but not statistics written by Nibble")
+        raise NoCalibration(f"calibration file {path}: a safetensors file, but not statistics written by Nibble")
     try:
         meta = checked(header)
         require_tensors(file, meta)

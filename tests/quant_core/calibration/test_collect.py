@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, plan_passes
 from comfyui_nibble.quant_core.calibration.collect import is_held_out
@@ -96,6 +97,15 @@ def test_another_calibration_in_the_folder_is_kept(modules, tmp_path):
     assert not log
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["pass-000.safetensors"]
+
+
+def test_a_file_of_the_users_in_the_folder_is_kept(modules, tmp_path):
+    save_file({"mine": torch.zeros(2)}, tmp_path / "pass-000.safetensors")
+    with pytest.raises(
+        CalibrationError, match=r"pass-000.safetensors: a safetensors file, but not statistics .*would be written over\. Name another"
+    ):
+        go(modules, tmp_path)
+    assert load_file(tmp_path / "pass-000.safetensors").keys() == {"mine"}
 
 
 def test_several_passes_equal_one(modules, tmp_path):
