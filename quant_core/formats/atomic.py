@@ -20,8 +20,6 @@ from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not become that large"}
-
-
 _own: set[Path] = set()  # of this process
 
 

@@ -15,8 +15,6 @@ from filelock import FileLock, Timeout
 from .errors import plain, shortened
 
 LOCK, RUN = ".nibble-lock", ".nibble-run"  # the lock, and who has it: the lock's own bytes cannot be read on Windows
-
-
 _own: set[Path] = set()  # of this process
 
 
@@ -32,7 +30,7 @@ def only_run(target: Path, doing: str):
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock, run = (target.with_name(f".{target.name}{suffix}") for suffix in (LOCK, RUN))
+    lock, run = (target.with_name(f".{target.name[:200]}{suffix}") for suffix in (LOCK, RUN))  # names have 255 bytes
     try:
         held = acquired(lock)
     except Timeout:

@@ -79,3 +79,9 @@ assert done == 40
     processes = [subprocess.Popen(run) for _ in range(3)]
     assert [p.wait() for p in processes] == [0, 0, 0]
     assert log.read_text() == "in\nout\n" * 120
+
+
+def test_names_as_long_as_a_file_system_takes(tmp_path):
+    with only_run(tmp_path / ("n" * 250), "x"):
+        pass
+    assert not list(tmp_path.iterdir())
