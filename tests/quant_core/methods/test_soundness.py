@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.bake import bake
 from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.formats.errors import naming as of_file
 from comfyui_nibble.quant_core.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import METHODS, Fitted, fit_problem, lowrank
@@ -171,3 +172,13 @@ def test_the_largest_magnitude(dtype):
 
 def test_the_checkpoint_itself_is_sound():
     assert all(largest(t) < 100 for t in tiny_flux.load().state_dict().values())
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.int8, torch.bool], ids=str)
+def test_integers_are_no_weights(leaf, dtype):
+    """PyTorch has no minimum of uint16, and would take others as numbers."""
+    state = {"a.weight": torch.randn(64, 64), "a.bias": torch.randn(64)}
+    state[f"a.{leaf}"] = torch.zeros(state[f"a.{leaf}"].shape, dtype=dtype)
+    with pytest.raises(UnfitLayer, match=rf"layer a: its {leaf} has the dtype {dtype}, expected floats"):
+        problem_of(Layer("a", "b", 64, 64, (Part(0, 64),), "a"), state.__getitem__, state, None, "cpu")
