@@ -1,11 +1,12 @@
 """Hashes of what a file holds, in its own header: what safetensors has not, and zip and GGUF have.
 
-The entry `nibble_xxh3` has an xxh3 of each tensor's bytes and one of the description: all other entries, names, dtypes and shapes. That of
-the description is checked whenever a file is opened, those of the tensors by `verify`. They find damage, not malice.
+The entry `nibble_xxh3` has an xxh3 of each tensor's bytes, one of these, and one of the description: all other entries, names, dtypes and
+shapes. The last two are checked whenever a file is opened, those of the tensors by `verify`. They find damage, not malice.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ import xxhash
 from .errors import CheckpointError
 
 ENTRY = "nibble_xxh3"
+_OURS = re.compile(r'\{"description": "[0-9a-f]{16}", "(hashes|tensors)": ')
 THREADS = min(4, os.cpu_count() or 1)  # memory has no more to give
 _NAMES = {  # safetensors' names of dtypes
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3",
@@ -34,7 +36,7 @@ def entry(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> d
     about = ((key, _NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items())
     with ThreadPoolExecutor(THREADS) as pool:  # xxhash lets other threads run
         hashes = dict(zip(tensors, pool.map(hash_of, tensors.values()), strict=True))
-    return {ENTRY: json.dumps({"description": _description(about, metadata), "tensors": hashes})}
+    return {ENTRY: json.dumps({"description": _description(about, metadata), "hashes": _of_json(hashes), "tensors": hashes})}
 
 
 def hash_of(tensor: torch.Tensor) -> str:
@@ -44,7 +46,11 @@ def hash_of(tensor: torch.Tensor) -> str:
 
 def _description(about: Iterable[tuple], metadata) -> str:
     rest = sorted((k, v) for k, v in metadata.items() if k != ENTRY)
-    return xxhash.xxh3_64_hexdigest(json.dumps([sorted((k, d, list(s)) for k, d, s in about), rest]).encode())
+    return _of_json([sorted((k, d, list(s)) for k, d, s in about), rest])
+
+
+def _of_json(value) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
 def require_description(path: Path, file, error: type[CheckpointError] = CheckpointError):
@@ -82,12 +88,18 @@ _REMEDY = "Download it or make it again."
 
 
 def _stored(path, file, error) -> dict | None:
-    if (text := (file.metadata() or {}).get(ENTRY)) is None:
+    metadata = file.metadata() or {}
+    if (text := metadata.get(ENTRY)) is None:
+        # One bit in the entry's name, and a damaged file would pass for one without hashes.
+        if renamed := next((name for name, value in metadata.items() if _OURS.match(value)), None):
+            raise error(f"{path}: header entry {renamed!r}: expected the name {ENTRY!r}: the file is damaged. {_REMEDY}")
         return None
     try:
         found = json.loads(text)
-        if isinstance(found["description"], str) and isinstance(found["tensors"], dict):
+        # "hashes" is not in files of the first days of 0.7; no other name can be.
+        known = found.keys() - {"hashes"} == {"description", "tensors"} and isinstance(found["description"], str)
+        if known and isinstance(found["tensors"], dict) and found.get("hashes", _of_json(found["tensors"])) == _of_json(found["tensors"]):
             return found
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     raise error(f"{path}: header entry {ENTRY!r}: expected hashes, found {text[:80]!r}: the file is damaged. {_REMEDY}")

@@ -108,6 +108,41 @@ def test_a_changed_description_is_an_error_at_opening(copy):
         PackFile(copy)
 
 
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_every_flipped_bit_of_the_header_is_an_error_at_opening(copy, made, where, bit):
+    copy.write_bytes(made.read_bytes())
+    flip(copy, 8 * int(where * header_bytes(copy)) + bit)
+    with pytest.raises(CheckpointError, match=r"q\.safetensors: "):
+        PackFile(copy)
+
+
+def test_a_changed_hash_of_a_tensor_is_an_error_at_opening(copy):
+    with safe_open(copy, "pt") as f:
+        entry = json.loads(f.metadata()["nibble_xxh3"])
+    name = next(iter(entry["tensors"]))
+    entry["tensors"][name] = f"{int(entry['tensors'][name], 16) ^ 1:016x}"
+    rewritten(copy, nibble_xxh3=json.dumps(entry))
+    with pytest.raises(PackError, match="q.safetensors: header entry 'nibble_xxh3': expected hashes, found"):
+        PackFile(copy)
+
+
+def test_an_entry_of_hashes_under_another_name_is_an_error(copy):
+    with safe_open(copy, "pt") as f:
+        text = f.metadata()["nibble_xxh3"]
+    rewritten(copy, nibble_xxh3=None, nibble_xxh2=text)
+    with pytest.raises(PackError, match="q.safetensors: header entry 'nibble_xxh2': expected the name 'nibble_xxh3': the file is damaged"):
+        PackFile(copy)
+
+
+def test_hashes_without_one_of_their_own_are_read(copy):
+    with safe_open(copy, "pt") as f:
+        entry = json.loads(f.metadata()["nibble_xxh3"])
+    del entry["hashes"]
+    rewritten(copy, nibble_xxh3=json.dumps(entry))
+    assert PackFile(copy).verify() > 0
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"description": 1, "tensors": {}}', '{"tensors": {}}', "[" * 100_000])
 def test_hashes_that_are_none_are_named(copy, text):
     rewritten(copy, nibble_xxh3=text)
@@ -151,4 +186,4 @@ def test_hashes_do_not_pass_on_as_origin(made, tmp_path):
     assert dict(file.origin.metadata) == {"about": "mine"}
     assert file.verify() > 0
     with safe_open(tmp_path / "q.safetensors", "pt") as f:
-        assert set(json.loads(f.metadata()["nibble_xxh3"])) == {"description", "tensors"}
+        assert set(json.loads(f.metadata()["nibble_xxh3"])) == {"description", "hashes", "tensors"}
