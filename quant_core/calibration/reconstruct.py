@@ -246,7 +246,7 @@ class _State:
         tensors = {f"parameters.{i}": p for i, p in enumerate(self._copy())} | {f"good.{i}": g for i, g in enumerate(self.good)}
         tensors |= {f"optimizer.{i}.{k}": t for i, held in optimizer["state"].items() for k, t in held.items()}
         plain = {k: getattr(self, k) for k in _PLAIN} | {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
-        save_tensors(path, {k: t.detach().contiguous() for k, t in tensors.items()}, {HEADER: json.dumps(plain)})
+        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {HEADER: json.dumps(plain)})
 
     @torch.no_grad()
     def load(self, path):

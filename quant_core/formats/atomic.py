@@ -117,43 +117,44 @@ def replacing(path: Path, size: int = 0):
     """Gives a temporary path, whose file takes the place of `path` if the block ends well, with the rights that the former file or any new
     one has. What killed runs have left of the same file is removed. size: in bytes, where it is known. Raises NoRoom."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for folder in leftovers(path):
-        remove_temporary(folder)
-    folder, held = _folder_for(path)
-    temporary = folder / "file"
-    try:
-        temporary.touch()
-        mode = (path if path.exists() else temporary).stat().st_mode  # safetensors 0.8 makes files of 0600
-        yield temporary
-        temporary.chmod(mode & 0o7777)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise _named(path, error, size) from error
-    finally:
-        released(folder / "lock", held)
-        _emptied(folder)
+    with _under_way(path) as folder:
+        temporary = folder / "file"
+        try:
+            temporary.touch()
+            mode = (path if path.exists() else temporary).stat().st_mode  # safetensors 0.8 makes files of 0600
+            yield temporary
+            temporary.chmod(mode & 0o7777)
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            _flush(path.parent)
+        except (OSError, SafetensorError) as error:
+            raise _named(path, error, size) from error
 
 
 @contextmanager
 def new_folder(path: Path):
     """The same for a folder of files, where none or an empty one is at `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in leftovers(path):
-        remove_temporary(left)
-    folder, held = _folder_for(path)
-    temporary = folder / "folder"
-    temporary.mkdir()
-    try:
+    with _under_way(path) as folder:
+        temporary = folder / "folder"
+        temporary.mkdir()
         yield temporary
         if path.is_dir():
             path.rmdir()
         temporary.rename(path)
         _flush(path.parent)
+
+
+@contextmanager
+def _under_way(path):
+    """Gives a folder of ours beside `path`, once those that killed runs have left for it are gone, and removes it in the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in leftovers(path):
+        remove_temporary(left)
+    folder, held = _folder_for(path)
+    try:
+        yield folder
     finally:
         released(folder / "lock", held)
         _emptied(folder)
