@@ -55,13 +55,14 @@ def quantize_blocks(
     sources = list(accumulate(([get.source_of(m.name) for m in members] for _, members in blocks), _chained, initial=""))[1:]
     runs = runs_of(len(blocks), preset.span) if preset.distill else []
     distilled = [_run_name(names, run) for run in runs]
-    taken = lambda name, i: store.take(name, sources[i])
+    # Once: each is read whole and compared with its hashes.
+    taken = [store.take(*unit) for unit in zip(names, sources, strict=True)]
     if preset.blocks:
         trainer.begin(preset.blocks)
     for i, (name, members) in enumerate(blocks):
-        if done := taken(name, i):
-            if preset.blocks and any(taken(n, j) is None for j, n in enumerate(names[i:], i)):
-                trainer.skip(i + 1, done[0])
+        if taken[i]:
+            if preset.blocks and None in taken[i:]:
+                trainer.skip(i + 1, taken[i][0])
             yield name
             continue
         done = fit(members)
@@ -72,9 +73,10 @@ def quantize_blocks(
         yield name
     if runs:
         trainer.begin(preset.distill)
-    for (first, stop), name in zip(runs, distilled, strict=True):
-        if done := taken(name, -1):
-            if any(taken(n, -1) is None for n in distilled):
+    taken = [store.take(name, sources[-1]) for name in distilled]
+    for (first, stop), name, done in zip(runs, distilled, taken, strict=True):
+        if done:
+            if None in taken:
                 trainer.skip(stop, done[0])
             yield name
             continue
