@@ -110,6 +110,7 @@ class Trainer:
         full-precision weights. Returns (layers, Outcome) and goes on behind them.
         """
         with torch.inference_mode(False):
+            layers = _in_own_memory(layers)
             run = Run(self.at, stop, self.calls, self.held, self.sample, self.weight, self.quantized, self._outputs(stop, self.full, {}))
             others = {n: layer for n, layer in layers.items() if layer.spec.weight_only}  # left as they are
             students = {n: self._student(problems[n], layers[n]) for n in layers if n not in others}
@@ -143,7 +144,7 @@ class Trainer:
     def skip(self, stop: int, layers: dict[str, QuantizedLayer]):
         """Goes on behind blocks that are done."""
         with torch.inference_mode(False):
-            self._forward(stop, layers, self._outputs(stop, self.full, {}))
+            self._forward(stop, _in_own_memory(layers), self._outputs(stop, self.full, {}))
 
     def _forward(self, stop, layers, targets):
         if stop <= len(self.chain):
@@ -206,6 +207,12 @@ class Trainer:
             "note": outcome.note,
         }
         save_text(self.losses, json.dumps(before | {outcome.name: entry}))
+
+
+def _in_own_memory(layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
+    """Copies. A memory-mapped tensor lies at any 8 bytes, where products differ in their last bit from those at PyTorch's 64: a training
+    that goes on from a file would end elsewhere."""
+    return {name: replace(layer, tensors={k: t.clone() for k, t in layer.tensors.items()}) for name, layer in layers.items()}
 
 
 def _rounded_again(problem, layer):

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_nibble.quant_core.calibration import reconstruct
 from comfyui_nibble.quant_core.calibration.file import Calibration, merge
 from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig, installed
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.families.sdxl import SDXL
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.methods.soundness import UnfitLayer
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.quantize import problem_of, quantize_layers
 from comfyui_nibble.quant_core.training import trainer as trainer_file
 from comfyui_nibble.quant_core.training.plot import plot
 from comfyui_nibble.quant_core.training.presets import UNTRAINED, Preset
@@ -182,6 +183,42 @@ def test_training_that_ends_in_nan_is_the_worst(small, tmp_path, monkeypatch):
     trainer.begin(TrainConfig())
     monkeypatch.setattr(trainer_file, "judged", lambda *args: [1.0, float("nan")])
     assert trainer._ratio(None, {}, [1.0, 1.0]) == float("inf")
+
+
+def at_odd_places(layer):
+    """The layer with tensors at 8 bytes behind a multiple of 64, where memory-mapped files may have them."""
+
+    def moved(tensor):
+        raw = torch.empty(tensor.nbytes + 128, dtype=torch.uint8)
+        start = -raw.data_ptr() % 64 + 8
+        return raw[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    return replace(layer, tensors={k: moved(t) for k, t in layer.tensors.items()})
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_layers_of_files_are_computed_with_at_pytorchs_own_alignment(small, untrained, tmp_path, monkeypatch, skipped):
+    places, real = [], trainer_file.installed
+
+    def installed(layers, modules):
+        places.extend(t.data_ptr() % 64 for layer in layers.values() for t in getattr(layer, "tensors", {}).values())
+        return real(layers, modules)
+
+    monkeypatch.setattr(trainer_file, "installed", installed)
+    monkeypatch.setattr(reconstruct, "installed", installed)
+    trainer = small.trainer(tmp_path)
+    trainer.begin(TrainConfig(("bias",), steps=1, calls=1, adaptive=False))
+    members = [layer for layer in small.plan if layer.block == BLOCKS[0]]
+    layers = {layer.name: at_odd_places(untrained[0][layer.name]) for layer in members}
+    assert {t.data_ptr() % 64 for layer in layers.values() for t in layer.tensors.values()} == {8}
+    if skipped:
+        trainer.skip(1, layers)
+    else:
+        keys = small.checkpoint.shapes
+        problems = {m.name: problem_of(m, small.checkpoint.get, keys, small.calibration, "cpu") for m in members}
+        trainer.run(1, problems, layers, BLOCKS[0])
+    assert places
+    assert set(places) == {0}
 
 
 def test_distilled_runs(small, tmp_path):
