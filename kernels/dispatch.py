@@ -11,12 +11,11 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from ..quant_core.spec import LinearSpec, parse
-from ..quant_core.transforms import transform_activation
-from . import ops
 from .fp16 import HALF, balanced, balanced_parts, row_power
+from .operator.spec import LinearSpec, parse
+from .operator.transforms import transform_activation
 from .plan import NATIVE_INT4, TURING, has_groups, kernel_of
-from .quant_linear import eager
+from .quant_linear import eager, op
 from .target import MIN_INT4, MIN_TRITON, Target, target_of
 from .tuning import kronecker_limits, kronecker_tile
 
@@ -244,7 +243,7 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
     elif path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
         y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
     else:
-        y = ops.quant_linear(rows, spec, tensors, lora, before)
+        y = op.quant_linear(rows, spec, tensors, lora, before)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 

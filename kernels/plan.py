@@ -5,7 +5,7 @@ from functools import lru_cache
 from itertools import accumulate, groupby
 from math import gcd
 
-from ..quant_core.spec import LinearSpec, PartSpec
+from .operator.spec import LinearSpec, PartSpec
 from .target import Target
 
 CHANNEL, SLICE, GROUP = 0, 1, 2

@@ -3,13 +3,12 @@
 import json
 import re
 import warnings
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
 
-from ..quant_core.formats.atomic import save_text
 from .plan import CHANNEL, GROUP, NATIVE_INT4, SLICE, TURING
 from .target import MIN_INT4, Target
 
@@ -231,7 +230,7 @@ def interpreter_tile(problem: Problem) -> Tile:
 
 class TileCache:
     """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot be read is ignored
-    with a warning and replaced by the next save."""
+    with a warning and replaced by the next save (`nibble bench --tune`)."""
 
     def __init__(self, path: Path):
         self.path, self.tiles = path, {}
@@ -246,12 +245,6 @@ class TileCache:
 
     def get(self, key: str) -> Tile | None:
         return self.tiles.get(key)
-
-    def save(self, measured: dict[str, Tile]):
-        """Adds to what is in the file."""
-        self.tiles.update(measured)
-        text = json.dumps({"fields": list(asdict(Tile(0, 0, 0, 0, 0))), "tiles": {k: astuple(t) for k, t in self.tiles.items()}}, indent=1)
-        save_text(self.path, text)
 
 
 def cache_path(target: Target) -> Path:

@@ -12,23 +12,23 @@ from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
-from ..quant_core.allocate import parse_budget
-from ..quant_core.allocate_file import as_text, decide, untouched, with_choice
-from ..quant_core.allocate_plot import pixels
-from ..quant_core.families import measured
-from ..quant_core.formats.provenance import provenance
-from ..quant_core.gains import SAMPLES, STEPS, of_calibration
-from ..quant_core.mixed import MENUS, MIXED, MixedConfig
-from ..quant_core.mixed import menu as menu_of
-from ..quant_core.quantize import require_statistics
-from ..quant_core.report import as_text as rows_as_text
-from ..quant_core.sensitivity import sensitivity
-from .calibrate import CalibrationType
-from .files import narrow
-from .host.carry import uncompiled
+from ..quant_core.calibration.gains import SAMPLES, STEPS, of_calibration
+from ..quant_core.calibration.observe import measured
+from ..quant_core.precision.allocate import decide, parse_budget, untouched, with_choice
+from ..quant_core.precision.menu import MENUS, MIXED, MixedConfig
+from ..quant_core.precision.menu import menu as menu_of
+from ..quant_core.precision.plot import pixels
+from ..quant_core.precision.report import as_text
+from ..quant_core.precision.sensitivity import sensitivity
+from ..quant_core.run.layers import require_statistics
+from ..quant_core.run.provenance import provenance
+from ..quant_core.run.report import as_text as rows_as_text
+from .host.inherited import uncompiled
 from .host.progress import steps
 from .host.quantized import make_room, quantized
+from .host.saving import narrow
 from .host.source import ModelSource
+from .host.types import CalibrationType
 
 NAME = "Nibble Allocate Bits"
 

@@ -7,14 +7,14 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..quant_core.bake import Baked, bake
-from ..quant_core.linear import QuantizedLayer
-from ..quant_core.side import bias_correction
+from ..quant_core.layer.adapters import bias_correction
+from ..quant_core.layer.bake import Baked, bake
+from ..quant_core.layer.linear import QuantizedLayer
 from .host.adapters import effective, side_of
 from .host.bare import PREFIX
 from .host.build import build, frame_after
-from .host.carry import keep_sampling_patches
-from .host.half import take_apart
+from .host.contents import take_apart
+from .host.inherited import keep_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.source import feed

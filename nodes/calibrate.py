@@ -13,16 +13,14 @@ from comfy_api.latest import io
 
 from ..quant_core import calibration
 from ..quant_core.calibration.collect import first_tensor
-from ..quant_core.calibration.observe import Observation
+from ..quant_core.calibration.observe import Observation, observed
 from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
-from ..quant_core.families.generic import observed
 from .host.called import linear_layers_called
-from .host.carry import uncompiled
+from .host.inherited import uncompiled
 from .host.progress import steps as progress_steps
 from .host.source import ModelSource, feed
-
-CalibrationType = io.Custom("NIBBLE_CALIBRATION")
+from .host.types import CalibrationType
 
 
 class NibbleCalibrate(io.ComfyNode):

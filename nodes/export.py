@@ -2,42 +2,13 @@
 
 from comfy_api.latest import io, ui
 
-from ..quant_core import convert
-from ..quant_core.formats.native import AWQ, OLDEST
-from ..quant_core.formats.opened import Opened
-from ..quant_core.formats.others import AS, SMALL
-from .files import free_path, narrow, require_savable
-from .host.build import ATTACHMENT, unpatched
+from ..quant_core.convert import convert
+from ..quant_core.convert.replace import AS, SMALL
+from ..quant_core.formats.kitchen.native import AWQ, OLDEST
 from .host.progress import steps
+from .host.saving import Held, free_path, require_savable
 
 NAME = "Nibble Export Model"
-
-
-class Held(Opened):
-    """A loaded model as the source of a conversion."""
-
-    kind = "the model in the graph"
-
-    def __init__(self, model, path):
-        info = model.attachments[ATTACHMENT]
-        self._layers, self._rest = unpatched(model)
-        self.path, self.family, self.provenance, self.report = path, info["family"], info["provenance"], info["report"]
-        self.origin = info["origin"]
-        self.specs = {name: layer.spec for name, layer in self._layers.items()}
-        self.rest = list(self._rest)
-
-    def layer(self, name):
-        return self._layers[name]
-
-    @property
-    def files(self):
-        return []
-
-    def tensor(self, key):
-        return narrow(self._rest[key])
-
-    def shape(self, key):
-        return tuple(self._rest[key].shape)
 
 
 class NibbleExportModel(io.ComfyNode):

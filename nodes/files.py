@@ -1,16 +1,14 @@
 """Nibble Save Model and Nibble Load Diffusion Model."""
 
-from itertools import count
 from pathlib import Path
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
 
-from ..quant_core.formats import pack
-from ..quant_core.report import file_storage
+from ..quant_core.formats import nibble
+from ..quant_core.run.report import file_storage
 from .host.build import ATTACHMENT, load, unpatched
-from .host.patcher import NibblePatcher
+from .host.saving import free_path, narrow, require_savable
 
 
 class NibbleSaveModel(io.ComfyNode):
@@ -48,41 +46,9 @@ class NibbleSaveModel(io.ComfyNode):
         layers, rest = unpatched(model)
         rest = {k: narrow(t) for k, t in rest.items()}
         path = free_path(filename_prefix)
-        pack.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"])
-        text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(pack.PackFile(path))}"
+        nibble.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"])
+        text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(nibble.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
-
-
-def require_savable(model, node: str):
-    """Raises ValueError, naming the node, where a file would lose something of the model."""
-    if not isinstance(model, NibblePatcher):
-        raise ValueError(
-            f"{node}: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
-        )
-    if model.patches:
-        raise ValueError(
-            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble Bake LoRA in "
-            "between to write them into the layers, or save before the LoRA loader."
-        )
-    if model.injections:
-        raise ValueError(
-            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which "
-            "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and bake it."
-        )
-
-
-def free_path(filename_prefix: str) -> Path:
-    """A path in the output folder that no file has yet. ComfyUI counts for names alone: of an empty one, "folder/", it says 1 each time."""
-    folder, name, first, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
-    paths = (Path(folder) / f"{name}_{number:05}_.safetensors" for number in count(first))
-    return next(path for path in paths if not path.exists())
-
-
-def narrow(tensor: torch.Tensor) -> torch.Tensor:
-    """bf16 where that is exact: ComfyUI on a CPU holds bf16 files in fp32."""
-    if tensor.dtype == torch.float32 and torch.equal(tensor.bfloat16().float(), tensor):
-        return tensor.bfloat16()
-    return tensor
 
 
 class NibbleLoadDiffusionModel(io.ComfyNode):

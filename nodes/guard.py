@@ -12,22 +12,23 @@ from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
-from ..quant_core.budget import for_memory, for_quality
-from ..quant_core.families import measured as as_observed
-from ..quant_core.formats.provenance import VERSION
-from ..quant_core.formats.table import Table
-from ..quant_core.formats.unfinished import hash_of
-from ..quant_core.guard import PRECISIONS, Measured, as_units, by_layer, higher, measure, w4a8, w8a8
-from ..quant_core.guard_report import Decision, as_text, rows_after
-from ..quant_core.quantize import problem_of
-from .calibrate import CalibrationType
+from ..quant_core.calibration.observe import measured as as_observed
+from ..quant_core.layer.precisions import PRECISIONS, higher, w4a8, w8a8
+from ..quant_core.precision.budget import for_memory, for_quality
+from ..quant_core.precision.guard import Measured, as_units, by_layer, measure
+from ..quant_core.precision.guard_report import Decision, as_text, rows_after
+from ..quant_core.run.layers import problem_of
+from ..quant_core.run.provenance import VERSION
+from ..quant_core.run.unfinished import hash_of
+from ..quant_core.store.table import Table
 from .host.build import ATTACHMENT, build, frame_after
-from .host.carry import keep_sampling_patches
-from .host.half import take_apart
+from .host.contents import take_apart
+from .host.inherited import keep_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.quantized import make_room
 from .host.source import ModelSource
+from .host.types import CalibrationType
 
 NAME = "Nibble Guard"
 QUALITY, MEMORY = "quality (dB)", "memory (MiB)"

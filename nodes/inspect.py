@@ -4,7 +4,7 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant_core.inspect import as_text, describe
+from ..quant_core.convert.inspect import as_text, describe
 
 
 class NibbleInspect(io.ComfyNode):

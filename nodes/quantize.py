@@ -6,14 +6,14 @@ from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
-from ..quant_core.families import measured
-from ..quant_core.formats.provenance import provenance
+from ..quant_core.calibration.observe import measured
 from ..quant_core.methods import METHODS, by_name
-from ..quant_core.report import as_text
+from ..quant_core.run.provenance import provenance
+from ..quant_core.run.report import as_text
 from ..quant_core.training.presets import NAMES, preset
-from .calibrate import CalibrationType
 from .host.quantized import make_room, quantized
 from .host.source import ModelSource
+from .host.types import CalibrationType
 
 
 class NibbleQuantize(io.ComfyNode):

@@ -15,9 +15,10 @@ from unittest import mock
 
 import torch
 
+from comfyui_nibble.kernels.operator import quantizers
+from comfyui_nibble.kernels.operator.packing import unpack
+from comfyui_nibble.kernels.operator.quantizers import code_range, dequantize, grouped
 from comfyui_nibble.kernels.quant_linear import naive
-from comfyui_nibble.quant_core.packing import unpack
-from comfyui_nibble.quant_core.quantizers import code_range, dequantize, grouped
 from comfyui_nibble.tests.support import relative_error
 
 EDGE = 1e-4  # steps of a code; the roundings of fp32 in these networks make up to 1e-5
@@ -139,7 +140,9 @@ def layer_error(want, got, x, spec, tensors) -> float:
         if act is None:
             continue
         with _running_as(_Near(), naive) as near:
-            _, scale = naive.quantize_activation(x[:, part.start : part.stop], part, None if smooth is None else smooth.float(), factors)
+            _, scale = quantizers.quantize_activation(
+                x[:, part.start : part.stop], part, None if smooth is None else smooth.float(), factors
+            )
         steps = dequantize(near.values.to(torch.int8) * (2 if act.bits == 1 else 1), scale, act.granularity, act.group)
         grain = "group" if part.scale_rows > 1 else "channel"
         left_out += steps @ dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group).abs().T

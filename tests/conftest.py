@@ -14,11 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfyui_nibble.quant_core.calibration import InputStatistics
-from comfyui_nibble.quant_core.calibration.statistics import hessian_blocks
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import Layer, Part
-from comfyui_nibble.quant_core.methods import Problem
+from comfyui_nibble.quant_core.layer.problem import Problem
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics, hessian_blocks
 from comfyui_nibble.tests.support import outlier_tokens
 
 # `python -m pytest` puts the repository on the path, where diffusers would take our `kernels` for the package of that name.

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from typer.testing import CliRunner
 
-from comfyui_nibble.quant_core.cli import app
+from comfyui_nibble.quant_core.cli.commands import app
 
 PACK = Path(__file__).resolve().parents[1]
 

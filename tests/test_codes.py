@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.linear import QuantizedLayer
-from comfyui_nibble.quant_core.packing import pack
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.operator.packing import pack
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.tests.codes import Codes, assert_apart_by_flips, assert_repeats, kept, layer_error, record, taken
 from comfyui_nibble.tests.support import relative_error
 

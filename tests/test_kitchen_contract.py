@@ -4,12 +4,13 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import convrot_w4a4, svdquant
 
-from comfyui_nibble.kernels import ops, quant_linear
-from comfyui_nibble.kernels.quant_linear.naive import quantize_activation
+from comfyui_nibble.kernels import ops
+from comfyui_nibble.kernels.dispatch import quant_linear
+from comfyui_nibble.kernels.operator.packing import pack
+from comfyui_nibble.kernels.operator.quantizers import quantize_activation
 from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.quant_core.packing import pack
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import relative_error
 

@@ -81,8 +81,9 @@ def test_imports_without_comfyui_triton_and_gpu():
 import sys
 for name in ("comfy", "comfy_api", "folder_paths", "triton", "diffusers", "matplotlib"):
     sys.modules[name] = None
-import comfyui_nibble, comfyui_nibble.kernels, comfyui_nibble.quant_core.cli
-from comfyui_nibble.quant_core import inspect, quantize_file
+import comfyui_nibble, comfyui_nibble.kernels, comfyui_nibble.quant_core.cli.commands
+from comfyui_nibble.quant_core.cli import quantize
+from comfyui_nibble.quant_core.convert import inspect
 from comfyui_nibble.quant_core.methods import METHODS
 assert comfyui_nibble.WEB_DIRECTORY == "./nodes/web" and METHODS
 """
@@ -96,7 +97,7 @@ def test_every_module_is_packaged():
 
 
 def test_version_is_one():
-    from comfyui_nibble.quant_core.formats.provenance import VERSION
+    from comfyui_nibble.quant_core.run.provenance import VERSION
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
 
@@ -143,10 +144,10 @@ def without(name):
     return version(name)
 metadata.version = without
 import torch
-from comfyui_nibble.kernels import choose, quant_linear
+from comfyui_nibble.kernels.dispatch import choose, quant_linear
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.kernels.target import Target, target_of
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 assert target_of("cpu").triton is None
 spec = LinearSpec(128, 16, (PartSpec(0, 128, WeightSpec(), ActivationSpec()),), False)
 tensors = {"weight": torch.randint(-128, 128, (16, 64), dtype=torch.int8), "weight_scale": torch.full((2, 16), 0.01)}

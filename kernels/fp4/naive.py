@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 
-from ...quant_core.packing import pack, unpack
-from ...quant_core.quantizers import TINY
+from ..operator.packing import pack, unpack
+from ..operator.quantizers import TINY
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of codes 0 to 7; 8 to 15 are their negatives
 E2M1_MAX, E4M3_MAX = 6.0, 448.0

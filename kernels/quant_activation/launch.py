@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...quant_core.quantizers import code_range
+from ..operator.quantizers import code_range
 from ..target import kernel_target
 from ..tuning import kronecker_tile, quantizer_tile
 from .kronecker import quantize_kronecker_kernel

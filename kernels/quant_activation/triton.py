@@ -11,7 +11,7 @@ rounding is to even by adding 1.5 * 2^23. The maximum is taken over the bits of 
 import triton
 import triton.language as tl
 
-from ...quant_core.quantizers import TINY
+from ..operator.quantizers import TINY
 
 PLAIN, GELU, LAYERNORM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves the integer nearest to v in the low bits

@@ -2,11 +2,10 @@
 
 import torch
 
-from ...quant_core.packing import unpack
-from ...quant_core.quantizers import code_range, dequantize
-from ...quant_core.transforms import transform_activation
 from ..fp16 import HALF, balanced, balanced_parts, row_power
-from .naive import quantize_activation
+from ..operator.packing import unpack
+from ..operator.quantizers import code_range, dequantize, quantize_activation
+from ..operator.transforms import transform_activation
 
 
 def quant_linear(x, spec, tensors, lora=()):

@@ -2,17 +2,9 @@
 
 import torch
 
-from ...quant_core.packing import unpack
-from ...quant_core.quantizers import absmax_scale, quantize
-from ...quant_core.transforms import transform_activation
-
-
-def quantize_activation(x, part, smooth=None, factors=None):
-    """Q(Tx) of one part. x (M, part.width) float -> codes (M, width) int8 or uint8, scale (M or 1, groups) fp32."""
-    spec = part.activation
-    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift, factors)
-    scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned, spec.clip)
-    return quantize(tx, scale, spec.bits, spec.granularity, spec.group, spec.unsigned), scale
+from ..operator.packing import unpack
+from ..operator.quantizers import quantize_activation
+from ..operator.transforms import transform_activation
 
 
 def quant_linear(x, spec, tensors, lora=()):

@@ -19,7 +19,7 @@ from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 from comfy.weight_adapter.oft import OFTAdapter
 
-from ...quant_core.side import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
+from ...quant_core.layer.adapters import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
 
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT"}
 

@@ -9,10 +9,10 @@ import torch
 from ...kernels import requantize_at_load
 from ...kernels.target import target_of
 from ...quant_core.families import by_name
-from ...quant_core.formats.opening import open_quantized
-from ...quant_core.linear import QuantizedLayer
-from ...quant_core.report import as_report
-from ...quant_core.requantize import to_w8a8
+from ...quant_core.formats.detect import open_quantized
+from ...quant_core.layer.linear import QuantizedLayer
+from ...quant_core.layer.precisions import to_w8a8
+from ...quant_core.run.report import as_report
 from .bare import PREFIX, bare, original
 from .frame import DetectionError, Frame, after, of_file
 from .fused import fuse_gelu
@@ -80,7 +80,7 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     if not (family := by_name(pack.family)).comfyui:
         raise DetectionError(
             f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers pipeline: see `load` in "
-            "quant_core/diffusers_model.py."
+            "quant_core/diffusers_host/model.py."
         )
     provenance = pack.provenance or {"method": pack.kind, "source": {"file": pack.path.name}}
     info = {"family": pack.family, "provenance": provenance, "report": pack.report or as_report(pack), "source": str(path)}

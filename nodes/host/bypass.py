@@ -11,7 +11,7 @@ from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from .carry import CannotCount
+from .inherited import CannotCount
 
 # What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and the new shape of the layer.
 LEFT_OUT = {LoRAAdapter: (4, 5), LoHaAdapter: (7,), LoKrAdapter: (8,)}

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import torch
 
-from ...kernels.before import Gelu
+from ...kernels.prologue import Gelu
 from .operations import is_quantized
 
 GELU = Gelu()

@@ -7,11 +7,11 @@ import comfy.model_management
 import comfy.ops
 import torch
 
-from ...kernels import quant_linear
-from ...quant_core.linear import QuantizedLayer
-from ...quant_core.side import Side, bias_correction
-from ...quant_core.spec import TENSOR_NAMES, LinearSpec
-from ...quant_core.transforms import channels_first, channels_last, kronecker
+from ...kernels.dispatch import quant_linear
+from ...kernels.operator.spec import TENSOR_NAMES, LinearSpec
+from ...kernels.operator.transforms import channels_first, channels_last, kronecker
+from ...quant_core.layer.adapters import Side, bias_correction
+from ...quant_core.layer.linear import QuantizedLayer
 from .real_values import FUNCTIONS, PackedWeight, PackedWeightError, RealValues
 
 BIAS_OFFSET, DENSE = "bias_offset", "dense"  # tensors of an attached side, beside those of TENSOR_NAMES and the Kronecker factors

@@ -7,9 +7,8 @@ from pathlib import Path
 import comfy.model_detection
 import torch
 
-from ...quant_core.formats.errors import CheckpointError
 from ...quant_core.formats.origin import Origin, encoded
-from ...quant_core.formats.safe import open_safetensors
+from ...quant_core.store.safe import CheckpointError, open_safetensors
 from .bare import NETWORK
 
 _MADE = ("model_sampling", "noise_augmentor")  # by constructors, from the settings

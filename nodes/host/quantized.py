@@ -10,17 +10,17 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 
-from ...quant_core.formats.lock import only_run
-from ...quant_core.formats.unfinished import Unfinished
-from ...quant_core.gains import of_calibration
-from ...quant_core.kept import kept_rows
-from ...quant_core.linear import QuantizedLayer
-from ...quant_core.quantize import leave_out, require_statistics
+from ...quant_core.calibration.gains import of_calibration
+from ...quant_core.layer.linear import QuantizedLayer
+from ...quant_core.run.layers import leave_out, require_statistics
+from ...quant_core.run.stages import blocks_of, finished, quantize_blocks, steps_of
+from ...quant_core.run.unfinished import Unfinished
+from ...quant_core.run.unquantized import kept_rows
+from ...quant_core.store.lock import only_run
 from ...quant_core.training.presets import UNTRAINED
-from ...quant_core.training.stages import blocks_of, finished, quantize_blocks, steps_of
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build, frame_after
-from .carry import keep_sampling_patches, uncompiled
+from .inherited import keep_sampling_patches, uncompiled
 from .progress import steps
 
 

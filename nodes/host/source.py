@@ -9,13 +9,13 @@ import comfy.ops
 import torch
 from comfy.nested_tensor import NestedTensor
 
-from ...quant_core.calibration.file import fingerprint
 from ...quant_core.families import detect
+from ...quant_core.families.fingerprint import fingerprint
 from ...quant_core.formats.scaled import FP8, computable, real_values
 from .adapters import by, reshaped, wanted
 from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
-from .carry import EXAMPLES, require_carriable
+from .inherited import EXAMPLES, require_carriable
 from .merging import unmergeable
 from .operations import replaceable
 

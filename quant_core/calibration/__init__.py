@@ -3,6 +3,5 @@
 from .collect import calibrate
 from .file import Calibration, CalibrationError, save
 from .plan import plan_passes
-from .statistics import InputStatistics
 
-__all__ = ["Calibration", "CalibrationError", "InputStatistics", "calibrate", "plan_passes", "save"]
+__all__ = ["Calibration", "CalibrationError", "calibrate", "plan_passes", "save"]

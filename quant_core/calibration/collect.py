@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from ..formats.atomic import require_folder, require_room
-from ..formats.lock import only_run
-from ..formats.settings import differences
+from ..layer.statistics import TOKENS, InputStatistics, reservoir_keys
+from ..store.atomic import require_folder, require_room
+from ..store.lock import only_run
+from ..store.settings import differences
 from . import file
 from .observe import rows_of
 from .plan import plan_passes
-from .statistics import TOKENS, InputStatistics, reservoir_keys
 from .trajectory import Recorder
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from ..formats import digests
-from ..formats.atomic import new_folder, require_room, save_tensors
-from ..formats.errors import CheckpointError, NamedError
-from ..formats.lock import only_run
-from ..formats.own_json import NotOurs
-from ..formats.safe import SafeFile, open_safetensors
+from ...kernels.operator.errors import NamedError
+from ..layer.statistics import InputStatistics
+from ..store import digests
+from ..store.atomic import new_folder, require_room, save_tensors
+from ..store.lock import only_run
+from ..store.own_json import NotOurs
+from ..store.safe import CheckpointError, SafeFile, open_safetensors
 from .header import VERSION, checked, require_tensors
-from .statistics import InputStatistics
 from .trajectory import Call, Recorder, Trajectory
 
 
@@ -199,19 +199,3 @@ def require_empty(out: Path):
     """Raises CalibrationError where something is at `out` that is no empty folder."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CalibrationError(f"{out}: is there already. Name a new folder for the merged calibration; nothing is written over.")
-
-
-def fingerprint(layers, get) -> str:
-    """Hash of a model: names, shapes and 64 values of each quantizable weight, rounded to bf16 so that an upcast changes
-    nothing. The rest is left out: formats disagree on what belongs to it.
-
-    layers: the family's; of them linear layers alone, as up to 0.5. get: ComfyUI key -> tensor. A memory-mapped 24 GB file takes a second.
-    """
-    digest = hashlib.sha256()
-    for key in sorted(f"{layer.name}.weight" for layer in layers if not layer.spatial):
-        tensor = get(key)
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // 64)][:64]
-        picked = picked.to(torch.float32).to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
-        digest.update(f"{key}{tuple(tensor.shape)}".encode() + picked.numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -2,8 +2,8 @@
 
 from dataclasses import fields
 
-from ..formats.own_json import DEPTH, NotOurs, field, parse, short
-from ..formats.safe import SafeFile
+from ..store.own_json import DEPTH, NotOurs, field, parse, short
+from ..store.safe import SafeFile
 from .trajectory import CALLS, Call, names_in
 
 VERSION = 1

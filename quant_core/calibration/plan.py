@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .statistics import InputStatistics, hessian_blocks
+from ..layer.statistics import InputStatistics, hessian_blocks
 
 # Widest second-moment matrix; wider inputs get several on the diagonal. Full matrices for the 12288 in-channels of
 # FLUX's MLPs would make 53 GB of statistics for the whole model; blocks of 3072 make 22 GB, 3 GB of them tokens.

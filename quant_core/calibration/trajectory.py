@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .statistics import reservoir_keys
+from ..layer.statistics import reservoir_keys
 
 CALLS = 128  # kept of a calibration; 30 MB at FLUX's 512 px with 16 prompts, each text's tokens stored once
 _PLAIN = (bool, int, float, str, type(None))

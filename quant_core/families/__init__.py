@@ -5,7 +5,7 @@ from .chroma import CHROMA
 from .dit import DIT
 from .flux import FLUX
 from .flux2 import FLUX2
-from .generic import GENERIC, measured, why_left_out
+from .generic import GENERIC
 from .layer import Layer, Part
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
@@ -57,6 +57,4 @@ __all__ = [
     "by_name",
     "detect",
     "known",
-    "measured",
-    "why_left_out",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.errors import NamedError
+from ...kernels.operator.errors import NamedError
 from .layer import Layer, Part, by_block, natural
 from .pointwise import spatial_of
 from .rules import in_blocks, shared_modulation

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import torch
 
-from ..calibration.file import fingerprint
 from ..families import Family, UnknownArchitecture, detect
-from .errors import CheckpointError
+from ..families.fingerprint import fingerprint
+from ..store.safe import CheckpointError, open_safetensors
 from .foreign import require_declarations, require_leaves
-from .kitchen_declared import HEADER
+from .kitchen.declared import HEADER
 from .origin import Origin, is_beside, names_text, outside, size
 from .pipeline_folder import origin_of
 from .prefixes import Names, network
-from .safe import open_safetensors
 from .scaled import Scales
 from .shards import files_of
 

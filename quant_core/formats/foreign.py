@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from . import kitchen_declared as declared
-from .errors import CheckpointError
-from .kitchen_declared import DeclarationError, NotJsonError
+from ..store.safe import CheckpointError
+from .kitchen import declared
+from .kitchen.declared import DeclarationError, NotJsonError
 from .scaled import FP8, WEIGHT_SCALES
 
 _COMFYUI = "load it with Load Diffusion Model"
@@ -22,7 +22,6 @@ _LEAVES = {
     "SCB": _BITSANDBYTES,
 }
 _OF_COMFYUI = {"weight_scale_2": "nvfp4", "weight_s_rel": "asym_w4a8_int8"}
-GGUF = "a GGUF file, already quantized. Load it with Unet Loader (GGUF) of ComfyUI-GGUF; to quantize, start from the bf16 safetensors file"
 
 
 def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | None):

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..linear import QuantizedLayer
-from ..spec import LinearSpec
-from . import digests
-from .errors import CheckpointError
+from ...kernels.operator.spec import LinearSpec
+from ..layer.linear import QuantizedLayer
+from ..store import digests
+from ..store.safe import CheckpointError, open_safetensors
 from .origin import Origin
-from .safe import open_safetensors
 
 
 class Opened(ABC):

@@ -12,8 +12,8 @@ from math import prod
 
 import torch
 
-from . import digests
-from .errors import CheckpointError
+from ..store import digests
+from ..store.safe import CheckpointError
 
 # Names under which trainers and ComfyUI keep tensors of the model beside the network's; in a file of the network alone they stand among its own.
 _NAMES = re.compile(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import CheckpointError
+from ..store.safe import CheckpointError
 from .origin import METADATA_BYTES, Origin
 from .shards import require_no_pickles
 

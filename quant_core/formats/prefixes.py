@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..families import known
-from .errors import CheckpointError
+from ..store.safe import CheckpointError
 
 # ComfyUI 0.33 (`comfy.model_detection.unet_prefix_from_state_dict`): the first three where more than five keys have them, else the last.
 _COMFYUI = ("model.diffusion_model.", "model.model.", "net.")

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from .errors import CheckpointError
+from ..store.safe import CheckpointError
 
 MARKER = "scaled_fp8"  # an empty tensor in files of the older way
 WEIGHT_SCALES = ("scale_weight", "weight_scale")  # older, newer

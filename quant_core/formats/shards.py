@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from .errors import CheckpointError
+from ..store.safe import CheckpointError
 
 INDEX = ".safetensors.index.json"
 INDEX_BYTES = 64 * 2**20  # FLUX's index has 120 kB

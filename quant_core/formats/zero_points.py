@@ -2,7 +2,7 @@
 
 import torch
 
-from ..linear import QuantizedLayer
+from ..layer.linear import QuantizedLayer
 
 
 def without_zero_points(packed, scale, zero, group: int, dtype: torch.dtype):

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, fields, replace
 
+from ..layer.problem import Fitted, Problem
+from ..layer.soundness import UnfitLayer, naming, require_finite_fit
 from . import convrot, native, robuq, rtn, splitquant, svdquant, weight_only
-from .problem import Fitted, Problem
-from .soundness import UnfitLayer, naming, require_finite_fit
 
 
 @dataclass(frozen=True)

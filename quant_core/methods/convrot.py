@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .problem import Fitted, Problem
+from ..layer.problem import Fitted, Problem
 from .rtn import RTNConfig
 from .rtn import fit as fit_rtn
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..transforms import hadamard
+from ...kernels.operator.transforms import hadamard
 
 
 class NoBalancedFactors(ValueError):

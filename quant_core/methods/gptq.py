@@ -2,7 +2,7 @@
 
 import torch
 
-from ..quantizers import absmax_scale, code_range
+from ...kernels.operator.quantizers import absmax_scale, code_range
 
 
 def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:

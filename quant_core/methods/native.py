@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats.kitchen_declared import INT8_CHANNELS, ROTATIONS, width_is_read
-from ..quantizers import best_clip_scale, dequantize
-from ..spec import ActivationSpec, PartSpec, WeightSpec
-from ..transforms import rotate
+from ...kernels.operator.quantizers import best_clip_scale, dequantize
+from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
+from ...kernels.operator.transforms import rotate
+from ..formats.kitchen.declared import INT8_CHANNELS, ROTATIONS, width_is_read
+from ..layer.assemble import assemble, folded, folded_t, round_part
+from ..layer.chunks import power_db, row_chunks
+from ..layer.problem import Fitted, Problem, output_sqnr
 from . import gptq
-from .parts import assemble, folded, folded_t, round_part
-from .problem import Fitted, Problem, output_sqnr, power_db, row_chunks
 
 BOTH_SIDES = 3.0  # dB: a rotated token is about as Gaussian as a rotated row, so that codes of x add as much error as those of W
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..quantizers import ternary_scale
-from ..spec import ActivationSpec, PartSpec, WeightSpec
-from ..transforms import rotation_size, transform_activation
+from ...kernels.operator.quantizers import ternary_scale
+from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
+from ...kernels.operator.transforms import rotation_size, transform_activation
+from ..layer.assemble import fit_parts
+from ..layer.problem import Fitted, Problem
 from . import gptq
-from .parts import fit_parts
-from .problem import Fitted, Problem
 from .svdquant import PartFit, SVDQuantConfig, error_of
 
 # Where a uniform quantizer with 2^bits - 1 levels (at 1 bit two, without a zero) has its largest code, in sigmas, for the least squared

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..spec import ActivationSpec, PartSpec, WeightSpec
-from .parts import assemble, round_part
-from .problem import Fitted, Problem
+from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
+from ..layer.assemble import assemble, round_part
+from ..layer.problem import Fitted, Problem
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from itertools import pairwise
 
 import torch
 
-from ..quantizers import absmax_scale, dequantize, quantize
-from ..spec import ActivationSpec, PartSpec, WeightSpec
-from ..transforms import fold_weight, kronecker, transform_activation, unfold_weight
+from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
+from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
+from ...kernels.operator.transforms import fold_weight, kronecker, transform_activation, unfold_weight
+from ..layer.assemble import column_absmax, folded_t, round_part, smoothing
+from ..layer.chunks import row_chunks
 from . import balance, gptq
 from .factors import balanced, hadamard_factor, slice_width, start_factor
-from .parts import column_absmax, folded_t, round_part, smoothing
-from .problem import row_chunks
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 DAMPS = (0.003, 0.03, 0.3)  # of the second moments that affine factors are made from

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..layer.assemble import assemble
+from ..layer.problem import Fitted, Problem, output_sqnr
 from .factors import NoBalancedFactors, balanced
-from .parts import assemble
-from .problem import Fitted, Problem, output_sqnr
 from .split_part import SplitPart
 
 WORST_DB = 1.0  # what the worst channels in 8 bit must bring a layer: they cost it a gather of x and a second product

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.quant_linear.naive import quantize_activation
-from ..quantizers import GROUP, dequantize
-from ..spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
-from ..transforms import rotate, rotation_size
+from ...kernels.operator.quantizers import GROUP, dequantize, quantize_activation
+from ...kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
+from ...kernels.operator.transforms import rotate, rotation_size
+from ..layer.assemble import column_absmax, fit_parts, folded, folded_t, round_part, smoothing
+from ..layer.chunks import row_chunks
+from ..layer.lowrank import truncated
+from ..layer.problem import Fitted, Problem
 from . import gptq
-from .lowrank import truncated
-from .parts import column_absmax, fit_parts, folded, folded_t, round_part, smoothing
-from .problem import Fitted, Problem, row_chunks
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ whitened low rank of 32 with GPTQ 13 dB for 0.2 bits a weight at FLUX's widths (
 
 import torch
 
-from ..quantizers import GROUP, best_clip_scale, dequantize, quantize
-from ..spec import PartSpec, WeightSpec
+from ...kernels.operator.quantizers import GROUP, best_clip_scale, dequantize, quantize
+from ...kernels.operator.spec import PartSpec, WeightSpec
+from ..layer.assemble import assemble, folded, folded_t
+from ..layer.chunks import row_chunks
+from ..layer.lowrank import truncated
+from ..layer.problem import Fitted, Problem
 from . import gptq
-from .lowrank import truncated
-from .parts import assemble, folded, folded_t
-from .problem import Fitted, Problem, row_chunks
 
 
 def fit(problem: Problem, rank: int = 0, use_gptq: bool = False, damp: float = 0.01) -> Fitted:

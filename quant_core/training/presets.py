@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..calibration.reconstruct import TrainConfig
+from .reconstruct import TrainConfig
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,20 @@ from time import monotonic
 import torch
 
 from ..calibration.file import Calibration
-from ..calibration.reconstruct import Modules, Run, TrainConfig, installed, judged, train
-from ..calibration.segments import Chain
 from ..calibration.trajectory import Trajectory
 from ..families import Family, Layer
-from ..formats.atomic import save_text
-from ..formats.unfinished import TRAINING, file_name
-from ..linear import QuantizedLayer
-from ..methods.again import round_again
-from ..methods.problem import Problem, power_db
-from ..methods.soundness import naming
-from ..methods.student import Student
+from ..layer.chunks import power_db
+from ..layer.linear import QuantizedLayer
+from ..layer.problem import Problem
+from ..layer.soundness import naming
+from ..store.atomic import file_name, save_text
+from .reconstruct import Modules, Run, TrainConfig, installed, judged, train
+from .rounding import round_again
+from .segments import Chain
+from .student import Student
 
 SAVE_EVERY = 60.0  # seconds between checkpoints within a run
+TRAINING = ".training"  # the state of a training under way
 
 
 class NoTrajectory(ValueError):

@@ -1,6 +1,6 @@
 """Trains the small FLUX of the tests and of `nibble demo`, from a seed: `python tests/assets/train_tiny_flux.py`.
 
-Flow matching on the procedural pictures of `quant_core/demo/pictures.py`; the result is the moving average of the
+Flow matching on the procedural pictures of `quant_core/evaluation/demo/pictures.py`; the result is the moving average of the
 weights in bfloat16, in ComfyUI's key names. About 35 minutes on two CPU cores.
 """
 
@@ -15,7 +15,7 @@ import typer
 from safetensors.torch import save_file
 from tqdm import trange
 
-from comfyui_nibble.quant_core.demo import pictures, tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import pictures, tiny_flux
 
 
 def batch(rng, size):

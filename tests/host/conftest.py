@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes, save_random
 from comfyui_nibble.tests.host.inside import base, comfy, full, one_thread, outputs, packed, tiny_packed  # noqa: F401
 from comfyui_nibble.tests.host.server import Server, find_comfyui

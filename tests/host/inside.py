@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from comfyui_nibble.kernels.operator.spec import TENSOR_NAMES
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.formats.origin import Origin
-from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize import quantize_layers
-from comfyui_nibble.quant_core.spec import TENSOR_NAMES
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.host.server import find_comfyui
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.kernels.before import Gelu
+from comfyui_nibble.kernels.prologue import Gelu
 from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, packed_hash
 from comfyui_nibble.tests.support import relative_error
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from comfyui_nibble.quant_core import mixed, sensitivity
-from comfyui_nibble.quant_core.budget import BudgetError
 from comfyui_nibble.quant_core.calibration import CalibrationError
-from comfyui_nibble.quant_core.mixed import Entry
+from comfyui_nibble.quant_core.precision import menu, sensitivity
+from comfyui_nibble.quant_core.precision.budget import BudgetError
+from comfyui_nibble.quant_core.precision.menu import Entry
 from comfyui_nibble.tests.host.inside import forward
 from comfyui_nibble.tests.support import relative_error
 
@@ -46,7 +46,7 @@ def allocate(full, calibration, monkeypatch):
     from comfyui_nibble.nodes.allocate import NibbleAllocateBits
 
     entries = (*(Entry(f"A{b}", "robuq", (("activation_bits", b), *FAST)) for b in (2, 4)), Entry("16 bit"))
-    monkeypatch.setitem(mixed.MENUS, "robuq", entries)
+    monkeypatch.setitem(menu.MENUS, "robuq", entries)
 
     def run(budget="A3", use_gains=False, **options):
         found = NibbleAllocateBits.execute(**({"model": full, "calibration": calibration} | options), budget=budget, menu="robuq", use_gains=use_gains, rank=0, gptq=False)  # fmt: skip
@@ -122,7 +122,7 @@ def test_memory_budget_is_the_file(allocate, tmp_path):
     size = sum(t.nbytes for k, t in load_file(path).items() if not k.startswith(stop.PREFIX))
     assert 4.8e6 <= size <= 5e6  # 4.86: twelve layers, and 2 or 16 bits of weight
     assert "5 MB" in got.report
-    from comfyui_nibble.quant_core.formats.pack import PackFile
+    from comfyui_nibble.quant_core.formats.nibble import PackFile
 
     assert PackFile(path).provenance["allocation"] == {"budget": "5 MB", "reached": f"{size / 1e6:.4g} MB", "gains": False}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.inside import forward
 from comfyui_nibble.tests.support import nibble, relative_error
 

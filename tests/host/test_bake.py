@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.codes import EDGE, ROUNDING
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, keep_codes, load_graph, node, take_codes, took_codes
 from comfyui_nibble.tests.host.server import GraphError

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.families import WAN, measured
+from comfyui_nibble.quant_core.calibration.observe import measured
+from comfyui_nibble.quant_core.families import WAN
 from comfyui_nibble.tests.support import relative_error
 
 SOUND = [f"blocks.{i}.audio_cross_attn_wrapper.audio_cross_attn.{x}" for i in range(2) for x in "qkvo"]

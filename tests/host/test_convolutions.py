@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.calibration.observe import rows_of
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.tests.host.inside import attached_weight, load, module, nodes_in, packed_hash, random_state
 from comfyui_nibble.tests.host.test_adapters import randn, with_lora

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.kitchen_declared import DeclarationError, of_tensor
-from comfyui_nibble.quant_core.formats.kitchen_layers import LayoutError, Stored, gather, spec_of, tensors_of
-from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.formats.kitchen.declared import DeclarationError, of_tensor
+from comfyui_nibble.quant_core.formats.kitchen.layers import LayoutError, Stored, gather, spec_of, tensors_of
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.tests.support import relative_error
 
 N, K = 32, 256

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.opening import kind_of
+from comfyui_nibble.quant_core.formats.detect import kind_of
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node, sampling
 from comfyui_nibble.tests.host.server import GraphError
 from comfyui_nibble.tests.support import relative_error

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
     flux2_shapes,

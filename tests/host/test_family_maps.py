@@ -5,7 +5,7 @@ import torch
 
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
     flux2_shapes,

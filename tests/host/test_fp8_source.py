@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.support import relative_error
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_nibble.kernels.before import Gelu
+from comfyui_nibble.kernels.prologue import Gelu
 from comfyui_nibble.tests.host.inside import load, module
 from comfyui_nibble.tests.host.test_adapters import MLP, randn
 from comfyui_nibble.tests.support import relative_error

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.quant_core.families import GENERIC, detect
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.test_main_job import run_both
 

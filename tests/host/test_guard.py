@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node, quantize_graph, sampling
 from comfyui_nibble.tests.host.server import GraphError
 from comfyui_nibble.tests.host.test_main_job import saved_name

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.tests.host.conftest import COMFYUI
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node, sampling
 from comfyui_nibble.tests.host.server import Server

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.assets.synthetic import pixart_shapes, save_random
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.inside import packed_hash, sample

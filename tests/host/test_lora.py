@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.formats import pack
+from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.tests.codes import ROUNDING
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, keep_codes, load_graph, node, quantize_graph, take_codes, took_codes
 from comfyui_nibble.tests.host.server import GraphError
@@ -203,8 +203,8 @@ def test_lora_before_quantize_is_merged(server, files):
         graph[name]["inputs"]["model"] = ["lora", 0]
     outputs = server.run(graph)
     assert relative_error(server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent")) < 0.2
-    packed = pack.PackFile(server.base / "output" / "diffusion_models" / "merged_00001_.safetensors")
-    assert packed.provenance["model"] != pack.PackFile(server.base / "output" / "diffusion_models" / files).provenance["model"]
+    packed = nibble.PackFile(server.base / "output" / "diffusion_models" / "merged_00001_.safetensors")
+    assert packed.provenance["model"] != nibble.PackFile(server.base / "output" / "diffusion_models" / files).provenance["model"]
     assert packed.family == "flux"
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.calibration.file import read_meta
-from comfyui_nibble.quant_core.demo.outliers import add_outliers
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.evaluation.demo.outliers import add_outliers
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, FLUX_WIDE, PIXART, load_graph, node, quantize_graph, sampling
 from comfyui_nibble.tests.support import relative_error
 

@@ -2,11 +2,12 @@
 
 import pytest
 
+from comfyui_nibble.quant_core.convert import replace
 from comfyui_nibble.quant_core.families import detect
-from comfyui_nibble.quant_core.formats import native, others
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.kitchen import native
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.codes import assert_apart_by_flips, layer_error
 from comfyui_nibble.tests.host.conftest import COMFYUI
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node
@@ -26,7 +27,7 @@ def export(source, destination, what=None):
     own = PackFile(source)
     layers, rest = {n: own.layer(n) for n in own.specs}, {k: own.tensor(k) for k in own.rest}
     if what:
-        layers, rest = others.replaced(layers, rest, native.losses(own.specs), what)
+        layers, rest = replace.replaced(layers, rest, native.losses(own.specs), what)
     native.save(destination, layers, rest, {"family": own.family, "provenance": own.provenance, "report": own.report})
     return layers
 
@@ -66,7 +67,7 @@ def test_svdquant_as_int8_and_16_bit(server, stock):
     """What is not native, replaced: as close to full precision as it was."""
     outputs, error, path = run_both(server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/notnative")
     full = server.latents(outputs, "full_latent")
-    for what in others.AS:
+    for what in replace.AS:
         name = f"{what.replace(' ', '')}.safetensors"
         export(path, stock.base / "models" / "diffusion_models" / name, what)
         stocks, log = stock_latents(stock, name)

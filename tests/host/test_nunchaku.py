@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.families import detect
-from comfyui_nibble.quant_core.formats.nunchaku import NunchakuFile, save
-from comfyui_nibble.quant_core.linear import QuantizedLayer
+from comfyui_nibble.quant_core.formats.nunchaku.read import NunchakuFile
+from comfyui_nibble.quant_core.formats.nunchaku.write import save
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.assets import nunchaku as made
 from comfyui_nibble.tests.codes import assert_repeats, record
 from comfyui_nibble.tests.host.inside import forward, patcher_of

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.inside import attached_weight, load, module, packed_hash, random_state
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 from comfyui_nibble.tests.host.test_adapters import randn, with_lora

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.families import detect
-from comfyui_nibble.quant_core.linear import QuantizedLayer
-from comfyui_nibble.quant_core.methods import Problem, by_name, fit_problem
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
+from comfyui_nibble.quant_core.layer.problem import Problem
+from comfyui_nibble.quant_core.methods import by_name, fit_problem
 from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, patcher_of, sample
 from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, QKV, SHAPES, adapter, randn, with_lora
 from comfyui_nibble.tests.support import relative_error

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from comfyui_nibble.quant_core.cli import app
-from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.formats import pack
+from comfyui_nibble.quant_core.cli.commands import app
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.tests.assets.synthetic import random_state, sdxl_shapes, wan_shapes
 from comfyui_nibble.tests.host.inside import nodes_in, sample
 
@@ -122,7 +122,7 @@ def test_a_config_in_the_header_of_wan(comfy, folder, config):
     for file in (path, folder / "command.safetensors", folder / "native.safetensors"):
         assert facts(loaded(file)) == want
     assert facts(comfy.sd.load_diffusion_model(str(folder / "native.safetensors"))) == want
-    assert pack.PackFile(path).origin.metadata == metadata
+    assert nibble.PackFile(path).origin.metadata == metadata
     with safe_open(folder / "native.safetensors", "pt") as f:
         assert f.metadata()["modelspec.title"] == "Wan of a test"
 

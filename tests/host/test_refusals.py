@@ -127,8 +127,8 @@ def test_dit_is_for_diffusers(comfy, tmp_path):
     from diffusers import DiTTransformer2DModel
 
     from comfyui_nibble.nodes.host.build import DetectionError, load
+    from comfyui_nibble.quant_core.cli.quantize import quantize_file
     from comfyui_nibble.quant_core.methods import METHODS
-    from comfyui_nibble.quant_core.quantize_file import quantize_file
 
     DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=32, num_layers=1, sample_size=8).save_pretrained(tmp_path / "dit")
     quantize_file(tmp_path / "dit", tmp_path / "q.safetensors", METHODS["rtn"], METHODS["rtn"].config)

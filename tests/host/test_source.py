@@ -22,7 +22,7 @@ def source_of(comfy, one_thread):
 
 @pytest.fixture
 def refused(comfy):
-    from comfyui_nibble.nodes.host.carry import CannotCount
+    from comfyui_nibble.nodes.host.inherited import CannotCount
 
     return CannotCount
 
@@ -192,7 +192,7 @@ def idle(monkeypatch):
     """Nodes must refuse before they sample or fit."""
     import comfy.sample
 
-    from comfyui_nibble.quant_core.training import stages as work
+    from comfyui_nibble.quant_core.run import stages as work
 
     def begins(*args, **kwargs):
         raise AssertionError("the work began before the refusal")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.calibration import Calibration
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.inside import load, packed_hash, sample
 from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, QKV, H, adapter, randn, with_lora
 from comfyui_nibble.tests.host.test_source import PREFIX, bypassed, quantize, source_of, weight  # noqa: F401
@@ -141,7 +141,7 @@ def test_blocks_that_a_node_has_compiled_are_their_own_weights(full, source_of, 
 
 
 def test_a_wrapper_of_something_else_is_refused(full, source_of):  # noqa: F811
-    from comfyui_nibble.nodes.host.carry import CannotCount
+    from comfyui_nibble.nodes.host.inherited import CannotCount
 
     clone = full.clone()
     clone.add_object_patch(BLOCK, Wrap(Wrap(clone.get_model_object(BLOCK))))
@@ -314,7 +314,7 @@ def test_a_lora_acts_in_wrapped_blocks_and_is_found_after_a_run(quantized):
 
 
 def test_what_acts_on_a_quantized_models_own_layers_is_refused(quantized, full):
-    from comfyui_nibble.nodes.host.carry import CannotCount
+    from comfyui_nibble.nodes.host.inherited import CannotCount
     from comfyui_nibble.nodes.swap import NibbleSwapBlocks
 
     for a, b in ((quantized.clone(), full), (quantized, full.clone())):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.tests.host.inside import forward
 from comfyui_nibble.tests.host.test_adapters import QKV, H, randn, with_lora
 from comfyui_nibble.tests.host.test_source import PREFIX, quantize, source_of, weight  # noqa: F401

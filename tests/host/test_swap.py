@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.formats import pack
-from comfyui_nibble.quant_core.inspect import describe
+from comfyui_nibble.quant_core.convert.inspect import describe
+from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, save_random
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, node, quantize_graph, sampling
 from comfyui_nibble.tests.host.server import GraphError
@@ -32,7 +32,7 @@ def files(server):
     for name, method in (("svd", "svdquant_r"), ("rot", "convrot")):
         graph = quantize_graph(FLUX_TINY, method=method, prefix=f"diffusion_models/swap_{name}")
         server.run({k: graph[k] for k in ("load", "prompts", "latent", "calibrate", "quantize", "save")})
-    return {name: pack.PackFile(folder(server) / f"swap_{name}_00001_.safetensors") for name in ("svd", "rot")}
+    return {name: nibble.PackFile(folder(server) / f"swap_{name}_00001_.safetensors") for name in ("svd", "rot")}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def composed(server, name, of, tiny_state):
             rest |= {f"{layer}.{leaf}": tiny_state[f"{layer}.{leaf}"] for leaf in ("weight", "bias")}
         else:
             layers[layer] = file.layer(layer)
-    pack.save(folder(server) / f"{name}.safetensors", layers, rest, "flux", {}, [])
+    nibble.save(folder(server) / f"{name}.safetensors", layers, rest, "flux", {}, [])
     return packed(name)
 
 
@@ -168,7 +168,7 @@ def test_saved_and_loaded_it_is_the_same(server, files):
     outputs = server.run(swapped(SVD, FULL, "single 0", save=save))
     path = folder(server) / "swapped_00001_.safetensors"
     assert torch.equal(server.latents(outputs, "out"), plain(server, packed("swapped_00001_")))
-    saved = pack.PackFile(path)
+    saved = nibble.PackFile(path)
     kept = [n for n in DOUBLE + SINGLE if not n.startswith("single_blocks.0")]
     assert saved.specs == {n: files["svd"].specs[n] for n in kept}
     assert saved.provenance["a"] == files["svd"].provenance

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.calibration.file import Calibration, merge
-from comfyui_nibble.quant_core.calibration.reconstruct import TrainConfig
 from comfyui_nibble.quant_core.training import presets, trainer
+from comfyui_nibble.quant_core.training.reconstruct import TrainConfig
 from comfyui_nibble.tests.host.inside import load, sample
 from comfyui_nibble.tests.support import relative_error
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core import gains
-from comfyui_nibble.quant_core.allocate_file import with_choice
+from comfyui_nibble.quant_core.calibration import gains
 from comfyui_nibble.quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of, plan_passes
-from comfyui_nibble.quant_core.calibration.reconstruct import WINDOWS
-from comfyui_nibble.quant_core.calibration.statistics import InputStatistics
 from comfyui_nibble.quant_core.calibration.trajectory import CALLS
 from comfyui_nibble.quant_core.families import detect
-from comfyui_nibble.quant_core.formats import nunchaku
-from comfyui_nibble.quant_core.formats.pack import PackFile
+from comfyui_nibble.quant_core.formats.nibble import PackFile
+from comfyui_nibble.quant_core.formats.nunchaku import read as nunchaku
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.precision.allocate import with_choice
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.quant_core.training.presets import PRESETS
+from comfyui_nibble.quant_core.training.reconstruct import WINDOWS
 from comfyui_nibble.tests.assets.synthetic import (
     flux_shapes,
     pixart_shapes,

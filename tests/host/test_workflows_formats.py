@@ -6,8 +6,8 @@ import re
 import torch
 from safetensors import safe_open
 
-from comfyui_nibble.quant_core.formats import native
-from comfyui_nibble.quant_core.formats.kitchen_declared import HEADER
+from comfyui_nibble.quant_core.formats.kitchen import native
+from comfyui_nibble.quant_core.formats.kitchen.declared import HEADER
 from comfyui_nibble.tests.codes import assert_apart_by_flips
 from comfyui_nibble.tests.host import test_workflows
 from comfyui_nibble.tests.host.graphs import node

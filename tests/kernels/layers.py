@@ -6,11 +6,11 @@ from unittest import mock
 import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
-from comfyui_nibble.kernels.quant_linear import fast, naive
+from comfyui_nibble.kernels.operator.packing import pack, unpack
+from comfyui_nibble.kernels.operator.quantizers import code_range
+from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.quant_linear import fused, naive
 from comfyui_nibble.kernels.target import interpreter
-from comfyui_nibble.quant_core.packing import pack, unpack
-from comfyui_nibble.quant_core.quantizers import code_range
-from comfyui_nibble.quant_core.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.codes import Codes, taken
 from comfyui_nibble.tests.support import relative_error
 
@@ -71,7 +71,7 @@ def output_error(y, x, spec, tensors, lora=()):
 @contextmanager
 def kernels_codes():
     """The codes of what the kernels' quantizer is given within, part by part."""
-    codes, real = Codes(), fast.quantize
+    codes, real = Codes(), fused.quantize
 
     def quantize(x, spec, tensors, target, step, *rest):
         out, scale = real(x, spec, tensors, target, step, *rest)
@@ -79,7 +79,7 @@ def kernels_codes():
         codes.calls += natural.split([part.width for part in step.parts], 1)
         return out, scale
 
-    with mock.patch.object(fast, "quantize", quantize):
+    with mock.patch.object(fused, "quantize", quantize):
         yield codes
 
 

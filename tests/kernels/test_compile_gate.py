@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import plan, tuning
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels import gate
 
 KERNELS = "comfyui_nibble.kernels"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import ops, plan
-from comfyui_nibble.kernels.before import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
 from comfyui_nibble.kernels.lora import with_lora
-from comfyui_nibble.kernels.quant_linear import eager
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec, parse
+from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
+from comfyui_nibble.kernels.quant_linear import eager, op
 from comfyui_nibble.kernels.target import Target, interpreter, kernel_target, target_of
-from comfyui_nibble.quant_core.linear import QuantizedLayer, QuantLinear
-from comfyui_nibble.quant_core.spec import ActivationSpec, WeightSpec, parse
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
 from comfyui_nibble.tests.kernels.layers import CHANNEL, TOKEN, UNSIGNED, inputs, random_tensors, side_by_side, spec_of
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -183,7 +183,7 @@ def test_compiled_layer_is_one_operator_and_gives_the_same(spec):
         warnings.filterwarnings("error", "Dynamo detected a call to a `functools.lru_cache`")
         assert torch.equal(run(x), module(x))
     (graph,) = graphs
-    assert sum(node.target is ops.layer for node in graph.graph.nodes) == 1
+    assert sum(node.target is op.layer for node in graph.graph.nodes) == 1
     assert torch.equal(run(x[:, :3]), module(x[:, :3]))
 
 
@@ -228,7 +228,7 @@ def test_operators_keep_to_their_schemas():
         tensors, x = random_tensors(spec, dtype=HALF), inputs(5, spec.in_features, HALF)
         parts = [tensors.get(name) for name in ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")]
         lora = [inputs(4, spec.in_features, HALF)], [inputs(16, 4, HALF)], [8]
-        torch.library.opcheck(ops.layer.default, (x, spec.text, *parts, *lora, *NOTHING))
+        torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *lora, *NOTHING))
 
 
 def test_kernels_write_where_their_schemas_say():

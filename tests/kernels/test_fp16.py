@@ -10,14 +10,14 @@ import torch
 from comfyui_nibble.kernels import fp16
 from comfyui_nibble.kernels.dispatch import choose, quant_linear
 from comfyui_nibble.kernels.fp16 import HALF, balanced, balanced_parts, row_power
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, naive
 from comfyui_nibble.kernels.target import interpreter
-from comfyui_nibble.quant_core.calibration import InputStatistics
-from comfyui_nibble.quant_core.calibration.statistics import hessian_blocks
 from comfyui_nibble.quant_core.families import Layer, Part
-from comfyui_nibble.quant_core.linear import QuantizedLayer
-from comfyui_nibble.quant_core.methods import METHODS, Problem, fit_problem
-from comfyui_nibble.quant_core.spec import ActivationSpec, WeightSpec
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
+from comfyui_nibble.quant_core.layer.problem import Problem
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics, hessian_blocks
+from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.tests.codes import taken
 from comfyui_nibble.tests.kernels.layers import CHANNEL, TOKEN, UNSIGNED, kernels_codes, random_tensors, side_by_side
 from comfyui_nibble.tests.support import outlier_tokens

@@ -8,11 +8,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import ops, plan
-from comfyui_nibble.kernels.before import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.kernels.target import Target, interpreter
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels.layers import (
     CHANNEL,
     G64_ACT,

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import tuning
+from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.kernels.plan import CHANNEL, SLICE
 from comfyui_nibble.kernels.quant_linear import hopper, launch
 from comfyui_nibble.kernels.target import Target
-from comfyui_nibble.quant_core.packing import pack
+from comfyui_nibble.quant_core.evaluation.bench.tune import save
 
 HOPPER = Target("cuda", 90, (3, 6))
 NAMES = hopper.gemm_wgmma.arg_names
@@ -148,7 +149,7 @@ def test_cache_keeps_the_flag_and_reads_files_from_before_it(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plain = tuning.TileCache(path).get("k")
-        tuning.TileCache(path).save({"g": replace(plain, gluon=True)})
+        save(tuning.TileCache(path), {"g": replace(plain, gluon=True)})
         assert tuning.TileCache(path).tiles == {"k": plain, "g": replace(plain, gluon=True)}
     assert not plain.gluon
     assert replace(plain, gluon=True) in tuning.candidates(HOPPER, tuning.Problem("gemm_int8", 2, CHANNEL, True, 4608, 3072, 1536))

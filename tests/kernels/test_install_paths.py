@@ -23,7 +23,7 @@ for folder in sys.argv[1:]:
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     of = lambda path: importlib.import_module(f"{name}.{path}")
-    parts = of("quant_core.spec")
+    parts = of("kernels.operator.spec")
     layer = parts.LinearSpec(128, 16, (parts.PartSpec(0, 128, parts.WeightSpec(), parts.ActivationSpec()),), False)
     tensors, target = {"weight": weight, "weight_scale": torch.full((2, 16), 0.01).half()}, of("kernels.target").interpreter()
     y = of("kernels.dispatch").quant_linear(x, layer, tensors, target=target).float()

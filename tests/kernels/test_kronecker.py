@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import ops
-from comfyui_nibble.kernels.before import NOTHING, Gelu, LayerNormModulate
-from comfyui_nibble.kernels.quant_linear import naive
+from comfyui_nibble.kernels.operator import quantizers
+from comfyui_nibble.kernels.operator.packing import unpack
+from comfyui_nibble.kernels.operator.quantizers import TINY
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.quant_core.methods.factors import start_factor
-from comfyui_nibble.quant_core.packing import unpack
-from comfyui_nibble.quant_core.quantizers import TINY
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels.layers import inputs
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -54,7 +54,7 @@ def expected(x, spec, transform, smooth=None):
     out = []
     for part, factors in zip(spec.parts, spec.factors({"transform": transform}), strict=True):
         columns = slice(part.start, part.stop)
-        out.append(naive.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float(), factors))
+        out.append(quantizers.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float(), factors))
     return torch.cat([codes.short() for codes, _ in out], 1), torch.cat([scale for _, scale in out], 1)
 
 

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from comfyui_nibble.kernels import dispatch, tuning
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.plan import NATIVE_INT4
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels import gate
 from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, SIXTEEN_BIT, TARGETS
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels import ops, quant_linear
-from comfyui_nibble.kernels.before import Gelu, LayerNormModulate
-from comfyui_nibble.kernels.dispatch import FUSED, choose, paths_of
+from comfyui_nibble.kernels import ops
+from comfyui_nibble.kernels.dispatch import FUSED, choose, paths_of, quant_linear
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.kernels.target import Target, interpreter
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels.layers import LIMIT, check_on_equal_codes, inputs, output_error
 from comfyui_nibble.tests.support import relative_error
 

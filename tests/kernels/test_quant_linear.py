@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import choose
+from comfyui_nibble.kernels.operator.packing import unpack
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, naive
-from comfyui_nibble.quant_core.packing import unpack
-from comfyui_nibble.quant_core.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.kernels.layers import random_tensors, spec_of
 from comfyui_nibble.tests.support import relative_error

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import ops
-from comfyui_nibble.kernels.before import NOTHING, Gelu, LayerNormModulate
-from comfyui_nibble.kernels.quant_linear import naive
-from comfyui_nibble.quant_core.packing import unpack
-from comfyui_nibble.quant_core.quantizers import TINY
-from comfyui_nibble.quant_core.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.operator import quantizers
+from comfyui_nibble.kernels.operator.packing import unpack
+from comfyui_nibble.kernels.operator.quantizers import TINY
+from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
+from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.tests.kernels.layers import inputs
 from comfyui_nibble.tests.support import relative_error
 
@@ -56,7 +56,7 @@ def expected(x, part, smooth=None):
     codes, scales = [], []
     for start in range(0, x.shape[1], part.width):
         columns = slice(start, start + part.width)
-        c, s = naive.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float())
+        c, s = quantizers.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float())
         codes.append(c.short())
         scales.append(s)
     return torch.cat(codes, 1), torch.cat(scales, 1)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import plan, tuning
 from comfyui_nibble.kernels.dispatch import choose
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, interpreter
 from comfyui_nibble.kernels.tuning import Problem, Tile, TileCache
-from comfyui_nibble.quant_core.formats import atomic
-from comfyui_nibble.quant_core.spec import ActivationSpec, WeightSpec
+from comfyui_nibble.quant_core.evaluation.bench.tune import save
+from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.tests.kernels.layers import side_by_side
 
 CARDS = [Target("cuda", a, triton) for triton in ((3, 6), (3, 9)) for a in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130)]
@@ -86,7 +87,7 @@ def cache(monkeypatch, tmp_path):
 
 def test_measured_tile_is_taken_by_every_problem_of_its_key(cache):
     assert tuning.gemm_tile(ADA, PROBLEM) == DEFAULT
-    tuning.cache_for(ADA).save({PROBLEM.key: OTHER})
+    save(tuning.cache_for(ADA), {PROBLEM.key: OTHER})
     assert tuning.gemm_tile(ADA, PROBLEM) == OTHER
     tuning.cache_for.cache_clear()
     assert tuning.gemm_tile(ADA, replace(PROBLEM, tokens=5000)) == OTHER
@@ -95,7 +96,7 @@ def test_measured_tile_is_taken_by_every_problem_of_its_key(cache):
 
 def test_cached_tile_that_is_no_candidate_is_ignored(cache):
     for strange in (replace(OTHER, bk=4096), replace(OTHER, warps=3), Tile(0, 0, 0, 0, 0)):
-        tuning.cache_for(ADA).save({PROBLEM.key: strange})
+        save(tuning.cache_for(ADA), {PROBLEM.key: strange})
         tuning.cache_for.cache_clear()
         assert tuning.gemm_tile(ADA, PROBLEM) == DEFAULT
 
@@ -103,10 +104,10 @@ def test_cached_tile_that_is_no_candidate_is_ignored(cache):
 def test_round_trip_and_addition(cache):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        TileCache(cache).save({"a": DEFAULT})
-        TileCache(cache).save({"b": OTHER})
+        save(TileCache(cache), {"a": DEFAULT})
+        save(TileCache(cache), {"b": OTHER})
         assert TileCache(cache).tiles == {"a": DEFAULT, "b": OTHER}
-        TileCache(cache).save({"a": OTHER})
+        save(TileCache(cache), {"a": OTHER})
         assert TileCache(cache).tiles == {"a": OTHER, "b": OTHER}
         assert TileCache(cache).get("c") is None
     assert [p.name for p in cache.parent.iterdir()] == [cache.name]
@@ -137,7 +138,7 @@ def test_corrupt_file_warns_and_is_replaced(cache, text):
     cache.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(UserWarning, match=rf"{re.escape(str(cache))}: not a table of tiles \(.*\); the shipped defaults are used"):
         assert tuning.gemm_tile(ADA, PROBLEM) == DEFAULT
-    tuning.cache_for(ADA).save({PROBLEM.key: OTHER})
+    save(tuning.cache_for(ADA), {PROBLEM.key: OTHER})
     assert json.loads(cache.read_text())["tiles"] == {PROBLEM.key: [OTHER.bm, OTHER.bn, OTHER.bk, OTHER.warps, OTHER.stages, 8, 32, False]}
     assert TileCache(cache).tiles == {PROBLEM.key: OTHER}
 
@@ -153,12 +154,12 @@ def test_failed_save_leaves_the_old_file(cache, monkeypatch, step):
     def fail(*args):
         raise OSError("disk full")
 
-    TileCache(cache).save({"a": DEFAULT})
+    save(TileCache(cache), {"a": DEFAULT})
     before = cache.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(atomic.os, step, fail)
         with pytest.raises(OSError, match="disk full"):
-            TileCache(cache).save({"a": OTHER})
+            save(TileCache(cache), {"a": OTHER})
     assert cache.read_bytes() == before
     assert [p.name for p in cache.parent.iterdir()] == [cache.name]
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import tuning
-from comfyui_nibble.kernels.quant_linear.naive import quantize_activation
+from comfyui_nibble.kernels.operator.packing import unpack
+from comfyui_nibble.kernels.operator.quantizers import quantize_activation
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
-from comfyui_nibble.quant_core.packing import unpack
-from comfyui_nibble.quant_core.spec import ActivationSpec, PartSpec, WeightSpec
 from comfyui_nibble.tests.kernels import gate
 from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, QUANTIZER
 from comfyui_nibble.tests.ptx.emulator import run

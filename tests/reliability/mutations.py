@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_nibble.quant_core import convert
-from comfyui_nibble.quant_core.calibration import InputStatistics
 from comfyui_nibble.quant_core.calibration.file import save
 from comfyui_nibble.quant_core.calibration.trajectory import Recorder
+from comfyui_nibble.quant_core.cli.quantize import quantize_file
+from comfyui_nibble.quant_core.convert.convert import convert
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.opening import open_quantized
+from comfyui_nibble.quant_core.formats.detect import open_quantized
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize_file import quantize_file
 from comfyui_nibble.tests.assets import nunchaku
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 

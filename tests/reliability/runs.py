@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 PRELOAD = [
     "torch",
-    "comfyui_nibble.quant_core.quantize_file",
-    "comfyui_nibble.quant_core.convert",
+    "comfyui_nibble.quant_core.cli.quantize",
+    "comfyui_nibble.quant_core.convert.convert",
     "comfyui_nibble.tests.reliability.small",
 ]
 
@@ -67,9 +67,9 @@ def run(arguments: list, log: Path, **options) -> Ended:
 
 
 def _main(arguments, log, largest=None, without_check=False, stop_after=None):
-    from comfyui_nibble.quant_core import cli, quantize_file
-    from comfyui_nibble.quant_core.formats import atomic
-    from comfyui_nibble.quant_core.training import stages
+    from comfyui_nibble.quant_core.cli import commands, quantize
+    from comfyui_nibble.quant_core.run import stages
+    from comfyui_nibble.quant_core.store import atomic
     from comfyui_nibble.tests.reliability import small
 
     with open(log, "w") as f:
@@ -80,16 +80,16 @@ def _main(arguments, log, largest=None, without_check=False, stop_after=None):
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if without_check:
-        atomic.require_room = quantize_file.require_room = lambda *_: None
+        atomic.require_room = quantize.require_room = lambda *_: None
     if stop_after is not None:
         stages.Unfinished.save = _stopping(stages.Unfinished.save, stop_after)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if hasattr(small, arguments[0]):
-        cli.app = lambda: getattr(small, arguments[0])(*arguments[1:])  # with the command's handling of signals and errors
+        commands.app = lambda: getattr(small, arguments[0])(*arguments[1:])  # with the command's handling of signals and errors
     sys.argv = ["nibble", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    commands.main()
 
 
 def _stopping(save, after):

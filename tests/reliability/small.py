@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from comfyui_nibble.quant_core.calibration import calibrate
 from comfyui_nibble.quant_core.calibration.plan import Input
-from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.demo.run import calibrate_tiny
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo.run import calibrate_tiny
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 

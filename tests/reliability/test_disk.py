@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.tests.reliability.runs import contents, run
 
 OLD = b"what was there before"

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.leftovers import leftovers
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.run.leftovers import leftovers
 from comfyui_nibble.tests.reliability.runs import Run, contents, moments, run, size_of
 
 LAYERS = 16

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from comfyui_nibble.quant_core import convert
+from comfyui_nibble.kernels.operator.errors import MESSAGE
 from comfyui_nibble.quant_core.calibration import Calibration
-from comfyui_nibble.quant_core.formats import atomic
+from comfyui_nibble.quant_core.cli.quantize import quantize_file
+from comfyui_nibble.quant_core.convert.convert import convert
+from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.errors import MESSAGE
-from comfyui_nibble.quant_core.formats.opening import CALIBRATION, kind_of, open_any, open_quantized
-from comfyui_nibble.quant_core.inspect import as_text, describe
+from comfyui_nibble.quant_core.formats.detect import CALIBRATION, kind_of, open_any, open_quantized
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.quantize_file import quantize_file
+from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.tests.reliability.mutations import damaged, sound
 from comfyui_nibble.tests.reliability.runs import size_of
 

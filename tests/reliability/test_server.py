@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.pack import PackFile
-from comfyui_nibble.quant_core.leftovers import leftovers
+from comfyui_nibble.quant_core.formats.nibble import PackFile
+from comfyui_nibble.quant_core.run.leftovers import leftovers
 from comfyui_nibble.tests.assets.synthetic import pixart_shapes, save_random
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.server import Server, find_comfyui

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.tests.host.server import Server, find_comfyui
 from comfyui_nibble.tests.reliability import soak
 

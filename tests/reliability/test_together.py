@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from comfyui_nibble.quant_core.demo import tiny_flux
-from comfyui_nibble.quant_core.formats.pack import PackFile
-from comfyui_nibble.quant_core.leftovers import leftovers
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.formats.nibble import PackFile
+from comfyui_nibble.quant_core.run.leftovers import leftovers
 from comfyui_nibble.tests.reliability.runs import Run, contents, run, size_of
 
 PAIRS = [("robuq", "rtn"), ("rtn", "convrot"), ("rtn", "rtn")]

@@ -6,11 +6,11 @@ from math import prod
 
 import torch
 
+from comfyui_nibble.kernels.operator.quantizers import GROUP
+from comfyui_nibble.kernels.operator.spec import LinearSpec, PartSpec
 from comfyui_nibble.quant_core.families import GENERIC
-from comfyui_nibble.quant_core.memory import layer_bytes
-from comfyui_nibble.quant_core.quantize import not_quantizable
-from comfyui_nibble.quant_core.quantizers import GROUP
-from comfyui_nibble.quant_core.spec import LinearSpec, PartSpec
+from comfyui_nibble.quant_core.layer.memory import layer_bytes
+from comfyui_nibble.quant_core.run.layers import not_quantizable
 from comfyui_nibble.tests.host.sweep.tiny import config_of
 
 TABLES = "biases, norms and tables"

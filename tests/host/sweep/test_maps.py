@@ -3,8 +3,8 @@ GELU, modulation. Models that people ask for most; those of SwiGLU have no GELU 
 
 import pytest
 
+from comfyui_nibble.quant_core.calibration.observe import measured
 from comfyui_nibble.quant_core.families import GENERIC, detect
-from comfyui_nibble.quant_core.families.generic import measured
 from comfyui_nibble.tests.host.sweep.flow import calibrate, replaced
 from comfyui_nibble.tests.host.sweep.registry import ENTRIES
 from comfyui_nibble.tests.host.sweep.tiny import make

@@ -8,7 +8,7 @@ import comfy.model_detection as detection
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from comfyui_nibble.quant_core.demo import pictures
+from comfyui_nibble.quant_core.evaluation.demo import pictures
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 
 from . import codes, memory, options

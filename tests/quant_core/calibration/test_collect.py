@@ -7,7 +7,7 @@ from comfyui_nibble.quant_core.calibration.collect import is_held_out
 from comfyui_nibble.quant_core.calibration.file import merge
 from comfyui_nibble.quant_core.calibration.observe import Observation
 from comfyui_nibble.quant_core.calibration.plan import Input
-from comfyui_nibble.quant_core.calibration.statistics import InputStatistics, NonFiniteActivation
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics, NonFiniteActivation
 
 WIDTHS = {"a": 64, "b": 128, "c": 64}
 INPUTS = [Input(name, width, ((0, width),), name) for name, width in WIDTHS.items()]

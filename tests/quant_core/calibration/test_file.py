@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfyui_nibble.quant_core.calibration import InputStatistics
 from comfyui_nibble.quant_core.calibration.file import Calibration, CalibrationError, read_recorder, save
 from comfyui_nibble.quant_core.calibration.trajectory import Recorder
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 
 META = {"model": "m", "samples": 2, "done": 2, "passes": 1, "seed": 0}
 SEEN = {"order": ["a"], "shared": {}, "rows": {"a": 4}}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import FAMILIES, FLUX, PIXART, Family, Part, detect
 from comfyui_nibble.quant_core.families.chroma import CHROMA
 from comfyui_nibble.quant_core.families.flux2 import FLUX2

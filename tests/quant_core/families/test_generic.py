@@ -4,11 +4,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.calibration.observe import Observation
+from comfyui_nibble.quant_core.calibration.observe import Observation, _unlike, measured, observed, why_left_out
 from comfyui_nibble.quant_core.families import FLUX, GENERIC, PIXART, Layer, Part, UnknownArchitecture, detect
-from comfyui_nibble.quant_core.families.generic import _unlike, measured, observed, sensitive, why_left_out
-from comfyui_nibble.quant_core.quantize import leave_out
-from comfyui_nibble.quant_core.report import Row
+from comfyui_nibble.quant_core.layer.row import Row
+from comfyui_nibble.quant_core.run.layers import leave_out
+from comfyui_nibble.quant_core.run.report import sensitive
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
 
 

@@ -4,16 +4,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.calibration.file import fingerprint
+from comfyui_nibble.quant_core.cli.quantize import quantize_file
+from comfyui_nibble.quant_core.convert.replace import replaced
 from comfyui_nibble.quant_core.families import GENERIC, detect
+from comfyui_nibble.quant_core.families.fingerprint import fingerprint
 from comfyui_nibble.quant_core.families.pointwise import spatial_of, why_unsure
-from comfyui_nibble.quant_core.formats import kitchen_out, native
-from comfyui_nibble.quant_core.formats.nunchaku import losses as nunchaku_losses
-from comfyui_nibble.quant_core.formats.others import replaced
-from comfyui_nibble.quant_core.formats.pack import PackFile
-from comfyui_nibble.quant_core.linear import QuantLinear
+from comfyui_nibble.quant_core.formats.kitchen import native
+from comfyui_nibble.quant_core.formats.kitchen import write as kitchen_out
+from comfyui_nibble.quant_core.formats.nibble import PackFile
+from comfyui_nibble.quant_core.formats.nunchaku.write import losses as nunchaku_losses
+from comfyui_nibble.quant_core.layer.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.quant_core.quantize_file import quantize_file
 from comfyui_nibble.tests.support import relative_error
 
 

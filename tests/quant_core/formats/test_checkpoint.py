@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.shards import files_of
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
 
 LAYER = "double_blocks.0.img_attn.qkv.weight"

@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.errors import CheckpointError
-from comfyui_nibble.quant_core.formats.opening import open_quantized
-from comfyui_nibble.quant_core.formats.pack import PackError
-from comfyui_nibble.quant_core.inspect import as_text, describe
+from comfyui_nibble.quant_core.formats.detect import open_quantized
+from comfyui_nibble.quant_core.formats.nibble import PackError
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 from comfyui_nibble.tests.support import nibble
 

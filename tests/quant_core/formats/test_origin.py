@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.formats import origin
-from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.origin import Origin, decoded, encoded, is_beside, outside
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.pipeline_folder import origin_of
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 
 SDXL = {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time"}
 

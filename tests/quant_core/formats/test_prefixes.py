@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.errors import CheckpointError
 from comfyui_nibble.quant_core.formats.prefixes import network
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 
 BLOCK = ("double_blocks.0.", "double_blocks.0._orig_mod.")
 BEFORE = [

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from comfyui_nibble.kernels.operator.packing import pack, unpack
+from comfyui_nibble.kernels.operator.spec import LinearSpec, PartSpec
 from comfyui_nibble.quant_core.formats.zero_points import offset_columns, signed, without_zero_points, zeros_of
-from comfyui_nibble.quant_core.linear import QuantizedLayer
-from comfyui_nibble.quant_core.packing import pack, unpack
-from comfyui_nibble.quant_core.spec import LinearSpec, PartSpec
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 
 N, K, G = 24, 256, 64
 

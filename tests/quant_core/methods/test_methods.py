@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.calibration.statistics import InputStatistics
 from comfyui_nibble.quant_core.families import Part
-from comfyui_nibble.quant_core.methods import METHODS, Problem, by_name, fit_problem, gptq, weight_only
-from comfyui_nibble.quant_core.methods.lowrank import truncated
-from comfyui_nibble.quant_core.methods.problem import output_sqnr
+from comfyui_nibble.quant_core.layer.lowrank import truncated
+from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
+from comfyui_nibble.quant_core.methods import METHODS, by_name, fit_problem, gptq, weight_only
 from comfyui_nibble.quant_core.methods.rtn import RTNConfig
 from comfyui_nibble.tests.support import outlier_tokens, sqnr_db
 
@@ -195,7 +195,7 @@ def test_dead_input_does_not_stop_gptq():
 def test_gptq_beats_rounding_on_tokens_it_has_not_seen():
     g = torch.Generator().manual_seed(0)
     w, x, y = torch.randn(64, 256, generator=g), outlier_tokens(8192, 256, 1, strength=4), outlier_tokens(512, 256, 2, strength=4)
-    from comfyui_nibble.quant_core.quantizers import absmax_scale, dequantize, quantize
+    from comfyui_nibble.kernels.operator.quantizers import absmax_scale, dequantize, quantize
 
     scale = absmax_scale(w, 4, "group")
     rounded = dequantize(quantize(w, scale, 4, "group"), scale, "group")

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import Layer, Part
-from comfyui_nibble.quant_core.formats import native as exported
-from comfyui_nibble.quant_core.formats.pack import PackFile
-from comfyui_nibble.quant_core.methods import METHODS, Problem, fit_problem, native
-from comfyui_nibble.quant_core.methods.problem import output_sqnr
-from comfyui_nibble.quant_core.quantize import quantize_layers
+from comfyui_nibble.quant_core.formats.kitchen import native as exported
+from comfyui_nibble.quant_core.formats.nibble import PackFile
+from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
+from comfyui_nibble.quant_core.methods import METHODS, fit_problem, native
+from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.support import nibble, sqnr_db
 
 METHOD = METHODS["native"]

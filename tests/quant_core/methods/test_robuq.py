@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels.dispatch import choose
+from comfyui_nibble.kernels.operator.quantizers import code_range, dequantize, quantize, ternary_scale
+from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError
 from comfyui_nibble.kernels.target import Target
-from comfyui_nibble.quant_core.calibration.statistics import InputStatistics
 from comfyui_nibble.quant_core.families import Part
-from comfyui_nibble.quant_core.formats import pack
+from comfyui_nibble.quant_core.formats import nibble
+from comfyui_nibble.quant_core.layer.problem import output_sqnr
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name, fit_problem, gptq
-from comfyui_nibble.quant_core.methods.problem import output_sqnr
 from comfyui_nibble.quant_core.methods.robuq import SIGMA_CLIP, RobuQPart
-from comfyui_nibble.quant_core.quantizers import code_range, dequantize, quantize, ternary_scale
-from comfyui_nibble.quant_core.spec import LinearSpec, SpecError
 from comfyui_nibble.tests.support import outlier_tokens, sqnr_db
 
 ROBUQ = by_name("robuq")
@@ -150,8 +150,8 @@ def test_layer_is_ternary_and_survives_a_file(make_problem, tmp_path):
     assert layer.tensors["weight"].shape == (96, 704 // 4)
     fields = layer.tensors["weight"].view(torch.uint8)
     assert all(((fields >> s) & 3 != 2).all() for s in (0, 2, 4, 6))  # -2 is never emitted
-    pack.save(tmp_path / "m.safetensors", {layer.name: layer}, {}, "flux", {}, [])
-    again = pack.PackFile(tmp_path / "m.safetensors").layer(layer.name)
+    nibble.save(tmp_path / "m.safetensors", {layer.name: layer}, {}, "flux", {}, [])
+    again = nibble.PackFile(tmp_path / "m.safetensors").layer(layer.name)
     assert again.spec == layer.spec == LinearSpec.from_json(layer.spec.to_json())
     assert all(torch.equal(again.tensors[k], t) for k, t in layer.tensors.items())
     x = problem.tokens("report")

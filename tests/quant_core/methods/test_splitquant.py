@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.calibration import InputStatistics
+from comfyui_nibble.kernels.operator.spec import LinearSpec, parse
+from comfyui_nibble.kernels.operator.transforms import fold_weight, kronecker, transform_activation, unfold_weight
 from comfyui_nibble.quant_core.families import Layer, Part
-from comfyui_nibble.quant_core.methods import Problem, by_name
+from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics
+from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.methods.factors import NoBalancedFactors, balanced, hadamard_factor, slice_width, start_factor
-from comfyui_nibble.quant_core.methods.problem import output_sqnr
 from comfyui_nibble.quant_core.methods.splitquant import SplitQuantConfig, fit
-from comfyui_nibble.quant_core.spec import LinearSpec, parse
-from comfyui_nibble.quant_core.transforms import fold_weight, kronecker, transform_activation, unfold_weight
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
 

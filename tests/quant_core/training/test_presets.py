@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.quant_core.methods.student import KINDS
 from comfyui_nibble.quant_core.training.presets import NAMES, PRESETS, UNTRAINED, preset
+from comfyui_nibble.quant_core.training.student import KINDS
 
 
 def test_every_name_of_every_method():

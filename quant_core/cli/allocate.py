@@ -1,0 +1,102 @@
+"""`nibble allocate`: a checkpoint in; measured, allocated and quantized at the chosen widths; a Nibble file out."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ...kernels.operator.errors import naming
+from ..calibration.file import Calibration, CalibrationError
+from ..calibration.gains import SAMPLES, of_calibration
+from ..calibration.observe import measured
+from ..families import Layer
+from ..families.pointwise import why_unsure
+from ..formats.checkpoint import Checkpoint
+from ..layer.row import Row
+from ..precision.allocate import Allocated, Budget, decide, untouched, with_choice
+from ..precision.menu import MIXED, MixedConfig
+from ..precision.sensitivity import sensitivity
+from ..run.layers import require_statistics
+from ..run.provenance import provenance
+from ..store.lock import only_run
+from .quantize import quantize_file, require_place
+
+
+def allocate_file(
+    source: Path,
+    destination: Path,
+    calibration: Calibration,
+    budget: Budget,
+    config: MixedConfig,
+    weights: Mapping[str, float] | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], Callable[[Iterable, int], Iterable]] = lambda unit: lambda items, total: items,
+    base3: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Allocated, list[Row]]:
+    """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as they
+    are in memory: base3, see `pack.save`, makes the file smaller than that.
+
+    The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another budget measures nothing again.
+    weights: as in `allocate`, of `gains.measure`. progress(unit): a progress bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
+    """
+    checkpoint, fingerprint, layers = opened(source, destination, calibration)
+    settings = provenance(fingerprint, "sensitivity", config, calibration)
+    path = Path(f"{destination}.sensitivity.json")
+    with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, CalibrationError):
+        table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
+    done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
+    chosen = replace(config, layers=done.allocation.layers)
+    rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say)
+    return done, rows
+
+
+def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[Checkpoint, str, list[Layer]]:
+    """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the destination can be written."""
+    checkpoint = Checkpoint(source)
+    require_place(destination, checkpoint, calibration)
+    fingerprint = checkpoint.fingerprint()
+    calibration.require_model(fingerprint)
+    layers = measured(_sure(checkpoint, calibration), calibration)
+    require_statistics(layers, calibration)
+    return checkpoint, fingerprint, layers
+
+
+def read_gains(path: Path) -> dict[str, float]:
+    """{layer: factor} of a JSON file. Raises ValueError naming the file and what is no number of 0 or more."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of thousands of digits
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected an object {{layer: number}}, found {type(found).__name__}")
+    for layer, gain in found.items():
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)) or not 0 <= gain < math.inf:
+            raise ValueError(f"{path}: gain of {layer}: expected a number of 0 or more, found {gain!r}")
+    return found
+
+
+def measured_gains(
+    source: Path, calibration: Calibration, device: str = "cpu", progress=lambda items, total: items, samples: int = SAMPLES
+):
+    """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept beside the calibration.
+
+    Raises the errors of `of_calibration` and, where something is left to measure, ValueError for a source that is no such folder.
+    """
+    from ..diffusers_host import model as diffusers_model
+
+    checkpoint = Checkpoint(source)
+    calibration.require_model(checkpoint.fingerprint())
+    layers = with_choice(measured(_sure(checkpoint, calibration), calibration))
+
+    def network():
+        model = diffusers_model.full(source, device)
+        names = diffusers_model.modules_of(checkpoint.family, layers, model)
+        return model, {name: [model.get_submodule(t) for t in targets] for name, targets in names.items()}
+
+    return of_calibration(calibration, [layer.name for layer in layers], network, device, progress, samples)
+
+
+def _sure(checkpoint, calibration) -> list[Layer]:
+    return [layer for layer in checkpoint.family.layers(checkpoint.shapes) if not why_unsure(layer, calibration)]

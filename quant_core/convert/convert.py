@@ -1,0 +1,211 @@
+"""`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before anything is written."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...kernels.operator.errors import NamedError, naming
+from ..formats import nibble
+from ..formats.detect import open_quantized
+from ..formats.kitchen import native
+from ..formats.kitchen import write as kitchen_out
+from ..formats.nunchaku import read as nunchaku
+from ..formats.opened import Opened
+from ..formats.zero_points import offsets_only
+from ..layer.linear import QuantizedLayer, same_bits
+from ..store.atomic import NoRoom, replacing, require_output
+from ..store.lock import only_run
+from .replace import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
+
+TARGETS = {
+    "native": "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack",
+    "kitchen": "comfy-kitchen's svdquant_w4a4 beside the native formats; runs where ComfyUI's core takes it",
+    "nunchaku": "nunchaku's SVDQuant INT4, one file",
+    "nibble": "the pack's own file",
+}
+
+
+class LossyConversion(ValueError):
+    """The conversion would change layers, and nobody said that it may."""
+
+
+class ImpossibleConversion(ValueError):
+    """The format has nothing for what the model is."""
+
+
+class NotReadBack(NamedError):
+    """A written file is not what it was made from: a defect of the pack, or a damaged source."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do. lossy: {layer: why it cannot stay as it is}; for nunchaku they become W4A16 without a low rank. impossible: why there is no such file at all, or ""."""
+
+    source: Opened
+    to: str
+    lossy: dict[str, str]
+    impossible: str = ""
+    awq: bool = False  # whether the ComfyUI that shall read a native or kitchen file has awq_w4a16
+
+    @property
+    def lossless(self) -> bool:
+        return not self.lossy and not self.impossible and not self.source.notes
+
+    def becomes(self, replacement: str) -> str:
+        """What `lossy` layers become, where `replacement` was asked for: nunchaku has one way only."""
+        return NEAREST if self.to == "nunchaku" else replacement
+
+    def lines(self, replacement: str = AS[0]) -> list[str]:
+        exact = len(self.source.specs) - len(self.lossy)
+        out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
+        if self.impossible:
+            return [*out, f"not possible: {self.impossible}"]
+        whole = ", but for biases, which nunchaku has in 16 bit" if self.to == "nunchaku" else ", nothing is lost" * self.lossless
+        out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
+        out += [f"read with a loss: {note}" for note in self.source.notes]
+        reasons = {}
+        for name, why in self.lossy.items():
+            # What nunchaku has in 4 bits may be in 16 here.
+            what = becomes(self.source.specs[name], self.becomes(replacement)) if name in self.source.specs else self.becomes(replacement)
+            reasons.setdefault((what, why), []).append(name)
+        out += [
+            f"{len(names)} as {what} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}" for (what, why), names in reasons.items()
+        ]
+        return out
+
+
+def plan(source: Opened, to: str, comfyui: str = native.OLDEST) -> Plan:
+    """comfyui: the oldest version that shall read a native or kitchen file; later ones have more formats. Raises ValueError for an unknown
+    target or version."""
+    if to not in TARGETS:
+        raise ValueError(f"unknown format {to!r}; choose of {', '.join(TARGETS)}")
+    if to == "nunchaku":
+        return _for_nunchaku(source)
+    if to == "nibble":
+        return Plan(source, to, {})
+    awq = native.has_awq(comfyui)
+    losses = native.losses if to == "native" else kitchen_out.losses
+    return Plan(source, to, losses(source.specs, source.layer if awq else None), awq=awq)
+
+
+def _for_nunchaku(source: Opened) -> Plan:
+    """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement there."""
+    lossy = nunchaku.losses(source.specs, source.family)
+    for name, spec in source.specs.items():
+        if name not in lossy and spec.weight_only and spec.rank and not offsets_only(source.layer(name)):
+            lossy[name] = f"has a low-rank branch of rank {spec.rank}, and nunchaku's modulation layers have none"
+    bare = {n: nearest_spec(source.specs[n]) for n in lossy if n in source.specs and source.specs[n].weight_only}
+    misfits = nunchaku.losses(source.specs | bare, source.family)
+    if not misfits:
+        return Plan(source, "nunchaku", lossy)
+    why = "; ".join(f"{name} {sentence}" for name, sentence in list(misfits.items())[:3])
+    more = f" ({len(misfits)} such layers)" * (len(misfits) > 3)
+    return Plan(source, "nunchaku", {}, f"{why}{more}. Quantize the full-precision model with the method svdquant.")
+
+
+def convert(
+    planned: Plan,
+    destination: Path,
+    *,
+    lossy: bool = False,
+    replacement: str = AS[0],
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> list[str]:
+    """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
+
+    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The
+    source's hashes are compared first, where it has them. Layers are read one by one and stay memory-mapped where they are written as they
+    are. Raises LossyConversion, ImpossibleConversion, NotReadBack, OverInput, Busy, and the errors of reading.
+    """
+    source, destination = planned.source, Path(destination)
+    if planned.impossible:
+        raise ImpossibleConversion("\n".join(planned.lines()))
+    if replacement == SMALL and not planned.awq:
+        raise ValueError(
+            f"replacement {SMALL}: the file is for a ComfyUI without awq_w4a16. Ask for one of {native.AWQ} or newer (--comfyui {native.AWQ}, or "
+            "the input of the node), or take int8."
+        )
+    if not lossy and not planned.lossless:
+        raise LossyConversion(
+            "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
+        )
+    require_output(destination, source.files)
+    with only_run(destination, f"converts {source.path.name}"):
+        notes, same = _converted(planned, destination, replacement, progress)
+    size = destination.stat().st_size
+    return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
+
+
+def _converted(planned, destination, replacement, progress) -> tuple[list[str], int]:
+    """(what the format changed, how many layers read back)."""
+    source = planned.source
+    source.verify()
+    layers, rest = {}, {key: source.tensor(key) for key in source.rest}
+    for name in progress(list(source.specs), len(source.specs)):
+        layer = source.layer(name)
+        if name in planned.lossy:
+            with naming(source.path):
+                one, more = replaced({name: layer}, {}, [name], planned.becomes(replacement))
+            layers, rest = layers | one, rest | more
+        else:
+            layers[name] = layer
+    with replacing(destination) as temporary:  # a file that does not read back never has the name, and what had it stays
+        try:
+            with naming(source.path):
+                notes = _write(planned, temporary, layers, rest)
+            same = _verify(planned, temporary, destination, layers, notes)
+        except NoRoom as error:
+            raise NoRoom(error.errno, str(error).replace(str(temporary), str(destination))) from error
+    return notes, same
+
+
+def _write(planned, destination, layers, rest) -> list[str]:
+    """Returns sentences on what the format changed."""
+    source = planned.source
+    if planned.to == "nibble":
+        nibble.save(destination, layers, rest, source.family, source.provenance, source.report, origin=source.origin)
+    elif planned.to == "nunchaku":
+        return nunchaku.save(destination, layers, rest, source.family, source.provenance)
+    else:
+        metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
+        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata, source.origin, planned.awq)
+    return []
+
+
+def _verify(planned, written: Path, destination: Path, layers: dict[str, QuantizedLayer], notes) -> int:
+    """How many layers of the file `written` are as they were. Raises NotReadBack, which speaks of `destination`."""
+    kept = {name: layers[name] for name in planned.source.specs if name not in planned.lossy}
+    if planned.to == "nunchaku":
+        changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
+        kept = {name: layer for name, layer in kept.items() if not changed(name)}
+    try:
+        found = open_quantized(written) if kept else None
+    except NamedError as error:
+        why = str(error).replace(str(written), "it")
+        raise NotReadBack(
+            f"{destination}: made from {planned.source.path}, cannot be read back ({why}). The file is not written; report this."
+        ) from error
+    if planned.to == "nunchaku":  # it has some weight-only layers in 16 bit
+        kept = {name: layer for name, layer in kept.items() if name in found.specs}
+    for name, layer in kept.items():
+        again = found.layer(name) if name in found.specs else None
+        if again is None or not _same(again, layer, planned.to):
+            if not all(t.isfinite().all() for t in layer.tensors.values() if t.is_floating_point()):
+                raise NotReadBack(
+                    f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the format cannot keep it as it is. The "
+                    "file is not written; the source is damaged: download or quantize it again."
+                )
+            became = "nothing" if again is None else again.spec.describe()
+            raise NotReadBack(
+                f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became "
+                f"{became}). The file is not written; report this with the two specifications."
+            )
+    return len(kept)
+
+
+def _same(found: QuantizedLayer, layer: QuantizedLayer, to: str) -> bool:
+    if to == "nunchaku" and nunchaku.reads_back(found, layer):
+        return True
+    same = all(k in found.tensors and same_bits(found.tensors[k], t) for k, t in layer.tensors.items())
+    # A format may ask for a low rank of zeros and smoothing by one where the layer has none.
+    return same and (found.spec == layer.spec or same_bits(found.dequantize(), layer.dequantize()))

@@ -1,0 +1,75 @@
+"""Which format a file is of, from its header; and the reader of it."""
+
+from pathlib import Path
+
+from ..families import UnknownArchitecture
+from ..store.safe import CheckpointError, open_safetensors
+from . import stop
+from .checkpoint import Checkpoint
+from .kitchen.read import KitchenFile, is_kitchen
+from .nibble import PackError, PackFile
+from .nunchaku.read import NunchakuFile, is_nunchaku
+from .opened import Opened
+from .scaled import PACKED
+from .shards import files_of
+
+NIBBLE, KITCHEN, NUNCHAKU, FULL, CALIBRATION = "nibble", "kitchen", "nunchaku", "full", "calibration"
+
+
+def kind_of(path: Path) -> str:
+    """One of the names above. Raises CheckpointError for what cannot be read, and for files that declare two formats at once."""
+    path = Path(path)
+    first = next(iter(sorted(path.glob("*.safetensors"))), None) if path.is_dir() else path
+    if first is None:
+        first = files_of(path)[0]
+    file = open_safetensors(first)
+    keys, metadata = list(file.keys()), file.metadata() or {}
+    if "nibble" in metadata:
+        keys = [k for k in keys if not k.startswith(stop.PREFIX)]
+    if "nibble_calibration" in metadata:
+        return CALIBRATION
+    found = [
+        name
+        for name, yes in (
+            (NIBBLE, "nibble" in metadata),
+            (KITCHEN, is_kitchen(keys, metadata) and _packed(file, keys)),
+            (NUNCHAKU, is_nunchaku(path, keys, metadata)),
+        )
+        if yes
+    ]
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{path}: declares layers as {' and as '.join(found)} does; expected one format. Download or export it again."
+        )
+    return found[0] if found else FULL
+
+
+def _packed(file, keys) -> bool:
+    """Whether there are integer weights: fp8 alone, declared or not, is a source to quantize from."""
+    return any(file.get_slice(k).get_dtype() in PACKED for k in keys if k.endswith(".weight"))
+
+
+def open_quantized(path: Path) -> Opened:
+    """The reader of a quantized model. Raises PackError for one that is not quantized, and the errors of the readers."""
+    kind = kind_of(path)
+    if kind in (FULL, CALIBRATION):
+        what = "a calibration" if kind == CALIBRATION else f"{_fp8(path)}not a quantized model that this pack knows"
+        raise PackError(
+            f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its own files, ComfyUI's and "
+            "comfy-kitchen's, and nunchaku's INT4."
+        )
+    return {NIBBLE: PackFile, KITCHEN: KitchenFile, NUNCHAKU: NunchakuFile}[kind](path)
+
+
+def _fp8(path) -> str:
+    """A phrase on a file in fp8, "" for any other. Raises CheckpointError for weights in a format that this pack does not read."""
+    try:
+        found = Checkpoint(path).fp8
+    except UnknownArchitecture:
+        return ""
+    return f"in fp8 ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""
+
+
+def open_any(path: Path) -> Opened | Checkpoint:
+    """A quantized model, or one in full precision."""
+    return Checkpoint(path) if kind_of(path) == FULL else open_quantized(path)

@@ -1,0 +1,1 @@
+"""Which bits for which layer: measured candidates, a budget, and the choice."""

@@ -1,0 +1,115 @@
+"""What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate` works on."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ...kernels.operator.spec import LinearSpec
+from ..calibration.file import Calibration
+from ..families import Layer
+from ..layer.linear import QuantizedLayer
+from ..methods import fit_problem
+from ..run.layers import not_quantizable, problem_of
+from ..store.table import Table
+from .guard import noise_of, require_tokens
+from .menu import MIXED, MixedConfig, variants
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A layer at one precision. noise: noise-to-signal ratio of its output on held-out tokens; nbytes: with all side data.
+
+    bits: of the codes, the mean over in-channels, without side data. cost: multiply-adds a token, times `relative_cost`.
+    """
+
+    noise: float
+    nbytes: int
+    activation_bits: float
+    weight_bits: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A layer and {entry: Cell}. fixed: weight-only, with one cell, outside of averages of bits."""
+
+    name: str
+    block: str
+    in_features: int
+    out_features: int
+    fixed: bool = False
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+def relative_cost(spec: LinearSpec | None) -> float:
+    """Time of a multiply-add against int4's, by the peak rates of Ampere's and Ada's tensor cores (int4 4, int8 2, 16 bit 1).
+
+    A proxy: the path is that of `kernels.plan.kernel_of` there, where 2-bit weights, and any with 8-bit activations, are int8 products.
+    So fewer activation bits than 8 make a ternary layer no faster today. Memory traffic, quantizer and low rank are not in it.
+    """
+    if spec is None:
+        return 4.0
+    rate = lambda p: 4 if p.activation is None else (1 if p.weight.bits == 4 and p.activation.bits <= 4 else 2)
+    return sum(p.width * rate(p) for p in spec.parts) / spec.in_features
+
+
+def sensitivity(
+    layers: Iterable[Layer],
+    get: Callable[[str], torch.Tensor],
+    keys,
+    calibration: Calibration,
+    config: MixedConfig,
+    path: Path,
+    settings: dict,
+    device: str | torch.device = "cpu",
+    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> list[Sensitivity]:
+    """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path` (JSON) after each.
+
+    A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in `quantize_layers`. Layers
+    whose width no kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where no token was
+    held out, ValueError for a damaged table, and UnfitLayer.
+    """
+    table = Table(path, settings, "sensitivities")
+    done = {row.name: row for row in table.parsed(_row)}
+    layers = [layer for layer in layers if not not_quantizable(layer)]
+    for layer in progress(layers, len(layers)):
+        if layer.name not in done:
+            done[layer.name] = _measured(layer, get, keys, calibration, config, device)
+            table.add(asdict(done[layer.name]))
+    return [done[layer.name] for layer in layers]
+
+
+def _measured(layer, get, keys, calibration, config, device):
+    make = lambda: problem_of(layer, get, keys, calibration, device)
+    problem = problem_of(layer, get, keys, calibration, device, second_moments=False)
+    here = Sensitivity(layer.name, layer.block, layer.in_features, layer.out_features, layer.weight_only)
+    if layer.weight_only:
+        fitted = fit_problem(make(), MIXED, config).layer
+        here.cells["W4A16"] = _cell(problem, fitted)
+        return here
+    require_tokens(problem, calibration)
+    for entry, made in variants(make, config):
+        here.cells[entry.name] = _cell(problem, made)
+    return here
+
+
+def _cell(problem, layer: QuantizedLayer | None) -> Cell:
+    macs = problem.original.numel()
+    if layer is None:  # 2 bytes each, also of an fp32 original
+        bias = 0 if problem.bias is None else problem.bias.numel()
+        return Cell(0.0, 2 * (macs + bias), 16.0, 16.0, relative_cost(None) * macs)
+    noise = 0.0 if problem.tokens("report") is None else noise_of(problem, layer)  # of weight-only layers, outside of every choice
+    mean = lambda bits: sum(p.width * bits(p) for p in layer.spec.parts) / layer.spec.width
+    activation = mean(lambda p: 16 if p.activation is None else p.activation.bits)
+    return Cell(noise, layer.nbytes, activation, mean(lambda p: p.weight.bits), relative_cost(layer.spec) * macs)
+
+
+def _row(row: dict) -> Sensitivity:
+    return Sensitivity(**row | {"cells": {name: Cell(**c) for name, c in row["cells"].items()}})

@@ -1,0 +1,1 @@
+"""Files that are written whole or not at all, locked, hashed and read with care, whatever they hold."""

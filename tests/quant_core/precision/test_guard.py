@@ -1,0 +1,222 @@
+"""What a layer can be raised to, on synthetic layers with outliers, and what the report says of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from comfyui_nibble.kernels.dispatch import choose
+from comfyui_nibble.kernels.target import Target
+from comfyui_nibble.quant_core.calibration.file import CalibrationError
+from comfyui_nibble.quant_core.families import Part
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
+from comfyui_nibble.quant_core.layer.precisions import higher, w4a8, w8a8
+from comfyui_nibble.quant_core.layer.problem import output_sqnr
+from comfyui_nibble.quant_core.layer.row import Row
+from comfyui_nibble.quant_core.methods import METHODS, weight_only
+from comfyui_nibble.quant_core.precision.budget import for_memory, for_quality
+from comfyui_nibble.quant_core.precision.guard import Measured, as_units, by_layer, candidates, measure, noise_of
+from comfyui_nibble.quant_core.precision.guard_report import Decision, as_text, rows_after
+from comfyui_nibble.tests.support import sqnr_db
+
+PLAIN, GELU, HALVES = (Part(0, 512),), (Part(0, 512, True),), (Part(0, 128), Part(128, 512, True))
+ADA = Target("cuda", 89, (3, 6), "a card with INT4 tensor cores")
+
+
+def quantized(problem, method="svdquant", **options):
+    options = {"rank": 16} | options if method.startswith("svdquant") else {}
+    return METHODS[method].fit(problem, METHODS[method].configured(**options)).layer
+
+
+@pytest.mark.parametrize("parts", [PLAIN, GELU, HALVES])
+@pytest.mark.parametrize("method", ["svdquant", "svdquant_r", "convrot"])
+def test_each_precision_is_better_than_the_one_below(make_problem, parts, method):
+    problem = make_problem(192, 512, parts)
+    layer = quantized(problem, method)
+    found = {c.precision: c for c in candidates(problem, layer)}
+    assert list(found) == higher(layer.spec) == ["W4A8", "W8A8", "16 bit"]
+    db = [output_sqnr(problem, layer), output_sqnr(problem, found["W4A8"].layer), output_sqnr(problem, found["W8A8"].layer)]
+    # 1.7 dB and more where the weights' noise is most of it, 6 dB at best; without smoothing a row's scale is lost on outliers.
+    assert db[1] > db[0] + 1.5
+    assert db[2] > db[1] + 13
+    if method != "convrot":
+        assert db[2] > 40
+    assert found["W8A8"].noise == 10 ** (-db[2] / 10)
+    assert (found["16 bit"].layer, found["16 bit"].noise) == (None, 0.0)
+
+
+@pytest.mark.parametrize("parts", [PLAIN, GELU, HALVES])
+def test_bytes(make_problem, parts):
+    problem = make_problem(192, 512, parts)
+    layer = quantized(problem)
+    found = {c.precision: c for c in candidates(problem, layer)}
+    assert found["W4A8"].nbytes == layer.nbytes
+    # codes, an fp32 scale a row and part, smoothing and the bias in 16 bit
+    assert found["W8A8"].nbytes == found["W8A8"].layer.nbytes == 192 * 512 + 4 * 192 * len(parts) + 2 * 512 + 2 * 192
+    assert found["16 bit"].nbytes == 2 * 192 * 512 + 2 * 192
+
+
+def test_w4a8_shares_every_tensor(make_problem):
+    layer = quantized(make_problem(96, 512, HALVES))
+    again = w4a8(layer)
+    assert {k: t.data_ptr() for k, t in again.tensors.items()} == {k: t.data_ptr() for k, t in layer.tensors.items()}
+    for before, after in zip(layer.spec.parts, again.spec.parts, strict=True):
+        assert (after.activation.bits, after.activation.unsigned, after.activation.clip) == (8, False, 1.0)
+        assert replace(after, activation=before.activation) == before
+        assert (after.activation.shift, after.activation.granularity) == (before.activation.shift, before.activation.granularity)
+
+
+def test_w8a8_keeps_transforms_and_gives_the_bias_back(make_problem):
+    problem = make_problem(96, 512, HALVES)
+    layer = quantized(problem, "svdquant_r", rotation=64)
+    again = w8a8(problem, layer)
+    assert [p.rotation for p in again.spec.parts] == [p.rotation for p in layer.spec.parts]
+    assert torch.equal(again.tensors["smooth_factor"], layer.tensors["smooth_factor"])
+    assert torch.equal(again.tensors["bias"], problem.bias)
+    assert not torch.equal(layer.tensors["bias"].to(problem.bias.dtype), problem.bias)  # it holds the correction of the shift
+    assert {p.activation.shift for p in again.spec.parts} == {0.0}
+    assert again.spec.rank == 0
+    assert sqnr_db(problem.weight.float(), again.dequantize()) > 40
+
+
+def test_no_bias_stays_none(make_problem):
+    problem = make_problem(96, 512, GELU, bias=False)
+    layer = quantized(problem)
+    assert layer.spec.bias  # made for the shift
+    assert "bias" not in w8a8(problem, layer).tensors
+    found = {c.precision: c.nbytes for c in candidates(problem, layer)}
+    assert found["16 bit"] == 2 * 96 * 512
+
+
+@pytest.mark.parametrize("parts", [PLAIN, GELU, (Part(0, 128), Part(128, 640, True))])
+def test_raised_layers_stay_on_tensor_cores(make_problem, parts):
+    problem = make_problem(96, parts[-1].stop, parts)
+    layer = quantized(problem)
+    assert choose(layer.spec, ADA).path == "int4 tensor cores"
+    assert choose(w4a8(layer).spec, ADA).path == choose(w8a8(problem, layer).spec, ADA).path == "int8 tensor cores"
+
+
+def test_what_is_above(make_problem):
+    problem = make_problem(96, 512)
+    layer = quantized(problem)
+    assert higher(w4a8(layer).spec) == ["W8A8", "16 bit"]
+    assert higher(w8a8(problem, layer).spec) == ["16 bit"]
+    assert higher(weight_only.fit(problem).layer.spec) == []
+    assert [c.precision for c in candidates(problem, layer, allowed=("16 bit", "W4A8"))] == ["W4A8", "16 bit"]
+
+
+class OneInput:
+    """A calibration of one layer."""
+
+    path = "calibration"
+
+    def __init__(self, statistics):
+        self.statistics = statistics
+
+    def width(self, name):
+        return self.statistics.width
+
+    def get(self, name, second_moments):
+        assert not second_moments
+        return self.statistics
+
+
+def test_measured_numbers(make_problem):
+    problem = make_problem(96, 512)
+    layer, name = quantized(problem), problem.layer.name
+    tensors = {f"{name}.weight": problem.weight, f"{name}.bias": problem.bias}
+    (m,) = measure([problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics), ("W8A8",))
+    raised = w8a8(problem, layer)
+    assert m == Measured(
+        name, "blocks.0", "W4A4", layer.nbytes, noise_of(problem, layer), {"W8A8": (raised.nbytes, noise_of(problem, raised))}
+    )
+    problem.statistics.tokens = problem.statistics.tokens[:1]
+    with pytest.raises(CalibrationError, match=r"no held-out tokens of layer blocks.0.linear .* 2 samples or more"):
+        list(measure([problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics)))
+
+
+# -- layers, blocks and the report, on numbers ---------------------------------------------------------------------------
+
+MEASURED = [
+    Measured("b.0.x", "b.0", "W4A4", 1024, 0.02, {"W4A8": (1024, 0.015), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
+    Measured("b.0.y", "b.0", "W4A4", 1024, 0.004, {"W4A8": (1024, 0.005), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
+    Measured("b.1.x", "b.1", "W4A4", 1024, 0.006, {"W4A8": (1024, 0.003), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
+]
+ALL = ("W4A8", "W8A8", "16 bit")
+
+
+def decide(by, limit, blocks=False, measured=MEASURED, allowed=ALL):
+    units = as_units(measured, blocks)
+    chosen = (for_quality if by == "quality" else for_memory)(units, limit)
+    return Decision(by, limit, blocks, allowed, measured, units, chosen, by_layer(measured, chosen, blocks))
+
+
+def test_a_layer_of_a_block_that_would_measure_worse_stays():
+    block = as_units(MEASURED, True)[0]
+    assert (block.name, block.noise, block.layers) == ("b.0", 0.024, 2)
+    assert [(o.precision, o.extra, round(o.noise, 6)) for o in block.options] == [
+        ("W4A8", 0, 0.019),
+        ("W8A8", 2048, 0.0002),
+        ("16 bit", 6144, 0.0),
+    ]
+    assert decide("memory", 0, blocks=True).layers == {"b.0.x": "W4A8", "b.1.x": "W4A8"}
+    assert decide("quality", 20, blocks=True).layers == {"b.0.x": "W4A8"}  # mean noise 0.012 -> 0.0095
+    assert decide("quality", 25, blocks=True).layers == {"b.0.x": "W8A8", "b.0.y": "W8A8", "b.1.x": "W4A8"}
+
+
+def test_report_of_a_quality_budget():
+    text = as_text(decide("quality", 22), "FLUX.1, Nibble Guard")
+    assert "FLUX.1, Nibble Guard: every layer at 22 dB or more at the least extra memory; allowed: W4A8, W8A8, 16 bit" in text
+    assert "1 of 3 measured layers raised: 1 to W8A8" in text
+    assert "Memory of these layers: 3.0 KiB -> 4.0 KiB, +1.0 KiB" in text
+    # means of 0.02, 0.004, 0.006 and of 0.0001, 0.004, 0.006
+    assert "mean 1.000% -> 0.337% of the signal (20.0 dB -> 24.7 dB), worst layer 17.0 dB -> 22.2 dB" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("b.")]
+    assert row.split("  ")[-1] == "worst of 3; below the target 22 dB (W4A8: 18.2 dB)"
+    assert "W4A4 -> W8A8" in row
+    assert "17.0 dB -> 40.0 dB" in row
+
+
+def test_report_says_what_misses_the_target():
+    text = as_text(
+        decide("quality", 22, allowed=("W4A8",), measured=[replace(m, options={"W4A8": m.options["W4A8"]}) for m in MEASURED]), ""
+    )
+    assert "b.0.x: worst" not in text
+    assert "below the target 22 dB, the nearest that the allowed precisions come" in text
+    assert "Below the target: b.0.x at 18.2 dB, the best of W4A8. Allow 16 bit to reach it." in text
+    assert "W4A8 costs no memory, only that: 1 of them." in text
+
+
+def test_report_of_a_memory_budget():
+    decision = decide("memory", 1100)
+    assert decision.layers == {"b.0.x": "W8A8", "b.1.x": "W4A8"}
+    text = as_text(decision, "")
+    assert "the least noise at 1.1 KiB more or less" in text
+    assert "3.0 KiB -> 4.0 KiB, +1.0 KiB of 1.1 KiB allowed" in text
+    assert "worst of 3; takes away 66.3% of all noise" in text  # 0.0199 of 0.03
+    assert "no. 2 of 3 from the worst; takes away 10.0% of all noise" in text
+    assert "Not raised further, 0.1 KiB of the budget are left: b.0.x at 40.0 dB (16 bit: +2.0 KiB, exact); b.1.x" in text
+
+
+def test_nothing_to_raise():
+    assert "No layer with quantized activations" in as_text(decide("quality", 20, measured=[]), "")
+    text = as_text(decide("quality", 10), "")
+    assert "0 of 3 measured layers raised\n" in text
+    assert "slower" not in text
+
+
+def test_rows(make_problem):
+    problem = make_problem(96, 512)
+    raised = w8a8(problem, quantized(problem))
+    plan = [replace(problem.layer, name=m.name, block=m.block) for m in MEASURED]
+    rows = [Row(m.name, m.block, 512, 96, "W4A4 g64 r16", 1.0, 1024, choices={"smooth": "rms"}).to_json() for m in MEASURED]
+    rows.append(Row("b.0.mod", "b.0", 512, 96, "W4A16 g64", None, 99).to_json())
+    decision = replace(decide("quality", 25), layers={"b.0.x": "16 bit", "b.1.x": "W8A8"})
+    made = {"b.0.x": None, "b.1.x": QuantizedLayer("b.1.x", raised.spec, raised.tensors)}
+    x, y, z, mod = rows_after(rows, decision, plan, made)
+    assert (x["what"], x["nbytes"], x["sqnr_db"]) == ("16 bit", 0, None)
+    assert x["note"] == "raised by Nibble Guard, was W4A4 at 17.0 dB"
+    assert y == rows[1] | {"sqnr_db": pytest.approx(23.979, abs=1e-3)}  # measured now, and left
+    assert (z["what"], z["nbytes"], z["sqnr_db"]) == ("W8A8 per channel smooth", 2048, pytest.approx(40))
+    assert z["choices"] == {"smooth": "rms", "guard": "raised by Nibble Guard, was W4A4 at 22.2 dB"}
+    assert mod == rows[3]
