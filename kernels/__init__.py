@@ -1,4 +1,5 @@
-"""One folder an op: naive.py is the specification, the others are tested against it. `dispatch` says which one runs and why."""
+"""One folder an op: naive.py is the specification, the others are tested against it. `dispatch` says which
+one runs and why."""
 
 from .dispatch import choose, paths_of, requantize_at_load
 

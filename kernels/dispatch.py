@@ -1,7 +1,7 @@
 """Which implementation of the operator a layer takes, and why each faster one was refused.
 
-A path is a name and a tuple of requirements. A requirement is a function of (spec, target) that returns the reason against the path,
-or None. Adding a card or a kernel is adding a row.
+A path is a name and a tuple of requirements. A requirement is a function of (spec, target) that returns the
+reason against the path, or None. Adding a card or a kernel is adding a row.
 """
 
 from collections import Counter
@@ -20,7 +20,9 @@ from .target import MIN_INT4, MIN_TRITON, Target, target_of
 from .tuning import kronecker_limits, kronecker_tile
 
 _TRANSFORMED = "x transformed by torch"
-ROW_LIMIT = 64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
+ROW_LIMIT = (
+    64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def _triton(spec, target):
 def _arch(*archs):
     def check(spec, target):
         names = ", ".join(f"sm_{a}" for a in archs)
-        return None if target.backend == "cuda" and target.arch in archs else f"{names} only, this is {target}"
+        return (
+            None if target.backend == "cuda" and target.arch in archs else f"{names} only, this is {target}"
+        )
 
     return check
 
@@ -75,17 +79,28 @@ def _every(text, accept):
 
 _QUANTIZED = _every("weight-only layer", lambda p: p.activation is not None)
 _WEIGHT_ONLY = _every("activations are quantized", lambda p: p.activation is None)
-_NO_TENSOR_SCALE = _every("one activation scale for a whole tensor", lambda p: p.activation is None or p.activation.granularity != "tensor")
+_NO_TENSOR_SCALE = _every(
+    "one activation scale for a whole tensor",
+    lambda p: p.activation is None or p.activation.granularity != "tensor",
+)
 _GROUPS = _every(
     "groups of {w.group} weights or of {a.group} activations, not 64",
     lambda p: (
-        (p.weight.granularity != "group" or p.weight.group == 64) and (p.activation.granularity != "group" or p.activation.group == 64)
+        (p.weight.granularity != "group" or p.weight.group == 64)
+        and (p.activation.granularity != "group" or p.activation.group == 64)
     ),
 )
-_WEIGHT_GROUPS = _every("groups of {w.group} weights, not 64", lambda p: p.weight.granularity != "group" or p.weight.group == 64)
+_WEIGHT_GROUPS = _every(
+    "groups of {w.group} weights, not 64", lambda p: p.weight.granularity != "group" or p.weight.group == 64
+)
 _ROTATION = _every("Hadamard blocks of {p.rotation} channels, above 256", lambda p: p.rotation <= 256)
-_SIGNED_8 = _every("unsigned 8-bit codes do not fit into int8", lambda p: not (p.activation.unsigned and p.activation.bits == 8))
-_INT4_CODES = _every("W{w.bits}A{a.bits} is not 4 bit on both sides", lambda p: p.weight.bits == 4 and p.activation.bits <= 4)
+_SIGNED_8 = _every(
+    "unsigned 8-bit codes do not fit into int8",
+    lambda p: not (p.activation.unsigned and p.activation.bits == 8),
+)
+_INT4_CODES = _every(
+    "W{w.bits}A{a.bits} is not 4 bit on both sides", lambda p: p.weight.bits == 4 and p.activation.bits <= 4
+)
 
 
 def _edges(spec, target):
@@ -105,13 +120,23 @@ def _wide_groups(spec, target):
 
 
 def _products_16(spec, target):
-    return f"Triton has no 16-bit tensor-core product for sm_{target.arch}" if target.backend == "cuda" and target.arch < 80 else None
+    return (
+        f"Triton has no 16-bit tensor-core product for sm_{target.arch}"
+        if target.backend == "cuda" and target.arch < 80
+        else None
+    )
 
 
 def _whole_bytes(spec, target):
     """Rows of a slice begin at whole bytes of packed codes."""
-    bad = next((p for p in spec.parts if p.kronecker and p.kronecker[1] % 2 and not kernel_of(p, target)[1]), None)
-    return None if bad is None else f"slices of {_sizes(bad)} channels, odd rows of which two codes of one byte would be in two"
+    bad = next(
+        (p for p in spec.parts if p.kronecker and p.kronecker[1] % 2 and not kernel_of(p, target)[1]), None
+    )
+    return (
+        None
+        if bad is None
+        else f"slices of {_sizes(bad)} channels, odd rows of which two codes of one byte would be in two"
+    )
 
 
 def _tile_of_transform(spec, target):
@@ -152,14 +177,24 @@ FUSED = "transform in the quantizer"
 FUSED_TRANSFORM = (
     _QUANTIZED,
     _products_16,
-    _every("one activation scale each {a.group} channels", lambda p: not p.kronecker or p.activation.granularity == "token"),
+    _every(
+        "one activation scale each {a.group} channels",
+        lambda p: not p.kronecker or p.activation.granularity == "token",
+    ),
     _whole_bytes,
     _tile_of_transform,
 )
 
 # Fastest first.
 PATHS = {
-    "int4 tensor cores": (*_QUANT, _arch(TURING, *NATIVE_INT4), _INT4_CODES, _edges, _int4_triton, _turing_groups),
+    "int4 tensor cores": (
+        *_QUANT,
+        _arch(TURING, *NATIVE_INT4),
+        _INT4_CODES,
+        _edges,
+        _int4_triton,
+        _turing_groups,
+    ),
     "int8 tensor cores": (*_QUANT, _int8_products, _SIGNED_8, _edges, _wide_groups),
     "weight-only kernel": (*_BASE, _WEIGHT_ONLY, _WEIGHT_GROUPS),
 }
@@ -187,8 +222,8 @@ def _first(requirements, spec, target):
 
 @torch.compiler.assume_constant_result
 def _path(spec: str, device, dtype, asked: tuple | None) -> str:
-    """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the Target asked for. Where the
-    path takes x transformed by torch, _TRANSFORMED."""
+    """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the
+    Target asked for. Where the path takes x transformed by torch, _TRANSFORMED."""
     target = Target(*asked) if asked else target_of(device)
     if dtype not in target.dtypes:
         return "eager"
@@ -197,15 +232,16 @@ def _path(spec: str, device, dtype, asked: tuple | None) -> str:
 
 
 def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
-    """Whether the layer should run as W8A8 (`quant_core.requantize`): on Hopper the two FMA an output and group of group-64 scales
-    take more issue slots than the whole bf16 product has time."""
+    """Whether the layer should run as W8A8 (`quant_core.requantize`): on Hopper the two FMA an output and
+    group of group-64 scales take more issue slots than the whole bf16 product has time."""
     hopper = target.backend == "cuda" and target.arch == 90 and target.triton is not None
     quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
     return hopper and quantized and any(has_groups(p) for p in spec.parts)
 
 
 def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:
-    """For a report: {layer: path} on a target, and lines that count the layers of each path with the reasons for it."""
+    """For a report: {layer: path} on a target, and lines that count the layers of each path with the reasons
+    for it."""
     paths, counts = {}, Counter()
     for name, spec in specs.items():
         again = requantize_at_load(spec, target)
@@ -214,24 +250,34 @@ def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, st
         counts[paths[name], choice.refused] += 1
     lines = [f"Runs on {target}:"]
     for (path, refused), count in counts.most_common():
-        lines.append(f"  {count} {'layer' if count == 1 else 'layers'}: {path}" + "".join(f"; {n}: {r}" for n, r in refused))
+        lines.append(
+            f"  {count} {'layer' if count == 1 else 'layers'}: {path}"
+            + "".join(f"; {n}: {r}" for n, r in refused)
+        )
     return paths, lines
 
 
 def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
-    """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See `quant_linear.naive` for the formula.
+    """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See
+    `quant_linear.naive` for the formula.
 
-    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. `target`: `interpreter()` in tests;
-    the device of x by default. NaN in a token of x gives NaN in that token of y. Raises ValueError where x and the layer do not fit
-    or are on different devices.
+    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. `target`:
+    `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that token of y.
+    Raises ValueError where x and the layer do not fit or are on different devices.
     """
     if x.shape[-1] != spec.in_features:
         raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")
     if x.device != tensors["weight"].device:
-        raise ValueError(f"x is on {x.device}, the layer's weight on {tensors['weight'].device}: move the layer to the device of x")
+        raise ValueError(
+            f"x is on {x.device}, the layer's weight on {tensors['weight'].device}: move the layer to the "
+            "device of x"
+        )
     for name, shape in spec.weight_shapes:
         if tensors[name].shape != shape:
-            raise ValueError(f"{name} should have the shape {shape} for {spec.describe()}, found {tuple(tensors[name].shape)}")
+            raise ValueError(
+                f"{name} should have the shape {shape} for {spec.describe()}, found "
+                f"{tuple(tensors[name].shape)}"
+            )
     if spec.padding:
         return _padded(x, spec, tensors, lora, before, target)
     if spec.order:
@@ -248,7 +294,8 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
 
 
 def _padded(x, spec, tensors, lora, before, target):
-    """A layer whose in-channels do not fill their last group: x gets the zeros that are missing, once, and no kernel knows of them."""
+    """A layer whose in-channels do not fill their last group: x gets the zeros that are missing, once, and no
+    kernel knows of them."""
     zeros, rows = (0, spec.padding), x.reshape(-1, spec.in_features)
     if before is not None and not before.keeps_zero:
         rows, before = before(rows), None
@@ -258,7 +305,8 @@ def _padded(x, spec, tensors, lora, before, target):
 
 
 def _ordered(x, spec, tensors, lora, before, target):
-    """A layer with an order of its own: torch gathers the channels of x and of what is a matrix over the raw x."""
+    """A layer with an order of its own: torch gathers the channels of x and of what is a matrix over the raw
+    x."""
     order, rows = tensors["channel_order"], x.reshape(-1, spec.in_features)
     rows = (rows if before is None else before(rows)).index_select(1, order)
     lora = [(down.index_select(1, order), up, first) for down, up, first in lora]
@@ -268,8 +316,8 @@ def _ordered(x, spec, tensors, lora, before, target):
 
 
 def _transformed(rows, spec, tensors, lora, before, target):
-    """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the rest is a plain layer of
-    what comes out. The low-rank branches see the raw x."""
+    """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the
+    rest is a plain layer of what comes out. The low-rank branches see the raw x."""
     rows = rows if before is None else before(rows)
     if rows.dtype == HALF:
         return _transformed_in_range(rows, spec, tensors, lora, target)
@@ -290,8 +338,11 @@ def _transformed(rows, spec, tensors, lora, before, target):
 
 
 def _transformed_in_range(rows, spec, tensors, lora, target):
-    """`_transformed` in fp16: each token divided by a power of two, which changes no code, and y multiplied by it in the end."""
-    if any(p.activation is not None and p.activation.shift for p in spec.parts):  # that of a divided token would be another one
+    """`_transformed` in fp16: each token divided by a power of two, which changes no code, and y multiplied
+    by it in the end."""
+    if any(
+        p.activation is not None and p.activation.shift for p in spec.parts
+    ):  # that of a divided token would be another one
         return eager.quant_linear(rows, spec, tensors, lora)
     pieces = []
     for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):

@@ -1,4 +1,5 @@
-"""LoRA as more columns of the low-rank branch: the kernels know one branch of any rank, and nothing is quantized again."""
+"""LoRA as more columns of the low-rank branch: the kernels know one branch of any rank, and nothing is
+quantized again."""
 
 from dataclasses import replace
 
@@ -6,10 +7,11 @@ import torch
 
 
 def with_lora(spec, tensors, lora, dtype):
-    """(spec, tensors) of the layer with its LoRA branches. lora: triples (down (r, K), up (n, r), first out-channel), strength in `up`.
+    """(spec, tensors) of the layer with its LoRA branches. lora: triples (down (r, K), up (n, r), first
+    out-channel), strength in `up`.
 
-    A LoRA's down is of the raw x, also where the layer pads it or has an order of its own. The low-rank branch of part p is x_p D_p U_p, so each
-    part gets its own channels of a LoRA's down and all of its up.
+    A LoRA's down is of the raw x, also where the layer pads it or has an order of its own. The low-rank
+    branch of part p is x_p D_p U_p, so each part gets its own channels of a LoRA's down and all of its up.
     """
     if not lora:
         return spec, tensors

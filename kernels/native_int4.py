@@ -1,13 +1,15 @@
 """Native INT4 tensor cores from `tl.dot`, on sm_80, sm_86 and sm_89.
 
-Triton has no 4-bit type, but the registers of an s8 `m16n8k32` fragment and of an s4 `m16n8k64` fragment hold the same bytes of
-the same rows in the same lanes (PTX ISA, "Matrix fragments for mma.m16n8k32 / m16n8k64 with integer types"): 4 bytes a register,
-the second half of the registers one half row further on. The order of channels within a row cancels in the product as both
-operands are packed alike. So a kernel may `tl.dot` packed bytes as if they were int8, and this hook into the compiler's stages
-rewrites the instruction in its PTX.
+Triton has no 4-bit type, but the registers of an s8 `m16n8k32` fragment and of an s4 `m16n8k64` fragment hold
+the same bytes of the same rows in the same lanes (PTX ISA, "Matrix fragments for mma.m16n8k32 / m16n8k64 with
+integer types"): 4 bytes a register, the second half of the registers one half row further on. The order of
+channels within a row cancels in the product as both operands are packed alike. So a kernel may `tl.dot`
+packed bytes as if they were int8, and this hook into the compiler's stages rewrites the instruction in its
+PTX.
 
-Kernels opt in by the end of their name. In Triton 3.6 the hook is no part of the compilation cache's key; a kernel under such a
-name must never be compiled without the hook, so the modules that define one import this one.
+Kernels opt in by the end of their name. In Triton 3.6 the hook is no part of the compilation cache's key; a
+kernel under such a name must never be compiled without the hook, so the modules that define one import this
+one.
 """
 
 import hashlib
@@ -69,7 +71,8 @@ def _wrap(backend, stages, options, language, capability):
 
 
 def install():
-    """Puts the hook in front of whatever hook is there. Again and again has no further effect, nor before Triton 3.6, which has none."""
+    """Puts the hook in front of whatever hook is there. Again and again has no further effect, nor before
+    Triton 3.6, which has none."""
     if not hasattr(knobs.runtime, "add_stages_inspection_hook"):
         return
     current = knobs.runtime.add_stages_inspection_hook

@@ -26,8 +26,9 @@ class QuantizeRun:
 class Gemm:
     """One launch of a matrix-product kernel over in-channels start..stop.
 
-    planes: codes a byte of the weights, laid out in as many planes of x; 0 where x is packed like the weights (native INT4).
-    scales: CHANNEL, SLICE (one a part) or GROUP (one each 64 channels). row, column: where its scales and bytes start.
+    planes: codes a byte of the weights, laid out in as many planes of x; 0 where x is packed like the weights
+    (native INT4). scales: CHANNEL, SLICE (one a part) or GROUP (one each 64 channels). row, column: where its
+    scales and bytes start.
     """
 
     kernel: str
@@ -63,9 +64,12 @@ class Gemm:
 
     @property
     def block(self) -> int:
-        """Bytes of a weight row that a step of the main loop must divide: one group, or what all slices are multiples of. 0: any."""
+        """Bytes of a weight row that a step of the main loop must divide: one group, or what all slices are
+        multiples of. 0: any."""
         per_byte = 8 // self.parts[0].weight.bits
-        return {CHANNEL: 0, SLICE: gcd(*(p.bytes_per_row for p in self.parts)), GROUP: 64 // per_byte}[self.scales]
+        return {CHANNEL: 0, SLICE: gcd(*(p.bytes_per_row for p in self.parts)), GROUP: 64 // per_byte}[
+            self.scales
+        ]
 
     @property
     def act_segments(self) -> int:
@@ -114,7 +118,9 @@ def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
             parts = tuple(d[1] for d in some)
             scales = GROUP if by_group else (CHANNEL if len(parts) == 1 else SLICE)
             # Packed weights are the register operand of a wgmma; 8-bit weights need no unpacking.
-            out.append(Gemm(kernel, planes, scales, swap and planes > 1, parts, some[0][2], some[0][3], _runs(parts)))
+            out.append(
+                Gemm(kernel, planes, scales, swap and planes > 1, parts, some[0][2], some[0][3], _runs(parts))
+            )
     return tuple(out)
 
 

@@ -12,7 +12,8 @@ NOTHING = (NONE, None, None, 0.0)
 
 
 class Before:
-    """Called, it is the plain PyTorch version on x (M, K). keeps_zero: a channel of zeros stays one, and changes no other."""
+    """Called, it is the plain PyTorch version on x (M, K). keeps_zero: a channel of zeros stays one, and
+    changes no other."""
 
     keeps_zero = False
 
@@ -36,7 +37,8 @@ class Gelu(Before):
 
 @dataclass(frozen=True, eq=False)
 class LayerNormModulate(Before):
-    """(1 + scale) LayerNorm(x) + shift, without affine weights. scale, shift (batches, K) in the dtype of x, M / batches tokens each."""
+    """(1 + scale) LayerNorm(x) + shift, without affine weights. scale, shift (batches, K) in the dtype of x,
+    M / batches tokens each."""
 
     scale: torch.Tensor
     shift: torch.Tensor
@@ -47,8 +49,11 @@ class LayerNormModulate(Before):
         return torch.addcmul(self.shift[:, None], normed, 1 + self.scale[:, None]).flatten(0, 1)
 
     def fits(self, spec):
-        # The mean needs the whole row: a launch sees the parts that are alike, a program with a learned transform one of them.
-        return len(spec.parts) == 1 or (len({alike(p) for p in spec.parts}) == 1 and not spec.parts[0].kronecker)
+        # The mean needs the whole row: a launch sees the parts that are alike, a program with a learned
+        # transform one of them.
+        return len(spec.parts) == 1 or (
+            len({alike(p) for p in spec.parts}) == 1 and not spec.parts[0].kronecker
+        )
 
     def operands(self, columns):
         return LAYERNORM, self.scale[:, columns], self.shift[:, columns], self.eps

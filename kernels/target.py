@@ -10,15 +10,16 @@ import torch
 
 MIN_TRITON = (3, 4)
 MIN_INT4 = (3, 6)  # the compiler hook of native INT4, and Gluon as Turing's kernel uses it
-# Shared memory a block may use, in KiB, by CUDA compute capability. Compilation does not check it; a launch does.
+# Shared memory a block may use, in KiB, by CUDA compute capability. Compilation does not check it; a launch
+# does.
 _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 _LDS_KIB = {"gfx950": 160}
 
 
 @dataclass(frozen=True)
 class Target:
-    """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "". triton: (major, minor), None where it cannot be used and
-    `trouble` says why, if it is installed. interpreted: see `interpreter`."""
+    """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "". triton: (major, minor), None where
+    it cannot be used and `trouble` says why, if it is installed. interpreted: see `interpreter`."""
 
     backend: str
     arch: int | str = ""
@@ -41,7 +42,9 @@ class Target:
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of x that the kernels take. Turing has no bf16."""
-        return (torch.float16,) if self.backend == "cuda" and self.arch < 80 else (torch.float16, torch.bfloat16)
+        return (
+            (torch.float16,) if self.backend == "cuda" and self.arch < 80 else (torch.float16, torch.bfloat16)
+        )
 
     @property
     def matrix_dtype(self) -> torch.dtype:
@@ -77,12 +80,16 @@ def target_of(device) -> Target:
 def interpreter() -> Target:
     """Triton's interpreter on the CPU, for tests: it is asked for by name, `target_of` never gives it."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("the kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before triton is imported")
+        raise RuntimeError(
+            "the kernels run on a CPU only in Triton's interpreter: set TRITON_INTERPRET=1 before triton "
+            "is imported"
+        )
     return Target("cpu", triton=triton_version(), interpreted=True)
 
 
 def kernel_target(device: torch.device) -> Target:
-    """The Target that a kernel on tensors of this device is launched for. On CPU tensors kernels exist for the interpreter only."""
+    """The Target that a kernel on tensors of this device is launched for. On CPU tensors kernels exist for
+    the interpreter only."""
     return interpreter() if device.type == "cpu" else target_of(device)
 
 
@@ -97,7 +104,8 @@ def _gpu(index: int) -> Target:
 
 
 def _trouble(index: int) -> str:
-    """Why Triton cannot be used on this device, "" if it can: a kernel of one line is compiled and run, once a process."""
+    """Why Triton cannot be used on this device, "" if it can: a kernel of one line is compiled and run, once
+    a process."""
     try:
         from .probe import add_one
 
@@ -105,7 +113,9 @@ def _trouble(index: int) -> str:
             x = torch.zeros(16, device="cuda")
             add_one[(1,)](x)
             return "" if bool((x == 1).all()) else "Triton's first kernel gave a wrong result"
-    except Exception as e:  # a compiler, a driver, a C compiler for the launcher: whatever it is, the eager path works
+    except (
+        Exception
+    ) as e:  # a compiler, a driver, a C compiler for the launcher: whatever it is, the eager path works
         line = (str(e).strip() or type(e).__name__).splitlines()[0]
         reason = f"Triton cannot run here ({type(e).__name__}: {line})"
         warnings.warn(f"{reason}; quantized layers take the slower eager path", stacklevel=2)

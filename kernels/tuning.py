@@ -1,4 +1,5 @@
-"""Tile sizes: shipped defaults for each kind of card, measured choices from the user's cache in front of them."""
+"""Tile sizes: shipped defaults for each kind of card, measured choices from the user's cache in front of
+them."""
 
 import json
 import re
@@ -17,7 +18,8 @@ from .target import MIN_INT4, Target
 class Tile:
     """A block's share of the product: bm tokens, bn out-channels, bk bytes of a weight row a step.
 
-    group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step. gluon: for `quant_linear.hopper`.
+    group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step. gluon: for
+    `quant_linear.hopper`.
     """
 
     bm: int
@@ -73,8 +75,8 @@ def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
 
 @dataclass(frozen=True)
 class KroneckerTile:
-    """rows tokens a program, one after another. sides, slices: p1, p2 and the slices of a part, padded to powers of two. batched: one
-    product a slice. shared: bytes of a row and of the factors in fp16."""
+    """rows tokens a program, one after another. sides, slices: p1, p2 and the slices of a part, padded to
+    powers of two. batched: one product a slice. shared: bytes of a row and of the factors in fp16."""
 
     rows: int
     sides: tuple[int, int]
@@ -93,8 +95,9 @@ class KroneckerTile:
 
 
 def kronecker_limits(target: Target, tile: KroneckerTile) -> tuple[int, int]:
-    """The longest side of a slice, and the most values of a padded row that registers hold: 32 a thread in 16 warps. RDNA
-    spills above a quarter of that, RDNA 3 with sides of 64, CDNA with 128, a warp for each slice above 64 a thread."""
+    """The longest side of a slice, and the most values of a padded row that registers hold: 32 a thread in 16
+    warps. RDNA spills above a quarter of that, RDNA 3 with sides of 64, CDNA with 128, a warp for each slice
+    above 64 a thread."""
     arch = str(target.arch)
     values = 4096 if arch.startswith("gfx1") else 16384
     side = 32 if arch.startswith("gfx11") else 64 if target.backend == "hip" else 128
@@ -104,14 +107,26 @@ def kronecker_limits(target: Target, tile: KroneckerTile) -> tuple[int, int]:
 def kronecker_tile(target: Target, p1: int, p2: int, slices: int, per_slice: bool) -> KroneckerTile:
     """Of `quant_activation.kronecker`, whether or not it fits the card.
 
-    Four tokens a program: at M = 4608 that is two rounds of an RTX 4090, and the factors, 6 kB for 24 x 32, are read once in 25 kB of x.
+    Four tokens a program: at M = 4608 that is two rounds of an RTX 4090, and the factors, 6 kB for 24 x 32,
+    are read once in 25 kB of x.
     """
-    tile = KroneckerTile(3 if target.interpreted else 4, (_padded(p1), _padded(p2)), _power(slices), 1, per_slice and slices > 1)
-    share = 2048 if str(target.arch).startswith("gfx9") else 512 if target.backend == "hip" else 1024  # values of a warp
+    tile = KroneckerTile(
+        3 if target.interpreted else 4,
+        (_padded(p1), _padded(p2)),
+        _power(slices),
+        1,
+        per_slice and slices > 1,
+    )
+    share = (
+        2048 if str(target.arch).startswith("gfx9") else 512 if target.backend == "hip" else 1024
+    )  # values of a warp
     warps = min(max(tile.values // share, 1), 16)
     if tile.batched:  # more warps than slices would do the same work twice
         warps = min(warps, tile.slices)
-    elif target.arch in (100, 103) and warps in (4, 8):  # these make the products tcgen05, whose result Triton 3.6 cannot transpose
+    elif target.arch in (100, 103) and warps in (
+        4,
+        8,
+    ):  # these make the products tcgen05, whose result Triton 3.6 cannot transpose
         warps = 16
     elif target.arch == 90 and max(tile.sides) == 128:  # 16 warps spill
         warps = min(warps, 8)
@@ -127,9 +142,11 @@ def _power(n: int) -> int:
 
 
 def low_rank_limit(target: Target, rotation: int) -> int:
-    """Columns of the low rank that fit beside the codes in the quantizer. More of them take a product of their own.
+    """Columns of the low rank that fit beside the codes in the quantizer. More of them take a product of
+    their own.
 
-    None on Turing, whose 16-bit tensor cores Triton does not use, nor on RDNA beside tiles that are mixed (hundreds of spills).
+    None on Turing, whose 16-bit tensor cores Triton does not use, nor on RDNA beside tiles that are mixed
+    (hundreds of spills).
     """
     turing = target.backend == "cuda" and target.arch < 80
     rdna = target.backend == "hip" and not str(target.arch).startswith("gfx9")
@@ -173,7 +190,8 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         return [Tile(64, 64, 64, 8 if kind else 4, 2, rank_block=16), Tile(32, 64, 64, 4, 2, rank_block=16)]
     if target.arch == TURING:  # 4 warps of 64 x 64 or 32 x 64; a step is always a group of 64
         return [Tile(128, 128, 32, 4, 1), Tile(64, 128, 32, 4, 1)][kind != 0 :]
-    # Registers: from Triton 3.9 on a tile of 128 x 128 spills where sums and their rescaled total are both kept.
+    # Registers: from Triton 3.9 on a tile of 128 x 128 spills where sums and their rescaled total are both
+    # kept.
     roomy = target.triton is None or target.triton < (3, 9)
     if target.arch == 90:
         if problem.planes == 1:
@@ -192,12 +210,22 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
     if target.arch in (100, 103) and kind:
         return [Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)]
     # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
-    return [Tile(64, 128, 64, 4, 3), Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 4, 3), Tile(64, 64, 64, 4, 3)]
+    return [
+        Tile(64, 128, 64, 4, 3),
+        Tile(128, 128, 32, 8, 3),
+        Tile(64, 128, 32, 4, 3),
+        Tile(64, 64, 64, 4, 3),
+    ]
 
 
-# By planes and scales: tiles of Hopper's kernel in Gluon, behind Triton's, so that they are taken only where they were timed.
+# By planes and scales: tiles of Hopper's kernel in Gluon, behind Triton's, so that they are taken only where
+# they were timed.
 _GLUON = {
-    (2, CHANNEL): [Tile(128, 256, 64, 8, 6, gluon=True), Tile(256, 128, 64, 8, 5, gluon=True), Tile(128, 128, 64, 4, 4, gluon=True)],
+    (2, CHANNEL): [
+        Tile(128, 256, 64, 8, 6, gluon=True),
+        Tile(256, 128, 64, 8, 5, gluon=True),
+        Tile(128, 128, 64, 4, 4, gluon=True),
+    ],
     (2, SLICE): [Tile(128, 128, 64, 8, 5, rank_block=64, gluon=True)],
     (1, CHANNEL): [Tile(128, 256, 128, 8, 4, gluon=True), Tile(128, 128, 128, 4, 3, gluon=True)],
     (1, SLICE): [Tile(128, 128, 128, 8, 5, rank_block=64, gluon=True)],
@@ -206,7 +234,12 @@ _GLUON = {
 
 def _gluon(target: Target, problem: Problem) -> list[Tile]:
     """Its copies want rows of whole 16 bytes. Few tokens wait for the weights, whatever multiplies them."""
-    known = target.backend == "cuda" and target.arch == 90 and target.triton is not None and target.triton >= MIN_INT4
+    known = (
+        target.backend == "cuda"
+        and target.arch == 90
+        and target.triton is not None
+        and target.triton >= MIN_INT4
+    )
     if not known or problem.tokens <= 64 or problem.row_bytes % 16:
         return []
     tiles = _GLUON.get((problem.planes, problem.scales), [])
@@ -224,13 +257,19 @@ def gemm_tile(target: Target, problem: Problem) -> Tile:
 
 def interpreter_tile(problem: Problem) -> Tile:
     """Small, so that tests on small shapes cross tile borders."""
-    bk = problem.block if problem.scales == GROUP else _divisor(problem.block, 64) if problem.scales == SLICE else 32
+    bk = (
+        problem.block
+        if problem.scales == GROUP
+        else _divisor(problem.block, 64)
+        if problem.scales == SLICE
+        else 32
+    )
     return Tile(32, 32, bk, 4, 1, group_m=2, rank_block=16)
 
 
 class TileCache:
-    """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot be read is ignored
-    with a warning and replaced by the next save (`nibble bench --tune`)."""
+    """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot
+    be read is ignored with a warning and replaced by the next save (`nibble bench --tune`)."""
 
     def __init__(self, path: Path):
         self.path, self.tiles = path, {}
@@ -241,7 +280,10 @@ class TileCache:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
-            warnings.warn(f"{path}: not a table of tiles ({type(e).__name__}: {e}); the shipped defaults are used", stacklevel=2)
+            warnings.warn(
+                f"{path}: not a table of tiles ({type(e).__name__}: {e}); the shipped defaults are used",
+                stacklevel=2,
+            )
 
     def get(self, key: str) -> Tile | None:
         return self.tiles.get(key)

@@ -40,21 +40,28 @@ class NibbleAllocateBits(io.ComfyNode):
             node_id="NibbleAllocateBits",
             display_name=NAME,
             category="Nibble",
-            description="Measures every layer at each precision of a menu, gives each the one that leaves the least noise within a budget, and quantizes. Stopped runs go on where they were.",
+            description="Measures every layer at each precision of a menu, gives each the one that leaves the "
+                "least noise within a budget, and quantizes. Stopped runs go on where they were.",
             search_aliases=["mixed precision", "bit allocation", "ternary", "robuq", "budget", "ampn", "sensitivity"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model. LoRAs on it are merged and quantized with it."),
-                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the same model, with 2 samples or more. What is measured is kept beside it, so that another budget measures nothing again."),
-                io.String.Input("budget", default="A3", tooltip="A3: 3 activation bits on average. W2.5: weight bits. 600MB or 6.5GB: the size of the whole file. 0.8x or 80%: at most this cost by the speed proxy, 1x with every layer at the menu's most expensive quantized entry (int8 products; all W4A4 is 0.5x, 16 bit 2x)."),
+                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the same model, with 2 samples or more. What is measured is "
+                    "kept beside it, so that another budget measures nothing again."),
+                io.String.Input("budget", default="A3", tooltip="A3: 3 activation bits on average. W2.5: weight bits. 600MB or 6.5GB: the size of the "
+                    "whole file. 0.8x or 80%: at most this cost by the speed proxy, 1x with every layer at "
+                    "the menu's most expensive quantized entry (int8 products; all W4A4 is 0.5x, 16 bit "
+                    "2x)."),
                 io.Combo.Input("menu", options=list(MENUS), default="mixed", tooltip="What a layer may be. " + " ".join(f"{name}: {', '.join(e.name for e in entries)}." for name, entries in MENUS.items())),
-                io.Boolean.Input("use_gains", default=True, tooltip="Weigh each layer's noise by how much of it arrives at the end of a sampling, replayed from inputs that the calibration recorded. Runs the network 10 times for each layer."),
+                io.Boolean.Input("use_gains", default=True, tooltip="Weigh each layer's noise by how much of it arrives at the end of a sampling, replayed "
+                    "from inputs that the calibration recorded. Runs the network 10 times for each layer."),
                 io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="Rank of the 16-bit branches. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
                 io.Boolean.Input("gptq", default=True, advanced=True, tooltip="Also try GPTQ rounding and keep it where it is better on held-out tokens."),
             ],
             outputs=[
                 io.Model.Output("model", tooltip="The quantized model; takes samplers, LoRA loaders and Nibble Save Model."),
                 io.String.Output("report", tooltip="What each layer takes and what the alternatives are. Connect to Preview as Text."),
-                io.Image.Output("plot", tooltip="Bits of each layer, and the least error of every other budget. Connect to Preview Image."),
+                io.Image.Output("plot", tooltip="Bits of each layer, and the least error of every other budget. Connect to Preview "
+                    "Image."),
             ],
         )  # fmt: skip
 
@@ -68,20 +75,38 @@ class NibbleAllocateBits(io.ComfyNode):
         require_statistics(plan, calibration)
         device = comfy.model_management.get_torch_device()
         # First: it needs the whole network on the device, the rest one layer at a time.
-        gains = gains_of(model, source, calibration, [layer.name for layer in with_choice(plan)]) if use_gains else None
+        gains = (
+            gains_of(model, source, calibration, [layer.name for layer in with_choice(plan)])
+            if use_gains
+            else None
+        )
         make_room(plan, device)
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
             settings = provenance(fingerprint, "sensitivity", config, calibration)
             table = sensitivity(
-                plan, source.get, source.shapes, calibration, config, table_path(calibration, settings), settings, device, steps
+                plan,
+                source.get,
+                source.shapes,
+                calibration,
+                config,
+                table_path(calibration, settings),
+                settings,
+                device,
+                steps,
             )
             held = sum(narrow(source.get(k)).nbytes for k in untouched(source.keys, table))
             done = decide(table, asked, config, gains, held)
             chosen = replace(config, layers=done.allocation.layers)
             origin = provenance(fingerprint, MIXED.name, chosen, calibration)
-            origin["allocation"] = {"budget": asked.text(), "reached": asked.text(done.allocation.reached), "gains": use_gains}
-            made, rows, specs, kept = quantized(model, source, plan, MIXED, chosen, calibration, origin, device)
+            origin["allocation"] = {
+                "budget": asked.text(),
+                "reached": asked.text(done.allocation.reached),
+                "gains": use_gains,
+            }
+            made, rows, specs, kept = quantized(
+                model, source, plan, MIXED, chosen, calibration, origin, device
+            )
         paths, lines = paths_of(specs, target_of(device))
         notes = [
             *kept,
@@ -106,7 +131,8 @@ class NibbleAllocateBits(io.ComfyNode):
 
 
 def gains_of(model, source, calibration, names) -> dict[str, float]:
-    """{layer: factor}; the model is loaded only where something is left to measure. source: the ModelSource of it."""
+    """{layer: factor}; the model is loaded only where something is left to measure. source: the ModelSource
+    of it."""
 
     def network():
         comfy.model_management.load_models_gpu([uncompiled(model)])

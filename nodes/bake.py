@@ -29,14 +29,19 @@ class NibbleBakeLora(io.ComfyNode):
             node_id="NibbleBakeLora",
             display_name=NAME,
             category="Nibble",
-            description="Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file carries them. Nothing is quantized again.",
+            description="Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file "
+                "carries them. Nothing is quantized again.",
             search_aliases=["lora", "merge", "fold", "fuse", "bake"],
             inputs=[
                 io.Model.Input("model", tooltip="A model quantized by Nibble with LoRA loaders behind it."),
-                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip="0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added to the layer's. Above 0: at most this many columns a layer, its own included; the report states what is lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) need it."),
+                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip="0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added "
+                    "to the layer's. Above 0: at most this many columns a layer, its own included; the "
+                    "report states what is lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) "
+                    "need it."),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save Model."),
+                io.Model.Output("model", tooltip="A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save "
+                    "Model."),
                 io.String.Output("report", tooltip="Rank before and after, and the error of each layer. Connect to Preview as Text."),
             ],
         )  # fmt: skip
@@ -45,14 +50,21 @@ class NibbleBakeLora(io.ComfyNode):
     def execute(cls, model, rank):
         if not isinstance(model, NibblePatcher):
             raise ValueError(
-                f"{NAME}: the model was not quantized by Nibble. ComfyUI merges LoRAs into full-precision models when it saves them."
+                f"{NAME}: the model was not quantized by Nibble. ComfyUI merges LoRAs into full-precision "
+                "models when it saves them."
             )
         if not model.patches:
-            more = " Bypass loaders leave nothing to bake: use LoraLoaderModelOnly." if model.injections else ""
-            raise ValueError(f"{NAME}: there is no LoRA on this model. Put a LoRA loader between the quantized model and this node.{more}")
+            more = (
+                " Bypass loaders leave nothing to bake: use LoraLoaderModelOnly." if model.injections else ""
+            )
+            raise ValueError(
+                f"{NAME}: there is no LoRA on this model. Put a LoRA loader between the quantized model "
+                f"and this node.{more}"
+            )
         if model.injections:
             raise ValueError(
-                f"{NAME}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which cannot be "
+                f"{NAME}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA "
+                "loader makes, which cannot be "
                 "read back. Load that LoRA with LoraLoaderModelOnly."
             )
         with torch.inference_mode(False), torch.no_grad():
@@ -66,7 +78,10 @@ class NibbleBakeLora(io.ComfyNode):
                 baked.append(Baked(layers[name], done.before, done.error))
             rest = {k: _merged(model, k, t, device) for k, t in half.rest.items()}
             merged = [k for k in half.rest if rest[k] is not half.rest[k]]
-            info = half.info | {"report": _rows(half.info["report"], baked), "provenance": _provenance(model, half.info, rank)}
+            info = half.info | {
+                "report": _rows(half.info["report"], baked),
+                "provenance": _provenance(model, half.info, rank),
+            }
             specs = {name: layer.spec for name, layer in layers.items()}
             out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_after(model))
         keep_sampling_patches(model, out)
@@ -82,8 +97,12 @@ def _bake(model, layer: QuantizedLayer, rank, device) -> Baked:
     if patches := _patches(model, f"{layer.name}.bias"):
         correction = bias_correction(layer)
         correction = 0.0 if correction is None else correction
-        # Patches are for the model's own bias, without what the layer's holds for shifted activations. A new tensor: they write into it.
-        bias = comfy.lora.calculate_weight(patches, layer.tensors["bias"].float() + correction, f"{key}.bias") - correction
+        # Patches are for the model's own bias, without what the layer's holds for shifted activations. A new
+        # tensor: they write into it.
+        bias = (
+            comfy.lora.calculate_weight(patches, layer.tensors["bias"].float() + correction, f"{key}.bias")
+            - correction
+        )
     return bake(layer, side_of(_patches(model, f"{layer.name}.weight"), layer, key, device), rank, bias)
 
 
@@ -91,18 +110,29 @@ def _merged(model, key, tensor, device):
     """A tensor in 16 bit with its patches in it; itself without any."""
     if not (patches := _patches(model, key)):
         return tensor
-    return comfy.lora.calculate_weight(patches, tensor.to(device, torch.float32, copy=True), PREFIX + key).to(tensor.dtype).cpu()
+    return (
+        comfy.lora.calculate_weight(patches, tensor.to(device, torch.float32, copy=True), PREFIX + key)
+        .to(tensor.dtype)
+        .cpu()
+    )
 
 
 def _provenance(model, info, rank):
     digest = hashlib.sha256()
     feed(digest, model.patches)
-    return info["provenance"] | {"lora": {"hash": digest.hexdigest()[:16], "rank": rank, "tensors": len(model.patches)}}
+    return info["provenance"] | {
+        "lora": {"hash": digest.hexdigest()[:16], "rank": rank, "tensors": len(model.patches)}
+    }
 
 
 def _rows(rows, baked):
     done = {b.layer.name: b.layer for b in baked}
-    return [r | {"what": done[r["name"]].spec.describe(), "nbytes": done[r["name"]].nbytes} if r["name"] in done else r for r in rows]
+    return [
+        r | {"what": done[r["name"]].spec.describe(), "nbytes": done[r["name"]].nbytes}
+        if r["name"] in done
+        else r
+        for r in rows
+    ]
 
 
 def report_text(baked, merged, before, rank) -> str:
@@ -110,7 +140,8 @@ def report_text(baked, merged, before, rank) -> str:
     grown = sum(b.layer.nbytes - before[b.layer.name].nbytes for b in baked)
     kept = f"at most {rank} columns a layer" if rank else "every column kept"
     lines = [
-        f"{NAME}: {len(baked)} quantized layers, {kept}, {grown / 2**20:+.1f} MiB; {len(merged)} tensors in 16 bit merged",
+        f"{NAME}: {len(baked)} quantized layers, {kept}, {grown / 2**20:+.1f} MiB; {len(merged)} tensors "
+        "in 16 bit merged",
         "error: of the baked weight, in percent of what the LoRAs add to it",
         "",
     ]

@@ -30,29 +30,45 @@ class NibbleCalibrate(io.ComfyNode):
             node_id="NibbleCalibrate",
             display_name="Nibble Calibrate",
             category="Nibble",
-            description="Samples with the model and gathers statistics of its layers' inputs, for Nibble Quantize. Stopped runs go on where they were.",
+            description="Samples with the model and gathers statistics of its layers' inputs, for Nibble Quantize. "
+            "Stopped runs go on where they were.",
             search_aliases=["calibration", "quantization", "svdquant", "imatrix"],
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision model, with the LoRAs that you want to be quantized into it."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The full-precision model, with the LoRAs that you want to be quantized into it.",
+                ),
                 io.Autogrow.Input(
                     "conditioning",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Conditioning.Input("positive", tooltip="Prompts to calibrate on. Each entry of a list counts as one prompt."),
+                        io.Conditioning.Input(
+                            "positive",
+                            tooltip="Prompts to calibrate on. Each entry of a list counts as one prompt.",
+                        ),
                         prefix="positive",
                         min=1,
                         max=16,
                     ),
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip="Negative prompt, for models that use cfg above 1."),
+                io.Conditioning.Input(
+                    "negative", optional=True, tooltip="Negative prompt, for models that use cfg above 1."
+                ),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="Size and kind of the latents to sample, as for KSampler. Your usual size is best; half of it is enough.",
+                    tooltip="Size and kind of the latents to sample, as for KSampler. Your usual size is best; "
+                    "half of it is enough.",
                 ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="euler", tooltip="The sampler you generate with."
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="euler",
+                    tooltip="The sampler you generate with.",
                 ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="simple", tooltip="The scheduler you generate with."
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="simple",
+                    tooltip="The scheduler you generate with.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -61,7 +77,9 @@ class NibbleCalibrate(io.ComfyNode):
                     max=1000,
                     tooltip="Steps of each sampling run. About half of what you generate with is enough.",
                 ),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 1 for FLUX."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 1 for FLUX."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -84,13 +102,17 @@ class NibbleCalibrate(io.ComfyNode):
                     max=512.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="Memory for the statistics of one pass, mostly on the computing device. Where it is too small for the whole model, the runs are repeated for one part of the blocks after another (6 passes for FLUX.1 at 4 GB).",
+                    tooltip="Memory for the statistics of one pass, mostly on the computing device. Where it "
+                    "is too small for the whole model, the runs are repeated for one part of the "
+                    "blocks after another (6 passes for FLUX.1 at 4 GB).",
                 ),
                 io.Boolean.Input(
                     "second_moments",
                     default=True,
                     advanced=True,
-                    tooltip="Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times smaller statistics (3 GB instead of 22 GB for FLUX.1), but neither GPTQ nor whitening.",
+                    tooltip="Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times "
+                    "smaller statistics (3 GB instead of 22 GB for FLUX.1), but neither GPTQ nor "
+                    "whitening.",
                 ),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip="Connect to Nibble Quantize.")],
@@ -98,28 +120,63 @@ class NibbleCalibrate(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, conditioning, latent_image, sampler_name, scheduler, steps, cfg, seed, samples, memory_gb, second_moments, negative=None
+        cls,
+        model,
+        conditioning,
+        latent_image,
+        sampler_name,
+        scheduler,
+        steps,
+        cfg,
+        seed,
+        samples,
+        memory_gb,
+        second_moments,
+        negative=None,
     ):
         source = ModelSource(model)
-        prompts = [[entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])]
+        prompts = [
+            [entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])
+        ]
         if not prompts:
-            raise ValueError("Nibble Calibrate: no conditioning connected; connect a text encoder or Nibble Calibration Prompts")
+            raise ValueError(
+                "Nibble Calibrate: no conditioning connected; connect a text encoder or Nibble Calibration "
+                "Prompts"
+            )
         if negative is None and cfg != 1.0:
-            raise ValueError(f"Nibble Calibrate: cfg is {cfg:g} and no negative conditioning is connected; connect one, or set cfg to 1")
-        negative = negative if negative is not None else [[torch.zeros_like(prompts[0][0][0]), prompts[0][0][1]]]
+            raise ValueError(
+                f"Nibble Calibrate: cfg is {cfg:g} and no negative conditioning is connected; connect one, "
+                "or set cfg to 1"
+            )
+        negative = (
+            negative if negative is not None else [[torch.zeros_like(prompts[0][0][0]), prompts[0][0][1]]]
+        )
         latent = comfy.sample.fix_empty_latent_channels(
-            model, latent_image["samples"], latent_image.get("downscale_ratio_spacial"), latent_image.get("downscale_ratio_temporal")
+            model,
+            latent_image["samples"],
+            latent_image.get("downscale_ratio_spacial"),
+            latent_image.get("downscale_ratio_temporal"),
         )
         network, plain = source.network, uncompiled(model)
-        settings = {"sampler": sampler_name, "scheduler": scheduler, "steps": steps, "cfg": cfg, "second_moments": second_moments}
+        settings = {
+            "sampler": sampler_name,
+            "scheduler": scheduler,
+            "steps": steps,
+            "cfg": cfg,
+            "second_moments": second_moments,
+        }
         meta = {"model": source.fingerprint(), "family": source.family.name, "settings": settings}
         digest = hashlib.sha256()
         feed(digest, [prompts, negative, latent, vars(model.get_model_object("model_sampling"))])
         meta["conditioning"] = digest.hexdigest()[:16]
         key = hashlib.sha256(repr([*sorted(meta.items()), seed, samples]).encode()).hexdigest()[:12]
-        folder = Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
+        folder = (
+            Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
+        )
 
-        bar = comfy.utils.ProgressBar(samples * steps)  # in sampling steps; the total is set when the work left is known
+        bar = comfy.utils.ProgressBar(
+            samples * steps
+        )  # in sampling steps; the total is set when the work left is known
 
         def progress(items, total):
             bar.total = total * steps
@@ -147,7 +204,8 @@ class NibbleCalibrate(io.ComfyNode):
             plan = observed(plan, meta["observed"])
             if not plan:
                 raise ValueError(
-                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there is nothing to quantize"
+                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; "
+                    "there is nothing to quantize"
                 )
         inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
         modules = {i.name: source.modules[i.name] for i in inputs}
@@ -180,7 +238,8 @@ class NibbleCalibrationPrompts(io.ComfyNode):
             node_id="NibbleCalibrationPrompts",
             display_name="Nibble Calibration Prompts",
             category="Nibble",
-            description="Encodes a list of prompts, one a line, for Nibble Calibrate. A list of 64 comes with the pack.",
+            description="Encodes a list of prompts, one a line, for Nibble Calibrate. A list of 64 comes with the "
+            "pack.",
             search_aliases=["calibration", "prompts"],
             inputs=[
                 io.Clip.Input("clip", tooltip="The model's text encoder."),
@@ -188,7 +247,8 @@ class NibbleCalibrationPrompts(io.ComfyNode):
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="One prompt a line, in the style you generate with. Empty: the 64 prompts of the pack.",
+                    tooltip="One prompt a line, in the style you generate with. Empty: the 64 prompts of the "
+                    "pack.",
                 ),
                 io.Int.Input(
                     "count",
@@ -198,7 +258,11 @@ class NibbleCalibrationPrompts(io.ComfyNode):
                     tooltip="How many to encode, from the top. As many as Nibble Calibrate has samples.",
                 ),
             ],
-            outputs=[io.Conditioning.Output("conditioning", tooltip="One entry a prompt. Connect to Nibble Calibrate.")],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning", tooltip="One entry a prompt. Connect to Nibble Calibrate."
+                )
+            ],
         )
 
     @classmethod
@@ -212,8 +276,8 @@ class NibbleCalibrationPrompts(io.ComfyNode):
 
 
 def _timestep(args, kwargs) -> float:
-    """Of network(x, timestep, ...). LTX-2 is given one for video and one for sound, and image to video one a frame, of which those that
-    are given have 0: the largest is that of the step."""
+    """Of network(x, timestep, ...). LTX-2 is given one for video and one for sound, and image to video one a
+    frame, of which those that are given have 0: the largest is that of the step."""
     return float(first_tensor(args[1]).max())
 
 

@@ -18,21 +18,27 @@ class NibbleSaveModel(io.ComfyNode):
             node_id="NibbleSaveModel",
             display_name="Nibble Save Model",
             category="Nibble",
-            description="Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion Model.",
+            description="Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion "
+            "Model.",
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
-                io.Model.Input("model", tooltip="A model quantized by Nibble. LoRAs on it go through Nibble Bake LoRA first."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A model quantized by Nibble. LoRAs on it go through Nibble Bake LoRA first.",
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/nibble",
-                    tooltip="Folder and name within the output folder. Files in output/diffusion_models can be loaded at once.",
+                    tooltip="Folder and name within the output folder. Files in output/diffusion_models can be "
+                    "loaded at once.",
                 ),
                 io.Boolean.Input(
                     "base3",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Ternary weights take 1.6 instead of 2 bits in the file. Memory stays the same; versions before 0.4 cannot read it.",
+                    tooltip="Ternary weights take 1.6 instead of 2 bits in the file. Memory stays the same; "
+                    "versions before 0.4 cannot read it.",
                 ),
             ],
             outputs=[io.String.Output("path", tooltip="Where the file is.")],
@@ -46,7 +52,9 @@ class NibbleSaveModel(io.ComfyNode):
         layers, rest = unpatched(model)
         rest = {k: narrow(t) for k, t in rest.items()}
         path = free_path(filename_prefix)
-        nibble.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"])
+        nibble.save(
+            path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"]
+        )
         text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(nibble.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
@@ -58,16 +66,22 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
             node_id="NibbleLoadDiffusionModel",
             display_name="Nibble Load Diffusion Model",
             category="Nibble",
-            description="Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit formats, and nunchaku's INT4.",
+            description="Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit "
+            "formats, and nunchaku's INT4.",
             search_aliases=["load", "unet", "int4", "svdquant", "nunchaku", "kitchen"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file from the diffusion_models folders, output/diffusion_models included. Of a nunchaku folder either of its two files.",
+                    tooltip="A file from the diffusion_models folders, output/diffusion_models included. Of a "
+                    "nunchaku folder either of its two files.",
                 )
             ],
-            outputs=[io.Model.Output("model", tooltip="The quantized model; takes samplers and LoRA loaders as any other.")],
+            outputs=[
+                io.Model.Output(
+                    "model", tooltip="The quantized model; takes samplers and LoRA loaders as any other."
+                )
+            ],
         )
 
     @classmethod

@@ -41,31 +41,56 @@ class NibbleGuard(io.ComfyNode):
             node_id="NibbleGuard",
             display_name=NAME,
             category="Nibble",
-            description="Measures each layer of a quantized model on the calibration's held-out tokens and keeps the worst at W4A8, W8A8 or 16 bit, under a stated quality or memory budget.",
+            description="Measures each layer of a quantized model on the calibration's held-out tokens and keeps "
+                "the worst at W4A8, W8A8 or 16 bit, under a stated quality or memory budget.",
             search_aliases=["mixed precision", "sensitivity", "w8a8", "w4a8", "quality", "budget", "repair"],
             inputs=[
                 io.Model.Input("model", tooltip="The full-precision model that the other one was quantized from, with the same LoRAs."),
-                io.Model.Input("quantized", tooltip="The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays as it is."),
-                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the full-precision model; errors are measured on its held-out tokens."),
-                io.Combo.Input("budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip="quality: raise what is below quality_db, at the least extra memory. memory: take away as much noise as fits into memory_mib."),
-                io.Float.Input("quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip="For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB is an error of 1 % of the energy."),
-                io.Float.Input("memory_mib", default=256.0, min=0.0, max=1048576.0, step=16.0, tooltip="For memory: how much larger the model may get. At 0 layers may still become W4A8, which costs speed on some cards but no memory."),
+                io.Model.Input("quantized", tooltip="The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays "
+                    "as it is."),
+                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the full-precision model; errors are measured on its "
+                    "held-out tokens."),
+                io.Combo.Input("budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip="quality: raise what is below quality_db, at the least extra memory. memory: take away "
+                    "as much noise as fits into memory_mib."),
+                io.Float.Input("quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip="For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB "
+                    "is an error of 1 % of the energy."),
+                io.Float.Input("memory_mib", default=256.0, min=0.0, max=1048576.0, step=16.0, tooltip="For memory: how much larger the model may get. At 0 layers may still become W4A8, "
+                    "which costs speed on some cards but no memory."),
                 io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip="layer: each on its own. block: the layers of a transformer block change together."),
-                io.Boolean.Input("allow_w4a8", default=True, tooltip="Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards with INT4 tensor cores."),
-                io.Boolean.Input("allow_w8a8", default=True, tooltip="Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of about 4.5."),
+                io.Boolean.Input("allow_w4a8", default=True, tooltip="Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards "
+                    "with INT4 tensor cores."),
+                io.Boolean.Input("allow_w8a8", default=True, tooltip="Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of "
+                    "about 4.5."),
                 io.Boolean.Input("allow_16_bit", default=True, tooltip="Allow the original weight in 16 bit. It has no error, so every quality can be reached."),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save Model."),
+                io.Model.Output("model", tooltip="A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save "
+                    "Model."),
                 io.String.Output("report", tooltip="What was raised and why, and what it costs. Connect to Preview as Text."),
             ],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, quantized, calibration, budget, quality_db, memory_mib, unit, allow_w4a8, allow_w8a8, allow_16_bit):
-        allowed = tuple(p for p, wanted in zip(PRECISIONS, (allow_w4a8, allow_w8a8, allow_16_bit), strict=True) if wanted)
+    def execute(
+        cls,
+        model,
+        quantized,
+        calibration,
+        budget,
+        quality_db,
+        memory_mib,
+        unit,
+        allow_w4a8,
+        allow_w8a8,
+        allow_16_bit,
+    ):
+        allowed = tuple(
+            p for p, wanted in zip(PRECISIONS, (allow_w4a8, allow_w8a8, allow_16_bit), strict=True) if wanted
+        )
         if not allowed:
-            raise ValueError(f"{NAME}: no precision is allowed. Switch on at least one of W4A8, W8A8 and 16 bit.")
+            raise ValueError(
+                f"{NAME}: no precision is allowed. Switch on at least one of W4A8, W8A8 and 16 bit."
+            )
         by, limit = ("quality", quality_db) if budget == QUALITY else ("memory", int(memory_mib * 2**20))
         pick = for_quality if by == "quality" else for_memory
         pick((), limit)  # refuses a budget that means nothing before the work is done
@@ -78,18 +103,35 @@ class NibbleGuard(io.ComfyNode):
         with torch.inference_mode(False), torch.no_grad():
             half, frame = take_apart(quantized), frame_after(quantized)
             layers, rest = half.layers, half.rest
-            plan = [layer for layer in as_observed(source.layers, calibration) if layer.name in layers and higher(layers[layer.name].spec)]
+            plan = [
+                layer
+                for layer in as_observed(source.layers, calibration)
+                if layer.name in layers and higher(layers[layer.name].spec)
+            ]
             make_room(plan, device)
-            # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would fill 18 GB.
+            # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model
+            # would fill 18 GB.
             measured = kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device)
             units = as_units(measured, blocks := unit == "block")
             chosen = pick(units, limit)
             weight_only = len(layers) - len(plan)
-            decision = Decision(by, limit, blocks, allowed, measured, units, chosen, by_layer(measured, chosen, blocks), weight_only)
+            decision = Decision(
+                by,
+                limit,
+                blocks,
+                allowed,
+                measured,
+                units,
+                chosen,
+                by_layer(measured, chosen, blocks),
+                weight_only,
+            )
             changing = [layer for layer in plan if layer.name in decision.layers]
             made = {}
             for layer in steps(changing, len(changing)):
-                made[layer.name] = make(source, layer, layers.pop(layer.name), decision.layers[layer.name], rest, device)
+                made[layer.name] = make(
+                    source, layer, layers.pop(layer.name), decision.layers[layer.name], rest, device
+                )
             layers |= {name: layer for name, layer in made.items() if layer is not None}
             specs = {name: layer.spec for name, layer in layers.items()}
             info = quantized.attachments[ATTACHMENT]
@@ -102,18 +144,23 @@ class NibbleGuard(io.ComfyNode):
         keep_sampling_patches(quantized, result)
         result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
         _, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(result, "\n".join([as_text(decision, f"{source.family.title}, {NAME}"), "", *lines]))
+        return io.NodeOutput(
+            result, "\n".join([as_text(decision, f"{source.family.title}, {NAME}"), "", *lines])
+        )
 
 
 def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device) -> list[Measured]:
-    """Of `measure`, in the order of `plan`. Beside the calibration they stay for a run that goes on, and for another budget."""
+    """Of `measure`, in the order of `plan`. Beside the calibration they stay for a run that goes on, and for
+    another budget."""
     settings = {"model": fingerprint, "calibration": calibration.hash, "allowed": allowed, "nibble": VERSION}
     settings["quantized"] = hash_of(t for layer in plan for t in layers[layer.name].tensors.values())
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     table = Table(Path(f"{calibration.path}.{key}.guard.json"), settings, "measured layers")
     done = {row.name: row for row in table.parsed(lambda row: Measured(**row))}
     left = [layer for layer in plan if layer.name not in done]
-    for found in steps(measure(left, layers, source.get, source.shapes, calibration, allowed, device), len(left)):
+    for found in steps(
+        measure(left, layers, source.get, source.shapes, calibration, allowed, device), len(left)
+    ):
         done[found.name] = found
         table.add(asdict(found))
     return [done[layer.name] for layer in plan]
@@ -126,7 +173,9 @@ def make(source, layer, quantized, precision, rest, device):
     problem = problem_of(layer, source.get, source.shapes, None, device)
     if precision == "W8A8":
         return w8a8(problem, quantized.to(device)).to("cpu")
-    tensors = {"weight": problem.original.reshape(quantized.spec.logical_shape)} | ({} if problem.bias is None else {"bias": problem.bias})
+    tensors = {"weight": problem.original.reshape(quantized.spec.logical_shape)} | (
+        {} if problem.bias is None else {"bias": problem.bias}
+    )
     # In 16 bit also where ComfyUI holds the source in fp32, as on a CPU.
     rest |= {f"{layer.name}.{leaf}": t.to("cpu", problem.dtype, copy=True) for leaf, t in tensors.items()}
     return None
@@ -147,25 +196,29 @@ def guarded(provenance: dict, decision: Decision, calibration) -> dict:
 
 
 def require_guardable(quantized, fingerprint):
-    """Raises ValueError where `quantized` is not a Nibble model made from the model of this fingerprint, or has injections."""
+    """Raises ValueError where `quantized` is not a Nibble model made from the model of this fingerprint, or
+    has injections."""
     if not isinstance(quantized, NibblePatcher):
         raise ValueError(
-            f"{NAME}: the model at 'quantized' was not quantized by Nibble. Connect the output of Nibble Quantize or Nibble Load Diffusion Model."
+            f"{NAME}: the model at 'quantized' was not quantized by Nibble. Connect the output of Nibble "
+            "Quantize or Nibble Load Diffusion Model."
         )
     if quantized.injections:
         raise ValueError(
-            f"{NAME}: the quantized model has injections ({', '.join(quantized.injections)}), which hold on to its own layers. "
+            f"{NAME}: the quantized model has injections ({', '.join(quantized.injections)}), which hold "
+            "on to its own layers. "
             f"Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
         )
     if other := sorted(origins(quantized.attachments[ATTACHMENT]["provenance"]) - {fingerprint}):
         raise ValueError(
-            f"{NAME}: the quantized model was made from model {', '.join(other)}, the full-precision model is {fingerprint}. "
+            f"{NAME}: the quantized model was made from model {', '.join(other)}, the full-precision model "
+            f"is {fingerprint}. "
             "Connect the model that it was quantized from, with the same LoRAs at the same strengths."
         )
 
 
 def origins(provenance: dict) -> set[str]:
-    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them. Other formats than the pack's
-    own name none."""
+    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them.
+    Other formats than the pack's own name none."""
     found = {provenance["model"]} if provenance.get("model") else set()
     return found.union(*(origins(provenance[side]) for side in ("a", "b") if side in provenance))

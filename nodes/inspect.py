@@ -14,10 +14,12 @@ class NibbleInspect(io.ComfyNode):
             node_id="NibbleInspect",
             display_name="Nibble Inspect",
             category="Nibble",
-            description="Says what a model file holds, from its header: format, layers and the kernels they run on here, whether stock ComfyUI can load it, and the memory it takes.",
+            description="Says what a model file holds, from its header: format, layers and the kernels they run on "
+                "here, whether stock ComfyUI can load it, and the memory it takes.",
             search_aliases=["info", "header", "vram", "format", "nunchaku", "svdquant"],
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip="A file from the diffusion_models folders: quantized by this pack, for ComfyUI, comfy-kitchen or nunchaku, or in full precision."),
+                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip="A file from the diffusion_models folders: quantized by this pack, for ComfyUI, "
+                    "comfy-kitchen or nunchaku, or in full precision."),
             ],
             outputs=[io.String.Output("report", tooltip="Connect to Preview as Text.")],
             is_output_node=True,

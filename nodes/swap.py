@@ -16,15 +16,19 @@ class NibbleSwapBlocks(io.ComfyNode):
             node_id="NibbleSwapBlocks",
             display_name=NAME,
             category="Nibble",
-            description="Takes some blocks or layers of a model from another one of the same architecture, to find out which of them quantization hurts.",
+            description="Takes some blocks or layers of a model from another one of the same architecture, to find "
+                "out which of them quantization hurts.",
             search_aliases=["swap", "mix", "merge", "ablation", "sensitivity", "which block"],
             inputs=[
                 io.Model.Input("model_a", tooltip="The model to start from; sampling settings and all that is not swapped come from it."),
-                io.Model.Input("model_b", tooltip="The model that the chosen blocks come from. One of the two is quantized by Nibble, the other as well or in full precision."),
-                io.String.Input("blocks", default="double 0", multiline=True, tooltip="What to take from model_b, one a line or with ; between: 'double 0-3', 'single 5,7,9', 'blocks 2', module names with *, such as '*.mlp' or '*linear2', or 'all'."),
+                io.Model.Input("model_b", tooltip="The model that the chosen blocks come from. One of the two is quantized by Nibble, "
+                    "the other as well or in full precision."),
+                io.String.Input("blocks", default="double 0", multiline=True, tooltip="What to take from model_b, one a line or with ; between: 'double 0-3', 'single "
+                    "5,7,9', 'blocks 2', module names with *, such as '*.mlp' or '*linear2', or 'all'."),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble Save Model."),
+                io.Model.Output("model", tooltip="A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble "
+                    "Save Model."),
                 io.String.Output("report", tooltip="What came from which model, and how large the result is. Connect to Preview as Text."),
             ],
         )  # fmt: skip
@@ -33,13 +37,15 @@ class NibbleSwapBlocks(io.ComfyNode):
     def execute(cls, model_a, model_b, blocks):
         if not any(isinstance(m, NibblePatcher) for m in (model_a, model_b)):
             raise ValueError(
-                f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize or Nibble Load Diffusion Model; "
+                f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize "
+                "or Nibble Load Diffusion Model; "
                 "ComfyUI's ModelMerge nodes mix full-precision models."
             )
         for which, model in (("model_a", model_a), ("model_b", model_b)):
             if model.injections:
                 raise ValueError(
-                    f"{NAME}: {which} has injections ({', '.join(model.injections)}), which hold on to its own layers. "
+                    f"{NAME}: {which} has injections ({', '.join(model.injections)}), which hold on to its "
+                    "own layers. "
                     f"Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
                 )
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.

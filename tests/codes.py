@@ -1,10 +1,11 @@
 """Two runs of one quantized network on equal codes.
 
-Sums in another order, as another batch, compiler or processor has them, move an activation by a rounding. Where it lies on the edge of
-two codes it becomes the other one, a whole step away, and a few layers on the two runs differ by as much as quantization costs: no
-bound on their outputs follows from the rounding. So the codes of one run are kept and another run takes them. Then the outputs differ
-by rounding alone (ROUNDING), and what remains to be asked of the codes is asked of each of them: that the other run's own value would
-have become it, or lay on its edge (EDGE).
+Sums in another order, as another batch, compiler or processor has them, move an activation by a rounding.
+Where it lies on the edge of two codes it becomes the other one, a whole step away, and a few layers on the
+two runs differ by as much as quantization costs: no bound on their outputs follows from the rounding. So the
+codes of one run are kept and another run takes them. Then the outputs differ by rounding alone (ROUNDING),
+and what remains to be asked of the codes is asked of each of them: that the other run's own value would have
+become it, or lay on its edge (EDGE).
 """
 
 import math
@@ -40,19 +41,28 @@ class Codes:
 
 
 class Taken:
-    """A run that takes `codes` in the place of its own. edge: how far a value lay outside of what is rounded to the code it took, in
-    steps, at most. changed: how many of the codes are not what the run itself would have had."""
+    """A run that takes `codes` in the place of its own. edge: how far a value lay outside of what is rounded
+    to the code it took, in steps, at most. changed: how many of the codes are not what the run itself would
+    have had."""
 
     def __init__(self, codes: Codes):
         self.codes, self.at, self.edge, self.changed = codes, 0, 0.0, 0
 
     def __call__(self, steps, own, low, top):
-        assert self.at < len(self.codes.calls), f"the quantizer is called more often than the {self.at} times of the run before"
+        assert self.at < len(self.codes.calls), (
+            f"the quantizer is called more often than the {self.at} times of the run before"
+        )
         codes = self.codes.calls[self.at]
-        assert codes.shape == own.shape, f"call {self.at} of the quantizer has the shape {tuple(own.shape)}, before {tuple(codes.shape)}"
+        assert codes.shape == own.shape, (
+            f"call {self.at} of the quantizer has the shape {tuple(own.shape)}, before {tuple(codes.shape)}"
+        )
         self.at += 1
         # At one bit -1 and 1 meet at 0 and nothing else is rounded.
-        beyond = -steps * codes if (low, top) == (-1, 1) and bool((own != 0).all()) else (steps.clamp(low, top) - codes).abs() - 0.5
+        beyond = (
+            -steps * codes
+            if (low, top) == (-1, 1) and bool((own != 0).all())
+            else (steps.clamp(low, top) - codes).abs() - 0.5
+        )
         self.edge = max(self.edge, float(beyond.nan_to_num(torch.inf).max())) if codes.numel() else self.edge
         self.changed += int((own.int() != codes.int()).sum())
         return codes.to(own.dtype)
@@ -73,7 +83,8 @@ def _(steps, codes, low, top):
 
 @cache
 def _through(real):
-    """The quantizer with the operator behind it: one function for all contexts, on which torch.compile guards."""
+    """The quantizer with the operator behind it: one function for all contexts, on which torch.compile
+    guards."""
 
     def quantize(x, scale, bits, granularity, group=64, unsigned=False):
         codes = real(x, scale, bits, granularity, group, unsigned)
@@ -94,7 +105,8 @@ def _running_as(running, quantizer):
 
 
 def kept(quantizer=naive):
-    """Within, a Codes is filled. quantizer: the module `kernels.quant_linear.naive` of the pack that runs, where there are two."""
+    """Within, a Codes is filled. quantizer: the module `kernels.quant_linear.naive` of the pack that runs,
+    where there are two."""
     return _running_as(Codes(), quantizer)
 
 
@@ -110,11 +122,14 @@ def record(run: Callable[..., torch.Tensor], *args):
 
 
 def assert_repeats(recorded, run: Callable[..., torch.Tensor], *args):
-    """run(*args) is the recorded run with sums in another order: the same output on its codes, and those codes of its own values."""
+    """run(*args) is the recorded run with sums in another order: the same output on its codes, and those
+    codes of its own values."""
     want, codes = recorded
     with taken(codes) as took:
         got = run(*args)
-    assert took.at == len(codes.calls) > 0, f"{took.at} calls of the quantizer, {len(codes.calls)} in the run before"
+    assert took.at == len(codes.calls) > 0, (
+        f"{took.at} calls of the quantizer, {len(codes.calls)} in the run before"
+    )
     assert took.edge < EDGE, f"a value lies {took.edge:.2g} steps beyond what is rounded to its code"
     error = relative_error(want, got)
     assert error < ROUNDING, f"outputs on equal codes differ by {error:.2g}"
@@ -124,18 +139,25 @@ class _Near:
     """Keeps which values lie on the edge of two codes."""
 
     def __call__(self, steps, codes, low, top):
-        halves = steps if (low, top) == (-1, 1) and bool((codes != 0).all()) else (steps.clamp(low, top) - codes).abs() - 0.5
+        halves = (
+            steps
+            if (low, top) == (-1, 1) and bool((codes != 0).all())
+            else (steps.clamp(low, top) - codes).abs() - 0.5
+        )
         self.values = halves.abs() < EDGE
         return codes.clone()
 
 
 def layer_error(want, got, x, spec, tensors) -> float:
-    """Relative error of a layer's output on the same x (M, K) where the other side's codes cannot be had: of each output as much is
-    left out as the codes on an edge can move it, a step of each activation times its weight. Few are on one, mostly none."""
+    """Relative error of a layer's output on the same x (M, K) where the other side's codes cannot be had: of
+    each output as much is left out as the codes on an edge can move it, a step of each activation times its
+    weight. Few are on one, mostly none."""
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
     left_out = torch.zeros(x.shape[0], spec.out_features)
-    for (part, packed, scales, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
+    for (part, packed, scales, smooth), factors in zip(
+        spec.split(tensors), spec.factors(tensors), strict=True
+    ):
         act = part.activation
         if act is None:
             continue
@@ -143,17 +165,22 @@ def layer_error(want, got, x, spec, tensors) -> float:
             _, scale = quantizers.quantize_activation(
                 x[:, part.start : part.stop], part, None if smooth is None else smooth.float(), factors
             )
-        steps = dequantize(near.values.to(torch.int8) * (2 if act.bits == 1 else 1), scale, act.granularity, act.group)
+        steps = dequantize(
+            near.values.to(torch.int8) * (2 if act.bits == 1 else 1), scale, act.granularity, act.group
+        )
         grain = "group" if part.scale_rows > 1 else "channel"
-        left_out += steps @ dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group).abs().T
+        left_out += (
+            steps
+            @ dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group).abs().T
+        )
     want, got = want.double(), got.double()
     return float(((want - got).abs() - left_out).clamp(min=0).norm() / want.norm().clamp(min=1e-30))
 
 
 def assert_apart_by_flips(full, a, b):
-    """a and b are one quantized network, run by two programs whose codes cannot be made equal. Flipped codes part them until their
-    errors against `full` precision have nothing in common, and no further; and they leave the size of the error what it is, to within
-    the fourth part by which it varies from run to run."""
+    """a and b are one quantized network, run by two programs whose codes cannot be made equal. Flipped codes
+    part them until their errors against `full` precision have nothing in common, and no further; and they
+    leave the size of the error what it is, to within the fourth part by which it varies from run to run."""
     errors, apart = (relative_error(full, a), relative_error(full, b)), relative_error(full, full + a - b)
     assert apart < math.hypot(*errors), f"{apart:.2g} apart, at errors of {errors[0]:.2g} and {errors[1]:.2g}"
     assert max(errors) < 1.25 * min(errors), f"errors of {errors[0]:.2g} and {errors[1]:.2g}"

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-# Before anything imports triton: without a GPU the kernels' tests run in its interpreter. Processes that tests start inherit it.
+# Before anything imports triton: without a GPU the kernels' tests run in its interpreter. Processes that
+# tests start inherit it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Several processes share the cores; processes that tests start inherit it.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
@@ -20,7 +21,8 @@ from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics, hessian_blocks
 from comfyui_nibble.tests.support import outlier_tokens
 
-# `python -m pytest` puts the repository on the path, where diffusers would take our `kernels` for the package of that name.
+# `python -m pytest` puts the repository on the path, where diffusers would take our `kernels` for the package
+# of that name.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
@@ -39,14 +41,20 @@ def make_problem():
         g = torch.Generator().manual_seed(seed)
         parts = parts or (Part(0, k),)
         layer = Layer("blocks.0.linear", "blocks.0", k, n, tuple(parts), "blocks.0.linear")
-        tokens = lambda count, s: torch.cat([outlier_tokens(count, p.stop - p.start, s + i, p.after_gelu) for i, p in enumerate(parts)], 1)
+        tokens = lambda count, s: torch.cat(
+            [outlier_tokens(count, p.stop - p.start, s + i, p.after_gelu) for i, p in enumerate(parts)], 1
+        )
         fit = tokens(fit_tokens, 1000)
         weight = torch.randn(n, k, generator=g) / k**0.5 / fit.square().mean(0).sqrt().clamp(min=0.1)
         statistics = None
         if calibrated:
-            statistics = InputStatistics.empty(layer.input, k, hessian_blocks([(p.start, p.stop) for p in parts], 3072))
+            statistics = InputStatistics.empty(
+                layer.input, k, hessian_blocks([(p.start, p.stop) for p in parts], 3072)
+            )
             statistics.update(fit)
             statistics.hold_out(tokens(1024, 2000), torch.rand(1024, generator=g, dtype=torch.float64), 0.5)
-        return Problem(layer, weight.to(dtype), torch.randn(n, generator=g).to(dtype) if bias else None, statistics)
+        return Problem(
+            layer, weight.to(dtype), torch.randn(n, generator=g).to(dtype) if bias else None, statistics
+        )
 
     return make

@@ -32,7 +32,9 @@ def nibble(*args) -> str:
 def sqnr_db(reference, test) -> float:
     """10 log10 of signal over error energy."""
     reference, test = reference.double(), test.double()
-    return float(10 * torch.log10(reference.square().sum() / (reference - test).square().sum().clamp(min=1e-30)))
+    return float(
+        10 * torch.log10(reference.square().sum() / (reference - test).square().sum().clamp(min=1e-30))
+    )
 
 
 def relative_error(reference, test) -> float:
@@ -43,7 +45,10 @@ def relative_error(reference, test) -> float:
 def outlier_tokens(count, width, seed, after_gelu=False, strength=40.0):
     """Correlated tokens, one channel in 64 at `strength` (the same channels for every seed)."""
     g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(77)
-    x = torch.randn(count, width, generator=g) + torch.randn(count, 32, generator=g) @ torch.randn(32, width, generator=fixed) * 0.3
+    x = (
+        torch.randn(count, width, generator=g)
+        + torch.randn(count, 32, generator=g) @ torch.randn(32, width, generator=fixed) * 0.3
+    )
     if after_gelu:
         return torch.nn.functional.gelu(x)
     factors = (0.5 * torch.randn(width, generator=fixed)).exp()

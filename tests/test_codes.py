@@ -8,7 +8,15 @@ import torch
 from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
-from comfyui_nibble.tests.codes import Codes, assert_apart_by_flips, assert_repeats, kept, layer_error, record, taken
+from comfyui_nibble.tests.codes import (
+    Codes,
+    assert_apart_by_flips,
+    assert_repeats,
+    kept,
+    layer_error,
+    record,
+    taken,
+)
 from comfyui_nibble.tests.support import relative_error
 
 pytestmark = pytest.mark.arithmetic
@@ -18,13 +26,17 @@ TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="ch
 @pytest.fixture
 def layer():
     g = torch.Generator().manual_seed(0)
-    tensors = {"weight": pack(torch.randint(-7, 8, (64, 64), generator=g), 4), "weight_scale": torch.full((1, 64), 0.1)}
+    tensors = {
+        "weight": pack(torch.randint(-7, 8, (64, 64), generator=g), 4),
+        "weight_scale": torch.full((1, 64), 0.1),
+    }
     return QuantizedLayer("", LinearSpec(64, 64, (PartSpec(0, 64, CHANNEL, TOKEN),), bias=False), tensors)
 
 
 @pytest.fixture
 def x():
-    """Tokens of which the largest value is 7, so that a step is 1, and one value lies between the codes 2 and 3."""
+    """Tokens of which the largest value is 7, so that a step is 1, and one value lies between the codes 2 and
+    3."""
     g = torch.Generator().manual_seed(1)
     x = torch.randint(-6, 7, (5, 64), generator=g) + 0.4 * (torch.rand(5, 64, generator=g) - 0.5)
     x[:, 0], x[3, 20] = 7, 2.5
@@ -64,7 +76,9 @@ def test_a_scale_of_another_token_is_found(layer, x):
 
 
 def test_an_output_that_differs_on_equal_codes_is_found(layer, x):
-    scaled = QuantizedLayer("", layer.spec, layer.tensors | {"weight_scale": layer.tensors["weight_scale"] * 1.001})
+    scaled = QuantizedLayer(
+        "", layer.spec, layer.tensors | {"weight_scale": layer.tensors["weight_scale"] * 1.001}
+    )
     with pytest.raises(AssertionError, match="outputs on equal codes differ by 0.001"):
         assert_repeats(record(layer, x), scaled, x)
 
@@ -74,7 +88,10 @@ def test_calls_must_be_as_many(layer, x):
         assert_repeats(record(layer, x), lambda: layer(layer(x)))
     with pytest.raises(AssertionError, match="1 calls of the quantizer, 2 in the run before"):
         assert_repeats(record(lambda: layer(layer(x))), layer, x)
-    with taken(Codes([torch.zeros(4, 64, dtype=torch.int8)])), pytest.raises(AssertionError, match=r"shape \(5, 64\), before \(4, 64\)"):
+    with (
+        taken(Codes([torch.zeros(4, 64, dtype=torch.int8)])),
+        pytest.raises(AssertionError, match=r"shape \(5, 64\), before \(4, 64\)"),
+    ):
         layer(x)
 
 

@@ -1,4 +1,5 @@
-"""The house stands: rooms on floors, imports that run downwards alone, no circle of files. Imports inside functions count."""
+"""The house stands: rooms on floors, imports that run downwards alone, no circle of files. Imports inside
+functions count."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -8,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the ground up. A room may import from the floors below it, not from its neighbours; folders inside a room belong to it.
+# From the ground up. A room may import from the floors below it, not from its neighbours; folders inside a
+# room belong to it.
 FLOORS = (
     ("kernels/operator",),
     ("kernels", "quant_core/store", "quant_core/families"),
@@ -28,7 +30,11 @@ def sources() -> list[Path]:
     """The pack's files, relative."""
     return [
         Path("__init__.py"),
-        *(p.relative_to(ROOT) for folder in ("kernels", "quant_core", "nodes") for p in (ROOT / folder).rglob("*.py")),
+        *(
+            p.relative_to(ROOT)
+            for folder in ("kernels", "quant_core", "nodes")
+            for p in (ROOT / folder).rglob("*.py")
+        ),
     ]
 
 
@@ -45,7 +51,12 @@ def imported(file: Path, source: str, files: set[Path]) -> set[Path]:
             continue
         base = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
         for alias in node.names:
-            candidates = (base / f"{alias.name}.py", base / alias.name / "__init__.py", base.with_suffix(".py"), base / "__init__.py")
+            candidates = (
+                base / f"{alias.name}.py",
+                base / alias.name / "__init__.py",
+                base.with_suffix(".py"),
+                base / "__init__.py",
+            )
             found |= {next(c for c in candidates if c in files)}
     return found - {file}
 
@@ -83,10 +94,24 @@ def test_no_circle_of_files():
 
 
 def test_the_search_finds_what_it_is_for():
-    files = {Path("quant_core/run/a.py"), Path("quant_core/layer/b.py"), Path("quant_core/layer/__init__.py"), Path("kernels/c.py")}
-    source = "def f():\n    from ..layer import b\n    from ..layer.b import x as y\n    from ...kernels import c\nimport torch"
-    assert imported(Path("quant_core/run/a.py"), source, files) == {Path("quant_core/layer/b.py"), Path("kernels/c.py")}
-    graph = {Path("quant_core/layer/b.py"): {Path("quant_core/run/a.py")}, Path("quant_core/run/a.py"): {Path("quant_core/layer/b.py")}}
+    files = {
+        Path("quant_core/run/a.py"),
+        Path("quant_core/layer/b.py"),
+        Path("quant_core/layer/__init__.py"),
+        Path("kernels/c.py"),
+    }
+    source = (
+        "def f():\n    from ..layer import b\n    from ..layer.b import x as y\n    from ...kernels import "
+        "c\nimport torch"
+    )
+    assert imported(Path("quant_core/run/a.py"), source, files) == {
+        Path("quant_core/layer/b.py"),
+        Path("kernels/c.py"),
+    }
+    graph = {
+        Path("quant_core/layer/b.py"): {Path("quant_core/run/a.py")},
+        Path("quant_core/run/a.py"): {Path("quant_core/layer/b.py")},
+    }
     assert uphill(graph) == ["quant_core/layer/b.py imports quant_core/run/a.py"]
     with pytest.raises(CycleError):
         list(TopologicalSorter(graph).static_order())

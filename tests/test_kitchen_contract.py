@@ -16,13 +16,18 @@ from comfyui_nibble.tests.support import relative_error
 
 
 def kitchen_forward(x, layer):
-    part, t = layer.spec.parts[0], {k: v.float() if v.is_floating_point() else v for k, v in layer.tensors.items()}
+    part, t = (
+        layer.spec.parts[0],
+        {k: v.float() if v.is_floating_point() else v for k, v in layer.tensors.items()},
+    )
     unsigned = part.activation.unsigned
     shifted = x + part.activation.shift
     q, scales, low = svdquant.quantize_svdquant_w4a4(
         shifted, t["smooth_factor"], t["proj_down"], pad_size=1, act_unsigned=unsigned, lora_x=x
     )
-    y = svdquant.scaled_mm_svdquant_w4a4(q, t["weight"], scales, t["weight_scale"], low, t["proj_up"], t["bias"], act_unsigned=unsigned)
+    y = svdquant.scaled_mm_svdquant_w4a4(
+        q, t["weight"], scales, t["weight_scale"], low, t["proj_up"], t["bias"], act_unsigned=unsigned
+    )
     return q, scales, y
 
 
@@ -56,20 +61,39 @@ def test_convrot_through_comfy_kitchen(make_problem, k, size):
     assert layer.spec.parts[0].rotation == size
     x = torch.randn(17, k, generator=torch.Generator().manual_seed(3))
     t = layer.tensors
-    y = convrot_w4a4.convrot_w4a4_linear(x, t["weight"], t["weight_scale"][0], t["bias"].float(), convrot_groupsize=size)
+    y = convrot_w4a4.convrot_w4a4_linear(
+        x, t["weight"], t["weight_scale"][0], t["bias"].float(), convrot_groupsize=size
+    )
     assert layer_error(y, layer(x), x, layer.spec, t) < 1e-5
 
 
 @pytest.mark.parametrize("after_gelu", [False, True])
 def test_triton_kernels_through_comfy_kitchen(make_problem, after_gelu):
-    """The quantizer's packed codes and scales are comfy-kitchen's, bit for bit; the product is its product in 16 bit."""
+    """The quantizer's packed codes and scales are comfy-kitchen's, bit for bit; the product is its product in
+    16 bit."""
     problem = make_problem(96, 256, parts=(Part(0, 256, after_gelu),), fit_tokens=2048)
     layer = METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16)).layer
     act, tensors = layer.spec.parts[0].activation, layer.tensors
     x = problem.tokens("report")[:70].half()
     q, scales, y = kitchen_forward(x.float(), layer)
     codes, scale = torch.empty(70, 128, dtype=torch.int8), torch.empty(4, 70)
-    shared = (tensors["smooth_factor"], None, None, None, 256, 1, 0, 4, act.unsigned, True, 0, act.shift, 1.0, 0, 0.0)
+    shared = (
+        tensors["smooth_factor"],
+        None,
+        None,
+        None,
+        256,
+        1,
+        0,
+        4,
+        act.unsigned,
+        True,
+        0,
+        act.shift,
+        1.0,
+        0,
+        0.0,
+    )
     ops.quantize_activation(x, codes, scale, None, *shared)
     assert torch.equal(codes, q)
     assert torch.equal(scale, scales)

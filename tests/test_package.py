@@ -11,7 +11,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = [p for folder in ("nodes", "quant_core", "kernels") for p in (ROOT / folder).rglob("*.py")] + [ROOT / "__init__.py"]
+SOURCES = [p for folder in ("nodes", "quant_core", "kernels") for p in (ROOT / folder).rglob("*.py")] + [
+    ROOT / "__init__.py"
+]
 
 
 def absolute_imports(path):
@@ -38,15 +40,26 @@ def opened_pickles(source: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
             found += [name for name in names if name.split(".")[0] in UNPICKLED]
             if isinstance(node, ast.ImportFrom) and node.module == "torch":
                 found += [f"torch.{alias.name}" for alias in node.names if alias.name in ("load", "save")]
-        if isinstance(node, ast.Attribute) and node.attr in ("load", "save", "hub", "package") and getattr(node.value, "id", "") == "torch":
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("load", "save", "hub", "package")
+            and getattr(node.value, "id", "") == "torch"
+        ):
             found.append(f"torch.{node.attr}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             said = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
-            if node.func.attr in ("from_pretrained", "from_single_file") and said.get("use_safetensors") is not True:
+            if (
+                node.func.attr in ("from_pretrained", "from_single_file")
+                and said.get("use_safetensors") is not True
+            ):
                 found.append(f"{node.func.attr} without use_safetensors=True")
             if said.get("allow_pickle"):
                 found.append("allow_pickle")
@@ -92,7 +105,11 @@ assert comfyui_nibble.WEB_DIRECTORY == "./nodes/web" and METHODS
 
 def test_every_module_is_packaged():
     packages = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    wanted = {".".join(("comfyui_nibble", *p.parent.relative_to(ROOT).parts)) for p in SOURCES if p.name == "__init__.py"}
+    wanted = {
+        ".".join(("comfyui_nibble", *p.parent.relative_to(ROOT).parts))
+        for p in SOURCES
+        if p.name == "__init__.py"
+    }
     assert packages == wanted
 
 
@@ -110,8 +127,16 @@ def requirements(name):
 
 
 def test_requirements_never_name_torch_or_triton():
-    """A `triton` from PyPI would overwrite that of a ROCm build of torch, and a triton-windows of another torch break torch.compile."""
-    assert set(requirements("requirements.txt")) == {"filelock", "numpy", "platformdirs", "safetensors", "tqdm", "xxhash"}
+    """A `triton` from PyPI would overwrite that of a ROCm build of torch, and a triton-windows of another
+    torch break torch.compile."""
+    assert set(requirements("requirements.txt")) == {
+        "filelock",
+        "numpy",
+        "platformdirs",
+        "safetensors",
+        "tqdm",
+        "xxhash",
+    }
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert not {"torch", "triton", "triton-windows"} & {Requirement(line).name for line in dependencies}
 
@@ -119,15 +144,21 @@ def test_requirements_never_name_torch_or_triton():
 def test_triton_for_windows_is_bounded_and_for_windows_alone():
     (triton,) = requirements("requirements-windows.txt").values()
     assert triton.name == "triton-windows"
-    assert [str(v) for v in ("3.5.1.post24", "3.6.0.post26", "3.7.0.post26") if triton.specifier.contains(v)] == ["3.6.0.post26"]
-    assert [s for s in ("Windows", "Linux", "Darwin") if triton.marker.evaluate({"platform_system": s})] == ["Windows"]
+    assert [
+        str(v) for v in ("3.5.1.post24", "3.6.0.post26", "3.7.0.post26") if triton.specifier.contains(v)
+    ] == ["3.6.0.post26"]
+    assert [s for s in ("Windows", "Linux", "Darwin") if triton.marker.evaluate({"platform_system": s})] == [
+        "Windows"
+    ]
 
 
 def test_every_bound_on_triton_is_one_that_the_kernels_take():
     """The table in the comment too: a minor version each, from the oldest that the kernels take on."""
     from comfyui_nibble.kernels.target import MIN_TRITON
 
-    bounds = re.findall(r"triton-windows>=(\d+)\.(\d+),<(\d+)\.(\d+)", (ROOT / "requirements-windows.txt").read_text())
+    bounds = re.findall(
+        r"triton-windows>=(\d+)\.(\d+),<(\d+)\.(\d+)", (ROOT / "requirements-windows.txt").read_text()
+    )
     assert sorted(bounds) == [("3", str(n), "3", str(n + 1)) for n in range(MIN_TRITON[1], 9)]
 
 
@@ -182,7 +213,8 @@ def test_hosts_that_only_ran_the_main_job_are_told_so_in_one_line(version, caplo
     comfyui_nibble.require_host(version)
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"ComfyUI-Nibble needs ComfyUI 0.31.0 or newer, this is {version}. On 0.24 to 0.30 calibrating, quantizing, saving, loading and "
+        f"ComfyUI-Nibble needs ComfyUI 0.31.0 or newer, this is {version}. On 0.24 to 0.30 calibrating, "
+        "quantizing, saving, loading and "
         "LoRAs ran; the rest was not tried there. Update ComfyUI where something fails."
     )
 
@@ -206,7 +238,12 @@ assert not any(name.startswith("comfyui_nibble.") for name in sys.modules)
 
 
 def test_every_node_has_a_help_page():
-    ids = {line.split('"')[1] for p in (ROOT / "nodes").glob("*.py") for line in p.read_text().splitlines() if "node_id=" in line}
+    ids = {
+        line.split('"')[1]
+        for p in (ROOT / "nodes").glob("*.py")
+        for line in p.read_text().splitlines()
+        if "node_id=" in line
+    }
     assert len(ids) == 11
     assert {p.stem for p in (ROOT / "nodes" / "web" / "docs").glob("*.md")} == ids
 

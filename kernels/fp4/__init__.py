@@ -1,13 +1,15 @@
-"""Products of block-scaled fp4 on Blackwell's tensor cores. Not reachable from a LinearSpec: no checkpoint of that kind is read yet.
+"""Products of block-scaled fp4 on Blackwell's tensor cores. Not reachable from a LinearSpec: no checkpoint of
+that kind is read yet.
 
-Values are e2m1, two a byte, the even channel in the low nibble. Scales are (rows, K / block), in that natural order. Their dtype
-names the format: float8_e4m3fn, one per 16 channels, is nvfp4, which has an fp32 scale on top; uint8, the exponents of e8m0, one
-per 32 channels, is mxfp4.
+Values are e2m1, two a byte, the even channel in the low nibble. Scales are (rows, K / block), in that natural
+order. Their dtype names the format: float8_e4m3fn, one per 16 channels, is nvfp4, which has an fp32 scale on
+top; uint8, the exponents of e8m0, one per 32 channels, is mxfp4.
 """
 
 from ..target import Target
 
-# The first Triton that makes `tl.dot_scaled` of two fp4 operands one instruction. On sm_121 earlier ones decode to bf16 or fail.
+# The first Triton that makes `tl.dot_scaled` of two fp4 operands one instruction. On sm_121 earlier ones
+# decode to bf16 or fail.
 MIN_TRITON = {100: (3, 6), 103: (3, 6), 120: (3, 6), 121: (3, 8)}
 
 

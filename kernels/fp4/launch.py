@@ -8,8 +8,9 @@ from ..tuning import QuantizerTile, Tile, low_rank_limit
 from . import refused
 from . import triton as kernels
 
-# Defaults, not measured on a card: the first for many tokens, the last for up to 64. Larger ones spill with one Triton or another:
-# 256 out-channels with nvfp4 on sm_100, 256 channels a step of 128 x 128 on sm_120. tcgen05 scales products of 128 tokens only.
+# Defaults, not measured on a card: the first for many tokens, the last for up to 64. Larger ones spill with
+# one Triton or another: 256 out-channels with nvfp4 on sm_100, 256 channels a step of 128 x 128 on sm_120.
+# tcgen05 scales products of 128 tokens only.
 TILES = {
     "tcgen05": (Tile(128, 128, 128, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 64, 128, 8, 4)),
     "mma": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 128, 4, 3)),
@@ -23,10 +24,11 @@ def tiles(target) -> tuple[Tile, ...]:
 
 
 def quantize_fp4(x, codes, scale, token_scale, low, smooth, down, tensor_scale):
-    """x (M, K) 16 bit, rows apart by any stride -> codes (M, K / 2) uint8, scale (M, K / block) of its format's dtype,
-    token_scale (M,) fp32, low (M, R) = x @ down.
+    """x (M, K) 16 bit, rows apart by any stride -> codes (M, K / 2) uint8, scale (M, K / block) of its
+    format's dtype, token_scale (M,) fp32, low (M, R) = x @ down.
 
-    smooth (K,): x is divided by it, or None. down (K, R) or None. tensor_scale (1,): of nvfp4, given; None: one for each token.
+    smooth (K,): x is divided by it, or None. down (K, R) or None. tensor_scale (1,): of nvfp4, given; None:
+    one for each token.
     """
     target = kernel_target(x.device)
     block = _block(target, x.shape[1], codes, scale)
@@ -56,9 +58,11 @@ def quantize_fp4(x, codes, scale, token_scale, low, smooth, down, tensor_scale):
 
 
 def gemm_fp4(codes, scale, token_scale, weight, weight_scale, tensor_scale, low, up, bias, y):
-    """codes (M, K / 2), scale (M, K / block), token_scale (M,), weight (N, K / 2), weight_scale (N, K / block) -> y (M, N).
+    """codes (M, K / 2), scale (M, K / block), token_scale (M,), weight (N, K / 2), weight_scale (N, K /
+    block) -> y (M, N).
 
-    tensor_scale: fp32 of the weight, one or (N,), or None. low (M, R) and up (N, R), or None; bias (N,) or None.
+    tensor_scale: fp32 of the weight, one or (N,), or None. low (M, R) and up (N, R), or None; bias (N,) or
+    None.
     """
     target = kernel_target(codes.device)
     width = 2 * codes.shape[1]
@@ -102,7 +106,10 @@ def _block(target, width: int, codes, scale) -> int:
     block = blocks[scale.dtype]
     wanted = (codes.shape[0], width // 2), (codes.shape[0], width // block)
     if (tuple(codes.shape), tuple(scale.shape)) != wanted or codes.dtype != torch.uint8:
-        raise ValueError(f"{width} channels of fp4 with one scale per {block} need uint8 codes {wanted[0]} and scales {wanted[1]}")
+        raise ValueError(
+            f"{width} channels of fp4 with one scale per {block} need uint8 codes {wanted[0]} and scales "
+            f"{wanted[1]}"
+        )
     return block
 
 

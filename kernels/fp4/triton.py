@@ -1,11 +1,13 @@
-"""Block-scaled fp4 on Triton: the activation quantizer, and y = (x . w^T) * scales + low @ up^T + bias in one launch.
+"""Block-scaled fp4 on Triton: the activation quantizer, and y = (x . w^T) * scales + low @ up^T + bias in one
+launch.
 
-The quantizer encodes e2m1, e4m3 and e8m0 in integer arithmetic, so its codes and scales are those of `naive`, bit for bit. A NaN
-or an infinity makes the scale of its block NaN, which both formats can say, and the fp32 scale of its token too: that NaN survives
-the product whatever the tensor cores make of the block's.
+The quantizer encodes e2m1, e4m3 and e8m0 in integer arithmetic, so its codes and scales are those of `naive`,
+bit for bit. A NaN or an infinity makes the scale of its block NaN, which both formats can say, and the fp32
+scale of its token too: that NaN survives the product whatever the tensor cores make of the block's.
 
-The product takes the scales as plain (rows, K / block) tiles, which go through registers. TMA loads of scales that lie in blocks
-of 128 x 4, as cuBLAS and Triton's 5-D descriptors have them, would save the way through registers on sm_100.
+The product takes the scales as plain (rows, K / block) tiles, which go through registers. TMA loads of scales
+that lie in blocks of 128 x 4, as cuBLAS and Triton's 5-D descriptors have them, would save the way through
+registers on sm_100.
 """
 
 import triton
@@ -14,7 +16,8 @@ import triton.language as tl
 from ..quant_activation.triton import _ROUND, _ROUND_BITS, _TINY, _dot
 from ..quant_linear.triton import _load, _low_rank, _tile
 
-# The second level of the activations' scales: none (mxfp4), one given for the tensor, one measured for each token.
+# The second level of the activations' scales: none (mxfp4), one given for the tensor, one measured for each
+# token.
 NONE, GIVEN, TOKEN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _INF_BITS = tl.constexpr(0x7F800000)
 
@@ -47,7 +50,9 @@ def _encode_e4m3(v):
     """fp32 v >= 0 -> codes 0..127 as int32, saturating at 448; 127 is NaN."""
     c = tl.where(v < 448.0, v, 448.0)
     bits = c.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # the exponent's bias, 127 - 7, eight codes each
+    normal = (
+        (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+    ) - 960  # the exponent's bias, 127 - 7, eight codes each
     code = tl.where(c < 0.015625, _nearest(c * 512.0), normal)
     return tl.where(v == v, code, 127)
 
@@ -66,7 +71,8 @@ def _decode_scale(code, BLOCK: tl.constexpr):
 
 @triton.jit
 def _quantize_blocks(v, bits, token_scale, BLOCK: tl.constexpr):
-    """v (BM, blocks, BLOCK) fp32, bits (BM, blocks) the largest |v| of each as int32 -> codes of v and of the scales, int32."""
+    """v (BM, blocks, BLOCK) fp32, bits (BM, blocks) the largest |v| of each as int32 -> codes of v and of the
+    scales, int32."""
     if BLOCK == 16:
         six = tl.full(bits.shape, 6.0, tl.float32)
         above = tl.broadcast_to(token_scale[:, None], bits.shape)
@@ -77,7 +83,8 @@ def _quantize_blocks(v, bits, token_scale, BLOCK: tl.constexpr):
         code = _encode_e2m1(tl.div_rn(v, tl.broadcast_to(tl.where(zero, 1.0, divisor)[:, :, None], v.shape)))
         code = tl.where(zero[:, :, None], 0, code)
     else:
-        # The exponent of the largest value less that of 4, the highest power of two in e2m1. Its reciprocal is exact.
+        # The exponent of the largest value less that of 4, the highest power of two in e2m1. Its reciprocal
+        # is exact.
         finite = bits < _INF_BITS
         scale = tl.where(finite, tl.maximum((bits >> 23) - 2, 0), 255)
         factor = tl.where(finite, (254 - scale) << 23, 0).to(tl.float32, bitcast=True)
@@ -93,8 +100,9 @@ def quantize_fp4_kernel(
 ):  # fmt: skip
     """One program quantizes BM tokens, BK channels at a time; TOKEN reads them twice.
 
-    x (M, K) 16 bit; smooth (K,); down (K, R) 16 bit; given (1,) fp32. q (M, K / 2) uint8; s (M, K / BLOCK) uint8; t (M,) fp32, the
-    token's scale or 1; low (M, R) = x @ down. RP: R to a power of two, at least 16; 0 for no branch.
+    x (M, K) 16 bit; smooth (K,); down (K, R) 16 bit; given (1,) fp32. q (M, K / 2) uint8; s (M, K / BLOCK)
+    uint8; t (M,) fp32, the token's scale or 1; low (M, R) = x @ down. RP: R to a power of two, at least 16; 0
+    for no branch.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = m < M
@@ -113,9 +121,15 @@ def quantize_fp4_kernel(
     for step in tl.static_range(PASSES):
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
-            x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0)
+            x = tl.load(
+                x_ptr + x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0
+            )
             if RP > 0 and step == 0:
-                d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)
+                d = tl.load(
+                    down_ptr + k[:, None] * ld_down + r[None, :],
+                    mask=(k < K)[:, None] & (r < R)[None, :],
+                    other=0.0,
+                )
                 low = _dot(x, d.to(x.dtype), low, UPCAST)
             v = x.to(tl.float32)
             if SMOOTH:
@@ -148,13 +162,16 @@ def quantize_fp4_kernel(
 
 @triton.jit
 def _dequantized(q, s, BLOCK: tl.constexpr):
-    """Bytes (rows, BK) and scales (rows, 2 BK / BLOCK) -> the even channels and the odd ones, (rows, BK) fp32."""
+    """Bytes (rows, BK) and scales (rows, 2 BK / BLOCK) -> the even channels and the odd ones, (rows, BK)
+    fp32."""
     ROWS: tl.constexpr = q.shape[0]
     BK: tl.constexpr = q.shape[1]
     shape: tl.constexpr = (ROWS, 2 * BK // BLOCK, BLOCK // 2)
     q = tl.reshape(q.to(tl.int32), shape)
     scale = _decode_scale(s.to(tl.int32), BLOCK)[:, :, None]
-    return tl.reshape(_decode_e2m1(q & 15) * scale, (ROWS, BK)), tl.reshape(_decode_e2m1(q >> 4) * scale, (ROWS, BK))
+    return tl.reshape(_decode_e2m1(q & 15) * scale, (ROWS, BK)), tl.reshape(
+        _decode_e2m1(q >> 4) * scale, (ROWS, BK)
+    )
 
 
 @triton.jit
@@ -180,8 +197,9 @@ def gemm_fp4_kernel(
     BLOCK: tl.constexpr, EVEN_K: tl.constexpr, HAS_TW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x (M, KB) and w (N, KB) bytes of two codes, sx (M, 2 KB / BLOCK) and sw (N, 2 KB / BLOCK) uint8, tx (M,) fp32, tw (1,) with
-    step_tw 0 or (N,) with 1, fp32. low (M, R), up (N, R), bias (N,), y (M, N). BK: bytes a step. BR 0: no low rank."""
+    """x (M, KB) and w (N, KB) bytes of two codes, sx (M, 2 KB / BLOCK) and sw (N, 2 KB / BLOCK) uint8, tx
+    (M,) fp32, tw (1,) with step_tw 0 or (N,) with 1, fp32. low (M, R), up (N, R), bias (N,), y (M, N). BK:
+    bytes a step. BR 0: no low rank."""
     tm, tn = _tile(M, N, BM, BN, GROUP_M)
     # Rows past the end repeat the last one, so that only k needs masks; they are not stored.
     m = tl.minimum(tm * BM + tl.arange(0, BM), M - 1)

@@ -1,4 +1,5 @@
-"""What reading a file raises, in words that are fit to print: what a file says stands in them, and may be anything."""
+"""What reading a file raises, in words that are fit to print: what a file says stands in them, and may be
+anything."""
 
 import re
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ _LONG = re.compile(rf"\S{{{NAME + 1},}}")
 
 
 class NamedError(ValueError):
-    """An error that names the file, or what in it, and what was expected. Its text is bounded and has no control characters."""
+    """An error that names the file, or what in it, and what was expected. Its text is bounded and has no
+    control characters."""
 
     def __init__(self, text: object = ""):
         super().__init__(sentence(str(text)))
@@ -17,8 +19,8 @@ class NamedError(ValueError):
 
 @contextmanager
 def naming(path: Path, but: type[Exception] | tuple[type[Exception], ...] = ()):
-    """What is found wrong within names the file `path`, too, with the type that it has; but: types that name another file. Errors of others,
-    such as PyTorch's, become a NamedError."""
+    """What is found wrong within names the file `path`, too, with the type that it has; but: types that name
+    another file. Errors of others, such as PyTorch's, become a NamedError."""
     try:
         yield
     except ValueError as error:
@@ -31,8 +33,8 @@ def naming(path: Path, but: type[Exception] | tuple[type[Exception], ...] = ()):
 
 
 def plain(text: str, keep: str = "") -> str:
-    """The text with everything that is not printed, control characters, marks of direction and broken surrogates, as in Python's strings;
-    keep: what stays, such as line ends."""
+    """The text with everything that is not printed, control characters, marks of direction and broken
+    surrogates, as in Python's strings; keep: what stays, such as line ends."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
@@ -47,7 +49,8 @@ def shortened(text: str, most: int = NAME) -> str:
 
 
 def sentence(text: str, keep: str = "") -> str:
-    """What an error says: `plain`, no word longer than NAME but for those of the path in front, and MESSAGE characters in all."""
+    """What an error says: `plain`, no word longer than NAME but for those of the path in front, and MESSAGE
+    characters in all."""
     path, colon, rest = plain(shortened(text, 8 * MESSAGE), keep).partition(": ")
     if not colon:
         path, rest = "", path

@@ -1,4 +1,5 @@
-"""What a quantized linear layer is: a frozen description, apart from its tensors and from the paper it came from."""
+"""What a quantized linear layer is: a frozen description, apart from its tensors and from the paper it came
+from."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -10,7 +11,16 @@ from .errors import NamedError, shortened
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
-TENSOR_NAMES = ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform", "channel_order")
+TENSOR_NAMES = (
+    "weight",
+    "weight_scale",
+    "smooth_factor",
+    "proj_down",
+    "proj_up",
+    "bias",
+    "transform",
+    "channel_order",
+)
 LARGEST_ROTATION = 4096  # its matrix has 64 MiB; methods take 256
 GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
 
@@ -28,7 +38,8 @@ def _check(ok, message):
 class ActivationSpec:
     """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor".
 
-    The scale is clip * absmax / largest code; what lies beyond is clamped. bits: 1 (signs: -1 and 1, never unsigned), 2, 3, 4 or 8.
+    The scale is clip * absmax / largest code; what lies beyond is clamped. bits: 1 (signs: -1 and 1, never
+    unsigned), 2, 3, 4 or 8.
     """
 
     bits: int = 4
@@ -41,15 +52,22 @@ class ActivationSpec:
     def __post_init__(self):
         _check(0 < self.clip <= 1, f"clip must be above 0 and at most 1, found {self.clip}")
         _check(self.bits in (1, 2, 3, 4, 8), f"activation bits must be 1, 2, 3, 4 or 8, found {self.bits}")
-        _check(self.bits > 1 or not self.unsigned, "1-bit activation codes are -1 and 1, they cannot be unsigned: take 2 bits, or signed")
-        _check(self.granularity in ("token", "group", "tensor"), f"unknown activation granularity {self.granularity!r}")
+        _check(
+            self.bits > 1 or not self.unsigned,
+            "1-bit activation codes are -1 and 1, they cannot be unsigned: take 2 bits, or signed",
+        )
+        _check(
+            self.granularity in ("token", "group", "tensor"),
+            f"unknown activation granularity {self.granularity!r}",
+        )
         wide = self.unsigned or self.bits == 8  # 8 bits have room for a shifted range with a sign
         _check(self.shift == 0 or wide, "a shift goes with unsigned or 8-bit activation codes only")
 
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """Static quantization of W T^-1. granularity: "channel" (a row), "group" (64 in-channels of a row) or "tensor"."""
+    """Static quantization of W T^-1. granularity: "channel" (a row), "group" (64 in-channels of a row) or
+    "tensor"."""
 
     bits: int = 4
     granularity: str = "group"
@@ -57,15 +75,19 @@ class WeightSpec:
 
     def __post_init__(self):
         _check(self.bits in PACKABLE_BITS, f"weight bits must be 2, 4 or 8, found {self.bits}")
-        _check(self.granularity in ("channel", "group", "tensor"), f"unknown weight granularity {self.granularity!r}")
+        _check(
+            self.granularity in ("channel", "group", "tensor"),
+            f"unknown weight granularity {self.granularity!r}",
+        )
 
 
 @dataclass(frozen=True)
 class PartSpec:
     """One range of in-channels with its own transform, quantizers and low-rank branch.
 
-    activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none. kronecker: (p1, p2) of a learned
-    transform of slices of p1 p2 channels, () for none; one pair of factors for all slices, or with `per_slice` one for each.
+    activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none. kronecker:
+    (p1, p2) of a learned transform of slices of p1 p2 channels, () for none; one pair of factors for all
+    slices, or with `per_slice` one for each.
     """
 
     start: int
@@ -83,15 +105,29 @@ class PartSpec:
         _check(self.rank >= 0 and self.rotation >= 0, "rank and rotation cannot be negative")
         if self.rotation:
             power = self.rotation & (self.rotation - 1) == 0 and 2 <= self.rotation <= LARGEST_ROTATION
-            _check(power, f"a rotation takes a power of two from 2 to {LARGEST_ROTATION}, found {self.rotation}")
-            _check(self.width % self.rotation == 0, f"rotation {self.rotation} does not divide {self.width} channels")
+            _check(
+                power, f"a rotation takes a power of two from 2 to {LARGEST_ROTATION}, found {self.rotation}"
+            )
+            _check(
+                self.width % self.rotation == 0,
+                f"rotation {self.rotation} does not divide {self.width} channels",
+            )
         for q in (self.weight, self.activation):
             if q is not None and q.granularity == "group":
-                _check(q.group > 0 and self.width % q.group == 0, f"group {q.group} does not divide {self.width} channels")
+                _check(
+                    q.group > 0 and self.width % q.group == 0,
+                    f"group {q.group} does not divide {self.width} channels",
+                )
         shifted = self.activation is not None and self.activation.shift != 0
-        _check(not (shifted and (self.rotation or self.kronecker)), "a shift cannot be combined with a rotation or a learned transform")
+        _check(
+            not (shifted and (self.rotation or self.kronecker)),
+            "a shift cannot be combined with a rotation or a learned transform",
+        )
         if self.kronecker:
-            _check(len(self.kronecker) == 2 and min(self.kronecker) > 0, f"kronecker must be two sizes, found {self.kronecker}")
+            _check(
+                len(self.kronecker) == 2 and min(self.kronecker) > 0,
+                f"kronecker must be two sizes, found {self.kronecker}",
+            )
             size = self.kronecker[0] * self.kronecker[1]
             _check(self.width % size == 0, f"slices of {size} channels do not divide {self.width}")
             _check(not self.rotation, "a rotation and a learned transform exclude each other")
@@ -105,7 +141,11 @@ class PartSpec:
     @property
     def pairs(self) -> int:
         """Pairs of factors of the learned transform."""
-        return (self.width // (self.kronecker[0] * self.kronecker[1]) if self.per_slice else 1) if self.kronecker else 0
+        return (
+            (self.width // (self.kronecker[0] * self.kronecker[1]) if self.per_slice else 1)
+            if self.kronecker
+            else 0
+        )
 
     @property
     def factor_values(self) -> int:
@@ -125,7 +165,8 @@ class PartSpec:
 class LinearSpec:
     """A quantized linear layer (architecture: the one operator).
 
-    Tensors, N = out_features, K = in_features + padding, G = sum of `scale_rows`, R = the rank, P = number of parts:
+    Tensors, N = out_features, K = in_features + padding, G = sum of `scale_rows`, R = the rank, P = number of
+    parts:
 
     ============== ===================== ==========================================================
     weight         int8 (N, bytes)       packed codes, the parts side by side
@@ -134,16 +175,20 @@ class LinearSpec:
     proj_down      16 bit (K, R)         on the raw x, padded, each part's rows to its own R columns
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
-    transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2 values;
+    transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2
+    values;
                                          absent without a learned transform
-    channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel channel_order[i] of the raw x; absent
+    channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel channel_order[i]
+    of the raw x; absent
                                          without `order`. All tensors above hold in-channels in this order.
     ============== ===================== ==========================================================
 
-    padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends with a whole group of 64; the
-    parts are over both. spatial: dimensions that x has behind its channels in the model, which holds the layer as a 1x1 convolution: 1 or 2, or
-    0 for a linear layer. `quant_linear` takes the channels last whatever it says. text: the spec as a string, see `parse`; the one value of it that torch.compile guards on and hands to operators. weight_shapes:
-    ((name, shape), ...) of the first two tensors.
+    padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends
+    with a whole group of 64; the parts are over both. spatial: dimensions that x has behind its channels in
+    the model, which holds the layer as a 1x1 convolution: 1 or 2, or 0 for a linear layer. `quant_linear`
+    takes the channels last whatever it says. text: the spec as a string, see `parse`; the one value of it
+    that torch.compile guards on and hands to operators. weight_shapes: ((name, shape), ...) of the first two
+    tensors.
     """
 
     in_features: int
@@ -156,13 +201,19 @@ class LinearSpec:
 
     def __post_init__(self):
         _check(self.padding >= 0, f"padding cannot be negative, found {self.padding}")
-        _check(0 <= self.spatial <= 2, f"convolutions have 1 or 2 dimensions behind the channels, found {self.spatial}")
+        _check(
+            0 <= self.spatial <= 2,
+            f"convolutions have 1 or 2 dimensions behind the channels, found {self.spatial}",
+        )
         _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
         edge = 0
         for part in self.parts:
             whole = part.width * part.weight.bits % 8 == 0
             _check(whole, f"{part.width} channels of {part.weight.bits} bits do not fill whole bytes")
-            _check(part.start == edge, f"parts must follow each other: expected a part at channel {edge}, found {part.start}")
+            _check(
+                part.start == edge,
+                f"parts must follow each other: expected a part at channel {edge}, found {part.start}",
+            )
             edge = part.stop
         padded = f" and {self.padding} of padding" * bool(self.padding)
         _check(edge == self.width, f"parts end at channel {edge}, the layer has {self.in_features}{padded}")
@@ -192,16 +243,23 @@ class LinearSpec:
         return all(p.activation is None for p in self.parts)
 
     def split(self, tensors: dict):
-        """Yields (part, packed codes (N, bytes), scales (G, N), smoothing (w,) or None) of each part, views of `tensors`."""
+        """Yields (part, packed codes (N, bytes), scales (G, N), smoothing (w,) or None) of each part, views
+        of `tensors`."""
         column = row = 0
         for part in self.parts:
             codes = tensors["weight"][:, column : column + part.bytes_per_row]
             scales = tensors["weight_scale"][row : row + part.scale_rows]
-            yield part, codes, scales, tensors["smooth_factor"][part.start : part.stop] if part.smooth else None
+            yield (
+                part,
+                codes,
+                scales,
+                tensors["smooth_factor"][part.start : part.stop] if part.smooth else None,
+            )
             column, row = column + part.bytes_per_row, row + part.scale_rows
 
     def factors(self, tensors: dict):
-        """Yields of each part the factors of its learned transform, (pairs, p1, p1) and (pairs, p2, p2), or None."""
+        """Yields of each part the factors of its learned transform, (pairs, p1, p1) and (pairs, p2, p2), or
+        None."""
         at = 0
         for part in self.parts:
             if not part.kronecker:
@@ -229,7 +287,8 @@ class LinearSpec:
         return out
 
     def to_json(self) -> dict:
-        """Without the fields of learned transforms, order, padding and convolutions where there are none, as versions before 0.3 wrote it."""
+        """Without the fields of learned transforms, order, padding and convolutions where there are none, as
+        versions before 0.3 wrote it."""
         data = asdict(self)
         for name in ("order", "padding", "spatial"):
             if not data[name]:
@@ -247,17 +306,33 @@ class LinearSpec:
         parts = []
         for raw in data["parts"]:
             raw = _fields(PartSpec, raw)
-            sizes = raw["kronecker"] = tuple(raw["kronecker"]) if isinstance(raw["kronecker"], (list, tuple)) else (None,)
-            _check(all(type(k) is int and 0 < k < WHOLE for k in sizes), f"kronecker must be a list of sizes, found {_short(sizes)}")
+            sizes = raw["kronecker"] = (
+                tuple(raw["kronecker"]) if isinstance(raw["kronecker"], (list, tuple)) else (None,)
+            )
+            _check(
+                all(type(k) is int and 0 < k < WHOLE for k in sizes),
+                f"kronecker must be a list of sizes, found {_short(sizes)}",
+            )
             raw["weight"] = WeightSpec(**_fields(WeightSpec, raw["weight"]))
             if raw["activation"] is not None:
                 raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
             parts.append(PartSpec(**raw))
-        return cls(data["in_features"], data["out_features"], tuple(parts), data["bias"], data["order"], data["padding"], data["spatial"])
+        return cls(
+            data["in_features"],
+            data["out_features"],
+            tuple(parts),
+            data["bias"],
+            data["order"],
+            data["padding"],
+            data["spatial"],
+        )
 
     def without_learned(self) -> "LinearSpec":
-        """What is left when x comes smoothed and transformed where there is a learned transform, and the low rank is added elsewhere."""
-        plain = lambda p: replace(p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False)
+        """What is left when x comes smoothed and transformed where there is a learned transform, and the low
+        rank is added elsewhere."""
+        plain = lambda p: replace(
+            p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False
+        )
         return replace(self, parts=tuple(map(plain, self.parts)))
 
     def without_order(self) -> "LinearSpec":
@@ -269,12 +344,18 @@ class LinearSpec:
         return replace(self, in_features=self.width, padding=0)
 
     def as_w8a8(self) -> "LinearSpec":
-        """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low rank stay."""
-        eight = lambda p: replace(p, weight=WeightSpec(8, "channel"), activation=ActivationSpec(8, "token", shift=p.activation.shift))
+        """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low
+        rank stay."""
+        eight = lambda p: replace(
+            p,
+            weight=WeightSpec(8, "channel"),
+            activation=ActivationSpec(8, "token", shift=p.activation.shift),
+        )
         return replace(self, parts=tuple(map(eight, self.parts)))
 
     def describe(self) -> str:
-        """One short phrase for reports, e.g. "W4A4 g64 smooth r32". Of the widest part, and what is in more bits beside it."""
+        """One short phrase for reports, e.g. "W4A4 g64 smooth r32". Of the widest part, and what is in more
+        bits beside it."""
         part = max(self.parts, key=lambda p: (p.width, -p.weight.bits, p.start))
         act = "16" if part.activation is None else str(part.activation.bits)
         grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
@@ -283,7 +364,10 @@ class LinearSpec:
         words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
         learned = next((p for p in self.parts if p.kronecker), None)
         if learned is not None:
-            sizes, run = learned.kronecker, sum((p.width, p.kronecker) == (learned.width, learned.kronecker) for p in self.parts)
+            sizes, run = (
+                learned.kronecker,
+                sum((p.width, p.kronecker) == (learned.width, learned.kronecker) for p in self.parts),
+            )
             words[1] += " and slice" * (run > 1 and grain != "g64")
             words.append(f"{run * learned.width // (sizes[0] * sizes[1])} slices {'x'.join(map(str, sizes))}")
         words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
@@ -296,7 +380,8 @@ class LinearSpec:
 
 
 def _values(spec):
-    """A spec as nested tuples of its fields' values, by steps that torch.compile follows where a spec is made under it."""
+    """A spec as nested tuples of its fields' values, by steps that torch.compile follows where a spec is made
+    under it."""
     if isinstance(spec, tuple):
         return tuple(_values(part) for part in spec)
     names = getattr(spec, "__match_args__", None)
@@ -313,9 +398,19 @@ def parse(text: str) -> LinearSpec:
     """The LinearSpec of a `LinearSpec.text`."""
     in_features, out_features, parts, bias, order, padding, spatial = json.loads(text)
     part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
-        start, stop, WeightSpec(*weight), ActivationSpec(*act) if act else None, smooth, rotation, rank, tuple(kronecker), per_slice
+        start,
+        stop,
+        WeightSpec(*weight),
+        ActivationSpec(*act) if act else None,
+        smooth,
+        rotation,
+        rank,
+        tuple(kronecker),
+        per_slice,
     )
-    return LinearSpec(in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding, spatial)
+    return LinearSpec(
+        in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding, spatial
+    )
 
 
 _LATER = {
@@ -335,7 +430,10 @@ def _fields(cls, data) -> dict:
     _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
     names = {f.name: f for f in fields(cls)}
     data = _LATER.get(cls, {}) | data
-    _check(set(data) == set(names), f"{cls.__name__}: expected the fields {sorted(names)}, found {_short(sorted(data))}")
+    _check(
+        set(data) == set(names),
+        f"{cls.__name__}: expected the fields {sorted(names)}, found {_short(sorted(data))}",
+    )
     for name, f in names.items():
         kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
         if kind in _TYPES:
@@ -345,5 +443,8 @@ def _fields(cls, data) -> dict:
             if kind == "int":
                 _check(-WHOLE < value < WHOLE, f"{cls.__name__}.{name}: {_short(value)} is out of range")
             elif kind == "float":
-                _check(abs(value) < WHOLE, f"{cls.__name__}.{name}: expected a finite number, found {_short(value)}")
+                _check(
+                    abs(value) < WHOLE,
+                    f"{cls.__name__}.{name}: expected a finite number, found {_short(value)}",
+                )
     return dict(data)

@@ -1,4 +1,5 @@
-"""Transforms of the in-channels. Every one is applied to x at run time and folded, inverted, into W at quantization."""
+"""Transforms of the in-channels. Every one is applied to x at run time and folded, inverted, into W at
+quantization."""
 
 from functools import lru_cache
 
@@ -22,14 +23,15 @@ def _signs(size: int) -> torch.Tensor:
 def hadamard(size: int, device=None, dtype=torch.float32) -> torch.Tensor:
     """The orthonormal, symmetric Hadamard matrix (size, size).
 
-    Kronecker power of the regular H4 as in comfy-kitchen's convrot_w4a4 (ConvRot), so no channel of a constant
-    vector takes all of its energy; odd powers of two have one Sylvester factor in front.
+    Kronecker power of the regular H4 as in comfy-kitchen's convrot_w4a4 (ConvRot), so no channel of a
+    constant vector takes all of its energy; odd powers of two have one Sylvester factor in front.
     """
     return _signs(size).to(device=device, dtype=dtype) / size**0.5
 
 
 def rotate(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x (..., K) times blockdiag(H, H, ...) with blocks of `size` channels. Its own inverse. `size` 0: x itself."""
+    """x (..., K) times blockdiag(H, H, ...) with blocks of `size` channels. Its own inverse. `size` 0: x
+    itself."""
     if not size:
         return x
     if x.shape[-1] % size:
@@ -53,14 +55,17 @@ def channels_first(x: torch.Tensor, spatial: int) -> torch.Tensor:
 
 
 def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, q1), right (1 or S, p2, q2)."""
+    """P1^T X P2 of each slice X (p1, p2) of the channels of x (..., K), in its dtype. left (1 or S, p1, q1),
+    right (1 or S, p2, q2)."""
     slices = x.unflatten(-1, (-1, left.shape[-2], right.shape[-2]))
     return (left.mT.to(x.dtype) @ slices @ right.to(x.dtype)).flatten(-3)
 
 
-def transform_activation(x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0, factors=None) -> torch.Tensor:
-    """T x of a part: shift, divide by the smoothing factor (K,), rotate or apply the Kronecker `factors` (left, right). x (..., K), any
-    float dtype, same dtype out."""
+def transform_activation(
+    x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0, factors=None
+) -> torch.Tensor:
+    """T x of a part: shift, divide by the smoothing factor (K,), rotate or apply the Kronecker `factors`
+    (left, right). x (..., K), any float dtype, same dtype out."""
     if shift:
         x = x + shift
     if smooth is not None:
@@ -68,8 +73,11 @@ def transform_activation(x: torch.Tensor, smooth: torch.Tensor | None, rotation:
     return rotate(x, rotation) if factors is None else kronecker(x, *factors)
 
 
-def fold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None) -> torch.Tensor:
-    """W T^-1, so that (W T^-1)(T x) = W x. weight (N, K) -> (N, K). Factors are inverted in fp64: they need not be orthogonal."""
+def fold_weight(
+    weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None
+) -> torch.Tensor:
+    """W T^-1, so that (W T^-1)(T x) = W x. weight (N, K) -> (N, K). Factors are inverted in fp64: they need
+    not be orthogonal."""
     if smooth is not None:
         weight = weight * smooth.to(weight.dtype)
     if factors is None:
@@ -77,7 +85,9 @@ def fold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int
     return kronecker(weight, *(torch.linalg.inv(p.double()).mT.to(weight.dtype) for p in factors))
 
 
-def unfold_weight(weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None) -> torch.Tensor:
+def unfold_weight(
+    weight: torch.Tensor, smooth: torch.Tensor | None, rotation: int, factors=None
+) -> torch.Tensor:
     """The inverse of `fold_weight`: a weight of the transformed input back to the raw input."""
     weight = rotate(weight, rotation) if factors is None else kronecker(weight, *(p.mT for p in factors))
     return weight if smooth is None else weight / smooth.to(weight.dtype)

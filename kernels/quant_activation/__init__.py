@@ -1,1 +1,2 @@
-"""Quantization of activations: transform, scale, round, pack, and the low-rank branch's projection down, in one pass over x."""
+"""Quantization of activations: transform, scale, round, pack, and the low-rank branch's projection down, in
+one pass over x."""

@@ -1,20 +1,24 @@
-"""The activation quantizer of layers with a learned Kronecker transform: smooth, transform and quantize in one pass over x.
+"""The activation quantizer of layers with a learned Kronecker transform: smooth, transform and quantize in
+one pass over x.
 
-One program takes a few tokens one after another. A token is a tile of its slices' rows, (slices p1, p2), each size padded to a power of
-two, the sides to 16 at least; P1^T (x / s) P2 is two `tl.dot` with each slice transposed in front of either. The scale needs the
-largest |z| of the whole row, so the row stays in registers, 32 fp32 a thread: x is read once and transformed once. The two other ways
-cost more. For 3072 channels as four slices of 24 x 32 and 4608 tokens, quantizing moves 35 MB (35 us on an RTX 4090) and the padded
-products are 2.4 GFLOP (15 us). To transform again in a second pass would double the products: 29 us, and for 12288 channels as four
-slices of 48 x 64 they would take 234 us, the memory 140. To write z as bf16 and read it back would move 92 MB instead of 35.
+One program takes a few tokens one after another. A token is a tile of its slices' rows, (slices p1, p2), each
+size padded to a power of two, the sides to 16 at least; P1^T (x / s) P2 is two `tl.dot` with each slice
+transposed in front of either. The scale needs the largest |z| of the whole row, so the row stays in
+registers, 32 fp32 a thread: x is read once and transformed once. The two other ways cost more. For 3072
+channels as four slices of 24 x 32 and 4608 tokens, quantizing moves 35 MB (35 us on an RTX 4090) and the
+padded products are 2.4 GFLOP (15 us). To transform again in a second pass would double the products: 29 us,
+and for 12288 channels as four slices of 48 x 64 they would take 234 us, the memory 140. To write z as bf16
+and read it back would move 92 MB instead of 35.
 
-The products take fp16 with fp32 sums. fp16 has the 11 bits of tf32 at twice its rate; its range is no limit, since a token's x / s and
-each factor are multiplied by powers of two that bring their largest element to 2^7 .. 2^8 and to 1/2 .. 1: sums of 128 products
-stay below 2^15. Of 4-bit codes 0.06 % differ from the fp32 specification by a step, of 8-bit codes 1 %. (When torch transforms in fp32
-and hands on bf16, it is 0.3 % of 4-bit codes, with bf16 in these products 0.45 %.)
+The products take fp16 with fp32 sums. fp16 has the 11 bits of tf32 at twice its rate; its range is no limit,
+since a token's x / s and each factor are multiplied by powers of two that bring their largest element to 2^7
+.. 2^8 and to 1/2 .. 1: sums of 128 products stay below 2^15. Of 4-bit codes 0.06 % differ from the fp32
+specification by a step, of 8-bit codes 1 %. (When torch transforms in fp32 and hands on bf16, it is 0.3 % of
+4-bit codes, with bf16 in these products 0.45 %.)
 
-The low-rank branch is not in here: its product wants 16 tokens at a time (alone, a token would read all of proj_down, 196 kB at rank
-32, for 6 kB of x), and 288 programs of 16 tokens would leave most of a card idle where 1152 of 4 fill it. It reads x once more,
-mostly from L2.
+The low-rank branch is not in here: its product wants 16 tokens at a time (alone, a token would read all of
+proj_down, 196 kB at rank 32, for 6 kB of x), and 288 programs of 16 tokens would leave most of a card idle
+where 1152 of 4 fill it. It reads x once more, mostly from L2.
 """
 
 import triton
@@ -25,7 +29,8 @@ from .triton import LAYERNORM, _dot, _prologue, _rounded, _scale_of, _store_code
 
 @triton.jit
 def _powers(bits, EXPONENT: tl.constexpr):
-    """2^n and 2^-n such that n brings the fp32 value of these bits to the biased exponent EXPONENT. Both are normal numbers."""
+    """2^n and 2^-n such that n brings the fp32 value of these bits to the biased exponent EXPONENT. Both are
+    normal numbers."""
     e = tl.minimum(tl.maximum(bits >> 23, 8), 252)
     up = ((EXPONENT + 127 - e) << 23).to(tl.float32, bitcast=True)
     return up, ((e + 127 - EXPONENT) << 23).to(tl.float32, bitcast=True)
@@ -38,8 +43,16 @@ def _largest(v):
 
 
 @triton.jit
-def _factors(f_ptr, SIZE: tl.constexpr, PADDED: tl.constexpr, COUNT: tl.constexpr, STRIDE: tl.constexpr, COPIES: tl.constexpr):
-    """COPIES factors (SIZE, SIZE), STRIDE apart, the first COUNT of them real, one under the other: (COPIES PADDED, PADDED) fp16.
+def _factors(
+    f_ptr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    COUNT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COPIES: tl.constexpr,
+):
+    """COPIES factors (SIZE, SIZE), STRIDE apart, the first COUNT of them real, one under the other: (COPIES
+    PADDED, PADDED) fp16.
 
     Their largest element comes to 1/2 .. 1; what undoes that is returned beside them.
     """
@@ -60,7 +73,9 @@ def _times(x, f, SLICES: tl.constexpr, BATCHED: tl.constexpr, UPCAST: tl.constex
     COLUMNS: tl.constexpr = x.shape[1]
     if BATCHED:
         stacked = tl.zeros((SLICES, ROWS // SLICES, COLUMNS), dtype=tl.float32)
-        stacked = _dot(tl.reshape(x, stacked.shape), tl.reshape(f, (SLICES, COLUMNS, COLUMNS)), stacked, UPCAST)
+        stacked = _dot(
+            tl.reshape(x, stacked.shape), tl.reshape(f, (SLICES, COLUMNS, COLUMNS)), stacked, UPCAST
+        )
         y = tl.reshape(stacked, (ROWS, COLUMNS))
     else:
         y = _dot(x, f, tl.zeros((ROWS, COLUMNS), dtype=tl.float32), UPCAST)
@@ -84,9 +99,10 @@ def quantize_kronecker_kernel(
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: parts of K = COUNT P1 P2 channels with factors of their own.
 
-    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with PER_SLICE one a slice;
-    modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s (parts, M) fp32. PAD1, PAD2, SLICES: powers of
-    two not below P1, P2 and COUNT. BATCHED: one product a slice instead of one for all, where PER_SLICE or the card needs it.
+    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with
+    PER_SLICE one a slice; modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s
+    (parts, M) fp32. PAD1, PAD2, SLICES: powers of two not below P1, P2 and COUNT. BATCHED: one product a
+    slice instead of one for all, where PER_SLICE or the card needs it.
     """
     K: tl.constexpr = COUNT * P1 * P2
     PAIR: tl.constexpr = P1 * P1 + P2 * P2
@@ -117,12 +133,16 @@ def quantize_kronecker_kernel(
             mean = tl.sum(tl.sum(x.to(tl.float32), axis=1), axis=0) / K
             off = tl.where(ok, x.to(tl.float32) - mean, 0.0)
             rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(off * off, axis=1), axis=0) / K + eps)
-        v = _prologue(x, mod_scale_ptr, mod_shift_ptr, (m // tokens) * ld_mod + at, ok, mean, rstd, PROLOGUE).to(tl.float32)
+        v = _prologue(
+            x, mod_scale_ptr, mod_shift_ptr, (m // tokens) * ld_mod + at, ok, mean, rstd, PROLOGUE
+        ).to(tl.float32)
         if SMOOTH:  # 2 ulp of fp32 do not matter before fp16
             v = v / tl.load(smooth_ptr + at, mask=ok, other=1.0).to(tl.float32)
         up, back = _powers(_largest(v), 134)
 
-        y = _times(_turned((v * up).to(tl.float16), SLICES), left, SLICES, BATCHED, UPCAST)  # rows b, columns of P1
+        y = _times(
+            _turned((v * up).to(tl.float16), SLICES), left, SLICES, BATCHED, UPCAST
+        )  # rows b, columns of P1
         z = _times(_turned(y.to(tl.float16), SLICES), right, SLICES, BATCHED, UPCAST) * (down * back)
         scale = _scale_of(_largest(z), clip, TOP)
         tl.store(s_ptr + part * M + m, scale)
@@ -132,4 +152,6 @@ def quantize_kronecker_kernel(
         if LAYOUT > 1 and P2 % LAYOUT > 0:  # the planes of a row's channels change from row to row
             tl.store(q_ptr + q_row + (at % LAYOUT) * plane + at // LAYOUT, q.to(tl.int8), mask=ok)
         else:
-            _store_codes(q_ptr, q, q_row + first // (2 if LAYOUT == 0 else LAYOUT), row_ok, 0, P2, plane, LAYOUT)
+            _store_codes(
+                q_ptr, q, q_row + first // (2 if LAYOUT == 0 else LAYOUT), row_ok, 0, P2, plane, LAYOUT
+            )

@@ -16,11 +16,13 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 def quantize_activation(
     x, codes, scale, low, smooth, down, mod_scale, mod_shift, width, count, planes, bits, unsigned, grouped, rotation, shift, clip, prologue, eps
 ):  # fmt: skip
-    """x (M, count * width) 16 bit, rows apart by any stride -> codes (M, ...) int8, scale (segments, M) fp32, low (M, count * R).
+    """x (M, count * width) 16 bit, rows apart by any stride -> codes (M, ...) int8, scale (segments, M) fp32,
+    low (M, count * R).
 
-    codes may be the right part of a wider buffer; its planes are as far apart as that buffer's rows are long, over `planes`.
-    smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed nibbles; 1, 2 or 4 planes of int8.
-    mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm, x having M / batches tokens each.
+    codes may be the right part of a wider buffer; its planes are as far apart as that buffer's rows are long,
+    over `planes`. smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed nibbles;
+    1, 2 or 4 planes of int8. mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm,
+    x having M / batches tokens each.
     """
     tokens, target = x.shape[0], kernel_target(x.device)
     if not tokens:
@@ -50,7 +52,8 @@ def quantize_activation(
 def quantize_kronecker(
     x, codes, scale, smooth, factors, mod_scale, mod_shift, count, slices, p1, p2, per_slice, planes, bits, unsigned, clip, prologue, eps
 ):  # fmt: skip
-    """As `quantize_activation` for `count` parts of slices p1 p2 channels each, one scale a token and part. factors: flat, part by part."""
+    """As `quantize_activation` for `count` parts of slices p1 p2 channels each, one scale a token and part.
+    factors: flat, part by part."""
     tokens, target = x.shape[0], kernel_target(x.device)
     if not tokens:
         return
@@ -67,7 +70,9 @@ def quantize_kronecker(
     )  # fmt: skip
 
 
-def kronecker_constants(target, tile, p1, p2, slices, per_slice, prologue, smooth, bits, unsigned, planes) -> dict:
+def kronecker_constants(
+    target, tile, p1, p2, slices, per_slice, prologue, smooth, bits, unsigned, planes
+) -> dict:
     """The kernel's compile-time arguments."""
     return {
         "PROLOGUE": prologue,
@@ -90,7 +95,9 @@ def _code_constants(bits, unsigned, planes):
     return {"TOP": code_range(bits, unsigned)[1], "SIGN": bits == 1, "UNSIGNED": unsigned, "LAYOUT": planes}
 
 
-def constants(target, tile, dtype, rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift=0.0) -> dict:
+def constants(
+    target, tile, dtype, rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift=0.0
+) -> dict:
     """The kernel's compile-time arguments."""
     return {
         "PROLOGUE": prologue,

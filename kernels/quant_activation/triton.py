@@ -1,11 +1,13 @@
 """The activation quantizer on Triton: one program quantizes a block of tokens, 64 channels at a time.
 
-A tile of (tokens, 64 channels) is the unit: it is one group of the group scales, and every Hadamard block of 2 to 256 channels is
-H(64 or less) within tiles times a factor of 1, 2 or 4 across neighbouring tiles, so H256 needs no (256, 256) matrix in shared
-memory. The Hadamard matrix is made of +1 and -1 from the channel numbers and multiplied by one `tl.dot`.
+A tile of (tokens, 64 channels) is the unit: it is one group of the group scales, and every Hadamard block of
+2 to 256 channels is H(64 or less) within tiles times a factor of 1, 2 or 4 across neighbouring tiles, so H256
+needs no (256, 256) matrix in shared memory. The Hadamard matrix is made of +1 and -1 from the channel numbers
+and multiplied by one `tl.dot`.
 
-Scales and codes are those of `naive.quantize_activation`, bit for bit where nothing is rotated: division is IEEE division,
-rounding is to even by adding 1.5 * 2^23. The maximum is taken over the bits of |x| as integers, which lets NaN through.
+Scales and codes are those of `naive.quantize_activation`, bit for bit where nothing is rotated: division is
+IEEE division, rounding is to even by adding 1.5 * 2^23. The maximum is taken over the bits of |x| as
+integers, which lets NaN through.
 """
 
 import triton
@@ -21,7 +23,8 @@ _TINY = tl.constexpr(TINY)
 
 @triton.jit
 def _signs(SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """blockdiag of the +-1 Hadamard matrix of SIZE <= 64 as (64, 64): `quant_core.transforms.hadamard` times sqrt(SIZE)."""
+    """blockdiag of the +-1 Hadamard matrix of SIZE <= 64 as (64, 64): `quant_core.transforms.hadamard` times
+    sqrt(SIZE)."""
     z = tl.arange(0, 64)[:, None] ^ tl.arange(0, 64)[None, :]
     both = tl.arange(0, 64)[:, None] & tl.arange(0, 64)[None, :]
     # H4[a, b] = -1 where a ^ b = 3, one base-4 digit a Kronecker factor, the least significant first.
@@ -52,7 +55,8 @@ def _dot(a, b, acc, UPCAST: tl.constexpr):
 
 @triton.jit
 def _statistics(x_ptr, rows, row_ok, K, eps):
-    """Mean and 1 / sqrt(variance + eps) of each token, (BM,) fp32. Sums are taken about the first channel against cancellation."""
+    """Mean and 1 / sqrt(variance + eps) of each token, (BM,) fp32. Sums are taken about the first channel
+    against cancellation."""
     k = tl.arange(0, 64)
     first = tl.load(x_ptr + rows, mask=row_ok, other=0.0).to(tl.float32)
     total = tl.zeros_like(first)
@@ -69,17 +73,29 @@ def _statistics(x_ptr, rows, row_ok, K, eps):
 
 
 @triton.jit
-def _load(x_ptr, mod_scale_ptr, mod_shift_ptr, rows, mods, row_ok, mean, rstd, start, K, PROLOGUE: tl.constexpr):
+def _load(
+    x_ptr, mod_scale_ptr, mod_shift_ptr, rows, mods, row_ok, mean, rstd, start, K, PROLOGUE: tl.constexpr
+):
     """Tile (BM, 64) of the layer's input at channel `start`, after the fused step."""
     k = start + tl.arange(0, 64)
     ok = row_ok[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + rows[:, None] + k[None, :], mask=ok, other=0.0)
-    return _prologue(x, mod_scale_ptr, mod_shift_ptr, mods[:, None] + k[None, :], ok, mean[:, None], rstd[:, None], PROLOGUE)
+    return _prologue(
+        x,
+        mod_scale_ptr,
+        mod_shift_ptr,
+        mods[:, None] + k[None, :],
+        ok,
+        mean[:, None],
+        rstd[:, None],
+        PROLOGUE,
+    )
 
 
 @triton.jit
 def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: tl.constexpr):
-    """The fused step on a tile of x whose modulation lies at offsets `mods`, rounded to the dtype of x as torch would. 0 where not ok."""
+    """The fused step on a tile of x whose modulation lies at offsets `mods`, rounded to the dtype of x as
+    torch would. 0 where not ok."""
     if PROLOGUE == GELU:
         v = x.to(tl.float32)
         # tanh(u) = 1 - 2 / (exp(2 u) + 1); GELU with the tanh approximation
@@ -94,7 +110,17 @@ def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: t
 
 
 @triton.jit
-def _transform(x, smooth_ptr, start, K, shift, SMOOTH: tl.constexpr, ROTATION: tl.constexpr, ROT_DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+def _transform(
+    x,
+    smooth_ptr,
+    start,
+    K,
+    shift,
+    SMOOTH: tl.constexpr,
+    ROTATION: tl.constexpr,
+    ROT_DTYPE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """Shift, smoothing and the Hadamard factor within the tile, (BM, 64) fp32, without its 1 / sqrt(size)."""
     k = start + tl.arange(0, 64)
     v = x.to(tl.float32) + shift
@@ -130,7 +156,9 @@ def _scale_of(bits, clip, TOP: tl.constexpr):
     """The scale of values whose largest magnitude has these bits as an integer."""
     tiny: tl.constexpr = _TINY
     floor = tl.full(bits.shape, tiny, tl.float32).to(tl.int32, bitcast=True)
-    return tl.div_rn(tl.maximum(bits, floor).to(tl.float32, bitcast=True) * clip, tl.full(bits.shape, TOP, tl.float32))
+    return tl.div_rn(
+        tl.maximum(bits, floor).to(tl.float32, bitcast=True) * clip, tl.full(bits.shape, TOP, tl.float32)
+    )
 
 
 @triton.jit
@@ -152,8 +180,8 @@ def _codes(v, scale, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constex
 
 @triton.jit
 def _store_codes(q_ptr, q, q_rows, row_ok, start, K, plane, LAYOUT: tl.constexpr):
-    """Stores codes (BM, N) of the channels start.. below K. LAYOUT 0: two codes a byte, the even channel low. 1, 2, 4: int8, that
-    many planes."""
+    """Stores codes (BM, N) of the channels start.. below K. LAYOUT 0: two codes a byte, the even channel low.
+    1, 2, 4: int8, that many planes."""
     BM: tl.constexpr = q.shape[0]
     N: tl.constexpr = q.shape[1]
     if LAYOUT == 1:
@@ -190,9 +218,10 @@ def quantize_kernel(
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: slices of K channels each, with the same settings.
 
-    x (M, width = slices K) 16 bit; smooth (slices K,); down (slices K, R) 16 bit; modulation (batches, slices K), `tokens` rows of x a batch.
-    q (M, ...) codes; s (slices or slices K / 64, M) fp32; low (M, slices R) = x @ down, slice by slice. RP: R to a power of two,
-    at least 16; 0 for no branch. TILES: tiles at a time, ROTATION / 64 where that is more.
+    x (M, width = slices K) 16 bit; smooth (slices K,); down (slices K, R) 16 bit; modulation (batches, slices
+    K), `tokens` rows of x a batch. q (M, ...) codes; s (slices or slices K / 64, M) fp32; low (M, slices R) =
+    x @ down, slice by slice. RP: R to a power of two, at least 16; 0 for no branch. TILES: tiles at a time,
+    ROTATION / 64 where that is more.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -223,13 +252,17 @@ def quantize_kernel(
             tiles = ()
             for t in tl.static_range(TILES):
                 k0 = start + 64 * t
-                x = _load(x_ptr, mod_scale_ptr, mod_shift_ptr, rows, mods, row_ok, mean, rstd, k0, K, PROLOGUE)
+                x = _load(
+                    x_ptr, mod_scale_ptr, mod_shift_ptr, rows, mods, row_ok, mean, rstd, k0, K, PROLOGUE
+                )
                 if RP > 0 and step == 0:
                     k = k0 + tl.arange(0, 64)
                     ok = (k < K)[:, None] & (r < R)[None, :]
                     d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=ok, other=0.0)
                     low = _dot(x, d.to(x.dtype), low, UPCAST)
-                tiles = tiles + (_transform(x, smooth_ptr, k0, K, shift, SMOOTH, ROTATION, ROT_DTYPE, UPCAST),)
+                tiles = tiles + (
+                    _transform(x, smooth_ptr, k0, K, shift, SMOOTH, ROTATION, ROT_DTYPE, UPCAST),
+                )
             tiles = _mix(tiles, ROTATION)
             for t in tl.static_range(TILES):
                 k0 = start + 64 * t
@@ -238,11 +271,15 @@ def quantize_kernel(
                     scale = _scale_of(_absmax_bits(v), clip, TOP)
                     g = part * (K // 64) + k0 // 64
                     tl.store(s_ptr + g.to(tl.int64) * M + m, scale, mask=row_ok & (tl.zeros_like(m) + k0 < K))
-                    _store_codes(q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT)
+                    _store_codes(
+                        q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT
+                    )
                 elif step == 0:
                     bits = tl.maximum(bits, _absmax_bits(v))
                 else:
-                    _store_codes(q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT)
+                    _store_codes(
+                        q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT
+                    )
         if not GROUPED and step == 0:
             scale = _scale_of(bits, clip, TOP)
             tl.store(s_ptr + part * M + m, scale, mask=row_ok)

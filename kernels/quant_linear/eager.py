@@ -11,8 +11,9 @@ from ..operator.transforms import transform_activation
 def quant_linear(x, spec, tensors, lora=()):
     """x (M, K) -> y (M, N) in the dtype of x. Arguments as in `naive.quant_linear`.
 
-    The products run in the dtype of x with the device's own accumulation; everything before the codes is fp32. In fp16 they are those of each
-    token divided by a power of two, so that nothing but the result can overflow: two passes more over y, and the same bits where no value is above 256.
+    The products run in the dtype of x with the device's own accumulation; everything before the codes is
+    fp32. In fp16 they are those of each token divided by a power of two, so that nothing but the result can
+    overflow: two passes more over y, and the same bits where no value is above 256.
     """
     if x.dtype == HALF:
         return _in_range(x, spec, tensors, lora)
@@ -23,7 +24,9 @@ def quant_linear(x, spec, tensors, lora=()):
     for tx, weight in _dequantized_parts(x, spec, tensors):
         y = torch.addmm(y, tx, weight.T) if y is not None else tx @ weight.T
     if spec.rank:
-        downs = [x[:, p.start : p.stop] @ tensors["proj_down"][p.start : p.stop].to(dtype) for p in spec.parts]
+        downs = [
+            x[:, p.start : p.stop] @ tensors["proj_down"][p.start : p.stop].to(dtype) for p in spec.parts
+        ]
         y = y.addmm_(torch.cat(downs, -1), tensors["proj_up"].to(dtype).T)
     for down, up, first in lora:
         y[:, first : first + up.shape[0]].addmm_(raw @ down.to(dtype).T, up.to(dtype).T)
@@ -36,7 +39,9 @@ def _in_range(x, spec, tensors, lora):
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
     inputs = [_input(x, *part) for part in zip(spec.split(tensors), spec.factors(tensors), strict=True)]
-    power = row_power(*(_magnitude(values, scale, part) for (values, scale), part in zip(inputs, spec.parts, strict=True)))
+    power = row_power(
+        *(_magnitude(values, scale, part) for (values, scale), part in zip(inputs, spec.parts, strict=True))
+    )
     inverse, y = 1 / power, None
     if spec.bias:
         y = (tensors["bias"].float() * inverse).to(HALF)
@@ -44,7 +49,9 @@ def _in_range(x, spec, tensors, lora):
         if scale is None:
             tx = (values * inverse).to(HALF)
         else:
-            tx = dequantize(values, scale * inverse, part.activation.granularity, part.activation.group).to(HALF)
+            tx = dequantize(values, scale * inverse, part.activation.granularity, part.activation.group).to(
+                HALF
+            )
         weight = _weight(packed, scales.to(HALF), part)
         y = torch.addmm(y, tx, weight.T) if y is not None else tx @ weight.T
     if spec.rank:
@@ -79,11 +86,15 @@ def _weight(packed, scales, part):
 
 
 def _dequantized_parts(x, spec, tensors):
-    for (part, packed, scales, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
+    for (part, packed, scales, smooth), factors in zip(
+        spec.split(tensors), spec.factors(tensors), strict=True
+    ):
         xp = x[:, part.start : part.stop]
         smooth = None if smooth is None else smooth.float()
         if part.activation is None:
-            tx = transform_activation(xp if factors is None else xp.float(), smooth, part.rotation, factors=factors).to(x.dtype)
+            tx = transform_activation(
+                xp if factors is None else xp.float(), smooth, part.rotation, factors=factors
+            ).to(x.dtype)
         else:
             codes, scale = quantize_activation(xp, part, smooth, factors)
             tx = dequantize(codes, scale, part.activation.granularity, part.activation.group).to(x.dtype)

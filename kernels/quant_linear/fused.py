@@ -18,7 +18,8 @@ def quant_linear(x, spec, tensors, target: Target, before: Before | None = None)
     launches, low = lower(spec, target), empty_low(x, spec)
     if spec.rank and x.dtype == HALF:
         tensors = tensors | dict(zip(("proj_down", "proj_up"), balanced_parts(spec, tensors), strict=True))
-    # Between launches a sum may leave fp16 that does not in the end; where there is one launch, as for most layers, nothing changes.
+    # Between launches a sum may leave fp16 that does not in the end; where there is one launch, as for most
+    # layers, nothing changes.
     between = torch.float32 if x.dtype == HALF and len(launches) > 1 else x.dtype
     y = torch.empty(x.shape[0], spec.out_features, dtype=between, device=x.device)
     for step in launches:
@@ -40,7 +41,11 @@ def _fused(spec, target: Target) -> bool:
 
 def empty_low(x, spec):
     """The buffer of x @ proj_down, (M, parts * R) part by part; None without a low-rank branch."""
-    return torch.empty(x.shape[0], spec.rank * len(spec.parts), dtype=x.dtype, device=x.device) if spec.rank else None
+    return (
+        torch.empty(x.shape[0], spec.rank * len(spec.parts), dtype=x.dtype, device=x.device)
+        if spec.rank
+        else None
+    )
 
 
 def quantize(x, spec, tensors, target: Target, step: Gemm, low, before: Before | None = None):
@@ -58,7 +63,10 @@ def quantize(x, spec, tensors, target: Target, step: Gemm, low, before: Before |
         segments = run.count * (part.width // 64 if step.act_grouped else 1)
         ranks = slice(number * spec.rank, (number + run.count) * spec.rank)
         kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
-        out, smoothing = (codes[:, offset:], scale[segment : segment + segments]), smooth[columns] if part.smooth else None
+        out, smoothing = (
+            (codes[:, offset:], scale[segment : segment + segments]),
+            smooth[columns] if part.smooth else None,
+        )
         if part.kronecker:
             at = sum(p.factor_values for p in spec.parts[:number])
             factors = tensors["transform"][at : at + run.count * part.factor_values]
@@ -86,7 +94,9 @@ def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
     """As `quant_linear` for parts with 16-bit activations. The transforms of a few rows are left to torch."""
     if before is not None:
         x = before(x)
-    if x.dtype == HALF and (spec.rank or len(spec.parts) > 1 or any(p.smooth or p.rotation for p in spec.parts)):
+    if x.dtype == HALF and (
+        spec.rank or len(spec.parts) > 1 or any(p.smooth or p.rotation for p in spec.parts)
+    ):
         return _weight_only_in_range(x, spec, tensors)
     y = None
     for i, (part, packed, scales, smooth) in enumerate(spec.split(tensors)):
@@ -104,8 +114,12 @@ def weight_only(x, spec, tensors, target: Target, before: Before | None = None):
 
 
 def _weight_only_in_range(x, spec, tensors):
-    """`weight_only` in fp16 where more than one term is rounded: each token divided by a power of two, as in `eager`."""
-    transformed = [transform_activation(x[:, p.start : p.stop].float(), s, p.rotation) for p, _, _, s in spec.split(tensors)]
+    """`weight_only` in fp16 where more than one term is rounded: each token divided by a power of two, as in
+    `eager`."""
+    transformed = [
+        transform_activation(x[:, p.start : p.stop].float(), s, p.rotation)
+        for p, _, _, s in spec.split(tensors)
+    ]
     power = row_power(*(t.abs() for t in transformed))
     inverse = 1 / power
     y = torch.zeros(x.shape[0], spec.out_features, dtype=HALF, device=x.device)
@@ -115,7 +129,13 @@ def _weight_only_in_range(x, spec, tensors):
     for i, (tx, (part, packed, scales, _)) in enumerate(zip(transformed, spec.split(tensors), strict=True)):
         out = torch.empty_like(y)
         ops.weight_only(
-            (tx * inverse).to(HALF), packed, scales, None, out, part.weight.bits, part.weight.group if part.scale_rows > 1 else 0
+            (tx * inverse).to(HALF),
+            packed,
+            scales,
+            None,
+            out,
+            part.weight.bits,
+            part.weight.group if part.scale_rows > 1 else 0,
         )
         if spec.rank:
             low = x[:, part.start : part.stop] @ down[part.start : part.stop] * inverse

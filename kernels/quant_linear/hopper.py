@@ -1,20 +1,24 @@
-"""The quantized matrix product for Hopper (sm_90) on int8 wgmma, in Gluon. Optional: taken where it was measured faster than Triton's.
+"""The quantized matrix product for Hopper (sm_90) on int8 wgmma, in Gluon. Optional: taken where it was
+measured faster than Triton's.
 
-Triton's pipeliner waits for every int8 wgmma before the next step of its main loop. Here the tensor cores never wait for the codes:
-a step of packed weights is two products, low nibbles with the first plane of x and high nibbles with the second. While one of them
-runs, the registers of the other are filled again, and while both run, the next copy is started and the next weights are read.
-Each product is waited for before its registers or its shared memory are written again, and never earlier.
+Triton's pipeliner waits for every int8 wgmma before the next step of its main loop. Here the tensor cores
+never wait for the codes: a step of packed weights is two products, low nibbles with the first plane of x and
+high nibbles with the second. While one of them runs, the registers of the other are filled again, and while
+both run, the next copy is started and the next weights are read. Each product is waited for before its
+registers or its shared memory are written again, and never earlier.
 
-As in `triton` with SWAP: y^T = W x^T, packed weights go from shared memory to registers, where a nibble shifted to the top of its
-byte is 16 times its value, and x stays int8 in shared memory. 8-bit weights stay there too, and a step is one product.
+As in `triton` with SWAP: y^T = W x^T, packed weights go from shared memory to registers, where a nibble
+shifted to the top of its byte is 16 times its value, and x stays int8 in shared memory. 8-bit weights stay
+there too, and a step is one product.
 
-Tiles arrive by TMA, STAGES of them in a ring, each with a barrier of its own that counts its bytes. TMA writes zeros past the end of a
-tensor, so that neither rows nor channels are masked: weights of 0 cancel whatever x has beside them. The low rank stays in this kernel,
-on 16-bit wgmma: a product of its own would read and write all of y once more, at 3072 in-channels a quarter of the int8 product's time
-by the card's figures.
+Tiles arrive by TMA, STAGES of them in a ring, each with a barrier of its own that counts its bytes. TMA
+writes zeros past the end of a tensor, so that neither rows nor channels are masked: weights of 0 cancel
+whatever x has beside them. The low rank stays in this kernel, on 16-bit wgmma: a product of its own would
+read and write all of y once more, at 3072 in-channels a quarter of the int8 product's time by the card's
+figures.
 
-Never run on a card so far, only compiled. `nibble bench --tune` compares its output with the specification and with the default
-kernel's before it may be chosen.
+Never run on a card so far, only compiled. `nibble bench --tune` compares its output with the specification
+and with the default kernel's before it may be chosen.
 """
 
 from triton.experimental import gluon
@@ -55,19 +59,29 @@ def _tile(M, N, BM: gl.constexpr, BN: gl.constexpr, GROUP_M: gl.constexpr):
 def _low(w):
     """Bytes of two signed 4-bit codes -> 16 times the low one, int8."""
     return gl.inline_asm_elementwise(
-        "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }", "=r,r", [w], dtype=gl.int8, is_pure=False, pack=4
+        "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }",
+        "=r,r",
+        [w],
+        dtype=gl.int8,
+        is_pure=False,
+        pack=4,
     )
 
 
 @gluon.jit
 def _high(w):
     """Bytes of two signed 4-bit codes -> 16 times the high one, int8."""
-    return gl.inline_asm_elementwise("and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [w], dtype=gl.int8, is_pure=False, pack=4)
+    return gl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0xF0F0F0F0;", "=r,r", [w], dtype=gl.int8, is_pure=False, pack=4
+    )
 
 
 @gluon.jit
-def _fetch(x_desc, w_desc, xs, ws, full, step, steps, m0, n0, plane, PLANES: gl.constexpr, STAGES: gl.constexpr):
-    """Starts the copies of one step, if there is such a step. xs (STAGES * PLANES, BM, BK), ws (STAGES, BN, BK)."""
+def _fetch(
+    x_desc, w_desc, xs, ws, full, step, steps, m0, n0, plane, PLANES: gl.constexpr, STAGES: gl.constexpr
+):
+    """Starts the copies of one step, if there is such a step. xs (STAGES * PLANES, BM, BK), ws (STAGES, BN,
+    BK)."""
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
@@ -81,9 +95,24 @@ def _fetch(x_desc, w_desc, xs, ws, full, step, steps, m0, n0, plane, PLANES: gl.
 
 @gluon.jit
 def _products(
-    acc, first, last, x_desc, w_desc, xs, ws, full, steps, m0, n0, plane, PLANES: gl.constexpr, STAGES: gl.constexpr, W: gl.constexpr
+    acc,
+    first,
+    last,
+    x_desc,
+    w_desc,
+    xs,
+    ws,
+    full,
+    steps,
+    m0,
+    n0,
+    plane,
+    PLANES: gl.constexpr,
+    STAGES: gl.constexpr,
+    W: gl.constexpr,
 ):
-    """acc plus the products of the steps first..last, the latest of which may still run. W: the registers' layout of packed weights."""
+    """acc plus the products of the steps first..last, the latest of which may still run. W: the registers'
+    layout of packed weights."""
     if PLANES == 2:
         acc = warpgroup_mma_init(acc)
     for step in range(first, last):
@@ -91,9 +120,13 @@ def _products(
         mbarrier.wait(full.index(slot), step // STAGES & 1)
         if PLANES == 2:
             packed = ws.index(slot).load(W)
-            acc = warpgroup_mma_wait(1, deps=(acc,))  # the low nibbles of the step before are done, the high ones run
+            acc = warpgroup_mma_wait(
+                1, deps=(acc,)
+            )  # the low nibbles of the step before are done, the high ones run
             acc = warpgroup_mma(_low(packed), xs.index(2 * slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=(acc,))  # the high nibbles of the step before are done, the low ones run
+            acc = warpgroup_mma_wait(
+                1, deps=(acc,)
+            )  # the high nibbles of the step before are done, the low ones run
             acc = warpgroup_mma(_high(packed), xs.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
         else:
             acc = warpgroup_mma(ws.index(slot), xs.index(slot).permute((1, 0)), acc, is_async=True)
@@ -144,8 +177,8 @@ def gemm_wgmma(
     PLANES: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
     BR: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """x_desc, w_desc: TMA descriptors of x (M, PLANES KB) and w (N, KB) with blocks of BM x BK and BN x BK bytes. The rest as in
-    `triton.gemm_int8`; SCALES is CHANNEL or SLICE, PLANES 1 or 2."""
+    """x_desc, w_desc: TMA descriptors of x (M, PLANES KB) and w (N, KB) with blocks of BM x BK and BN x BK
+    bytes. The rest as in `triton.gemm_int8`; SCALES is CHANNEL or SLICE, PLANES 1 or 2."""
     BM: gl.constexpr = x_desc.block_type.shape[0]
     BN: gl.constexpr = w_desc.block_type.shape[0]
     BK: gl.constexpr = w_desc.block_type.shape[1]
@@ -166,7 +199,8 @@ def gemm_wgmma(
     for step in gl.static_range(STAGES - 1):
         _fetch(x_desc, w_desc, xs, ws, full, step, steps, m0, n0, plane, PLANES, STAGES)
 
-    # Without a way around the loops: where such a way joins their sums with others, ptxas waits for every single wgmma.
+    # Without a way around the loops: where such a way joins their sums with others, ptxas waits for every
+    # single wgmma.
     gl.assume(steps > 0)
     m = gl.arange(0, BM, gl.SliceLayout(0, OUT))
     n = gl.arange(0, BN, gl.SliceLayout(1, OUT))
@@ -188,9 +222,21 @@ def gemm_wgmma(
             last = last // BK
             gl.assume(last > first)
             acc = gl.zeros([BN, BM], gl.int32, ACC)
-            acc = _products(acc, first, last, x_desc, w_desc, xs, ws, full, steps, m0, n0, plane, PLANES, STAGES, W)
+            acc = _products(
+                acc, first, last, x_desc, w_desc, xs, ws, full, steps, m0, n0, plane, PLANES, STAGES, W
+            )
             acc = warpgroup_mma_wait(0, deps=(acc,))
-            out = _scaled(out, acc, sx_ptr + segment * ld_sx + m0, sw_ptr + segment * ld_sw + n0, m, n, M - m0, N - n0, PLANES)
+            out = _scaled(
+                out,
+                acc,
+                sx_ptr + segment * ld_sx + m0,
+                sw_ptr + segment * ld_sw + n0,
+                m,
+                n,
+                M - m0,
+                N - n0,
+                PLANES,
+            )
             first = last
     _barrier()  # the shared memory of the main loop is free for other uses
     for slot in gl.static_range(STAGES):

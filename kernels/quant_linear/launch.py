@@ -9,11 +9,30 @@ from ..tuning import Problem, Tile, candidates, gemm_tile
 from . import triton as kernels
 
 
-def gemm(codes, scale, weight, weight_scale, low, up, bias, y, kernel, planes, scales, swap, block, ends, act_grouped, accumulate):
-    """codes (M, ...) int8, scale (segments or 1, M) fp32, weight (N, bytes), weight_scale (segments or 1, N) -> y (M, N).
+def gemm(
+    codes,
+    scale,
+    weight,
+    weight_scale,
+    low,
+    up,
+    bias,
+    y,
+    kernel,
+    planes,
+    scales,
+    swap,
+    block,
+    ends,
+    act_grouped,
+    accumulate,
+):
+    """codes (M, ...) int8, scale (segments or 1, M) fp32, weight (N, bytes), weight_scale (segments or 1, N)
+    -> y (M, N).
 
-    low (M, R) and up (N, R), or None; bias (N,) or None. `kernel`, `planes`, `scales`, `swap`, `block` and `ends` as in `plan.Gemm`.
-    act_grouped: the activations' scales change with the group. accumulate: y is added to.
+    low (M, R) and up (N, R), or None; bias (N,) or None. `kernel`, `planes`, `scales`, `swap`, `block` and
+    `ends` as in `plan.Gemm`. act_grouped: the activations' scales change with the group. accumulate: y is
+    added to.
     """
     tokens, channels, row_bytes = codes.shape[0], weight.shape[0], weight.shape[1]
     if not tokens:
@@ -23,11 +42,27 @@ def gemm(codes, scale, weight, weight_scale, low, up, bias, y, kernel, planes, s
     problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
     tile = gemm_tile(target, problem)
     if kernel.startswith("turing"):
-        _turing(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate)
+        _turing(
+            codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
+        )
         return
     if tile.gluon:
         if _fits_tma(codes) and _fits_tma(weight):
-            _hopper(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate)
+            _hopper(
+                codes,
+                scale,
+                weight,
+                weight_scale,
+                low,
+                up,
+                bias,
+                y,
+                problem,
+                tile,
+                ends,
+                act_grouped,
+                accumulate,
+            )
             return
         tile = candidates(target, problem)[0]
     empty = scale  # a pointer that is never read
@@ -55,7 +90,9 @@ def _exact(weight_scale) -> bool:
     return weight_scale.dtype in (torch.bfloat16, torch.float16)
 
 
-def _turing(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate):
+def _turing(
+    codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
+):
     from .turing import gemm_m8n8k32
 
     x, w = codes.view(torch.int32), weight.view(torch.int32)
@@ -89,7 +126,9 @@ def _fits_tma(tensor) -> bool:
     return tensor.stride(-1) == 1 and not (tensor.data_ptr() | tensor.stride(0)) % 16
 
 
-def _hopper(codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate):
+def _hopper(
+    codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
+):
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .hopper import gemm_wgmma, tile_layout
@@ -120,7 +159,9 @@ def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, ac
     }
 
 
-def constants(target, problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool) -> dict:
+def constants(
+    target, problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
+) -> dict:
     """The kernel's compile-time arguments. exact: the weight scales have 16 bits."""
     return {
         "PLANES": max(problem.planes, 1),

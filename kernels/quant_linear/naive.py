@@ -1,4 +1,5 @@
-"""The executable specification of the operator, in exact integer arithmetic. Slow; tests compare every fast path with it."""
+"""The executable specification of the operator, in exact integer arithmetic. Slow; tests compare every fast
+path with it."""
 
 import torch
 
@@ -10,18 +11,21 @@ from ..operator.transforms import transform_activation
 def quant_linear(x, spec, tensors, lora=()):
     """x (M, K) float, any dtype -> y (M, N) float32.
 
-    `spec` is a LinearSpec, `tensors` its tensors. `lora`: triples (down (r, K), up (n, r), first out-channel); the
-    strength is folded into `up`.
+    `spec` is a LinearSpec, `tensors` its tensors. `lora`: triples (down (r, K), up (n, r), first
+    out-channel); the strength is folded into `up`.
     """
     raw, y = x, torch.zeros(x.shape[0], spec.out_features, device=x.device)
     x = torch.nn.functional.pad(x, (0, spec.padding))
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
-    for i, ((part, packed, scales, smooth), factors) in enumerate(zip(spec.split(tensors), spec.factors(tensors), strict=True)):
+    for i, ((part, packed, scales, smooth), factors) in enumerate(
+        zip(spec.split(tensors), spec.factors(tensors), strict=True)
+    ):
         xp = x[:, part.start : part.stop].float()
         codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()
 
-        # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a block.
+        # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a
+        # block.
         step = part.weight.group if part.weight.granularity == "group" else part.width
         if part.activation is None:
             tx, a_scale = transform_activation(xp, smooth, part.rotation, factors=factors), None

@@ -2,15 +2,17 @@
 
 Codes of x come from `quant_activation`; weights stay packed. Three ways to the tensor cores, one source:
 
-* int8: each byte of the weights holds PLANES codes. Shifted to the top of the byte, a code is 16 (4 bit) or 64 (2 bit) times its
-  value, which costs two instructions for eight codes and is divided out of the scale. x comes as int8, all first codes of the
-  bytes, then all second ones ("planes"), so plane p of a weight tile meets a contiguous tile of x. |sum| < 2^31 to K = 100 000.
-* int8 with SWAP, for wgmma on Hopper: y^T = W x^T, because only the left operand of a wgmma may come from registers, where the
-  weights are unpacked; x goes from memory to shared memory as it is.
+* int8: each byte of the weights holds PLANES codes. Shifted to the top of the byte, a code is 16 (4 bit) or
+  64 (2 bit) times its value, which costs two instructions for eight codes and is divided out of the scale. x
+  comes as int8, all first codes of the bytes, then all second ones ("planes"), so plane p of a weight tile
+  meets a contiguous tile of x. |sum| < 2^31 to K = 100 000.
+* int8 with SWAP, for wgmma on Hopper: y^T = W x^T, because only the left operand of a wgmma may come from
+  registers, where the weights are unpacked; x goes from memory to shared memory as it is.
 * native INT4 (`native_int4`): both sides packed, PLANES = 1, an entry point whose name asks for the rewrite.
 
-Scales: one a row (CHANNEL), one a row and slice of the channels (SLICE), one a row and group of 64 (GROUP). For GROUP the integer
-accumulator starts at the bits of 1.5 * 2^23, so that read as a float it is 1.5 * 2^23 + sum and the conversion costs one FMA;
+Scales: one a row (CHANNEL), one a row and slice of the channels (SLICE), one a row and group of 64 (GROUP).
+For GROUP the integer accumulator starts at the bits of 1.5 * 2^23, so that read as a float it is 1.5 * 2^23 +
+sum and the conversion costs one FMA;
 |sum| < 2^22 holds for 64 products of 8-bit codes, and the step is exact while the weight scale has 16 bits.
 """
 
@@ -26,7 +28,8 @@ _MAGIC_BITS = tl.constexpr(0x4B400000)
 
 @triton.jit
 def _tile(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Tile coordinates of this program: GROUP_M rows of tiles are walked together, so that their weights are read from the L2."""
+    """Tile coordinates of this program: GROUP_M rows of tiles are walked together, so that their weights are
+    read from the L2."""
     pid = tl.program_id(0)
     rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
     band = pid // (GROUP_M * columns)
@@ -53,7 +56,8 @@ def unpack4(w, ASM: tl.constexpr):
     """Bytes of four signed 2-bit codes -> (64 c0, 64 c1, 64 c2, 64 c3) as int8."""
     if ASM:
         c0, c1, c2, c3 = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shl.b32 t, $4, 6; and.b32 $0, t, 0xC0C0C0C0; shl.b32 t, $4, 4; and.b32 $1, t, 0xC0C0C0C0;"
+            "{ .reg .b32 t; shl.b32 t, $4, 6; and.b32 $0, t, 0xC0C0C0C0; shl.b32 t, $4, 4; and.b32 $1, t, "
+            "0xC0C0C0C0;"
             " shl.b32 t, $4, 2; and.b32 $2, t, 0xC0C0C0C0; and.b32 $3, $4, 0xC0C0C0C0; }",
             "=r,=r,=r,=r,r", [w], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
         )  # fmt: skip
@@ -81,7 +85,18 @@ def _product(a, b, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _products(acc, xp, wp, x_ok, w_ok, plane, PLANES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr):
+def _products(
+    acc,
+    xp,
+    wp,
+    x_ok,
+    w_ok,
+    plane,
+    PLANES: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """acc plus the product of one block of bytes, over its planes."""
     w = _load(wp, w_ok, EVEN_K)
     if PLANES == 1:
@@ -107,7 +122,9 @@ def _scaled(out, acc, sx, sw, SWAP: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(out, low_ptr, up_ptr, m_low, n_up, R, BR: tl.constexpr, SWAP: tl.constexpr, UPCAST: tl.constexpr):
+def _low_rank(
+    out, low_ptr, up_ptr, m_low, n_up, R, BR: tl.constexpr, SWAP: tl.constexpr, UPCAST: tl.constexpr
+):
     """out + low @ up^T, BR of the R columns at a time. m_low, n_up: first element of each row of the two."""
     for start in tl.range(0, R, BR, num_stages=1):
         r = start + tl.arange(0, BR)
@@ -226,9 +243,10 @@ def gemm_int8(
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x int8 (M, PLANES KB) in planes, w (N, KB) bytes, sx (segments, M) fp32, sw (segments, N), ends: eight integers, the
-    ends of the slices in bytes. low (M, R), up (N, R), bias (N,), y (M, N). BK divides the ends of all slices; a group is one BK. ld_sx, ld_sw: from one segment's
-    scales to the next's, 0 where all share one. BR 0: no low rank."""
+    """x int8 (M, PLANES KB) in planes, w (N, KB) bytes, sx (segments, M) fp32, sw (segments, N), ends: eight
+    integers, the ends of the slices in bytes. low (M, R), up (N, R), bias (N,), y (M, N). BK divides the ends
+    of all slices; a group is one BK. ld_sx, ld_sw: from one segment's scales to the next's, 0 where all share
+    one. BR 0: no low rank."""
     _gemm(
         x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
         PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
@@ -243,7 +261,8 @@ def gemm_s4s4(
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As `gemm_int8` with PLANES = 1 and x (M, KB) packed, signed codes: its products become `mma.m16n8k64.s4.s4`."""
+    """As `gemm_int8` with PLANES = 1 and x (M, KB) packed, signed codes: its products become
+    `mma.m16n8k64.s4.s4`."""
     _gemm(
         x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
         PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,

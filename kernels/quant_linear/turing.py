@@ -1,10 +1,12 @@
-"""The quantized matrix product for Turing (sm_75) on its INT4 tensor cores, `mma.m8n8k32`, by inline PTX in Gluon.
+"""The quantized matrix product for Turing (sm_75) on its INT4 tensor cores, `mma.m8n8k32`, by inline PTX in
+Gluon.
 
-`tl.dot` has no int8 or int4 product there, so the fragments are written out. In PTX ISA's "Matrix fragments for mma.m8n8k32" a lane
-holds 8 codes, one register, of row lane / 4 of A, and 8 of column lane / 4 of B. Which channels those are does not matter as long as
-A and B agree, so a lane reads 8 consecutive bytes of packed codes, two registers, and four lanes the 32 bytes of a group of 64: whole
-sectors straight from memory to registers, in the layout that every other path uses. A warp's 64 x 64 tile reads each of its bytes
-once, 128 operations a byte, within what the L1 delivers.
+`tl.dot` has no int8 or int4 product there, so the fragments are written out. In PTX ISA's "Matrix fragments
+for mma.m8n8k32" a lane holds 8 codes, one register, of row lane / 4 of A, and 8 of column lane / 4 of B.
+Which channels those are does not matter as long as A and B agree, so a lane reads 8 consecutive bytes of
+packed codes, two registers, and four lanes the 32 bytes of a group of 64: whole sectors straight from memory
+to registers, in the layout that every other path uses. A warp's 64 x 64 tile reads each of its bytes once,
+128 operations a byte, within what the L1 delivers.
 
 Gluon, not Triton, because the layout of lanes must be given.
 """
@@ -26,7 +28,9 @@ def _mma(unsigned):
 @gluon.jit
 def _products(a, b, acc, UNSIGNED: gl.constexpr):
     """acc + A B^T over 64 channels. a, b: two registers of codes a lane; acc: two of int32."""
-    return gl.inline_asm_elementwise(_mma(UNSIGNED), "=&r,=&r,r,r,r,r,r,r", [a, b, acc], dtype=gl.int32, is_pure=True, pack=2)
+    return gl.inline_asm_elementwise(
+        _mma(UNSIGNED), "=&r,=&r,r,r,r,r,r,r", [a, b, acc], dtype=gl.int32, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -43,8 +47,8 @@ def gemm_m8n8k32(
     UNSIGNED: gl.constexpr, SCALES: gl.constexpr, MAGIC: gl.constexpr, HAS_BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
     MT: gl.constexpr, NT: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
 ):  # fmt: skip
-    """x (M, KB) and w (N, KB) packed bytes as int32 pointers, strides in int32; KB in bytes, a multiple of 32. The rest as in
-    `triton.gemm_int8`. A warp computes 8 MT x 8 NT, a block WM x WN warps."""
+    """x (M, KB) and w (N, KB) packed bytes as int32 pointers, strides in int32; KB in bytes, a multiple of
+    32. The rest as in `triton.gemm_int8`. A warp computes 8 MT x 8 NT, a block WM x WN warps."""
     L: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [WM * WN, 1], [1, 0])
     t = gl.arange(0, 32 * WM * WN, layout=gl.SliceLayout(1, L))
     r = gl.arange(0, 2, layout=gl.SliceLayout(0, L))
@@ -69,14 +73,17 @@ def gemm_m8n8k32(
     a = _fragments(x_ptr, x_rows, 0, MT)
     b = _fragments(w_ptr, w_rows, 0, NT)
     for k in range(0, KB, 32):
-        # The next step's codes are on their way while this one's are multiplied; the last step reads its own again.
+        # The next step's codes are on their way while this one's are multiplied; the last step reads its own
+        # again.
         ahead = gl.minimum(k + 32, KB - 32) // 4
         a_next = _fragments(x_ptr, x_rows, ahead, MT)
         b_next = _fragments(w_ptr, w_rows, ahead, NT)
         if SCALES == GROUP:
             sw = ()
             for j in gl.static_range(NT):
-                sw = sw + (gl.load(sw_ptr + segment * ld_sw + gl.minimum(columns + 8 * j, N - 1)).to(gl.float32),)
+                sw = sw + (
+                    gl.load(sw_ptr + segment * ld_sw + gl.minimum(columns + 8 * j, N - 1)).to(gl.float32),
+                )
             new = ()
             for i in gl.static_range(MT):
                 sx = gl.load(sx_ptr + segment * ld_sx + gl.minimum(m0 + 8 * i, M - 1))[:, None]
@@ -97,7 +104,18 @@ def gemm_m8n8k32(
             accs = new
             if SCALES == SLICE:
                 if k + 32 == end:
-                    outs = _rescale(outs, accs, sx_ptr + segment * ld_sx, sw_ptr + segment * ld_sw, m0, columns, M, N, MT, NT)
+                    outs = _rescale(
+                        outs,
+                        accs,
+                        sx_ptr + segment * ld_sx,
+                        sw_ptr + segment * ld_sw,
+                        m0,
+                        columns,
+                        M,
+                        N,
+                        MT,
+                        NT,
+                    )
                     new = ()
                     for _ in gl.static_range(MT * NT):
                         new = new + (zero,)

@@ -7,7 +7,8 @@ from .triton import weight_only_kernel
 
 
 def weight_only(x, weight, weight_scale, bias, y, bits, group):
-    """x (M, K) 16 bit, weight (N, bytes), weight_scale (groups or 1, N), bias (N,) or None -> y (M, N). group: channels, 0 for none."""
+    """x (M, K) 16 bit, weight (N, bytes), weight_scale (groups or 1, N), bias (N,) or None -> y (M, N).
+    group: channels, 0 for none."""
     tokens, channels = x.shape[0], weight.shape[0]
     if not tokens:
         return

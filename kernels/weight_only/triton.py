@@ -1,6 +1,8 @@
-"""y = x . (codes * scale)^T + bias with x in 16 bit. For M of a few rows the time is that of reading the weights once.
+"""y = x . (codes * scale)^T + bias with x in 16 bit. For M of a few rows the time is that of reading the
+weights once.
 
-The codes are exact in bf16 and fp16, also 16 or 64 times as large, so a group's products are summed in fp32 and scaled once.
+The codes are exact in bf16 and fp16, also 16 or 64 times as large, so a group's products are summed in fp32
+and scaled once.
 """
 
 import triton
@@ -10,7 +12,9 @@ from ..quant_linear.triton import unpack2, unpack4
 
 
 @triton.jit
-def _product(x_ptr, rows, bytes_, codes, plane: tl.constexpr, PLANES: tl.constexpr, acc, m_ok, KB, UPCAST: tl.constexpr):
+def _product(
+    x_ptr, rows, bytes_, codes, plane: tl.constexpr, PLANES: tl.constexpr, acc, m_ok, KB, UPCAST: tl.constexpr
+):
     """acc + x[:, channels of this plane] . codes; codes (BK, BN)."""
     ok = m_ok[:, None] & (bytes_ < KB)[None, :]
     x = tl.load(x_ptr + rows[:, None] + (bytes_ * PLANES + plane)[None, :], mask=ok, other=0.0)
@@ -28,7 +32,8 @@ def weight_only_kernel(
     PLANES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """x (M, PLANES KB), w (N, KB) bytes, sw (groups or 1, N), bias (N,), y (M, N). GROUPED: BK bytes are one group."""
+    """x (M, PLANES KB), w (N, KB) bytes, sw (groups or 1, N), bias (N,), y (M, N). GROUPED: BK bytes are one
+    group."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     n_ok, m_ok = n < N, m < M

@@ -1,9 +1,9 @@
 """ComfyUI's patches of a weight as what stands beside a packed layer (`quant_core.side`).
 
 A patch is ModelPatcher's tuple (strength, value, strength_model, offset, function), applied in order as
-`comfy.lora.calculate_weight` does. One at strength 0 is no more than its factor, a gain. LoRA, LoHa and LoKr keep their structure;
-DoRA by out-channel is a gain and a LoRA; the rest (full differences, `set`, OFT, BOFT, GLoRA, DoRA by in-channel) is a dense matrix
-of the layer's size.
+`comfy.lora.calculate_weight` does. One at strength 0 is no more than its factor, a gain. LoRA, LoHa and LoKr
+keep their structure; DoRA by out-channel is a gain and a LoRA; the rest (full differences, `set`, OFT, BOFT,
+GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
 """
 
 import math
@@ -30,7 +30,8 @@ class UnsupportedPatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Region:
-    """The rows and columns of a weight (N, K) that a patch is for; ComfyUI's offset is (dimension, start, length)."""
+    """The rows and columns of a weight (N, K) that a patch is for; ComfyUI's offset is (dimension, start,
+    length)."""
 
     first: int
     rows: int
@@ -53,8 +54,8 @@ def replaces(patch) -> bool:
 
 
 def only_scales(patch) -> bool:
-    """Whether a patch is no more than its factor, `strength_model`. ComfyUI looks at no value at strength 0: nodes that multiply layers
-    hand on `(None,)`."""
+    """Whether a patch is no more than its factor, `strength_model`. ComfyUI looks at no value at strength 0:
+    nodes that multiply layers hand on `(None,)`."""
     return not patch[0] and not replaces(patch)
 
 
@@ -76,7 +77,8 @@ def refused(patch, shape) -> str:
 
 
 def unusable(patch, shape) -> str:
-    """Why ComfyUI itself would stop at a patch of a tensor of a shape, when it loads the model and not before; "" if it would not."""
+    """Why ComfyUI itself would stop at a patch of a tensor of a shape, when it loads the model and not
+    before; "" if it would not."""
     value, want = patch[1], wanted(patch, shape)
     to = reshaped(value, want)
     if to and not (len(to) == len(want) and all(a >= b for a, b in zip(to, want, strict=True))):
@@ -107,7 +109,8 @@ def misfit(patch, shape) -> str:
 
 
 def wanted(patch, shape) -> tuple:
-    """The shape of what a patch changes: of all the tensor, or of the range in its offset (dimension, start, length)."""
+    """The shape of what a patch changes: of all the tensor, or of the range in its offset (dimension, start,
+    length)."""
     want = list(shape)
     if patch[3] is not None:
         want[patch[3][0]] = patch[3][2]
@@ -115,7 +118,8 @@ def wanted(patch, shape) -> tuple:
 
 
 def reshaped(value, shape) -> tuple | None:
-    """The shape that a patch gives to a tensor of `shape`; None where it is the same. BFL's control LoRAs widen the input layer so."""
+    """The shape that a patch gives to a tensor of `shape`; None where it is the same. BFL's control LoRAs
+    widen the input layer so."""
     to = value.weights[5] if isinstance(value, LoRAAdapter) else None
     if isinstance(value, tuple) and len(_parts(value)[1]) > 1 and isinstance(_parts(value)[1][1], dict):
         tensor, options = _parts(value)[1]
@@ -143,7 +147,11 @@ def _shape(adapter, flat):
         return (w[0].shape[0], w[1].shape[1]) if w[5] is None else None
     if isinstance(adapter, LoKrAdapter) and w[7] is None:
         sizes = [
-            (_matrix(w[i]) if w[i] is not None else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta"))
+            (
+                _matrix(w[i])
+                if w[i] is not None
+                else torch.empty(w[j].shape[0], w[j + 1].shape[1], device="meta")
+            )
             for i, j in ((0, 3), (1, 5))
         ]
         if sizes[1].ndim == 2:
@@ -194,7 +202,9 @@ def _add(side, patch, key, weight, device, ones):
         _add_difference(side, value, at, strength, strength_model, device)
         return
     term = _structured(value, device) if isinstance(value, WeightAdapterBase) else None
-    if isinstance(term, LowRank) and function is comfy.utils.swap_scale_shift:  # reorders rows, so it commutes with the product
+    if (
+        isinstance(term, LowRank) and function is comfy.utils.swap_scale_shift
+    ):  # reorders rows, so it commutes with the product
         term, function = LowRank(term.down, function(term.up)), None
     magnitude = _dora_scale(value)
     by_row = magnitude is None or (magnitude.shape[0] == at.rows and isinstance(term, LowRank))
@@ -202,7 +212,9 @@ def _add(side, patch, key, weight, device, ones):
         _scale(side, at, strength_model, device)
         if magnitude is not None:
             rows = weight()[at.first : at.first + at.rows]
-            ratio = magnitude.to(device, torch.float32).flatten() / (rows.norm(dim=1) + torch.finfo(torch.float32).eps)
+            ratio = magnitude.to(device, torch.float32).flatten() / (
+                rows.norm(dim=1) + torch.finfo(torch.float32).eps
+            )
             side.scale_rows(1 + strength * (ratio - 1), at.first)
             term = LowRank(term.down, term.up * ratio[:, None])
         _append(side, term, at.first, strength)
@@ -223,7 +235,9 @@ def _add_difference(side, value, at, strength, strength_model, device):
     """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
     kind, (tensor, *_) = _parts(value)
     _scale(side, at, 0.0 if kind == "set" else strength_model, device)
-    side.add_dense(tensor.to(device, torch.float32).flatten(1) * (1.0 if kind == "set" else strength), at.first)
+    side.add_dense(
+        tensor.to(device, torch.float32).flatten(1) * (1.0 if kind == "set" else strength), at.first
+    )
 
 
 def _add_dense(side, patch, key, weight, device, ones):
@@ -234,8 +248,15 @@ def _add_dense(side, patch, key, weight, device, ones):
         side.add_dense(current)
         return
     after = comfy.lora.calculate_weight([patch], current.clone().view(*current.shape, *ones), key).flatten(1)
-    if strength and isinstance(value, WeightAdapterBase) and torch.equal(after, current) and not _is_zero(value):
-        raise UnsupportedPatch(f"{key}: ComfyUI could not apply a {value.name} to {by(current.shape)} weights; its log says why")
+    if (
+        strength
+        and isinstance(value, WeightAdapterBase)
+        and torch.equal(after, current)
+        and not _is_zero(value)
+    ):
+        raise UnsupportedPatch(
+            f"{key}: ComfyUI could not apply a {value.name} to {by(current.shape)} weights; its log says why"
+        )
     side.add_dense(after - current)
 
 
@@ -256,7 +277,8 @@ def _is_zero(adapter) -> bool:
 
 
 def _structured(adapter, device) -> LowRank | Kronecker | None:
-    """The difference that an adapter adds at strength 1, alpha in it, fp32; None where it has no cheaper form than dense."""
+    """The difference that an adapter adds at strength 1, alpha in it, fp32; None where it has no cheaper form
+    than dense."""
     w = [t.to(device, torch.float32) if torch.is_tensor(t) else t for t in adapter.weights]
     if isinstance(adapter, LoRAAdapter) and w[3] is None:  # w[5], a shape, is the layer's own here
         up, down = w[0].flatten(1), w[1].flatten(1)
@@ -271,7 +293,9 @@ def _structured(adapter, device) -> LowRank | Kronecker | None:
         right = _matrix(w[1]) if w[1] is not None else w[5] @ w[6]
         if right.ndim != 2:
             return None
-        rank = None if w[0] is not None and w[1] is not None else (w[4] if w[1] is not None else w[6]).shape[0]
+        rank = (
+            None if w[0] is not None and w[1] is not None else (w[4] if w[1] is not None else w[6]).shape[0]
+        )
         return kronecker_or_low_rank(left * (_alpha(w[2], rank) if rank else 1.0), right, factors)
     return None
 

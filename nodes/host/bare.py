@@ -1,7 +1,8 @@
 """The one model that all clones of a MODEL share, as it is without what any of them has put on it.
 
-ModelPatcher puts object patches (blocks wrapped by torch.compile, methods of other packs) and patched weights into the shared model and
-leaves them there after sampling; what was there before waits in backups, which the clones share as well.
+ModelPatcher puts object patches (blocks wrapped by torch.compile, methods of other packs) and patched weights
+into the shared model and leaves them there after sampling; what was there before waits in backups, which the
+clones share as well.
 """
 
 from contextlib import ExitStack, contextmanager
@@ -21,8 +22,8 @@ def in_network(name: str) -> bool:
 
 @contextmanager
 def bare(patcher):
-    """Within, `patcher.model` has the modules that it was loaded with, under their own names; gives it. Weights may still be patched:
-    `original` knows what they were."""
+    """Within, `patcher.model` has the modules that it was loaded with, under their own names; gives it.
+    Weights may still be patched: `original` knows what they were."""
     model = patcher.model
     with ExitStack() as stack:
         for clone in _injected(patcher):
@@ -38,13 +39,15 @@ def bare(patcher):
 
 
 def _injected(patcher) -> list:
-    """The clones, loaded ones, whose injections stand in the shared model; some packs' are modules of their own."""
+    """The clones, loaded ones, whose injections stand in the shared model; some packs' are modules of their
+    own."""
     loaded = [held.model for held in comfy.model_management.current_loaded_models]
     return [p for p in loaded if p is not None and p.is_clone(patcher) and p.is_injected]
 
 
 def original(patcher, key, now):
-    """A tensor of the shared model before any patch of weights, where `now` is what the bare model holds under the key of its state dict."""
+    """A tensor of the shared model before any patch of weights, where `now` is what the bare model holds
+    under the key of its state dict."""
     held = (
         (patcher.object_patches_backup, lambda kept: kept),
         (patcher.backup, lambda kept: kept.weight),
@@ -52,7 +55,8 @@ def original(patcher, key, now):
         (getattr(patcher, "backup_buffers", {}), lambda kept: kept),
     )
     for backup, tensor in held:
-        # A weight that was patched while a wrapped block was in place is kept under the name that it had there.
+        # A weight that was patched while a wrapped block was in place is kept under the name that it had
+        # there.
         name = key if key in backup else next((k for k in backup if k.replace(WRAPPED, "") == key), None)
         if name is not None:
             return tensor(backup[name])

@@ -19,15 +19,17 @@ from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
 
-# Set to 1, every load compares each tensor with its hash: at 10 GB/s from memory, else at the speed of the disk, which then reads twice.
+# Set to 1, every load compares each tensor with its hash: at 10 GB/s from memory, else at the speed of the
+# disk, which then reads twice.
 VERIFY = "NIBBLE_VERIFY"
 
 
 def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
-    """take(name): the QuantizedLayer, called once when its module loads. specs: {name: LinearSpec}. rest: {key: tensor}.
+    """take(name): the QuantizedLayer, called once when its module loads. specs: {name: LinearSpec}. rest:
+    {key: tensor}.
 
-    info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share, with the frame's origin. Raises
-    IncompleteModel, and DetectionError for a layer that the model has no place for.
+    info: {"family", "provenance", "report", "source"}; kept as an attachment that clones share, with the
+    frame's origin. Raises IncompleteModel, and DetectionError for a layer that the model has no place for.
     """
     model = frame.fill(take, dict(rest) | placeholders(specs), info["source"])
     fuse_gelu(model)
@@ -35,9 +37,12 @@ def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
     patcher = NibblePatcher(model.to(offload), comfy.model_management.get_torch_device(), offload)
     placed = sum(1 for _ in patcher.packed_layers())
     if placed != len(specs):
-        raise DetectionError(f"{info['source']}: ComfyUI's model has a place for {placed} of {len(specs)} quantized layers")
+        raise DetectionError(
+            f"{info['source']}: ComfyUI's model has a place for {placed} of {len(specs)} quantized layers"
+        )
     patcher.set_attachments(ATTACHMENT, info | {"origin": frame.origin})
-    # How ComfyUI makes the model afresh (multi-GPU). From the model itself: keeping its layers aside would hold them twice.
+    # How ComfyUI makes the model afresh (multi-GPU). From the model itself: keeping its layers aside would
+    # hold them twice.
     patcher.cached_patcher_init = (rebuild, (patcher,))
     return patcher
 
@@ -70,8 +75,9 @@ def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
 
 
 def load(path, disable_dynamic=True) -> NibblePatcher:
-    """A quantized file of any format that `open_quantized` reads, as a model. Weights stay memory-mapped until ComfyUI moves them, where the
-    format has the layout of memory. Raises DetectionError where ComfyUI has no such model."""
+    """A quantized file of any format that `open_quantized` reads, as a model. Weights stay memory-mapped
+    until ComfyUI moves them, where the format has the layout of memory. Raises DetectionError where ComfyUI
+    has no such model."""
     pack = open_quantized(path)
     if os.environ.get(VERIFY, "0") not in ("", "0"):
         pack.verify()
@@ -79,14 +85,22 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
         logging.warning(f"Nibble: {pack.path.name}: {note}")
     if not (family := by_name(pack.family)).comfyui:
         raise DetectionError(
-            f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers pipeline: see `load` in "
+            f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers "
+            "pipeline: see `load` in "
             "quant_core/diffusers_host/model.py."
         )
     provenance = pack.provenance or {"method": pack.kind, "source": {"file": pack.path.name}}
-    info = {"family": pack.family, "provenance": provenance, "report": pack.report or as_report(pack), "source": str(path)}
+    info = {
+        "family": pack.family,
+        "provenance": provenance,
+        "report": pack.report or as_report(pack),
+        "source": str(path),
+    }
     rest = {key: pack.tensor(key) for key in pack.rest}
     frame = frame_of_file(pack.origin, pack.specs, rest, path, pack.family)
-    patcher = build(lambda name: pack.sound_layer(name) if name in pack.specs else None, pack.specs, rest, info, frame)
+    patcher = build(
+        lambda name: pack.sound_layer(name) if name in pack.specs else None, pack.specs, rest, info, frame
+    )
     patcher.cached_patcher_init = (load, (path,))
     return patcher
 
@@ -95,13 +109,20 @@ def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
     """A second, independent model with the same layers, on the CPU."""
     layers, rest = unpatched(patcher)
     specs = {name: layer.spec for name, layer in layers.items()}
-    return build(lambda name: layers.pop(name, None), specs, rest, patcher.attachments[ATTACHMENT], frame_after(patcher))
+    return build(
+        lambda name: layers.pop(name, None),
+        specs,
+        rest,
+        patcher.attachments[ATTACHMENT],
+        frame_after(patcher),
+    )
 
 
 def unpatched(patcher: NibblePatcher):
     """({name: QuantizedLayer}, {key: tensor} of the rest) as before any patch, on the CPU.
 
-    A clone shares the modules, and may have wrapped some of them and patched biases and 16-bit weights in place.
+    A clone shares the modules, and may have wrapped some of them and patched biases and 16-bit weights in
+    place.
     """
 
     before = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()

@@ -1,6 +1,8 @@
-"""LoRAs that ComfyUI's bypass loaders have put into a model: injections that make a layer's `forward` add an adapter's output.
+"""LoRAs that ComfyUI's bypass loaders have put into a model: injections that make a layer's `forward` add an
+adapter's output.
 
-What they add is a difference of the weight all the same, and is read here as the patch that a LoRA loader would have made of it.
+What they add is a difference of the weight all the same, and is read here as the patch that a LoRA loader
+would have made of it.
 """
 
 import inspect
@@ -13,15 +15,22 @@ from comfy.weight_adapter.lora import LoRAAdapter
 
 from .inherited import CannotCount
 
-# What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and the new shape of the layer.
+# What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and
+# the new shape of the layer.
 LEFT_OUT = {LoRAAdapter: (4, 5), LoHaAdapter: (7,), LoKrAdapter: (8,)}
-INJECTED = (torch.float32, torch.float16, torch.bfloat16)  # dtypes of a layer in which its adapter is held once it was injected
+INJECTED = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+)  # dtypes of a layer in which its adapter is held once it was injected
 
 
 def patches_of(patcher, names: dict) -> dict[str, list]:
-    """{layer: [ModelPatcher's tuples]} of what the injections on a MODEL add to its layers. names: {module: its name}, of the network.
+    """{layer: [ModelPatcher's tuples]} of what the injections on a MODEL add to its layers. names: {module:
+    its name}, of the network.
 
-    Raises CannotCount for injections of another kind, and for adapters that act on a layer's output, bias and all, as OFT does.
+    Raises CannotCount for injections of another kind, and for adapters that act on a layer's output, bias and
+    all, as OFT does.
     """
     found, others = {}, []
     for key, injections in patcher.injections.items():
@@ -35,7 +44,11 @@ def patches_of(patcher, names: dict) -> dict[str, list]:
                 else:
                     found.setdefault(name, []).append(patch)
     if others:
-        raise CannotCount("bypass adapters that are no LoRA, LoHa or LoKr", others, " Or load them with LoraLoaderModelOnly.")
+        raise CannotCount(
+            "bypass adapters that are no LoRA, LoHa or LoKr",
+            others,
+            " Or load them with LoraLoaderModelOnly.",
+        )
     return found
 
 
@@ -53,7 +66,8 @@ def _patch(hook):
 
 
 def as_injected(patch, dtype):
-    """The same patch in the dtype that the first sampling run leaves it in, by which a model is recognized before and after it."""
+    """The same patch in the dtype that the first sampling run leaves it in, by which a model is recognized
+    before and after it."""
     strength, adapter, *others = patch
     if dtype not in INJECTED:
         return patch

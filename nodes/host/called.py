@@ -7,8 +7,8 @@ import torch
 
 @contextmanager
 def linear_layers_called():
-    """ComfyUI after 0.33 computes some linear layers itself under --fast fp16_accumulation, without a call. That option is PyTorch's own
-    switch, which is off in here."""
+    """ComfyUI after 0.33 computes some linear layers itself under --fast fp16_accumulation, without a call.
+    That option is PyTorch's own switch, which is off in here."""
     matmul = torch.backends.cuda.matmul
     was = getattr(matmul, "allow_fp16_accumulation", False)
     if was:

@@ -16,7 +16,8 @@ from .source import QuantizedSource
 
 @dataclass(frozen=True)
 class Half:
-    """A model before any patch. layers: {name: QuantizedLayer}. rest: {key: tensor}. info: Nibble's attachment, {} for a stock model."""
+    """A model before any patch. layers: {name: QuantizedLayer}. rest: {key: tensor}. info: Nibble's
+    attachment, {} for a stock model."""
 
     patcher: object
     layers: dict[str, QuantizedLayer]
@@ -39,23 +40,27 @@ class Half:
 
 
 def take_apart(patcher) -> Half:
-    """The tensors are the model's own where it is on the CPU; a model on a card is unloaded first, or each would be copied from there.
+    """The tensors are the model's own where it is on the CPU; a model on a card is unloaded first, or each
+    would be copied from there.
 
-    The weights of a dynamic patcher are ComfyUI's to page in and out; they are read again into a model of their own. Raises
-    CannotCount for what `keep_sampling_patches` would leave behind.
+    The weights of a dynamic patcher are ComfyUI's to page in and out; they are read again into a model of
+    their own. Raises CannotCount for what `keep_sampling_patches` would leave behind.
     """
     require_carriable(patcher)
     if patcher.is_dynamic():
         patcher = patcher.clone(disable_dynamic=True)
     if not comfy.model_management.is_device_cpu(patcher.current_loaded_device()):
-        comfy.model_management.unload_model_and_clones(patcher, unload_additional_models=False, all_devices=True)
+        comfy.model_management.unload_model_and_clones(
+            patcher, unload_additional_models=False, all_devices=True
+        )
     if isinstance(patcher, NibblePatcher):
         return Half(patcher, *unpatched(patcher), patcher.attachments[ATTACHMENT])
     return Half(patcher, {}, dict(_stock(patcher)), {})
 
 
 def _stock(patcher):
-    """(key, tensor) of a stock model. 8-bit floats become bf16, ComfyUI's scaled weights their real values: exact, and copies."""
+    """(key, tensor) of a stock model. 8-bit floats become bf16, ComfyUI's scaled weights their real values:
+    exact, and copies."""
     with bare(patcher) as model:
         modules = dict(model.diffusion_model.named_modules())
         state = model.diffusion_model.state_dict()
@@ -64,7 +69,10 @@ def _stock(patcher):
         module = modules[name]
         if getattr(module, "quant_format", None) is not None:  # quantized by ComfyUI
             if leaf == "pre_quant_scale":
-                raise QuantizedSource(f"{key}: weights of a model that smooths its activations cannot be read. Connect another model.")
+                raise QuantizedSource(
+                    f"{key}: weights of a model that smooths its activations cannot be read. Connect "
+                    "another model."
+                )
             if leaf not in ("weight", "bias"):
                 continue
             tensor = getattr(module, leaf)
@@ -72,5 +80,8 @@ def _stock(patcher):
         if leaf == "weight" and hasattr(module, "convert_weight"):
             tensor = module.convert_weight(tensor)
         if tensor.dtype in (torch.int8, torch.uint8):
-            raise QuantizedSource(f"{key}: packed weights of another kind than Nibble's ({tensor.dtype}). Connect a full-precision model.")
+            raise QuantizedSource(
+                f"{key}: packed weights of another kind than Nibble's ({tensor.dtype}). Connect a "
+                "full-precision model."
+            )
         yield key, computable(tensor).cpu()

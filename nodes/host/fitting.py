@@ -1,9 +1,10 @@
 """Which patches of a LoRA a quantized model takes, which it leaves out with a warning, and which it refuses.
 
-A LoRA of another architecture must not pass in silence, and one that fits but for a layer or two must act: a Turbo LoRA for 64
-in-channels does all but its `img_in` on FLUX Fill, which has 384. ComfyUI logs a misfit of each layer and goes on, whatever their
-number. Here a file is refused where none of its patches fits, or where more than half of those for packed layers do not; otherwise
-its misfits are left out. What no quantized layer can take (another model, a reshaped packed weight) is refused wherever it stands.
+A LoRA of another architecture must not pass in silence, and one that fits but for a layer or two must act: a
+Turbo LoRA for 64 in-channels does all but its `img_in` on FLUX Fill, which has 384. ComfyUI logs a misfit of
+each layer and goes on, whatever their number. Here a file is refused where none of its patches fits, or where
+more than half of those for packed layers do not; otherwise its misfits are left out. What no quantized layer
+can take (another model, a reshaped packed weight) is refused wherever it stands.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Target:
-    """What a key of the state dict names: a tensor's logical shape, and its leaf where it belongs to a packed layer."""
+    """What a key of the state dict names: a tensor's logical shape, and its leaf where it belongs to a packed
+    layer."""
 
     shape: tuple[int, ...]
     leaf: str = ""
@@ -25,8 +27,8 @@ class Target:
 
 @dataclass
 class Sorted:
-    """taken: patches to hand on. idle: those that multiply quantization data, which the weight's own patch does already. misfits and
-    impossible: {key: reason}."""
+    """taken: patches to hand on. idle: those that multiply quantization data, which the weight's own patch
+    does already. misfits and impossible: {key: reason}."""
 
     taken: dict = field(default_factory=dict)
     idle: list = field(default_factory=list)
@@ -36,9 +38,12 @@ class Sorted:
     packed: list[int] = field(default_factory=lambda: [0, 0])  # packed weights that are fitted, and missed
 
 
-def sort(patches: dict, strengths, target_of: Callable[[str], Target | None], file: dict | None = None) -> Sorted:
-    """Judges patches {key or (key, offset, function): value} as ModelPatcher's add_patches takes them. strengths: (strength_patch,
-    strength_model). file: all patches of the file that these are a part of. Raises UnsupportedPatch by the rule above."""
+def sort(
+    patches: dict, strengths, target_of: Callable[[str], Target | None], file: dict | None = None
+) -> Sorted:
+    """Judges patches {key or (key, offset, function): value} as ModelPatcher's add_patches takes them.
+    strengths: (strength_patch, strength_model). file: all patches of the file that these are a part of.
+    Raises UnsupportedPatch by the rule above."""
     found = _sort(patches, strengths, target_of)
     reasons = found.impossible
     if found.misfits and not reasons:
@@ -50,7 +55,8 @@ def sort(patches: dict, strengths, target_of: Callable[[str], Target | None], fi
         more = f" ({len(reasons)} such layers in all)" if len(reasons) > 1 else ""
         raise UnsupportedPatch(
             "; ".join([f"{key}: {reason}" for key, reason in reasons.items()][:EXAMPLES])
-            + f" cannot be put on this quantized model{more}. An adapter must be made for this architecture; merge models in full "
+            + f" cannot be put on this quantized model{more}. An adapter must be made for this "
+            "architecture; merge models in full "
             "precision, before Nibble Quantize."
         )
     return found
@@ -68,7 +74,9 @@ def of_another_shape(adapters: dict, target_of) -> dict[str, str]:
     return found
 
 
-def left_out(misfits: dict[str, str], what="of the LoRA file left out, made for layers of another shape") -> str:
+def left_out(
+    misfits: dict[str, str], what="of the LoRA file left out, made for layers of another shape"
+) -> str:
     return sentence([f"{key} ({reason})" for key, reason in misfits.items()], what)
 
 

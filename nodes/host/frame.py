@@ -1,4 +1,5 @@
-"""An empty ComfyUI model for packed layers: after the MODEL at hand, by the record in a file, or by ComfyUI's own detection."""
+"""An empty ComfyUI model for packed layers: after the MODEL at hand, by the record in a file, or by ComfyUI's
+own detection."""
 
 import copy
 import inspect
@@ -32,8 +33,8 @@ class IncompleteModel(RuntimeError):
 class Frame:
     """A BaseModel whose network has no weights yet, and the Origin of the model.
 
-    network_names: whether tensors come under the network's own names, as a MODEL has them, or under a checkpoint's, which ComfyUI
-    renames as it loads.
+    network_names: whether tensors come under the network's own names, as a MODEL has them, or under a
+    checkpoint's, which ComfyUI renames as it loads.
     """
 
     def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable):
@@ -42,36 +43,45 @@ class Frame:
         self.origin, self.network_names, self._model = origin, network_names, make(operations)
 
     def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str):
-        """Loads the network's tensors and gives the model away. take(name of a linear layer): its QuantizedLayer or None; the entry of a
-        quantized one in `state` only says that it is there.
+        """Loads the network's tensors and gives the model away. take(name of a linear layer): its
+        QuantizedLayer or None; the entry of a quantized one in `state` only says that it is there.
 
-        Raises IncompleteModel naming what `state` lacks. What the network has no place for is named in the log.
+        Raises IncompleteModel naming what `state` lacks. What the network has no place for is named in the
+        log.
         """
-        # The model's operations know this frame: it must know neither the model nor the layers afterwards, or they would outlive their use.
+        # The model's operations know this frame: it must know neither the model nor the layers afterwards, or
+        # they would outlive their use.
         model, self._model, self._take = self._model, None, take
         network = model.diffusion_model
         if not self.network_names:
             before = {id(t): key for key, t in state.items()}
             state = model.model_config.process_unet_state_dict(dict(state))
             layer = lambda key: key.removesuffix(".weight")
-            self._renamed = {layer(key): layer(before[id(t)]) for key, t in state.items() if id(t) in before and key.endswith(".weight")}
+            self._renamed = {
+                layer(key): layer(before[id(t)])
+                for key, t in state.items()
+                if id(t) in before and key.endswith(".weight")
+            }
         missing, unexpected = network.load_state_dict(state, strict=False)
         buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
         if missing := [key for key in missing if key not in buffers]:
             raise IncompleteModel(
-                f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are missing: "
+                f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are "
+                "missing: "
                 f"{names_text(missing)}. The file is not whole: download it or quantize the model again."
             )
         if unexpected:
             logging.warning(
-                f"Nibble: {source}: {len(unexpected)} tensors have no place in the model and are not used: {names_text(unexpected)}"
+                f"Nibble: {source}: {len(unexpected)} tensors have no place in the model and are not used: "
+                f"{names_text(unexpected)}"
             )
         self._take = None
         return model
 
 
 def after(patcher, prepare: Callable) -> Frame:
-    """A model of the same class, config, prediction type, sampling and latent format, with the same tensors outside of its network."""
+    """A model of the same class, config, prediction type, sampling and latent format, with the same tensors
+    outside of its network."""
     with bare(patcher) as source:
         origin = origin_of(patcher, (patcher.attachments.get(ATTACHMENT) or {}).get("origin"))
         return Frame(lambda operations: _after(source, origin, operations), origin, True, prepare)
@@ -86,7 +96,8 @@ def _after(source, origin, operations):
     model = _made(config, origin)
     if type(model) is not type(source):
         raise DetectionError(
-            f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a {type(source).__name__} of another "
+            f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a "
+            f"{type(source).__name__} of another "
             "pack. Quantize the model as ComfyUI's own loaders give it."
         )
     for name, value in vars(source).items():
@@ -100,10 +111,14 @@ def _after(source, origin, operations):
     return model
 
 
-def of_file(origin: Origin, state: dict[str, torch.Tensor], source: str, family: str, prepare: Callable) -> Frame:
-    """By the record in the file, where there is one, else by detection on `state`, header entries and tensors beside.
+def of_file(
+    origin: Origin, state: dict[str, torch.Tensor], source: str, family: str, prepare: Callable
+) -> Frame:
+    """By the record in the file, where there is one, else by detection on `state`, header entries and tensors
+    beside.
 
-    Raises DetectionError where this ComfyUI has no such class, and where it does not recognise a model without a record.
+    Raises DetectionError where this ComfyUI has no such class, and where it does not recognise a model
+    without a record.
     """
     host = origin.host
     shown = {**state, **origin.beside}
@@ -111,18 +126,22 @@ def of_file(origin: Origin, state: dict[str, torch.Tensor], source: str, family:
         found = comfy.model_detection.model_config_from_unet(shown, "", metadata=dict(origin.metadata))
     except Exception as error:  # detection reads whatever it expects of a name
         if not host:
-            raise DetectionError(f"{source}: ComfyUI's model detection failed ({type(error).__name__}: {error}).") from error
+            raise DetectionError(
+                f"{source}: ComfyUI's model detection failed ({type(error).__name__}: {error})."
+            ) from error
         found = None
     if not host:
         if found is None:
             raise DetectionError(
-                f"{source}: this ComfyUI does not recognise the model (family {family}): it is older than the model, or the file is not whole. "
+                f"{source}: this ComfyUI does not recognise the model (family {family}): it is older than "
+                "the model, or the file is not whole. "
                 "Update ComfyUI, or download or quantize the model again."
             )
         return Frame(lambda operations: _detected(found, origin, operations), origin, False, prepare)
     if found is not None and type(found).__name__ != host["class"]:
         logging.info(
-            f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would take a {type(found).__name__}"
+            f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would "
+            f"take a {type(found).__name__}"
         )
     return Frame(lambda operations: _recorded(host, origin, operations, source), origin, True, prepare)
 
@@ -136,32 +155,46 @@ def _detected(config, origin, operations):
 def _recorded(host, origin, operations, source):
     classes = {c.__name__: c for c in comfy.supported_models.models}
     try:
-        name, unet_config, kind = host["class"], host["unet_config"], comfy.model_base.ModelType[host["model_type"]]
+        name, unet_config, kind = (
+            host["class"],
+            host["unet_config"],
+            comfy.model_base.ModelType[host["model_type"]],
+        )
         settings, latent, outside = host["sampling_settings"], host["latent_format"], host["outside"]
     except KeyError as error:
-        raise DetectionError(f"{source}: the record of the model lacks or has an unknown {error}. Update ComfyUI.") from error
+        raise DetectionError(
+            f"{source}: the record of the model lacks or has an unknown {error}. Update ComfyUI."
+        ) from error
     if name not in classes:
-        raise DetectionError(f"{source}: a {name} model, and this ComfyUI has no class of that name. Update ComfyUI.")
+        raise DetectionError(
+            f"{source}: a {name} model, and this ComfyUI has no class of that name. Update ComfyUI."
+        )
     config = classes[name](unet_config)
     config.unet_config |= unet_config
     config.sampling_settings |= settings
     config.model_type = lambda *args, **kwargs: kind
     if type(config.latent_format).__name__ != latent:
         if not hasattr(comfy.latent_formats, latent):
-            raise DetectionError(f"{source}: its latent format is {latent}, which this ComfyUI does not have. Update ComfyUI.")
+            raise DetectionError(
+                f"{source}: its latent format is {latent}, which this ComfyUI does not have. Update ComfyUI."
+            )
         config.latent_format = getattr(comfy.latent_formats, latent)()
     config.custom_operations = operations
     _set_dtypes(config)
     model = _made(config, origin)
     if type(model).__name__ != host["model"] or model.model_type != kind:
         raise DetectionError(
-            f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a {type(model).__name__} with "
-            f"{model.model_type.name} of the class {name}. Update ComfyUI, or quantize the model again with this one."
+            f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a "
+            f"{type(model).__name__} with "
+            f"{model.model_type.name} of the class {name}. Update ComfyUI, or quantize the model again "
+            "with this one."
         )
     held = outside_tensors(model)
     for key, stored in outside.items():
         if key not in held or held[key].shape != origin.beside[stored].shape:
-            raise DetectionError(f"{source}: this ComfyUI's {host['model']} has no place for the tensor {key}. Update ComfyUI.")
+            raise DetectionError(
+                f"{source}: this ComfyUI's {host['model']} has no place for the tensor {key}. Update ComfyUI."
+            )
         held[key].copy_(origin.beside[stored])
     return model
 
@@ -171,14 +204,16 @@ def _made(config, origin):
         model = config.get_model(dict(origin.beside), "")
     except Exception as error:  # constructors of any kind
         raise DetectionError(
-            f"ComfyUI's class {type(config).__name__} could not make the model ({type(error).__name__}: {error}). Update ComfyUI, or report "
+            f"ComfyUI's class {type(config).__name__} could not make the model ({type(error).__name__}: "
+            f"{error}). Update ComfyUI, or report "
             "this with the name of the model."
         ) from error
     return model
 
 
 def _config_like(config, operations):
-    """A copy of a model_config for other operations. Not by `copy`: ComfyUI's configs answer to every attribute, __setstate__ too."""
+    """A copy of a model_config for other operations. Not by `copy`: ComfyUI's configs answer to every
+    attribute, __setstate__ too."""
     made = type(config).__new__(type(config))
     made.__dict__.update(config.__dict__)
     for name in ("unet_config", "sampling_settings", "optimizations"):
@@ -188,8 +223,8 @@ def _config_like(config, operations):
 
 
 def _set_dtypes(config):
-    """The dtypes that ComfyUI chooses for a bf16 model on this machine; 16 bit where it was told to hold weights in fp8, since packed layers
-    have theirs already and norms and embedders are not to lose more."""
+    """The dtypes that ComfyUI chooses for a bf16 model on this machine; 16 bit where it was told to hold
+    weights in fp8, since packed layers have theirs already and norms and embedders are not to lose more."""
     management, supported = comfy.model_management, list(config.supported_inference_dtypes)
     device = management.get_torch_device()
     dtype = management.unet_dtype(supported_dtypes=supported, weight_dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
-"""What nodes before ours have set on a model: put onto the model that we make of it, or refused by name before any work."""
+"""What nodes before ours have set on a model: put onto the model that we make of it, or refused by name
+before any work."""
 
 import inspect
 import logging
@@ -21,13 +22,15 @@ class CannotCount(ValueError):
     def __init__(self, what: str, found: list[str], advice: str = ""):
         more = f" and {len(found) - EXAMPLES} more" if len(found) > EXAMPLES else ""
         super().__init__(
-            f"this model has {what} on {', '.join(found[:EXAMPLES])}{more}, which act on its own layers: a model made of it would be without "
+            f"this model has {what} on {', '.join(found[:EXAMPLES])}{more}, which act on its own layers: a "
+            "model made of it would be without "
             f"them. Put the node that makes them behind the quantized model.{advice}"
         )
 
 
 def require_carriable(model):
-    """Raises CannotCount for weight wrappers, and for object patches of the network that `keep_sampling_patches` does not carry."""
+    """Raises CannotCount for weight wrappers, and for object patches of the network that
+    `keep_sampling_patches` does not carry."""
     if model.weight_wrapper_patches:
         raise CannotCount("weight wrappers", list(model.weight_wrapper_patches))
     kept = {*_settings(model), *_compiled(model)}
@@ -36,13 +39,22 @@ def require_carriable(model):
 
 
 def keep_sampling_patches(model, onto):
-    """What sampling nodes have set (ModelSamplingFlux, attention patches, wrappers, settings of the network) stays in force. The network is
-    compiled again where it was compiled as a whole; modules that were compiled one by one are not, and the log says so."""
+    """What sampling nodes have set (ModelSamplingFlux, attention patches, wrappers, settings of the network)
+    stays in force. The network is compiled again where it was compiled as a whole; modules that were compiled
+    one by one are not, and the log says so."""
     twin = model.clone()
     onto.model_options = twin.model_options
-    outside = {name: _rebound(value, model.model, onto.model) for name, value in twin.object_patches.items() if not in_network(name)}
+    outside = {
+        name: _rebound(value, model.model, onto.model)
+        for name, value in twin.object_patches.items()
+        if not in_network(name)
+    }
     onto.object_patches = outside | _settings(model)
-    onto.wrappers, onto.callbacks, onto.force_cast_weights = twin.wrappers, twin.callbacks, twin.force_cast_weights
+    onto.wrappers, onto.callbacks, onto.force_cast_weights = (
+        twin.wrappers,
+        twin.callbacks,
+        twin.force_cast_weights,
+    )
     onto.attachments = twin.attachments | onto.attachments
     _compile_again(onto)
     if compiled := _compiled(model):
@@ -53,7 +65,8 @@ def keep_sampling_patches(model, onto):
 
 
 def uncompiled(model):
-    """A clone that computes the same without torch.compile: graphs that are compiled already do not see hooks and replaced layers."""
+    """A clone that computes the same without torch.compile: graphs that are compiled already do not see hooks
+    and replaced layers."""
     compiled, held = _compiled(model), model.wrappers.get(WrappersMP.APPLY_MODEL, {})
     if not compiled and COMPILE_KEY not in held:
         return model
@@ -66,24 +79,41 @@ def uncompiled(model):
 
 def _settings(model) -> dict:
     """Object patches of the network that are plain values, such as FluxKVCache's."""
-    return {name: value for name, value in model.object_patches.items() if in_network(name) and isinstance(value, SETTINGS)}
+    return {
+        name: value
+        for name, value in model.object_patches.items()
+        if in_network(name) and isinstance(value, SETTINGS)
+    }
 
 
 def _compiled(model) -> list[str]:
-    """Names of object patches of the network that are torch.compile of what they stand for, a module or a function."""
+    """Names of object patches of the network that are torch.compile of what they stand for, a module or a
+    function."""
     names = [name for name in model.object_patches if in_network(name)]
     with bare(model) as shared:
-        return [name for name in names if _compiles(model.object_patches[name], comfy.utils.get_attr(shared, name))]
+        return [
+            name
+            for name in names
+            if _compiles(model.object_patches[name], comfy.utils.get_attr(shared, name))
+        ]
 
 
 def _compiles(value, before) -> bool:
-    inner = getattr(value, "_orig_mod", None) if isinstance(value, torch.nn.Module) else getattr(value, "_torchdynamo_orig_callable", None)
+    inner = (
+        getattr(value, "_orig_mod", None)
+        if isinstance(value, torch.nn.Module)
+        else getattr(value, "_torchdynamo_orig_callable", None)
+    )
     return inner is not None and (inner is before or (inspect.ismethod(inner) and inner == before))
 
 
 def _rebound(value, before, after):
     """Methods of the model itself, which packs replace, would go on asking the old one."""
-    return types.MethodType(value.__func__, after) if inspect.ismethod(value) and value.__self__ is before else value
+    return (
+        types.MethodType(value.__func__, after)
+        if inspect.ismethod(value) and value.__self__ is before
+        else value
+    )
 
 
 def _compile_again(model):

@@ -1,4 +1,5 @@
-"""Whether ComfyUI can merge a patch into a weight of full precision. It would log what it cannot, and go on without it."""
+"""Whether ComfyUI can merge a patch into a weight of full precision. It would log what it cannot, and go on
+without it."""
 
 import torch
 from comfy.weight_adapter import WeightAdapterBase
@@ -7,12 +8,16 @@ from .adapters import by, misfit, only_scales, unusable, wanted
 
 
 def unmergeable(patch, shape: tuple[int, ...]) -> str:
-    """Why a patch, ModelPatcher's tuple, does not go into a tensor of this shape; "" where it does, or no more than scales it."""
+    """Why a patch, ModelPatcher's tuple, does not go into a tensor of this shape; "" where it does, or no
+    more than scales it."""
     value, offset = patch[1], patch[3]
     if only_scales(patch):
         return ""
     if offset is not None and (offset[0] >= len(shape) or sum(offset[1:]) > shape[offset[0]]):
-        return f"a patch of positions {offset[1]} to {sum(offset[1:])} along dimension {offset[0]} of {by(shape)} weights"
+        return (
+            f"a patch of positions {offset[1]} to {sum(offset[1:])} along dimension {offset[0]} of "
+            f"{by(shape)} weights"
+        )
     if isinstance(value, list):  # its weight, and what makes real values of it
         return _other(value[0][0], wanted(patch, shape), "a merge with another model")
     if isinstance(value, tuple) and len(value) == 2 and value[0] == "model_as_lora":
@@ -25,7 +30,12 @@ def unmergeable(patch, shape: tuple[int, ...]) -> str:
 
 
 def _other(tensor, want, what):
-    """Of packed weights, as wide in memory as they are narrow, ComfyUI or we make values of the layer's shape."""
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.is_floating_point() and tuple(tensor.shape) != want:
+    """Of packed weights, as wide in memory as they are narrow, ComfyUI or we make values of the layer's
+    shape."""
+    if (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.is_floating_point()
+        and tuple(tensor.shape) != want
+    ):
         return f"{what}, whose weight is {by(tensor.shape)}, on {by(want)} weights"
     return ""

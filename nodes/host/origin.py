@@ -1,4 +1,5 @@
-"""What ComfyUI made of a model's source, as a record for files: its class and config, prediction type, sampling settings, latent format."""
+"""What ComfyUI made of a model's source, as a record for files: its class and config, prediction type,
+sampling settings, latent format."""
 
 import json
 import logging
@@ -20,10 +21,11 @@ class UnrecordedModel(RuntimeError):
 
 
 def origin_of(patcher, known: Origin | None = None) -> Origin:
-    """The Origin of a MODEL, to be called within `bare`: `host` says what it is, `beside` holds its tensors outside of the network.
+    """The Origin of a MODEL, to be called within `bare`: `host` says what it is, `beside` holds its tensors
+    outside of the network.
 
-    Header entries are those that are `known` already, or come from the file that ComfyUI loaded it from, where it still says which. Raises UnrecordedModel for a config that has no
-    form in a file.
+    Header entries are those that are `known` already, or come from the file that ComfyUI loaded it from,
+    where it still says which. Raises UnrecordedModel for a config that has no form in a file.
     """
     model, config = patcher.model, patcher.model.model_config
     host = {
@@ -39,13 +41,16 @@ def origin_of(patcher, known: Origin | None = None) -> Origin:
             encoded(value)
         except TypeError as error:
             raise UnrecordedModel(
-                f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize the model as ComfyUI's own loaders give it."
+                f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize "
+                "the model as ComfyUI's own loaders give it."
             ) from error
     own = outside_tensors(model)
     host["outside"] = names = _names_in_checkpoints(model, own)
     header = known or Origin.of_header(_header(patcher))
     metadata = dict(header.metadata) | _config(model, header.metadata, config)
-    return Origin(metadata, host, {names[key]: t.cpu() for key, t in own.items()} | _markers(host), header.dropped)
+    return Origin(
+        metadata, host, {names[key]: t.cpu() for key, t in own.items()} | _markers(host), header.dropped
+    )
 
 
 def outside_tensors(model) -> dict[str, torch.Tensor]:
@@ -60,15 +65,19 @@ def outside_tensors(model) -> dict[str, torch.Tensor]:
 
 
 def _names_in_checkpoints(model, own) -> dict[str, str]:
-    """{key: ComfyUI's own name for saving}, where a class has one (Stable Audio), else the key; its tensors share their memory with the model's."""
+    """{key: ComfyUI's own name for saving}, where a class has one (Stable Audio), else the key; its tensors
+    share their memory with the model's."""
     if not own:
         return {}
-    saved = {(t.data_ptr(), t.shape): name for name, t in model.state_dict_for_saving({}).items() if t.numel()}
+    saved = {
+        (t.data_ptr(), t.shape): name for name, t in model.state_dict_for_saving({}).items() if t.numel()
+    }
     return {key: saved.get((t.data_ptr(), t.shape), key) for key, t in own.items()}
 
 
 def _markers(host) -> dict[str, torch.Tensor]:
-    """The tensors by which ComfyUI knows the prediction type of an SDXL checkpoint, for files that it loads without this pack."""
+    """The tensors by which ComfyUI knows the prediction type of an SDXL checkpoint, for files that it loads
+    without this pack."""
     settings = host["sampling_settings"]
     if host["model"] != "SDXL":
         return {}
@@ -77,14 +86,21 @@ def _markers(host) -> dict[str, torch.Tensor]:
     if host["model_type"] == "EDM":
         return {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}
     if host["model_type"] == "V_PREDICTION_EDM":
-        return {f"edm_vpred.{k}": torch.tensor(float(settings[k])) for k in ("sigma_max", "sigma_min") if k in settings}
+        return {
+            f"edm_vpred.{k}": torch.tensor(float(settings[k]))
+            for k in ("sigma_max", "sigma_min")
+            if k in settings
+        }
     return {}
 
 
 def _header(patcher) -> dict[str, str]:
-    """Header entries of the file that a loader of ComfyUI read the model from; {} where it is not known or not there any more."""
+    """Header entries of the file that a loader of ComfyUI read the model from; {} where it is not known or
+    not there any more."""
     _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
-    path = next((a for a in arguments if isinstance(a, str) and a.lower().endswith((".safetensors", ".sft"))), None)
+    path = next(
+        (a for a in arguments if isinstance(a, str) and a.lower().endswith((".safetensors", ".sft"))), None
+    )
     if path is None or not Path(path).is_file():
         return {}
     try:
@@ -95,7 +111,8 @@ def _header(patcher) -> dict[str, str]:
 
 
 def _config(model, metadata, config) -> dict[str, str]:
-    """The header entry `config` by which ComfyUI's detection finds this model, where the weights and the source's header do not show it."""
+    """The header entry `config` by which ComfyUI's detection finds this model, where the weights and the
+    source's header do not show it."""
     shown = {k: torch.empty(t.shape, device="meta") for k, t in model.diffusion_model.state_dict().items()}
     want = _identity(config)
     plain = detected(shown, {})
@@ -110,7 +127,8 @@ def _config(model, metadata, config) -> dict[str, str]:
 
 
 def detected(shown: dict[str, torch.Tensor], metadata) -> tuple[type, dict] | None:
-    """(class, unet_config) by ComfyUI's detection on tensors that may be on the meta device; None where it knows no such model."""
+    """(class, unet_config) by ComfyUI's detection on tensors that may be on the meta device; None where it
+    knows no such model."""
     try:
         config = comfy.model_detection.model_config_from_unet(shown, "", metadata=dict(metadata))
     except Exception:  # names and shapes of a foreign model make it fail in any way
@@ -120,4 +138,6 @@ def detected(shown: dict[str, torch.Tensor], metadata) -> tuple[type, dict] | No
 
 def _identity(config) -> tuple[type, dict]:
     """Entries that a class asks for are put back: its models change them (FlowRVS is a `t2v` afterwards)."""
-    return type(config), {k: v for k, v in config.unet_config.items() if k != "dtype"} | type(config).unet_config
+    return type(config), {k: v for k, v in config.unet_config.items() if k != "dtype"} | type(
+        config
+    ).unet_config

@@ -1,4 +1,5 @@
-"""A ModelPatcher for packed layers: adapters stand beside them (`adapters.py`), packed bytes never change, all else is refused by name."""
+"""A ModelPatcher for packed layers: adapters stand beside them (`adapters.py`), packed bytes never change,
+all else is refused by name."""
 
 import functools
 import logging
@@ -23,7 +24,8 @@ BYPASS = "bypass_lora"  # the key under which ComfyUI's bypass loaders keep thei
 
 
 class Stack(tuple):
-    """The patches of one layer, equal where they hold the same objects at the same strengths: hooks make new tuples at each step."""
+    """The patches of one layer, equal where they hold the same objects at the same strengths: hooks make new
+    tuples at each step."""
 
     def __eq__(self, other):
         same = lambda p, q: p[1] is q[1] and (p[0], *p[2:]) == (q[0], *q[2:])
@@ -45,7 +47,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
             # Under their names at first: clones may wrap blocks, which gives all that is in them other names.
-            model.nibble_layers = {name: module for name, module in model.named_modules() if is_quantized(module)}
+            model.nibble_layers = {
+                name: module for name, module in model.named_modules() if is_quantized(module)
+            }
         self._sides = self._said = None
 
     def packed_layers(self):
@@ -58,23 +62,28 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         module = self.model.nibble_layers.get(name)
         return None if module is None else (module, leaf)
 
-    # -- what may be patched -------------------------------------------------------------------------------------------
+    # -- what may be patched
 
     def add_patches(self, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
-        """As ModelPatcher's; raises UnsupportedPatch at once for what this model cannot take, before anything is changed."""
+        """As ModelPatcher's; raises UnsupportedPatch at once for what this model cannot take, before anything
+        is changed."""
         taken, left_out = self._fitting(patches, strength_patch, strength_model, MADE_FOR_ANOTHER)
         return super().add_patches(taken, strength_patch, strength_model, **kwargs) + left_out
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
-        """As ModelPatcher's, for LoRAs whose strength a schedule sets. Raises UnsupportedPatch as `add_patches` does."""
+        """As ModelPatcher's, for LoRAs whose strength a schedule sets. Raises UnsupportedPatch as
+        `add_patches` does."""
         taken, left_out = self._fitting(patches, strength_patch, strength_model, "the hook would do nothing")
         return super().add_hook_patches(hook, taken, strength_patch, strength_model, **kwargs) + left_out
 
     def _fitting(self, patches, strength_patch, strength_model, otherwise):
-        """(patches to hand on, keys of the rest). Warns of what the file they came from has for no layer, or for one of another shape."""
+        """(patches to hand on, keys of the rest). Warns of what the file they came from has for no layer, or
+        for one of another shape."""
         missing = unmatched.keys_of(patches)
         if missing and not patches:
-            raise UnsupportedPatch(unmatched.sentence(missing, f"and none has a layer in this model, so {otherwise}"))
+            raise UnsupportedPatch(
+                unmatched.sentence(missing, f"and none has a layer in this model, so {otherwise}")
+            )
         found = sort(patches, (strength_patch, strength_model), self._target, unmatched.file_of(patches))
         if missing:
             logging.warning(f"Nibble: {unmatched.sentence(missing)}")
@@ -104,16 +113,23 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         dense = [n for n, side in sides.items() if side.dense is not None]
         text = f"adapters on {len(sides)} packed layers, {self._side_bytes() / 2**20:.1f} MiB beside them"
         if dense:
-            text += f"; {len(dense)} of them as dense matrices in 16 bit, which cost as much as the layer in full precision: {', '.join(dense[:EXAMPLES])}"
+            text += (
+                f"; {len(dense)} of them as dense matrices in 16 bit, which cost as much as the layer in "
+                f"full precision: {', '.join(dense[:EXAMPLES])}"
+            )
         return text + ", ..." * (len(dense) > EXAMPLES)
 
     def add_weight_wrapper(self, name, *args, **kwargs):
         if self._packed(name):
-            raise UnsupportedPatch(f"{name}: a weight wrapper sees float weights, and this layer is packed. Leave quantized layers out.")
+            raise UnsupportedPatch(
+                f"{name}: a weight wrapper sees float weights, and this layer is packed. Leave quantized "
+                "layers out."
+            )
         super().add_weight_wrapper(name, *args, **kwargs)
 
     def set_injections(self, key, injections, *args, **kwargs):
-        """A second bypass loader joins the first, where ModelPatcher would drop the first; they are taken off in the opposite order."""
+        """A second bypass loader joins the first, where ModelPatcher would drop the first; they are taken off
+        in the opposite order."""
         if key == BYPASS:
             self._check_bypass()
             if key in self.injections:
@@ -121,22 +137,35 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         super().set_injections(key, injections, *args, **kwargs)
 
     def _check_bypass(self):
-        """Its adapters act on a layer's output, so one of another shape would stop the sampler, and the loader has no place for offsets."""
+        """Its adapters act on a layer's output, so one of another shape would stop the sampler, and the
+        loader has no place for offsets."""
         loaded, missing = unmatched.last()
-        hooked = {k: v for k, v in loaded.items() if isinstance(k, str) and "multiplier" in getattr(v, "__dict__", ())}  # set by its hook
+        hooked = {
+            k: v
+            for k, v in loaded.items()
+            if isinstance(k, str) and "multiplier" in getattr(v, "__dict__", ())
+        }  # set by its hook
         if misfits := of_another_shape(hooked, self._target):
-            what = "of the LoRA file made for layers of another shape, at which the bypass loader would stop the sampler"
-            raise UnsupportedPatch(f"{left_out(misfits, what)}. Load this LoRA with LoraLoaderModelOnly, which leaves them out.")
+            what = (
+                "of the LoRA file made for layers of another shape, at which the bypass loader would stop "
+                "the sampler"
+            )
+            raise UnsupportedPatch(
+                f"{left_out(misfits, what)}. Load this LoRA with LoraLoaderModelOnly, which leaves them out."
+            )
         if missing:
             logging.warning(f"Nibble: {unmatched.sentence(missing)}")
         if sliced := [k[0] for k in loaded if not isinstance(k, str)]:
             logging.warning(
-                f"Nibble: {unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. Load this "
+                "Nibble: "
+                f"{unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. "
+                "Load this "
                 "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
             )
 
     def get_key_patches(self, filter_prefix=None, **kwargs):
-        """As ModelPatcher's, with packed codes as plain tensors: a merge casts them before it asks `convert_weight` for real values."""
+        """As ModelPatcher's, with packed codes as plain tensors: a merge casts them before it asks
+        `convert_weight` for real values."""
         found = super().get_key_patches(filter_prefix, **kwargs)
         for key, ((weight, *convert), *patches) in found.items():
             if isinstance(weight, PackedWeight):
@@ -144,19 +173,22 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         return found
 
     def state_dict_for_saving(self, *args, **kwargs):
-        """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can load."""
+        """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can
+        load."""
         raise RuntimeError(
             "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes would lose its layer descriptions"
         )
 
-    # -- memory --------------------------------------------------------------------------------------------------------
+    # -- memory
 
     def model_size(self):
-        """Bytes of all tensors, scales and adapters included; adapters of this clone, whichever clone is loaded."""
+        """Bytes of all tensors, scales and adapters included; adapters of this clone, whichever clone is
+        loaded."""
         return self.model.nibble_size + self._side_bytes()
 
     def _shapes(self):
-        """{layer: Side without values} of the patched packed layers. Kept until the patches change, with the bytes they take."""
+        """{layer: Side without values} of the patched packed layers. Kept until the patches change, with the
+        bytes they take."""
         if self._sides is None or self._sides[0] != self.patches_uuid:
             dtype, shapes, total = self.model.get_dtype_inference(), {}, 0
             for name, module in self.packed_layers():
@@ -171,11 +203,12 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         self._shapes()
         return self._sides[2]
 
-    # -- loading -------------------------------------------------------------------------------------------------------
+    # -- loading
 
     def patch_weight_to_device(self, key, *args, **kwargs):
         packed = self._packed(key)
-        # What stands beside a packed weight is there since load(). A bias in `backup` was patched when its layer was left in memory.
+        # What stands beside a packed weight is there since load(). A bias in `backup` was patched when its
+        # layer was left in memory.
         if packed is not None and (packed[1] != "bias" or key in self.backup):
             return getattr(*packed)
         return super().patch_weight_to_device(key, *args, **kwargs)
@@ -195,9 +228,10 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         return freed
 
     def _take_off_functions(self):
-        """ModelPatcher puts a LowVramPatch on layers it leaves in memory. On a packed weight it would requantize; on a packed layer's
-        bias it would see the correction for shifted activations, so the bias is patched where it lies; on a tensor that was patched when
-        its layer still fitted, which is in `backup`, it would act a second time."""
+        """ModelPatcher puts a LowVramPatch on layers it leaves in memory. On a packed weight it would
+        requantize; on a packed layer's bias it would see the correction for shifted activations, so the bias
+        is patched where it lies; on a tensor that was patched when its layer still fitted, which is in
+        `backup`, it would act a second time."""
         for name, module in self.packed_layers():
             module.weight_function = []
             if _without_patches(module, "bias") and (key := f"{name}.bias") not in self.backup:
@@ -209,25 +243,34 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             _without_patches(comfy.utils.get_attr(self.model, name), leaf)
 
     def _attach(self, patches, keep=0):
-        """Puts beside each packed layer what `patches`, {key: list}, ask for. A layer that has it already is left alone. keep: how many
-        former sides a layer may hold on to, for hooks that take turns within a step."""
+        """Puts beside each packed layer what `patches`, {key: list}, ask for. A layer that has it already is
+        left alone. keep: how many former sides a layer may hold on to, for hooks that take turns within a
+        step."""
         dtype = self.model.get_dtype_inference()
         for name, module in self.packed_layers():
             wanted = effective(patches.get(f"{name}.weight", []))
             key = Stack(wanted)
             if key != module.attached:
-                module.attach(key, lambda name=name, module=module, wanted=wanted: self._side(name, module, wanted), dtype, keep)
+                module.attach(
+                    key,
+                    lambda name=name, module=module, wanted=wanted: self._side(name, module, wanted),
+                    dtype,
+                    keep,
+                )
 
     def _side(self, name, module, patches):
         """The side, on the layer's device; on the computing one where it takes the dequantized weight."""
         layer = module.layer(name)
         shape = side_of(patches, layer.to("meta"), name, "meta")
         heavy = shape.gain is not None or shape.dense is not None
-        return side_of(patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device)
+        return side_of(
+            patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device
+        )
 
     def cleanup(self, **kwargs):
-        """As ModelPatcher's, at the end of a sampling run; and takes off what this clone has put on the shared network, which the next run
-        puts on again: LoRA loaders would not find their keys in wrapped blocks."""
+        """As ModelPatcher's, at the end of a sampling run; and takes off what this clone has put on the
+        shared network, which the next run puts on again: LoRA loaders would not find their keys in wrapped
+        blocks."""
         super().cleanup(**kwargs)
         for name in [name for name in self.object_patches_backup if in_network(name)]:
             comfy.utils.set_attr(self.model, name, self.object_patches_backup.pop(name))
@@ -239,7 +282,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if unpatch_weights:
             self._attach({})  # after the move, so that a layer's own tensors, left in memory, need none
 
-    # -- hooks: LoRAs on a schedule or on one conditioning ---------------------------------------------------------------
+    # -- hooks: LoRAs on a schedule or on one conditioning
 
     def patch_hooks(self, hooks, *args, **kwargs):
         self._patching_hooks = True
@@ -260,7 +303,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if packed is None or packed[1] == "bias":
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
             cached = self.cached_hook_patches.get(hooks, {})
-            if packed and key in cached:  # ModelPatcher copies it back as it is, so the bias as stored and not the model's own
+            if (
+                packed and key in cached
+            ):  # ModelPatcher copies it back as it is, so the bias as stored and not the model's own
                 cached[key] = (packed[0].bias.detach().to(cached[key][0].device, copy=True), cached[key][1])
 
     def unpatch_hooks(self, *args, **kwargs):
@@ -293,7 +338,8 @@ def _without_patches(module, leaf) -> bool:
 
 
 def _refuse_idle_bypass():
-    """Wraps ComfyUI's bypass loader, once: where no key of a file has a layer it changes nothing and calls nothing of the model's."""
+    """Wraps ComfyUI's bypass loader, once: where no key of a file has a layer it changes nothing and calls
+    nothing of the model's."""
     inner = comfy.sd.load_bypass_lora_for_models
     if hasattr(inner, "nibble_observes"):
         return
@@ -303,7 +349,9 @@ def _refuse_idle_bypass():
         made = inner(model, *args, **kwargs)
         loaded, missing = unmatched.last()
         if isinstance(model, NibblePatcher) and missing and not loaded:
-            raise UnsupportedPatch(unmatched.sentence(missing, f"and none has a layer in this model, so {MADE_FOR_ANOTHER}"))
+            raise UnsupportedPatch(
+                unmatched.sentence(missing, f"and none has a layer in this model, so {MADE_FOR_ANOTHER}")
+            )
         return made
 
     load_bypass_lora_for_models.nibble_observes = True

@@ -1,4 +1,5 @@
-"""A quantized model from a full-precision one, in the graph: what Nibble Quantize and Nibble Allocate Bits share."""
+"""A quantized model from a full-precision one, in the graph: what Nibble Quantize and Nibble Allocate Bits
+share."""
 
 import hashlib
 import json
@@ -25,7 +26,8 @@ from .progress import steps
 
 
 def store_path(calibration, source, provenance, kind) -> Path:
-    """Where a run keeps what is finished: beside the calibration, or where it would be; a folder for each choice of options."""
+    """Where a run keeps what is finished: beside the calibration, or where it would be; a folder for each
+    choice of options."""
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(folder_paths.get_output_directory()) / "nibble_calibration"
     path = folder / source.family.name if calibration is None else calibration.path
@@ -37,10 +39,24 @@ def _trainer(model, source, plan, calibration, store, preset):
     network = source.network
     modules = {layer.name: [(source.modules[layer.name], slice(0, layer.out_features))] for layer in plan}
     blocks = {name: [source.modules[name]] for name, _ in blocks_of(plan)}
-    gains = of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps) if preset.adaptive else None
+    gains = (
+        of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps)
+        if preset.adaptive
+        else None
+    )
     streams = source.family.stream_of(source.family.streams)
     check = comfy.model_management.throw_exception_if_processing_interrupted
-    return Trainer(network, list(blocks), modules, calibration.trajectory(), store.folder, model.load_device, streams, gains, check)
+    return Trainer(
+        network,
+        list(blocks),
+        modules,
+        calibration.trajectory(),
+        store.folder,
+        model.load_device,
+        streams,
+        gains,
+        check,
+    )
 
 
 @contextmanager
@@ -57,16 +73,18 @@ def _in_training():
 def make_room(plan, device):
     """fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight."""
     if not comfy.model_management.is_device_cpu(device) and plan:
-        comfy.model_management.free_memory(16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device)
+        comfy.model_management.free_memory(
+            16 * max(layer.in_features * layer.out_features for layer in plan) + 2**30, device
+        )
 
 
 def quantized(model, source, plan, method, config, calibration, provenance, device, preset=UNTRAINED):
-    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer: LinearSpec}, lines for the
-    report on what a stopped run has left).
+    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer:
+    LinearSpec}, lines for the report on what a stopped run has left).
 
-    source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose tensors no later LoRA or
-    training could touch. A stopped run goes on behind its last finished layer, with training behind its last finished block; after a
-    training those stay beside the calibration.
+    source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose
+    tensors no later LoRA or training could touch. A stopped run goes on behind its last finished layer, with
+    training behind its last finished block; after a training those stay beside the calibration.
     """
     require_statistics(plan, calibration)
     if trained := preset != UNTRAINED:
@@ -81,7 +99,9 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
         for note in notes:
             logging.info(f"Nibble: {note}")
         trainer = _trainer(model, source, plan, calibration, store, preset) if trained else None
-        work = quantize_blocks(plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer)
+        work = quantize_blocks(
+            plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer
+        )
         with _in_training() if trained else nullcontext():
             for _ in steps(work, steps_of(plan, preset)):
                 pass
@@ -93,7 +113,8 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
 
 
 def _built(model, source, plan, calibration, provenance, frame, layers, rows):
-    """(the model, {layer: LinearSpec}) of finished layers, which are memory-mapped from files that may be removed afterwards."""
+    """(the model, {layer: LinearSpec}) of finished layers, which are memory-mapped from files that may be
+    removed afterwards."""
     leave_out(layers, rows, plan)
     rows += kept_rows(source.shapes, source.family, rows, calibration)
     rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}

@@ -1,14 +1,19 @@
-"""What code gets that reads the weight of a packed layer itself, instead of calling the layer: real values, or a refusal by name.
+"""What code gets that reads the weight of a packed layer itself, instead of calling the layer: real values,
+or a refusal by name.
 
-ComfyUI and other packs cast weights with `comfy.ops.cast_bias_weight(layer, x)`, which ends with the functions in the layer's
-`weight_function` and `bias_function`; the first of each gives real values. Others write `layer.weight.to(x.dtype)`.
+ComfyUI and other packs cast weights with `comfy.ops.cast_bias_weight(layer, x)`, which ends with the
+functions in the layer's `weight_function` and `bias_function`; the first of each gives real values. Others
+write `layer.weight.to(x.dtype)`.
 """
 
 import weakref
 
 import torch
 
-FUNCTIONS = {"weight_function": "real_weight", "bias_function": "real_bias"}  # ComfyUI's lists: the methods of our Linear
+FUNCTIONS = {
+    "weight_function": "real_weight",
+    "bias_function": "real_bias",
+}  # ComfyUI's lists: the methods of our Linear
 
 
 class PackedWeightError(RuntimeError):
@@ -16,7 +21,8 @@ class PackedWeightError(RuntimeError):
 
 
 class RealValues:
-    """The first function of one of FUNCTIONS: whatever the packed tensor was cast to, what comes out is the layer's real tensor there.
+    """The first function of one of FUNCTIONS: whatever the packed tensor was cast to, what comes out is the
+    layer's real tensor there.
 
     It holds its layer weakly: a cycle would keep a dropped model in memory until the next garbage collection.
     """
@@ -38,12 +44,13 @@ class RealValues:
 
 
 class PackedWeight(torch.nn.Parameter):
-    """Packed codes of a layer, moved and copied as any parameter; cast to floats, they become the real values (N, K).
+    """Packed codes of a layer, moved and copied as any parameter; cast to floats, they become the real values
+    (N, K).
 
-    `dtype` and `shape` are those of the float weight, since networks ask a layer for them: Hunyuan3D 2.1 casts its text to
-    `next(to_k.parameters()).dtype`. All else (`data`, `detach()`, `nbytes`, `numel()`, the state dict) is the codes'. Of a
-    layer with shifted activations the weight alone is refused, because the stored bias, which the caller would add to it, also holds the
-    correction for the shift.
+    `dtype` and `shape` are those of the float weight, since networks ask a layer for them: Hunyuan3D 2.1
+    casts its text to `next(to_k.parameters()).dtype`. All else (`data`, `detach()`, `nbytes`, `numel()`, the
+    state dict) is the codes'. Of a layer with shifted activations the weight alone is refused, because the
+    stored bias, which the caller would add to it, also holds the correction for the shift.
     """
 
     layer_name, stands_for = "", None
@@ -82,10 +89,14 @@ class PackedWeight(torch.nn.Parameter):
         if dtype is None or not dtype.is_floating_point:
             return super().to(*args, **kwargs)
         layer = self._layer()
-        if layer is None or any(part.activation is not None and part.activation.shift for part in layer.spec.parts):
+        if layer is None or any(
+            part.activation is not None and part.activation.shift for part in layer.spec.parts
+        ):
             raise PackedWeightError(
-                f"{self.layer_name or 'a quantized layer'}: something asked for its weight as {dtype} and found packed codes ({self.data.dtype}, "
-                f"{tuple(self.data.shape)}), which do not stand alone. Call the layer, or take weight and bias together with "
+                f"{self.layer_name or 'a quantized layer'}: something asked for its weight as {dtype} and "
+                f"found packed codes ({self.data.dtype}, "
+                f"{tuple(self.data.shape)}), which do not stand alone. Call the layer, or take weight and "
+                "bias together with "
                 "comfy.ops.cast_bias_weight(layer, x)."
             )
         return layer.real_weight(torch.empty((), dtype=dtype, device=device or self.device))
@@ -107,7 +118,8 @@ class PackedWeight(torch.nn.Parameter):
 
 
 def _asked_for(*arguments) -> tuple:
-    """(device, dtype) among the arguments of `Tensor.to`, None for what is not there; they come in any of its three orders."""
+    """(device, dtype) among the arguments of `Tensor.to`, None for what is not there; they come in any of its
+    three orders."""
     device = dtype = None
     for value in arguments:
         if isinstance(value, torch.Tensor):

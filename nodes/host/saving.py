@@ -19,7 +19,12 @@ class Held(Opened):
     def __init__(self, model, path):
         info = model.attachments[ATTACHMENT]
         self._layers, self._rest = unpatched(model)
-        self.path, self.family, self.provenance, self.report = path, info["family"], info["provenance"], info["report"]
+        self.path, self.family, self.provenance, self.report = (
+            path,
+            info["family"],
+            info["provenance"],
+            info["report"],
+        )
         self.origin = info["origin"]
         self.specs = {name: layer.spec for name, layer in self._layers.items()}
         self.rest = list(self._rest)
@@ -42,23 +47,30 @@ def require_savable(model, node: str):
     """Raises ValueError, naming the node, where a file would lose something of the model."""
     if not isinstance(model, NibblePatcher):
         raise ValueError(
-            f"{node}: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use ComfyUI's own save nodes."
+            f"{node}: the model was not quantized by Nibble. Connect the output of Nibble Quantize, or use "
+            "ComfyUI's own save nodes."
         )
     if model.patches:
         raise ValueError(
-            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble Bake LoRA in "
+            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put "
+            "Nibble Bake LoRA in "
             "between to write them into the layers, or save before the LoRA loader."
         )
     if model.injections:
         raise ValueError(
-            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader makes, which "
-            "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and bake it."
+            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA "
+            "loader makes, which "
+            "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and "
+            "bake it."
         )
 
 
 def free_path(filename_prefix: str) -> Path:
-    """A path in the output folder that no file has yet. ComfyUI counts for names alone: of an empty one, "folder/", it says 1 each time."""
-    folder, name, first, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+    """A path in the output folder that no file has yet. ComfyUI counts for names alone: of an empty one,
+    "folder/", it says 1 each time."""
+    folder, name, first, _, _ = folder_paths.get_save_image_path(
+        filename_prefix, folder_paths.get_output_directory()
+    )
     paths = (Path(folder) / f"{name}_{number:05}_.safetensors" for number in count(first))
     return next(path for path in paths if not path.exists())
 

@@ -29,13 +29,15 @@ class MisfitPatch(ValueError):
 
 
 class ModelSource:
-    """A ModelPatcher as a source of weights under ComfyUI's key names, whatever its clones have left in the model that they share.
+    """A ModelPatcher as a source of weights under ComfyUI's key names, whatever its clones have left in the
+    model that they share.
 
-    shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration; network, modules: the bare
-    network and {name: module} of it; get(key): the weight with its patches merged, in its own float dtype, 8-bit ones in bf16.
+    shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration;
+    network, modules: the bare network and {name: module} of it; get(key): the weight with its patches merged,
+    in its own float dtype, 8-bit ones in bf16.
 
-    Raises, before anything is read but names and shapes, QuantizedSource, CannotCount and MisfitPatch for what is on the model and
-    cannot be quantized with it.
+    Raises, before anything is read but names and shapes, QuantizedSource, CannotCount and MisfitPatch for
+    what is on the model and cannot be quantized with it.
     """
 
     def __init__(self, patcher):
@@ -44,17 +46,25 @@ class ModelSource:
             self.network = model.diffusion_model
             self.modules = dict(self.network.named_modules())
             state_dict = self.network.state_dict()
-        self._fp8 = {name for name, module in self.modules.items() if getattr(module, "quant_format", None) in FP8}
+        self._fp8 = {
+            name for name, module in self.modules.items() if getattr(module, "quant_format", None) in FP8
+        }
         for key in list(state_dict):
             name, _, leaf = key.rpartition(".")
             if name in self._fp8 and leaf not in ("weight", "bias"):
                 del state_dict[key]
-        # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of uint8 does.
-        weights = [(k, t) for k, t in state_dict.items() if k.rpartition(".")[2] in ("weight", "qweight", "comfy_quant")]
+        # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of
+        # uint8 does.
+        weights = [
+            (k, t)
+            for k, t in state_dict.items()
+            if k.rpartition(".")[2] in ("weight", "qweight", "comfy_quant")
+        ]
         if packed := [k for k, t in weights if not t.is_floating_point() or k.endswith(".comfy_quant")]:
             kind = getattr(self.modules[packed[0].rpartition(".")[0]], "quant_format", None)
             raise QuantizedSource(
-                f"this model is quantized already ({len(packed)} packed tensors, first {packed[0]}{f' in {kind}' if kind else ''}); connect the "
+                f"this model is quantized already ({len(packed)} packed tensors, first "
+                f"{packed[0]}{f' in {kind}' if kind else ''}); connect the "
                 "full-precision model"
             )
         require_carriable(patcher)
@@ -62,14 +72,19 @@ class ModelSource:
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
         # A rule about names may take an embedding for a layer, or a convolution with strides.
-        self.layers = [layer for layer in self.family.layers(self.shapes) if replaceable(self.modules[layer.name])]
-        self._patches = {key.replace(WRAPPED, ""): list(patches) for key, patches in patcher.patches.items() if patches}
+        self.layers = [
+            layer for layer in self.family.layers(self.shapes) if replaceable(self.modules[layer.name])
+        ]
+        self._patches = {
+            key.replace(WRAPPED, ""): list(patches) for key, patches in patcher.patches.items() if patches
+        }
         self._bypassed = patches_of(patcher, {module: name for name, module in self.modules.items()})
         self._require_fit()
 
     def _require_fit(self):
-        """Takes out patches that do not fit a layer which stays in 16 bit, as ComfyUI passes over them (a LoRA of FLUX.1 dev on Fill, whose
-        first layer is wider), and says so. Any other misfit is a LoRA of another model."""
+        """Takes out patches that do not fit a layer which stays in 16 bit, as ComfyUI passes over them (a
+        LoRA of FLUX.1 dev on Fill, whose first layer is wider), and says so. Any other misfit is a LoRA of
+        another model."""
         quantized = {f"{layer.name}.weight" for layer in self.layers}
         misfits, left_out = [], []
         for full, patches in self._patches.items():
@@ -89,20 +104,27 @@ class ModelSource:
             self._patches[full] = fitting
         for name, patches in self._bypassed.items():
             key = f"{name}.weight"
-            misfits += [f"{key}: {reason}" for patch in patches if (reason := unmergeable(patch, self.shapes[key]))]
+            misfits += [
+                f"{key}: {reason}" for patch in patches if (reason := unmergeable(patch, self.shapes[key]))
+            ]
         if left_out and not self._bypassed and not any(self._patches.values()):
             misfits = left_out
         if misfits:
             more = f" and {len(misfits) - EXAMPLES} more" if len(misfits) > EXAMPLES else ""
             raise MisfitPatch(
-                f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of another model "
+                f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of "
+                "another model "
                 "out; one that enlarges a layer goes behind the quantized model."
             )
         if left_out:
-            logging.warning(f"Nibble: left out, as ComfyUI does: {'; '.join(left_out[:EXAMPLES])}{', ...' * (len(left_out) > EXAMPLES)}")
+            logging.warning(
+                "Nibble: left out, as ComfyUI does: "
+                f"{'; '.join(left_out[:EXAMPLES])}{', ...' * (len(left_out) > EXAMPLES)}"
+            )
 
     def _base(self, key, convert=True):
-        """A tensor before any patch, in a dtype that has arithmetic. convert: to the values that the module's own operations make of it."""
+        """A tensor before any patch, in a dtype that has arithmetic. convert: to the values that the module's
+        own operations make of it."""
         name, _, leaf = key.rpartition(".")
         module = self.modules[name]
         held = original(self.patcher, PREFIX + key, getattr(module, leaf))
@@ -117,12 +139,17 @@ class ModelSource:
     def get(self, key) -> torch.Tensor:
         base = self._base(key)
         name, _, leaf = key.rpartition(".")
-        patches = [*self._patches.get(PREFIX + key, ()), *(self._bypassed.get(name, ()) if leaf == "weight" else ())]
+        patches = [
+            *self._patches.get(PREFIX + key, ()),
+            *(self._bypassed.get(name, ()) if leaf == "weight" else ()),
+        ]
         if not patches:
             return base
         # In fp32, and only then in the base's dtype: a LoRA merged in fp8 would mostly be rounded away.
         weight = base.to(comfy.model_management.get_torch_device(), torch.float32, copy=True)
-        return comfy.lora.calculate_weight(patches, weight, PREFIX + key, original_weights={PREFIX + key: [(base, None)]}).to(base.dtype)
+        return comfy.lora.calculate_weight(
+            patches, weight, PREFIX + key, original_weights={PREFIX + key: [(base, None)]}
+        ).to(base.dtype)
 
     def fingerprint(self) -> str:
         """Of the base weights and, where there are any, of the patches."""
@@ -132,17 +159,23 @@ class ModelSource:
         patches = {key: list(held) for key, held in self._patches.items()}
         for name, bypassed in self._bypassed.items():
             dtype = self.modules[name].weight.dtype
-            patches.setdefault(f"{PREFIX}{name}.weight", []).extend(as_injected(patch, dtype) for patch in bypassed)
+            patches.setdefault(f"{PREFIX}{name}.weight", []).extend(
+                as_injected(patch, dtype) for patch in bypassed
+            )
         digest = hashlib.sha256(base.encode())
         feed(digest, patches)
         return digest.hexdigest()[:16]
 
 
 def feed(digest, value):
-    """Hashes tensors (up to 4096 values each), numbers, text and any nesting of them; functions by their name."""
+    """Hashes tensors (up to 4096 values each), numbers, text and any nesting of them; functions by their
+    name."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().reshape(-1)
-        digest.update(str(tuple(value.shape)).encode() + flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes())
+        digest.update(
+            str(tuple(value.shape)).encode()
+            + flat[:: max(1, flat.numel() // 4096)].float().cpu().numpy().tobytes()
+        )
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             digest.update(str(key).encode())
@@ -157,4 +190,10 @@ def feed(digest, value):
         digest.update(type(value).__name__.encode())
         feed(digest, value.weights)
     else:
-        digest.update((repr(value) if isinstance(value, (int, float, str, bool, type(None))) else type(value).__name__).encode())
+        digest.update(
+            (
+                repr(value)
+                if isinstance(value, (int, float, str, bool, type(None)))
+                else type(value).__name__
+            ).encode()
+        )

@@ -19,20 +19,26 @@ NAME = "Nibble Swap Blocks"
 
 
 def swap(a: Half, b: Half, chosen) -> NibblePatcher:
-    """The chosen modules of b in a, all of each: packed layers, norms, modulation, and the LoRA patches on them.
+    """The chosen modules of b in a, all of each: packed layers, norms, modulation, and the LoRA patches on
+    them.
 
-    Packed layers share their memory with where they come from, and so do the weights of other linear layers that have the
-    dtype in which ComfyUI runs the model. Copied are norms and lone parameters, which is little, and on Hopper the layers that
-    are requantized at load. A model that ComfyUI moves to a card and back has memory of its own from then on.
+    Packed layers share their memory with where they come from, and so do the weights of other linear layers
+    that have the dtype in which ComfyUI runs the model. Copied are norms and lone parameters, which is
+    little, and on Hopper the layers that are requantized at load. A model that ComfyUI moves to a card and
+    back has memory of its own from then on.
     """
     of = lambda key: b if chosen.takes(key) else a
     layers = {n: of(n).layers[n] for n in a.layers | b.layers if n in of(n).layers}
     rest = {k: of(k).rest[k] for k in a.rest | b.rest if k in of(k).rest}
     specs = {name: layer.spec for name, layer in layers.items()}
-    model = build(lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen), frame_after(a.patcher))
+    model = build(
+        lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen), frame_after(a.patcher)
+    )
     keep_sampling_patches(a.patcher, model)
     inside = lambda key: key.startswith(PREFIX) and chosen.takes(key.removeprefix(PREFIX))
-    patches = [(k, v) for k, v in a.patcher.patches.items() if not inside(k)] + [(k, v) for k, v in b.patcher.patches.items() if inside(k)]
+    patches = [(k, v) for k, v in a.patcher.patches.items() if not inside(k)] + [
+        (k, v) for k, v in b.patcher.patches.items() if inside(k)
+    ]
     model.patches, model.patches_uuid = {k: list(v) for k, v in patches}, uuid.uuid4()
     return model
 
@@ -42,10 +48,19 @@ def _info(a, b, chosen):
 
     def origin(side):
         plan = by_name(family).mapped(side.shapes)
-        return side.info.get("provenance") or {"model": fingerprint(plan, side.rest.__getitem__), "method": "full precision"}
+        return side.info.get("provenance") or {
+            "model": fingerprint(plan, side.rest.__getitem__),
+            "method": "full precision",
+        }
 
     first, second = origin(a), origin(b)
-    provenance = {"model": first.get("model"), "method": "swap", "settings": {"blocks": chosen.text}, "a": first, "b": second}
+    provenance = {
+        "model": first.get("model"),
+        "method": "swap",
+        "settings": {"blocks": chosen.text},
+        "a": first,
+        "b": second,
+    }
     return {
         "family": family,
         "provenance": provenance | {"nibble": VERSION, "torch": str(torch.__version__)},
@@ -55,7 +70,8 @@ def _info(a, b, chosen):
 
 
 def _rows(a, b, chosen):
-    """The report row of each packed layer, from the side it comes from; a layer that is packed on the other side only is left in 16 bit."""
+    """The report row of each packed layer, from the side it comes from; a layer that is packed on the other
+    side only is left in 16 bit."""
     rows_a, rows_b = ({row["name"]: row for row in side.info.get("report", ())} for side in (a, b))
     rows = []
     for name, any_row in (rows_a | rows_b).items():
@@ -63,19 +79,31 @@ def _rows(a, b, chosen):
         if name in ours:
             rows.append(ours[name])
         elif name not in side.layers and any_row["nbytes"]:
-            rows.append(any_row | {"what": "16 bit", "sqnr_db": None, "nbytes": 0, "seconds": 0.0, "choices": {}, "note": f"by {NAME}"})
+            rows.append(
+                any_row
+                | {
+                    "what": "16 bit",
+                    "sqnr_db": None,
+                    "nbytes": 0,
+                    "seconds": 0.0,
+                    "choices": {},
+                    "note": f"by {NAME}",
+                }
+            )
     return rows
 
 
 def require_same_architecture(a: dict, b: dict):
-    """Raises ValueError with what both models are and the first tensors that differ. a, b: {key: logical shape}."""
+    """Raises ValueError with what both models are and the first tensors that differ. a, b: {key: logical
+    shape}."""
     differing = [k for k in a | b if a.get(k) != b.get(k)]
     if not differing:
         return
     shape = lambda shapes, key: " x ".join(map(str, shapes[key])) if key in shapes else "missing"
     listed = "; ".join(f"{k}: {shape(a, k)} in model_a, {shape(b, k)} in model_b" for k in differing[:3])
     raise ValueError(
-        f"{NAME}: the models differ in architecture. model_a is {_signature(a)}; model_b is {_signature(b)}. {len(differing)} tensors differ: "
+        f"{NAME}: the models differ in architecture. model_a is {_signature(a)}; model_b is "
+        f"{_signature(b)}. {len(differing)} tensors differ: "
         f"{listed}. Connect two models of one architecture and size."
     )
 
@@ -98,8 +126,12 @@ def report_text(a: Half, b: Half, chosen, model) -> str:
     state = model.model.diffusion_model.state_dict()
     mib = lambda size: f"{size / 2**20:.1f} MiB"
     lines = [
-        f"{by_name(model.attachments['nibble']['family']).title}: A with {chosen.text} of B, {mib(sum(t.nbytes for t in state.values()))}",
-        *(f"{x}: {side.info.get('source', 'full precision')}, {mib(side.nbytes)}" for x, side in (("A", a), ("B", b))),
+        f"{by_name(model.attachments['nibble']['family']).title}: A with {chosen.text} of B, "
+        f"{mib(sum(t.nbytes for t in state.values()))}",
+        *(
+            f"{x}: {side.info.get('source', 'full precision')}, {mib(side.nbytes)}"
+            for x, side in (("A", a), ("B", b))
+        ),
     ]
     from_b = [name for name in layers if chosen.takes(name)]
     for x, side, names in (("A", a, [n for n in layers if n not in from_b]), ("B", b, from_b)):

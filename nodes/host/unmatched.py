@@ -1,4 +1,5 @@
-"""Which keys of a LoRA file found no layer. ComfyUI only logs them, those of hook LoRAs not at all, and hands on the rest."""
+"""Which keys of a LoRA file found no layer. ComfyUI only logs them, those of hook LoRAs not at all, and hands
+on the rest."""
 
 import functools
 import threading
@@ -9,7 +10,8 @@ _last = threading.local()
 
 
 class _Read(dict):
-    """A LoRA file's tensors that remembers whose were asked for. `load_lora` asks for a tensor where it has a use for it."""
+    """A LoRA file's tensors that remembers whose were asked for. `load_lora` asks for a tensor where it has a
+    use for it."""
 
     def __init__(self, tensors):
         super().__init__(tensors if type(tensors) is dict else {k: tensors[k] for k in tensors})
@@ -29,7 +31,8 @@ class _Read(dict):
 
 
 def observe():
-    """Wraps `comfy.lora.load_lora`, once: same arguments, same result, and the keys it passed over are remembered."""
+    """Wraps `comfy.lora.load_lora`, once: same arguments, same result, and the keys it passed over are
+    remembered."""
     inner = comfy.lora.load_lora
     if hasattr(inner, "nibble_observes"):
         return
@@ -39,8 +42,13 @@ def observe():
         read = _Read(lora)
         keys = list(read)
         loaded = inner(read, *args, **kwargs)
-        # A tensor that was looked at in vain, such as OFT blocks of two dimensions, made no patch: where there is none, nothing was used.
-        used = read.asked.union(*(getattr(value, "loaded_keys", ()) for value in loaded.values())) if loaded else ()
+        # A tensor that was looked at in vain, such as OFT blocks of two dimensions, made no patch: where
+        # there is none, nothing was used.
+        used = (
+            read.asked.union(*(getattr(value, "loaded_keys", ()) for value in loaded.values()))
+            if loaded
+            else ()
+        )
         _last.value = (loaded, [k for k in keys if k not in used])
         return loaded
 
@@ -49,14 +57,15 @@ def observe():
 
 
 def keys_of(loaded) -> list[str] | None:
-    """The keys without a layer of the file that `loaded`, a result of load_lora in this thread, came from; None if it did not."""
+    """The keys without a layer of the file that `loaded`, a result of load_lora in this thread, came from;
+    None if it did not."""
     value = getattr(_last, "value", None)
     return value[1] if value is not None and value[0] is loaded else None
 
 
 def file_of(patches) -> dict | None:
-    """All that load_lora made of the file whose patches these are, or a part of them: some nodes hand on one key at a time. None if
-    they did not come from it."""
+    """All that load_lora made of the file whose patches these are, or a part of them: some nodes hand on one
+    key at a time. None if they did not come from it."""
     loaded, _ = last()
     return loaded if all(loaded.get(k) is value for k, value in patches.items()) else None
 

@@ -1,4 +1,5 @@
-"""Calibration: what the inputs of the layers look like, gathered while the model samples, without keeping activations."""
+"""Calibration: what the inputs of the layers look like, gathered while the model samples, without keeping
+activations."""
 
 from .collect import calibrate
 from .file import Calibration, CalibrationError, save

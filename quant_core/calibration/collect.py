@@ -37,19 +37,40 @@ def first_tensor(value) -> torch.Tensor | None:
 class Capture:
     """Forward pre-hooks that feed statistics. `step` and `timestep` say where in the sampling x belongs."""
 
-    def __init__(self, statistics: dict[str, InputStatistics], seed: int, samples: int, recorder: Recorder | None = None):
+    def __init__(
+        self,
+        statistics: dict[str, InputStatistics],
+        seed: int,
+        samples: int,
+        recorder: Recorder | None = None,
+    ):
         self.statistics, self.seed, self.samples, self.recorder = statistics, seed, samples, recorder
         self.sample, self.step, self.timestep, self.calls = 0, 0, 0.0, {}
 
     def at(self, step: int, timestep: float, args: tuple = (), kwargs: dict | None = None):
-        """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is recorded of it."""
+        """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is
+        recorded of it."""
         self.step, self.timestep, self.calls = step, timestep, {}
         if self.recorder is not None and (args or kwargs):
-            self.recorder.add(self.seed, self.sample, step, timestep, is_held_out(self.sample, self.samples), args, kwargs or {})
+            self.recorder.add(
+                self.seed,
+                self.sample,
+                step,
+                timestep,
+                is_held_out(self.sample, self.samples),
+                args,
+                kwargs or {},
+            )
 
     @contextmanager
-    def watched(self, network: torch.nn.Module, timestep: Callable[[tuple, dict], float], prepare: Callable[[dict], dict] = lambda k: k):
-        """Calls `at` before each evaluation of the network, counted from 0. timestep(args, kwargs); prepare(kwargs): the ones to use instead."""
+    def watched(
+        self,
+        network: torch.nn.Module,
+        timestep: Callable[[tuple, dict], float],
+        prepare: Callable[[dict], dict] = lambda k: k,
+    ):
+        """Calls `at` before each evaluation of the network, counted from 0. timestep(args, kwargs);
+        prepare(kwargs): the ones to use instead."""
         steps = count()
 
         def before(module, args, kwargs):
@@ -111,20 +132,26 @@ def calibrate(
 ) -> file.Calibration:
     """Gathers the statistics of `inputs` into `folder` and opens them.
 
-    run(sample, capture): one sampling run; it calls `capture.at` before each evaluation of the model. `meta` names the
-    model ("model") and everything else that decides the outcome; a folder made with the same goes on after its last saved sample, with the
-    same result as a run that was never stopped. Raises CalibrationError for one made with other `meta`, naming what differs, and Busy.
-    memory: bytes for the statistics of one pass; more passes over the samples where it is not enough. place(bytes) makes
-    room for a pass and says on which device; it is called before the pass samples, so that the model is loaded around it.
+    run(sample, capture): one sampling run; it calls `capture.at` before each evaluation of the model. `meta`
+    names the model ("model") and everything else that decides the outcome; a folder made with the same goes
+    on after its last saved sample, with the same result as a run that was never stopped. Raises
+    CalibrationError for one made with other `meta`, naming what differs, and Busy. memory: bytes for the
+    statistics of one pass; more passes over the samples where it is not enough. place(bytes) makes room for a
+    pass and says on which device; it is called before the pass samples, so that the model is loaded around
+    it.
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
     require_folder(folder)
     with only_run(folder, "calibrates"):
-        return _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress)
+        return _gathered(
+            run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress
+        )
 
 
-def _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress) -> file.Calibration:
+def _gathered(
+    run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress
+) -> file.Calibration:
     if finished := _finished(folder, meta, inputs):
         return finished  # whatever the memory it was gathered in
     passes = plan_passes(inputs, memory, reservoir)
@@ -150,7 +177,8 @@ def _gathered(run, modules, inputs, folder, meta, samples, memory, seed, reservo
         capture.sample = sample
         with capture.hooked(modules):
             run(sample, capture)
-        # Where saving takes over a second (a pass of FLUX writes gigabytes), it may take a tenth of the time, no more.
+        # Where saving takes over a second (a pass of FLUX writes gigabytes), it may take a tenth of the time,
+        # no more.
         if sample == samples - 1 or cost < 1 or time.monotonic() - saved >= 10 * cost:
             started = time.monotonic()
             file.save(path, statistics, meta | {"done": sample + 1, "pass": index}, recorder)
@@ -173,16 +201,21 @@ def _require_own(folder, meta):
         try:
             found = file.read_meta(path)
         except file.NoCalibration as error:
-            raise file.CalibrationError(f"{error}, and would be written over. Name another folder, or move it.") from error
+            raise file.CalibrationError(
+                f"{error}, and would be written over. Name another folder, or move it."
+            ) from error
         except file.CalibrationError as error:
             aside = path.with_name(f"{path.name}.damaged")
             os.replace(path, aside)
-            logging.warning(f"Nibble: {error} It is now {aside.name}; its part of the calibration is gathered again.")
+            logging.warning(
+                f"Nibble: {error} It is now {aside.name}; its part of the calibration is gathered again."
+            )
             continue
         if not _same(found, meta):
             differ = "; ".join(differences(found, json.loads(json.dumps(meta)), list(meta))[:3])
             raise file.CalibrationError(
-                f"{folder}: holds {found.get('done')} of {found.get('samples')} samples of another calibration ({differ}). Name another "
+                f"{folder}: holds {found.get('done')} of {found.get('samples')} samples of another "
+                f"calibration ({differ}). Name another "
                 "folder, or move or remove this one; with the same options a stopped calibration goes on."
             )
 
@@ -200,6 +233,7 @@ def _resume(path, group):
     found = file.read_meta(path)["inputs"]
     if missing := [i.name for i in group if i.name not in found]:
         raise file.CalibrationError(
-            f"calibration file {path}: no statistics of layer {missing[0]}. Move it, and run the calibration again."
+            f"calibration file {path}: no statistics of layer {missing[0]}. Move it, and run the "
+            "calibration again."
         )
     return {i.name: file.read_statistics(path, i.name, found[i.name]) for i in group}

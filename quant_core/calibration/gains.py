@@ -1,4 +1,5 @@
-"""How much of the noise at each layer's output arrives at the end of a run: the weights of `allocate`, measured on the model itself."""
+"""How much of the noise at each layer's output arrives at the end of a run: the weights of `allocate`,
+measured on the model itself."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,35 +23,46 @@ def measure(
     seed: int = 0,
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> dict[str, float]:
-    """{layer: energy of the change of run()'s result, at the same noise-to-signal ratio of each layer's output}, their mean scaled to 1.
+    """{layer: energy of the change of run()'s result, at the same noise-to-signal ratio of each layer's
+    output}, their mean scaled to 1.
 
-    run() -> any tensor, the same each time: final latents of a few short samplings, or what `replayed` gives. modules: {layer: the modules
-    that hold its rows}. ratio: of the Gaussian noise that is added to each output of one layer at a time.
+    run() -> any tensor, the same each time: final latents of a few short samplings, or what `replayed` gives.
+    modules: {layer: the modules that hold its rows}. ratio: of the Gaussian noise that is added to each
+    output of one layer at a time.
 
-    In the small FLUX they span 0.01 (text attention's projection) to 5.6 (image qkv). RobuQ's activation bits at rank 32, two
-    calibrations, image PSNR: 2.5 on average by noise alone 26.0 and 27.4 dB, with gains of samplings 27.9 and 28.3, with those of
-    `replayed` 28.3 and 28.3, all at 2 bits 25.1; 3 on average 29.3 and 28.8, 29.0 and 29.3, 28.7 and 28.9, all at 3 bits 28.6.
+    In the small FLUX they span 0.01 (text attention's projection) to 5.6 (image qkv). RobuQ's activation bits
+    at rank 32, two calibrations, image PSNR: 2.5 on average by noise alone 26.0 and 27.4 dB, with gains of
+    samplings 27.9 and 28.3, with those of `replayed` 28.3 and 28.3, all at 2 bits 25.1; 3 on average 29.3 and
+    28.8, 29.0 and 29.3, 28.7 and 28.9, all at 3 bits 28.6.
     """
     return _mean_1(dict(_energies(run, modules, ratio, seed, progress)))
 
 
 def chains(trajectory: Trajectory, samples: int = SAMPLES, steps: int = STEPS) -> list[list[int]]:
-    """Indices of up to `steps` calls, evenly spread, of each of `samples` samples, those with most calls first."""
+    """Indices of up to `steps` calls, evenly spread, of each of `samples` samples, those with most calls
+    first."""
     of = {}
     for i, call in enumerate(trajectory.calls):
         of.setdefault(call.sample, []).append(i)
     longest = sorted(of.values(), key=lambda chain: -len(chain))[:samples]
-    return [[c[round(k * (len(c) - 1) / max(1, n - 1))] for k in range(n)] for c in longest for n in [min(steps, len(c))]]
+    return [
+        [c[round(k * (len(c) - 1) / max(1, n - 1))] for k in range(n)]
+        for c in longest
+        for n in [min(steps, len(c))]
+    ]
 
 
-def replayed(network: torch.nn.Module, trajectory: Trajectory, chains: list[list[int]], device="cpu") -> Callable[[], torch.Tensor]:
+def replayed(
+    network: torch.nn.Module, trajectory: Trajectory, chains: list[list[int]], device="cpu"
+) -> Callable[[], torch.Tensor]:
     """A `run` for `measure`: where samplings end that go through recorded calls, flat, fp32.
 
-    From one call to the next the state goes as x' = a x + b v + c, as Euler's and DDIM's do for any step: a and b by least squares from
-    the recorded states x, x' and the prediction v, so that a change of v moves what the next call sees. In the small FLUX such gains of
-    2 samples of 5 steps correlate with those of samplings by 0.89 and 0.94 (mild and hard outliers, logarithms), and those of single
-    calls by 0.71 and 0.90. Under guidance both halves of a batch move apart, which the sampler would not let them.
-    Raises CalibrationError where state and prediction have nothing to do with each other.
+    From one call to the next the state goes as x' = a x + b v + c, as Euler's and DDIM's do for any step: a
+    and b by least squares from the recorded states x, x' and the prediction v, so that a change of v moves
+    what the next call sees. In the small FLUX such gains of 2 samples of 5 steps correlate with those of
+    samplings by 0.89 and 0.94 (mild and hard outliers, logarithms), and those of single calls by 0.71 and
+    0.90. Under guidance both halves of a batch move apart, which the sampler would not let them. Raises
+    CalibrationError where state and prediction have nothing to do with each other.
     """
 
     @torch.no_grad()
@@ -65,16 +77,23 @@ def replayed(network: torch.nn.Module, trajectory: Trajectory, chains: list[list
         return x, (out if isinstance(out, torch.Tensor) else out[0]).float()
 
     def plan(chain):
-        """Of each call its number, state and prediction, the part that the two share, a and b of the step to the next."""
+        """Of each call its number, state and prediction, the part that the two share, a and b of the step to
+        the next."""
         seen, out = [call(i) for i in chain], []
         for k, (i, (x, v)) in enumerate(zip(chain, seen, strict=True)):
             if x.ndim != v.ndim:
-                raise CalibrationError(f"recorded inputs of the network are {tuple(x.shape)}, its predictions {tuple(v.shape)}")
+                raise CalibrationError(
+                    f"recorded inputs of the network are {tuple(x.shape)}, its predictions {tuple(v.shape)}"
+                )
             # Channels of a learned variance, of a mask or of a reference have no part in it.
             part = tuple(slice(min(n, m)) for n, m in zip(x.shape, v.shape, strict=True))
             if k + 1 < len(seen):
                 pair = torch.stack([x[part].flatten(), v[part].flatten()], 1).double()
-                a, b = torch.linalg.lstsq(pair, seen[k + 1][0][part].flatten().double()[:, None]).solution.flatten().tolist()
+                a, b = (
+                    torch.linalg.lstsq(pair, seen[k + 1][0][part].flatten().double()[:, None])
+                    .solution.flatten()
+                    .tolist()
+                )
             elif not out:
                 a, b = 0.0, 1.0  # a lone call: its prediction
             out.append((i, x, v, part, a, b))
@@ -106,16 +125,18 @@ def of_calibration(
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
     samples: int = SAMPLES,
 ) -> dict[str, float]:
-    """The gains of the layers `names` on recorded samplings of a calibration, kept in `<calibration>.gains.json` after each layer.
+    """The gains of the layers `names` on recorded samplings of a calibration, kept in
+    `<calibration>.gains.json` after each layer.
 
-    network() -> (the network, {layer: its modules}), called only where something is left to measure. A table of another calibration
-    or number of samples is replaced. Raises CalibrationError for a calibration without recorded calls, or with those of another network,
-    ValueError for a damaged table.
+    network() -> (the network, {layer: its modules}), called only where something is left to measure. A table
+    of another calibration or number of samples is replaced. Raises CalibrationError for a calibration without
+    recorded calls, or with those of another network, ValueError for a damaged table.
     """
     trajectory = calibration.trajectory()
     if not trajectory:
         raise CalibrationError(
-            f"calibration {calibration.path}: holds no recorded inputs of the network to measure gains on, as those made before version 0.4 "
+            f"calibration {calibration.path}: holds no recorded inputs of the network to measure gains on, "
+            "as those made before version 0.4 "
             "or merged. Calibrate again, or allocate without gains."
         )
     settings = {"calibration": calibration.hash, "samples": samples, "steps": STEPS, "ratio": RATIO}
@@ -152,7 +173,8 @@ def _require_fit(calibration, trajectory, index, network):
         inspect.signature(network.forward).bind(*args, **kwargs)
     except TypeError as error:
         raise CalibrationError(
-            f"calibration {calibration.path}: its recorded inputs do not fit {type(network).__name__} ({error}). Calibrations of the node are "
+            f"calibration {calibration.path}: its recorded inputs do not fit {type(network).__name__} "
+            f"({error}). Calibrations of the node are "
             "for Nibble Allocate Bits, those of `nibble calibrate` for the command."
         ) from error
 

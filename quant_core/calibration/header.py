@@ -1,4 +1,5 @@
-"""What the header of a statistics file says, taken as untrusted: types, ranges, and the tensors that there have to be."""
+"""What the header of a statistics file says, taken as untrusted: types, ranges, and the tensors that there
+have to be."""
 
 from dataclasses import fields
 
@@ -11,7 +12,8 @@ _MOST = 2**53  # tokens that an input may have seen: JSON's largest whole number
 
 
 def checked(text: str) -> dict:
-    """The header, with all that is read of it later in place. Raises NotOurs naming the field and what was expected there."""
+    """The header, with all that is read of it later in place. Raises NotOurs naming the field and what was
+    expected there."""
     meta = parse(text)
     if (version := field(meta, "version", int, 0)) != VERSION:
         raise NotOurs(f"version {version}, this pack reads version {VERSION}")
@@ -43,8 +45,14 @@ def _check_input(info):
         raise NotOurs(f"count: expected a number of tokens, found {short(info['count'])}")
     edge = 0
     for block in field(info, "blocks", list):
-        if not (isinstance(block, list) and [type(at) for at in block] == [int, int] and block[0] == edge < block[1] <= width):
-            raise NotOurs(f"blocks: expected a range of channels from {edge} to at most {width}, found {short(block)}")
+        if not (
+            isinstance(block, list)
+            and [type(at) for at in block] == [int, int]
+            and block[0] == edge < block[1] <= width
+        ):
+            raise NotOurs(
+                f"blocks: expected a range of channels from {edge} to at most {width}, found {short(block)}"
+            )
         edge = block[1]
     if info["blocks"] and edge != width:
         raise NotOurs(f"blocks: expected ranges up to channel {width}, found the last end at {edge}")
@@ -63,7 +71,8 @@ def _check_call(call):
 
 
 def _check_argument(value, depth=0):
-    """As `trajectory` records it: {"tensor": name} where a tensor stands, other dicts in {"dict": ...}. kwargs are a plain one."""
+    """As `trajectory` records it: {"tensor": name} where a tensor stands, other dicts in {"dict": ...}.
+    kwargs are a plain one."""
     if depth > DEPTH:
         raise NotOurs("arguments: nested too deep")
     if isinstance(value, dict) and "tensor" in value:
@@ -88,18 +97,24 @@ def _check_observed(seen):
 
 
 def require_tensors(file: SafeFile, meta: dict):
-    """Raises NotOurs naming a tensor that the header asks for and that is missing, or has another dtype or shape: nothing is read for it."""
+    """Raises NotOurs naming a tensor that the header asks for and that is missing, or has another dtype or
+    shape: nothing is read for it."""
     keys, recorded = set(file.keys()), set()
     for name, info in meta["inputs"].items():
         for leaf, (dtype, shape) in _leaves(info).items():
             found = _stored(file, keys, f"{name}|{leaf}")
-            if found[0] != dtype or len(found[1]) != len(shape) or any(b not in (None, a) for a, b in zip(found[1], shape, strict=True)):
+            if (
+                found[0] != dtype
+                or len(found[1]) != len(shape)
+                or any(b not in (None, a) for a, b in zip(found[1], shape, strict=True))
+            ):
                 wanted = f"{dtype} {['any' if s is None else s for s in shape]}"
                 raise NotOurs(f"{name}|{leaf}: expected {wanted}, found {found[0]} {list(found[1][:6])}")
         rows = {_stored(file, keys, f"{name}|{leaf}")[1][0] for leaf in ("tokens", "keys", "timesteps")}
         if len(rows) > 1 or max(rows) > info["reservoir"]:
             raise NotOurs(
-                f"input {name}: {sorted(rows)} held-out tokens, keys and timesteps, expected as many of each, up to {info['reservoir']}"
+                f"input {name}: {sorted(rows)} held-out tokens, keys and timesteps, expected as many of "
+                f"each, up to {info['reservoir']}"
             )
     if len(meta.get("trajectory", ())) > CALLS:
         raise NotOurs(f"trajectory: {len(meta['trajectory'])} calls, expected at most {CALLS}")

@@ -1,11 +1,13 @@
-"""Which inputs are observed in which pass, so that second-moment matrices never outgrow the memory they are given."""
+"""Which inputs are observed in which pass, so that second-moment matrices never outgrow the memory they are
+given."""
 
 from dataclasses import dataclass
 
 from ..layer.statistics import InputStatistics, hessian_blocks
 
-# Widest second-moment matrix; wider inputs get several on the diagonal. Full matrices for the 12288 in-channels of
-# FLUX's MLPs would make 53 GB of statistics for the whole model; blocks of 3072 make 22 GB, 3 GB of them tokens.
+# Widest second-moment matrix; wider inputs get several on the diagonal. Full matrices for the 12288
+# in-channels of FLUX's MLPs would make 53 GB of statistics for the whole model; blocks of 3072 make 22 GB, 3
+# GB of them tokens.
 HESSIAN_WIDTH = 3072
 
 
@@ -27,7 +29,11 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
     out = {}
     for layer in layers:
         if layer.input not in out:
-            blocks = hessian_blocks([(p.start, p.stop) for p in layer.parts], hessian_width) if hessian_width else ()
+            blocks = (
+                hessian_blocks([(p.start, p.stop) for p in layer.parts], hessian_width)
+                if hessian_width
+                else ()
+            )
             out[layer.input] = Input(layer.input, layer.in_features, blocks, layer.block)
     return list(out.values())
 

@@ -1,4 +1,5 @@
-"""`nibble allocate`: a checkpoint in; measured, allocated and quantized at the chosen widths; a Nibble file out."""
+"""`nibble allocate`: a checkpoint in; measured, allocated and quantized at the chosen widths; a Nibble file
+out."""
 
 import json
 import math
@@ -35,25 +36,45 @@ def allocate_file(
     base3: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Allocated, list[Row]]:
-    """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as they
-    are in memory: base3, see `pack.save`, makes the file smaller than that.
+    """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as
+    they are in memory: base3, see `pack.save`, makes the file smaller than that.
 
-    The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another budget measures nothing again.
-    weights: as in `allocate`, of `gains.measure`. progress(unit): a progress bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
+    The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another
+    budget measures nothing again. weights: as in `allocate`, of `gains.measure`. progress(unit): a progress
+    bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
     """
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
     path = Path(f"{destination}.sensitivity.json")
     with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, CalibrationError):
-        table = sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, config, path, settings, device, progress("layer"))
-    done = decide(table, budget, config, weights, sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)))
+        table = sensitivity(
+            layers,
+            checkpoint.get,
+            checkpoint.shapes,
+            calibration,
+            config,
+            path,
+            settings,
+            device,
+            progress("layer"),
+        )
+    done = decide(
+        table,
+        budget,
+        config,
+        weights,
+        sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)),
+    )
     chosen = replace(config, layers=done.allocation.layers)
-    rows = quantize_file(source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say)
+    rows = quantize_file(
+        source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say
+    )
     return done, rows
 
 
 def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[Checkpoint, str, list[Layer]]:
-    """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the destination can be written."""
+    """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the
+    destination can be written."""
     checkpoint = Checkpoint(source)
     require_place(destination, checkpoint, calibration)
     fingerprint = checkpoint.fingerprint()
@@ -78,11 +99,17 @@ def read_gains(path: Path) -> dict[str, float]:
 
 
 def measured_gains(
-    source: Path, calibration: Calibration, device: str = "cpu", progress=lambda items, total: items, samples: int = SAMPLES
+    source: Path,
+    calibration: Calibration,
+    device: str = "cpu",
+    progress=lambda items, total: items,
+    samples: int = SAMPLES,
 ):
-    """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept beside the calibration.
+    """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept
+    beside the calibration.
 
-    Raises the errors of `of_calibration` and, where something is left to measure, ValueError for a source that is no such folder.
+    Raises the errors of `of_calibration` and, where something is left to measure, ValueError for a source
+    that is no such folder.
     """
     from ..diffusers_host import model as diffusers_model
 
@@ -99,4 +126,6 @@ def measured_gains(
 
 
 def _sure(checkpoint, calibration) -> list[Layer]:
-    return [layer for layer in checkpoint.family.layers(checkpoint.shapes) if not why_unsure(layer, calibration)]
+    return [
+        layer for layer in checkpoint.family.layers(checkpoint.shapes) if not why_unsure(layer, calibration)
+    ]

@@ -1,4 +1,5 @@
-"""`nibble quantize`: a checkpoint file in, a Nibble file out, layer by layer; a killed run goes on where it stopped."""
+"""`nibble quantize`: a checkpoint file in, a Nibble file out, layer by layer; a killed run goes on where it
+stopped."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,19 +41,23 @@ def quantize_file(
     preset: Preset = UNTRAINED,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `pack.save`; say(line): what a run before has
-    left and is taken over.
+    """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `pack.save`;
+    say(line): what a run before has left and is taken over.
 
-    Each finished layer, with training each block, is kept in `<destination>.partial/` until the whole is written. Host memory: one layer at
-    a time (1.3 GB above the page cache for a 12B FLUX with ConvRot); source and finished layers stay memory-mapped. With a preset that
-    trains, the source must be a diffusers folder, whose model is loaded; the losses go to `<destination>.losses.json`.
-    Raises the errors of Checkpoint, Calibration, `require_place`, `require_statistics`, Unfinished and of training, and Busy, before anything
-    is computed, those of quantize_layers, with the name of `source` in front, and Trainer later.
+    Each finished layer, with training each block, is kept in `<destination>.partial/` until the whole is
+    written. Host memory: one layer at a time (1.3 GB above the page cache for a 12B FLUX with ConvRot);
+    source and finished layers stay memory-mapped. With a preset that trains, the source must be a diffusers
+    folder, whose model is loaded; the losses go to `<destination>.losses.json`. Raises the errors of
+    Checkpoint, Calibration, `require_place`, `require_statistics`, Unfinished and of training, and Busy,
+    before anything is computed, those of quantize_layers, with the name of `source` in front, and Trainer
+    later.
     """
     checkpoint = Checkpoint(source)
     require_place(destination, checkpoint, calibration)
     with only_run(destination, f"quantizes {checkpoint.path.name} with {method.name}"):
-        return _quantized(checkpoint, destination, method, config, calibration, device, progress, base3, preset, say)
+        return _quantized(
+            checkpoint, destination, method, config, calibration, device, progress, base3, preset, say
+        )
 
 
 def _quantized(checkpoint, destination, method, config, calibration, device, progress, base3, preset, say):
@@ -73,7 +78,10 @@ def _quantized(checkpoint, destination, method, config, calibration, device, pro
     if store.kept:
         say(store.text)
     else:
-        require_room(destination, 2 * codes(plan, method) + sum(prod(checkpoint.shapes[k]) for k in _others(checkpoint, plan)))
+        require_room(
+            destination,
+            2 * codes(plan, method) + sum(prod(checkpoint.shapes[k]) for k in _others(checkpoint, plan)),
+        )
     trainer = None
     if preset != UNTRAINED:
         model = diffusers_model.full(checkpoint.path, device)
@@ -81,7 +89,18 @@ def _quantized(checkpoint, destination, method, config, calibration, device, pro
     before = states(checkpoint.files)
     with ThreadPoolExecutor(1) as pool:
         digest = pool.submit(checkpoint.sha256)
-        work = quantize_blocks(plan, checkpoint.get, checkpoint.shapes, method, config, calibration, device, store, preset, trainer)
+        work = quantize_blocks(
+            plan,
+            checkpoint.get,
+            checkpoint.shapes,
+            method,
+            config,
+            calibration,
+            device,
+            store,
+            preset,
+            trainer,
+        )
         with naming(checkpoint.path, CalibrationError):
             for _ in progress(work, steps_of(plan, preset)):
                 pass
@@ -89,11 +108,16 @@ def _quantized(checkpoint, destination, method, config, calibration, device, pro
     require_unchanged(before)
     quantized, rows = finished(plan, preset, store)
     leave_out(quantized, rows, plan)
-    rows += [Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why) for layer, why in unsure.items()]
+    rows += [
+        Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why)
+        for layer, why in unsure.items()
+    ]
     rows += kept_rows(checkpoint.shapes, checkpoint.family, rows, calibration)
     rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
     rows_json = [row.to_json() for row in rows]
-    nibble.save(destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin)
+    nibble.save(
+        destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin
+    )
     if trainer is not None and trainer.losses.is_file():
         trainer.losses.replace(f"{destination}.losses.json")
     store.remove()
@@ -125,5 +149,6 @@ def require_unchanged(before: dict[Path, tuple[int, int]]):
     for file, state in before.items():
         if not file.exists() or states([file])[file] != state:
             raise ValueError(
-                f"{file}: has changed while it was quantized. Run the command again: what was made of unchanged layers is kept."
+                f"{file}: has changed while it was quantized. Run the command again: what was made of "
+                "unchanged layers is kept."
             )

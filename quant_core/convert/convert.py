@@ -1,4 +1,5 @@
-"""`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before anything is written."""
+"""`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before
+anything is written."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class NotReadBack(NamedError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do. lossy: {layer: why it cannot stay as it is}; for nunchaku they become W4A16 without a low rank. impossible: why there is no such file at all, or ""."""
+    """What a conversion will do. lossy: {layer: why it cannot stay as it is}; for nunchaku they become W4A16
+    without a low rank. impossible: why there is no such file at all, or ""."""
 
     source: Opened
     to: str
@@ -60,23 +62,32 @@ class Plan:
         out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
         if self.impossible:
             return [*out, f"not possible: {self.impossible}"]
-        whole = ", but for biases, which nunchaku has in 16 bit" if self.to == "nunchaku" else ", nothing is lost" * self.lossless
+        whole = (
+            ", but for biases, which nunchaku has in 16 bit"
+            if self.to == "nunchaku"
+            else ", nothing is lost" * self.lossless
+        )
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
         reasons = {}
         for name, why in self.lossy.items():
             # What nunchaku has in 4 bits may be in 16 here.
-            what = becomes(self.source.specs[name], self.becomes(replacement)) if name in self.source.specs else self.becomes(replacement)
+            what = (
+                becomes(self.source.specs[name], self.becomes(replacement))
+                if name in self.source.specs
+                else self.becomes(replacement)
+            )
             reasons.setdefault((what, why), []).append(name)
         out += [
-            f"{len(names)} as {what} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}" for (what, why), names in reasons.items()
+            f"{len(names)} as {what} instead, {names[0]}{', ...' * (len(names) > 1)}: it {why}"
+            for (what, why), names in reasons.items()
         ]
         return out
 
 
 def plan(source: Opened, to: str, comfyui: str = native.OLDEST) -> Plan:
-    """comfyui: the oldest version that shall read a native or kitchen file; later ones have more formats. Raises ValueError for an unknown
-    target or version."""
+    """comfyui: the oldest version that shall read a native or kitchen file; later ones have more formats.
+    Raises ValueError for an unknown target or version."""
     if to not in TARGETS:
         raise ValueError(f"unknown format {to!r}; choose of {', '.join(TARGETS)}")
     if to == "nunchaku":
@@ -93,14 +104,20 @@ def _for_nunchaku(source: Opened) -> Plan:
     lossy = nunchaku.losses(source.specs, source.family)
     for name, spec in source.specs.items():
         if name not in lossy and spec.weight_only and spec.rank and not offsets_only(source.layer(name)):
-            lossy[name] = f"has a low-rank branch of rank {spec.rank}, and nunchaku's modulation layers have none"
-    bare = {n: nearest_spec(source.specs[n]) for n in lossy if n in source.specs and source.specs[n].weight_only}
+            lossy[name] = (
+                f"has a low-rank branch of rank {spec.rank}, and nunchaku's modulation layers have none"
+            )
+    bare = {
+        n: nearest_spec(source.specs[n]) for n in lossy if n in source.specs and source.specs[n].weight_only
+    }
     misfits = nunchaku.losses(source.specs | bare, source.family)
     if not misfits:
         return Plan(source, "nunchaku", lossy)
     why = "; ".join(f"{name} {sentence}" for name, sentence in list(misfits.items())[:3])
     more = f" ({len(misfits)} such layers)" * (len(misfits) > 3)
-    return Plan(source, "nunchaku", {}, f"{why}{more}. Quantize the full-precision model with the method svdquant.")
+    return Plan(
+        source, "nunchaku", {}, f"{why}{more}. Quantize the full-precision model with the method svdquant."
+    )
 
 
 def convert(
@@ -111,29 +128,41 @@ def convert(
     replacement: str = AS[0],
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> list[str]:
-    """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there. Returns lines for a report.
+    """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there.
+    Returns lines for a report.
 
-    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`, which `lossy` must allow. The
-    source's hashes are compared first, where it has them. Layers are read one by one and stay memory-mapped where they are written as they
-    are. Raises LossyConversion, ImpossibleConversion, NotReadBack, OverInput, Busy, and the errors of reading.
+    replacement: "int8", "16 bit" or, where the target has awq_w4a16, "awq": what becomes of `planned.lossy`,
+    which `lossy` must allow. The source's hashes are compared first, where it has them. Layers are read one
+    by one and stay memory-mapped where they are written as they are. Raises LossyConversion,
+    ImpossibleConversion, NotReadBack, OverInput, Busy, and the errors of reading.
     """
     source, destination = planned.source, Path(destination)
     if planned.impossible:
         raise ImpossibleConversion("\n".join(planned.lines()))
     if replacement == SMALL and not planned.awq:
         raise ValueError(
-            f"replacement {SMALL}: the file is for a ComfyUI without awq_w4a16. Ask for one of {native.AWQ} or newer (--comfyui {native.AWQ}, or "
+            f"replacement {SMALL}: the file is for a ComfyUI without awq_w4a16. Ask for one of "
+            f"{native.AWQ} or newer (--comfyui {native.AWQ}, or "
             "the input of the node), or take int8."
         )
     if not lossy and not planned.lossless:
         raise LossyConversion(
-            "\n".join([*planned.lines(replacement), "Say that this may be (--lossy, or the switch of the node) to write it."])
+            "\n".join(
+                [
+                    *planned.lines(replacement),
+                    "Say that this may be (--lossy, or the switch of the node) to write it.",
+                ]
+            )
         )
     require_output(destination, source.files)
     with only_run(destination, f"converts {source.path.name}"):
         notes, same = _converted(planned, destination, replacement, progress)
     size = destination.stat().st_size
-    return [*planned.lines(replacement), *notes, f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit"]
+    return [
+        *planned.lines(replacement),
+        *notes,
+        f"{destination}: {size / 2**20:.1f} MiB; {same} layers read back bit for bit",
+    ]
 
 
 def _converted(planned, destination, replacement, progress) -> tuple[list[str], int]:
@@ -149,7 +178,9 @@ def _converted(planned, destination, replacement, progress) -> tuple[list[str], 
             layers, rest = layers | one, rest | more
         else:
             layers[name] = layer
-    with replacing(destination) as temporary:  # a file that does not read back never has the name, and what had it stays
+    with replacing(
+        destination
+    ) as temporary:  # a file that does not read back never has the name, and what had it stays
         try:
             with naming(source.path):
                 notes = _write(planned, temporary, layers, rest)
@@ -163,17 +194,22 @@ def _write(planned, destination, layers, rest) -> list[str]:
     """Returns sentences on what the format changed."""
     source = planned.source
     if planned.to == "nibble":
-        nibble.save(destination, layers, rest, source.family, source.provenance, source.report, origin=source.origin)
+        nibble.save(
+            destination, layers, rest, source.family, source.provenance, source.report, origin=source.origin
+        )
     elif planned.to == "nunchaku":
         return nunchaku.save(destination, layers, rest, source.family, source.provenance)
     else:
         metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
-        (native if planned.to == "native" else kitchen_out).save(destination, layers, rest, metadata, source.origin, planned.awq)
+        (native if planned.to == "native" else kitchen_out).save(
+            destination, layers, rest, metadata, source.origin, planned.awq
+        )
     return []
 
 
 def _verify(planned, written: Path, destination: Path, layers: dict[str, QuantizedLayer], notes) -> int:
-    """How many layers of the file `written` are as they were. Raises NotReadBack, which speaks of `destination`."""
+    """How many layers of the file `written` are as they were. Raises NotReadBack, which speaks of
+    `destination`."""
     kept = {name: layers[name] for name in planned.source.specs if name not in planned.lossy}
     if planned.to == "nunchaku":
         changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
@@ -183,7 +219,8 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
     except NamedError as error:
         why = str(error).replace(str(written), "it")
         raise NotReadBack(
-            f"{destination}: made from {planned.source.path}, cannot be read back ({why}). The file is not written; report this."
+            f"{destination}: made from {planned.source.path}, cannot be read back ({why}). The file is not "
+            "written; report this."
         ) from error
     if planned.to == "nunchaku":  # it has some weight-only layers in 16 bit
         kept = {name: layer for name, layer in kept.items() if name in found.specs}
@@ -192,12 +229,14 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
         if again is None or not _same(again, layer, planned.to):
             if not all(t.isfinite().all() for t in layer.tensors.values() if t.is_floating_point()):
                 raise NotReadBack(
-                    f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the format cannot keep it as it is. The "
+                    f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the "
+                    "format cannot keep it as it is. The "
                     "file is not written; the source is damaged: download or quantize it again."
                 )
             became = "nothing" if again is None else again.spec.describe()
             raise NotReadBack(
-                f"{destination}: layer {name} of {planned.source.path} does not read back as it was ({layer.spec.describe()} became "
+                f"{destination}: layer {name} of {planned.source.path} does not read back as it was "
+                f"({layer.spec.describe()} became "
                 f"{became}). The file is not written; report this with the two specifications."
             )
     return len(kept)

@@ -26,10 +26,11 @@ USUAL_BITS = 4.6  # of svdquant_r at rank 32, all side data counted, at FLUX's w
 
 
 def describe(path: Path, device: str | torch.device | None = None) -> dict:
-    """A JSON-able description of a quantized model of any format that the pack reads, a full-precision one, or a calibration.
+    """A JSON-able description of a quantized model of any format that the pack reads, a full-precision one,
+    or a calibration.
 
-    device: whose kernels and memory are meant; the machine's own if not given. Raises CheckpointError, CalibrationError or
-    UnknownArchitecture, each naming the file.
+    device: whose kernels and memory are meant; the machine's own if not given. Raises CheckpointError,
+    CalibrationError or UnknownArchitecture, each naming the file.
     """
     path, target = Path(path), target_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = kind_of(path)
@@ -43,20 +44,31 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
 
 
 def verified(path: Path, progress=lambda items, total: items) -> str:
-    """A sentence for a file, or a folder of them, whose tensors all agree with their hashes. Raises CheckpointError naming those that do
-    not, ValueError for a file without hashes."""
+    """A sentence for a file, or a folder of them, whose tensors all agree with their hashes. Raises
+    CheckpointError naming those that do not, ValueError for a file without hashes."""
     path = Path(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     sizes = {file: digests.verify(file, open_safetensors(file), progress=progress) for file in files}
     if without := [file for file, size in sizes.items() if size < 0]:
-        raise ValueError(f"{without[0]}: has no hashes to compare with: it was not written by Nibble 0.7 or later.")
-    return f"{path}: {sum(sizes.values()) / 1e6:,.1f} MB in {len(files)} files, every tensor as it was written"
+        raise ValueError(
+            f"{without[0]}: has no hashes to compare with: it was not written by Nibble 0.7 or later."
+        )
+    return (
+        f"{path}: {sum(sizes.values()) / 1e6:,.1f} MB in {len(files)} files, every tensor as it was written"
+    )
 
 
 def _full(checkpoint: Checkpoint, target) -> dict:
     layers = checkpoint.family.layers(checkpoint.shapes)
     rows = [
-        Row(x.name, x.block, x.in_features, x.out_features, "", nbytes=round(x.in_features * x.out_features * USUAL_BITS / 8))
+        Row(
+            x.name,
+            x.block,
+            x.in_features,
+            x.out_features,
+            "",
+            nbytes=round(x.in_features * x.out_features * USUAL_BITS / 8),
+        )
         for x in layers
     ]
     kept = kept_rows(checkpoint.shapes, checkpoint.family, rows)
@@ -80,7 +92,9 @@ def _full(checkpoint: Checkpoint, target) -> dict:
 def _quantized(model: Opened, kind: str, target) -> dict:
     weights = sum(s.in_features * s.out_features for s in model.specs.values())
     rows = {row["name"]: row for row in model.report}
-    error = lambda name: f", {rows[name]['sqnr_db']:.1f} dB" if rows.get(name, {}).get("sqnr_db") is not None else ""
+    error = lambda name: (
+        f", {rows[name]['sqnr_db']:.1f} dB" if rows.get(name, {}).get("sqnr_db") is not None else ""
+    )
     kernels, why = paths_of(model.specs, target)
     shapes, quantized = model.logical_shapes(), [Row(**row) for row in as_report(model)]
     beside = kept_rows(shapes, by_name(model.family), quantized, otherwise="left so by who made the file")
@@ -89,7 +103,9 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     out = {
         "kind": model.kind,
         "family": by_name(model.family).title,
-        "file bytes": sum(f.stat().st_size for f in model.path.glob("*.safetensors")) if model.path.is_dir() else model.path.stat().st_size,
+        "file bytes": sum(f.stat().st_size for f in model.path.glob("*.safetensors"))
+        if model.path.is_dir()
+        else model.path.stat().st_size,
         "quantized layers": len(model.specs),
         "quantized": whole(quantized, shapes),
     }
@@ -105,26 +121,39 @@ def _quantized(model: Opened, kind: str, target) -> dict:
         "provenance": model.provenance,
         "memory": predict(model.specs, model.rest_bytes(), target).lines(),
         "runs on this machine": why,
-        "layers": {name: f"{spec.describe()}{error(name)}, {kernels[name]}" for name, spec in model.specs.items()},
+        "layers": {
+            name: f"{spec.describe()}{error(name)}, {kernels[name]}" for name, spec in model.specs.items()
+        },
     }
 
 
 def _stock(model: Opened, kind: str) -> str:
     if kind != KITCHEN:
         exact = len(model.specs) - len(losses(model.specs))
-        return f"cannot load it; `nibble convert --to native` keeps {exact} of {len(model.specs)} quantized layers as they are"
+        return (
+            f"cannot load it; `nibble convert --to native` keeps {exact} of {len(model.specs)} quantized "
+            "layers as they are"
+        )
     found = losses(model.specs)
-    return f"cannot load {len(found)} layers, such as {next(iter(found))}" if found else "loads it with Load Diffusion Model"
+    return (
+        f"cannot load {len(found)} layers, such as {next(iter(found))}"
+        if found
+        else "loads it with Load Diffusion Model"
+    )
 
 
 def as_text(found: dict) -> str:
-    """A description as lines, the layers last and indented. Names and texts of the file have no control characters here, and are cut."""
+    """A description as lines, the layers last and indented. Names and texts of the file have no control
+    characters here, and are cut."""
     lines, shown = [], lambda value: shortened(plain(str(value)), MESSAGE)
     for key, value in found.items():
         if key == "layers" and isinstance(value, dict):
             lines += [f"  {shortened(plain(name))}: {shown(what)}" for name, what in value.items()]
         elif isinstance(value, list) and value and len(value) <= 12:
-            lines += [f"{shown(key)}: {shown(value[0])}", *(" " * (len(key) + 2) + shown(line) for line in value[1:])]
+            lines += [
+                f"{shown(key)}: {shown(value[0])}",
+                *(" " * (len(key) + 2) + shown(line) for line in value[1:]),
+            ]
         elif value not in ([], {}):
             lines.append(f"{shown(key)}: {shown(value)}")
     return "\n".join(lines)

@@ -19,7 +19,8 @@ SMALL = "awq"  # for a target that has awq_w4a16: NEAREST what is weight-only, i
 
 
 def dense(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight (N, K) that the layer applies to x, bias (N,) or None), fp32. The bias without what corrects shifted activations."""
+    """(weight (N, K) that the layer applies to x, bias (N,) or None), fp32. The bias without what corrects
+    shifted activations."""
     bias = layer.tensors["bias"].float() if layer.spec.bias else None
     if bias is not None and (correction := bias_correction(layer)) is not None:
         bias = bias + correction
@@ -27,10 +28,11 @@ def dense(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def int8(layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer as int8_tensorwise with a rotation: its dequantized weight at 8 bits a row, x at 8 bits a token.
+    """The layer as int8_tensorwise with a rotation: its dequantized weight at 8 bits a row, x at 8 bits a
+    token.
 
-    Its values are rounded once more, at about 40 dB. x has 8 bits, but no groups and no smoothing: under outliers that is about as good. A
-    weight-only layer stays one.
+    Its values are rounded once more, at about 40 dB. x has 8 bits, but no groups and no smoothing: under
+    outliers that is about as good. A weight-only layer stays one.
     """
     weight, bias = dense(layer)
     k = weight.shape[1]
@@ -39,18 +41,22 @@ def int8(layer: QuantizedLayer) -> QuantizedLayer:
     spec = PartSpec(0, k, WeightSpec(8, "channel"), activation, rotation=size)
     codes, scales = round_part(weight, spec, None, torch.float32)
     return assemble(
-        _problem(layer.name, weight, bias), [{"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}]
+        _problem(layer.name, weight, bias),
+        [{"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}],
     )
 
 
 def nearest_spec(spec: LinearSpec) -> LinearSpec:
     """Of `nearest`."""
     part = PartSpec(0, spec.width, WeightSpec(), None)
-    return LinearSpec(spec.in_features, spec.out_features, (part,), spec.bias, padding=spec.padding, spatial=spec.spatial)
+    return LinearSpec(
+        spec.in_features, spec.out_features, (part,), spec.bias, padding=spec.padding, spatial=spec.spatial
+    )
 
 
 def nearest(layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of least squares."""
+    """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of
+    least squares."""
     weight, bias = dense(layer)
     return weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias).filled()).layer
 
@@ -75,8 +81,9 @@ def _problem(name, weight, bias):
 def replaced(
     layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], names: Iterable[str], what: str
 ) -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
-    """(layers, rest) with the layers `names` as what they become by `becomes`: `nearest`, `int8`, or plain weights and biases in `rest`, in bf16
-    (fp16 where the layer's own tensors are). Raises ValueError for another `what`."""
+    """(layers, rest) with the layers `names` as what they become by `becomes`: `nearest`, `int8`, or plain
+    weights and biases in `rest`, in bf16 (fp16 where the layer's own tensors are). Raises ValueError for
+    another `what`."""
     if what not in (*AS, NEAREST, SMALL):
         raise ValueError(f"unknown replacement {what!r}; choose of {', '.join((*AS, SMALL))}")
     layers, rest = dict(layers), dict(rest)

@@ -1,4 +1,5 @@
-"""A family's model outside ComfyUI: diffusers' own class, in full precision or with the layers of a Nibble file in place."""
+"""A family's model outside ComfyUI: diffusers' own class, in full precision or with the layers of a Nibble
+file in place."""
 
 import json
 from importlib.util import find_spec
@@ -16,7 +17,10 @@ from ..layer.linear import QuantizedLayer, QuantLinear
 def modules_of(family: Family, layers: list[Layer], model: torch.nn.Module) -> dict[str, list[str]]:
     """{layer: names of the modules of the diffusers model whose rows it stacks}."""
     names = family.diffusers({k: tuple(v.shape) for k, v in model.state_dict().items()})
-    return {layer.name: [k.removesuffix(".weight") for k in names[f"{layer.name}.weight"].keys] for layer in layers}
+    return {
+        layer.name: [k.removesuffix(".weight") for k in names[f"{layer.name}.weight"].keys]
+        for layer in layers
+    }
 
 
 def place(model: torch.nn.Module, targets: list[str], layer: QuantizedLayer):
@@ -34,13 +38,16 @@ def full(folder: Path, device: str = "cpu") -> torch.nn.Module:
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(
-            f"{folder}: expected a diffusers `transformer` folder, found no config.json in it. For a single file use the ComfyUI node "
+            f"{folder}: expected a diffusers `transformer` folder, found no config.json in it. For a "
+            "single file use the ComfyUI node "
             "Nibble Allocate Bits."
         )
     made = _class(Checkpoint(folder).family)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     frugal = find_spec("accelerate") is not None
-    model = made.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=frugal)
+    model = made.from_pretrained(
+        folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=frugal
+    )
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -54,12 +61,15 @@ def _config(path: Path) -> dict:
     return found
 
 
-def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """diffusers' model with the quantized layers of a Nibble file, in eval mode: for a pipeline's `transformer`.
+def load(
+    config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """diffusers' model with the quantized layers of a Nibble file, in eval mode: for a pipeline's
+    `transformer`.
 
-    config: of the model, as a dictionary, a config.json or the folder with it; no weight but the file's is read. dtype: of what is
-    not quantized, and so of the computation. Raises PackError for a file that is not sound or has no tensor for a parameter of
-    the model, ImportError without diffusers.
+    config: of the model, as a dictionary, a config.json or the folder with it; no weight but the file's is
+    read. dtype: of what is not quantized, and so of the computation. Raises PackError for a file that is not
+    sound or has no tensor for a parameter of the model, ImportError without diffusers.
     """
     pack = PackFile(file)
     family = family_by_name(pack.family)
@@ -71,18 +81,26 @@ def load(config: Path | dict, file: Path, device: str = "cpu", dtype: torch.dtyp
     names = family.diffusers(theirs)
     found = pack.logical_shapes()
     # FLUX's norms: `scale` in files, `weight` in ComfyUI's model, from which Nibble Save Model writes.
-    names = {k if k in found or not k.endswith(".scale") else f"{k.removesuffix('scale')}weight": s for k, s in names.items()}
+    names = {
+        k if k in found or not k.endswith(".scale") else f"{k.removesuffix('scale')}weight": s
+        for k, s in names.items()
+    }
     for key, source in names.items():
         shape = (sum(theirs[k][0] for k in source.keys), *theirs[source.keys[0]][1:])
         if found.get(key) != shape:
             has = found.get(key, "no such tensor")
             raise PackError(
-                f"{file}: {key}: the configuration asks for the shape {shape}, found {has}. Give the configuration of its own model."
+                f"{file}: {key}: the configuration asks for the shape {shape}, found {has}. Give the "
+                "configuration of its own model."
             )
     for name in pack.specs:
-        place(model, [k.removesuffix(".weight") for k in names[f"{name}.weight"].keys], pack.sound_layer(name))
+        place(
+            model, [k.removesuffix(".weight") for k in names[f"{name}.weight"].keys], pack.sound_layer(name)
+        )
     for key in set(pack.rest) & set(names):  # ComfyUI's PixArt has tensors of its own beside
-        for name, value in names[key].write(pack.tensor(key).to(dtype), [theirs[k][0] for k in names[key].keys]).items():
+        for name, value in (
+            names[key].write(pack.tensor(key).to(dtype), [theirs[k][0] for k in names[key].keys]).items()
+        ):
             _assign(model, name, value)
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise PackError(f"{file}: no tensor for {len(left)} parameters of the model, first {left[0]}")
@@ -93,16 +111,23 @@ def _class(family):
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError("models outside ComfyUI need diffusers: python -m pip install -e '.[calibrate]'") from error
+        raise ImportError(
+            "models outside ComfyUI need diffusers: python -m pip install -e '.[calibrate]'"
+        ) from error
     return getattr(diffusers, family.diffusers_class)
 
 
 def _empty(made, config):
-    """Parameters on the meta device; buffers as the constructor makes them, since files do not hold all of them."""
+    """Parameters on the meta device; buffers as the constructor makes them, since files do not hold all of
+    them."""
     real = torch.nn.Module.register_parameter
 
     def register(module, name, parameter):
-        real(module, name, None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+        real(
+            module,
+            name,
+            None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False),
+        )
 
     torch.nn.Module.register_parameter = register
     try:

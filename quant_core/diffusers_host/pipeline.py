@@ -18,39 +18,70 @@ from ..store.atomic import require_folder
 
 
 def calibrate_pipeline(
-    pipeline: Path, folder: Path, prompts: list[str] | None, *, samples, steps, size, seed, memory, device, progress
+    pipeline: Path,
+    folder: Path,
+    prompts: list[str] | None,
+    *,
+    samples,
+    steps,
+    size,
+    seed,
+    memory,
+    device,
+    progress,
 ) -> Calibration:
     """Runs a local diffusers pipeline over the prompts with hooks on its transformer or U-Net.
 
-    prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids evenly over the classes.
-    Raises ImportError without diffusers, ValueError for a folder that is no pipeline, CheckpointError for one without a
-    transformer in safetensors files or with another component in pickled ones, UnknownArchitecture for a transformer that no family knows.
+    prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids
+    evenly over the classes. Raises ImportError without diffusers, ValueError for a folder that is no
+    pipeline, CheckpointError for one without a transformer in safetensors files or with another component in
+    pickled ones, UnknownArchitecture for a transformer that no family knows.
     """
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
-        raise ImportError("`nibble calibrate` needs diffusers: python -m pip install -e '.[calibrate]'") from error
+        raise ImportError(
+            "`nibble calibrate` needs diffusers: python -m pip install -e '.[calibrate]'"
+        ) from error
     if not (Path(pipeline) / "model_index.json").is_file():
         raise ValueError(
-            f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the ComfyUI node Nibble Calibrate."
+            f"{pipeline}: not a diffusers pipeline folder (no model_index.json). For a single file use the "
+            "ComfyUI node Nibble Calibrate."
         )
     require_safetensors(Path(pipeline))
     require_folder(folder)
-    _mapped(Checkpoint(pipeline).family)  # refuses a model that `nibble quantize` could not read, before the text encoders load
+    _mapped(
+        Checkpoint(pipeline).family
+    )  # refuses a model that `nibble quantize` could not read, before the text encoders load
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(
-        pipeline, torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32, local_files_only=True, use_safetensors=True
+        pipeline,
+        torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
     )
     if device == "cpu":
         pipe.to("cpu")
     else:
         pipe.enable_model_cpu_offload(device=device)
     pipe.set_progress_bar_config(disable=True)
-    return calibrate_with(pipe, folder, prompts, samples=samples, steps=steps, size=size, seed=seed, memory=memory, progress=progress)
+    return calibrate_with(
+        pipe,
+        folder,
+        prompts,
+        samples=samples,
+        steps=steps,
+        size=size,
+        seed=seed,
+        memory=memory,
+        progress=progress,
+    )
 
 
-def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress=lambda items, total: items) -> Calibration:
+def calibrate_with(
+    pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress=lambda items, total: items
+) -> Calibration:
     """The same with a loaded pipeline object. size None: the size the model was made for.
 
     Raises ValueError for a class that the model does not have, and for another size where it has but one.
@@ -59,13 +90,18 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     transformer = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
     scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     latents = getattr(pipe, "default_sample_size", None) or transformer.config.get("sample_size")
-    own = latents * scale if isinstance(latents, int) else None  # video pipelines have a width and a height of their own
+    own = (
+        latents * scale if isinstance(latents, int) else None
+    )  # video pipelines have a width and a height of their own
     if size and size != own and "width" not in takes:
-        raise ValueError(f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out")
+        raise ValueError(
+            f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out"
+        )
     size = size or own
     by_class = "class_labels" in takes
     prompts = class_ids(pipe, prompts, samples) if by_class else prompts or default_prompts()
-    # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and ftfy are installed.
+    # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and
+    # ftfy are installed.
     options = {"use_resolution_binning": False, "clean_caption": False}
     options |= {"max_area": size * size, "width": size, "height": size} if size else {}
     options = {k: v for k, v in options.items() if k in takes}
@@ -73,12 +109,25 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
     family = _mapped(detect({k: tuple(v.shape) for k, v in state.items()}))
     sources = family.diffusers({k: v.shape for k, v in state.items()})
 
-    shapes = {k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()}
+    shapes = {
+        k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()
+    }
     layers = family.mapped(shapes)  # the rules beside it want an observation, which only ComfyUI's node makes
     inputs = inputs_of(layers)
-    modules = {i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight")) for i in inputs}
-    settings = {"steps": steps, "size": size, "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16]}
-    meta = {"model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)), "family": family.name, "settings": settings}
+    modules = {
+        i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight"))
+        for i in inputs
+    }
+    settings = {
+        "steps": steps,
+        "size": size,
+        "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
+    }
+    meta = {
+        "model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)),
+        "family": family.name,
+        "settings": settings,
+    }
 
     def run(sample, capture):
         with capture.watched(transformer, _timestep, _without_padding):
@@ -91,13 +140,16 @@ def calibrate_with(pipe, folder: Path, prompts, *, samples, steps, size, seed, m
                 **options,
             )
 
-    return calibrate(run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress)
+    return calibrate(
+        run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress
+    )
 
 
 def _mapped(family):
     if family is GENERIC:
         raise UnknownArchitecture(
-            "a diffusers model that no family has a map of: ComfyUI's names of its layers are not known. Calibrate it in ComfyUI, with the "
+            "a diffusers model that no family has a map of: ComfyUI's names of its layers are not known. "
+            "Calibrate it in ComfyUI, with the "
             "node Nibble Calibrate."
         )
     return family
@@ -109,7 +161,8 @@ def _timestep(args, kwargs) -> float:
 
 
 def class_ids(pipe, lines: list[str] | None, samples: int) -> list[int]:
-    """Ids of the classes that lines name by id or label; of None as many as samples, evenly spread. Raises ValueError naming the line."""
+    """Ids of the classes that lines name by id or label; of None as many as samples, evenly spread. Raises
+    ValueError naming the line."""
     count = pipe.transformer.config.num_embeds_ada_norm
     if lines is None:
         return [i * count // samples for i in range(samples)]
@@ -117,7 +170,8 @@ def class_ids(pipe, lines: list[str] | None, samples: int) -> list[int]:
     for line in lines:
         if line not in labels:
             raise ValueError(
-                f"prompt {line!r}: expected a class id from 0 to {count - 1} or a label of the pipeline, such as {list(labels)[-1]!r}"
+                f"prompt {line!r}: expected a class id from 0 to {count - 1} or a label of the pipeline, "
+                f"such as {list(labels)[-1]!r}"
             )
     return [labels[line] for line in lines]
 
@@ -125,11 +179,13 @@ def class_ids(pipe, lines: list[str] | None, samples: int) -> list[int]:
 def _without_padding(kwargs: dict) -> dict:
     """The transformer's arguments with the text cut to its longest unmasked prompt.
 
-    PixArt is given 300 tokens, most of them masked: nothing depends on them and ComfyUI has none, but they would outnumber
-    the text in its statistics. FLUX has no mask and does attend to its padding.
+    PixArt is given 300 tokens, most of them masked: nothing depends on them and ComfyUI has none, but they
+    would outnumber the text in its statistics. FLUX has no mask and does attend to its padding.
     """
     mask = kwargs.get("encoder_attention_mask")
     if mask is None:
         return kwargs
     longest = int(mask.sum(1).max())
-    return kwargs | {key: kwargs[key][:, :longest] for key in ("encoder_hidden_states", "encoder_attention_mask")}
+    return kwargs | {
+        key: kwargs[key][:, :longest] for key in ("encoder_hidden_states", "encoder_attention_mask")
+    }

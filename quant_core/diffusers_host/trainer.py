@@ -15,7 +15,13 @@ from . import model as diffusers_model
 
 
 def trainer_of(
-    model: torch.nn.Module, family: Family, plan: list[Layer], calibration: Calibration, device, folder: Path, preset: Preset
+    model: torch.nn.Module,
+    family: Family,
+    plan: list[Layer],
+    calibration: Calibration,
+    device,
+    folder: Path,
+    preset: Preset,
 ) -> Trainer:
     """A Trainer of a diffusers model in full precision."""
     names = diffusers_model.modules_of(family, plan, model)
@@ -27,7 +33,11 @@ def trainer_of(
             modules[layer].append((module, slice(edge, edge + module.out_features)))
             edge += module.out_features
     blocks = [re.match(r"(.+?\.\d+)\.", names[members[0].name][0])[1] for _, members in blocks_of(plan)]
-    held = {name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)}
-    gains = of_calibration(calibration, list(held), lambda: (model, held), device) if preset.adaptive else None
+    held = {
+        name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)
+    }
+    gains = (
+        of_calibration(calibration, list(held), lambda: (model, held), device) if preset.adaptive else None
+    )
     streams = family.stream_of(family.diffusers_streams)
     return Trainer(model, blocks, modules, calibration.trajectory(), folder, device, streams, gains)

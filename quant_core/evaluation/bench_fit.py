@@ -1,4 +1,5 @@
-"""`nibble bench-fit`: what it costs to fit layers of FLUX's sizes, in seconds, bits, dB and memory. Synthetic data."""
+"""`nibble bench-fit`: what it costs to fit layers of FLUX's sizes, in seconds, bits, dB and memory. Synthetic
+data."""
 
 import gc
 import json
@@ -27,7 +28,10 @@ LAYERS = {
 def tokens(count: int, width: int, seed: int, after_gelu: bool = False) -> torch.Tensor:
     """(count, width) correlated tokens with DiT-like outliers: log-normal channels, one in 64 at 40 times."""
     g, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(77)
-    x = torch.randn(count, width, generator=g) + torch.randn(count, 64, generator=g) @ torch.randn(64, width, generator=fixed) * 0.3
+    x = (
+        torch.randn(count, width, generator=g)
+        + torch.randn(count, 64, generator=g) @ torch.randn(64, width, generator=fixed) * 0.3
+    )
     if after_gelu:
         return torch.nn.functional.gelu(x)
     factors = (0.5 * torch.randn(width, generator=fixed)).exp()
@@ -37,11 +41,19 @@ def tokens(count: int, width: int, seed: int, after_gelu: bool = False) -> torch
 
 def statistics(layer: Layer, fit_tokens: int = 4096) -> InputStatistics:
     """Statistics of synthetic tokens for a layer's input."""
-    out = InputStatistics.empty(layer.input, layer.in_features, hessian_blocks([(p.start, p.stop) for p in layer.parts], HESSIAN_WIDTH))
-    make = lambda count, seed: torch.cat([tokens(count, p.stop - p.start, seed + p.start, p.after_gelu) for p in layer.parts], 1)
+    out = InputStatistics.empty(
+        layer.input,
+        layer.in_features,
+        hessian_blocks([(p.start, p.stop) for p in layer.parts], HESSIAN_WIDTH),
+    )
+    make = lambda count, seed: torch.cat(
+        [tokens(count, p.stop - p.start, seed + p.start, p.after_gelu) for p in layer.parts], 1
+    )
     for i in range(fit_tokens // 512):
         out.update(make(512, 1000 * (i + 1)))
-    out.hold_out(make(1024, 1), torch.rand(1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.5)
+    out.hold_out(
+        make(1024, 1), torch.rand(1024, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0.5
+    )
     return out
 
 
@@ -49,11 +61,16 @@ def weight(layer: Layer, stats: InputStatistics) -> torch.Tensor:
     """A bf16 weight whose large in-channels are small where the activations are large, as in trained models."""
     rms = torch.cat([stats.hessians[b].diagonal() for b in stats.blocks]).div(stats.count).sqrt()
     g = torch.Generator().manual_seed(layer.out_features + layer.in_features)
-    return (torch.randn(layer.out_features, layer.in_features, generator=g) / layer.in_features**0.5 / rms.clamp(min=0.05)).bfloat16()
+    return (
+        torch.randn(layer.out_features, layer.in_features, generator=g)
+        / layer.in_features**0.5
+        / rms.clamp(min=0.05)
+    ).bfloat16()
 
 
 class PeakMemory:
-    """Peak resident memory of this process above its start, in bytes, sampled every 5 ms. Linux only; 0 elsewhere."""
+    """Peak resident memory of this process above its start, in bytes, sampled every 5 ms. Linux only; 0
+    elsewhere."""
 
     def __enter__(self):
         gc.collect()
@@ -81,11 +98,14 @@ class PeakMemory:
 
 
 def fit_layer(name: str, method: Method, device: str = "cpu") -> dict:
-    """One layer of LAYERS: seconds, the way back to the CPU included, bits a weight, SQNR in dB on held-out tokens."""
+    """One layer of LAYERS: seconds, the way back to the CPU included, bits a weight, SQNR in dB on held-out
+    tokens."""
     n, k, after_gelu = LAYERS[name]
     layer = Layer(name, "bench", k, n, (Part(0, k, after_gelu),), name)
     stats = statistics(layer)
-    problem = Problem(layer, weight(layer, stats).to(device), torch.zeros(n, dtype=torch.bfloat16, device=device), stats)
+    problem = Problem(
+        layer, weight(layer, stats).to(device), torch.zeros(n, dtype=torch.bfloat16, device=device), stats
+    )
     started = time.perf_counter()
     fitted = method.fit(problem, method.config)
     fitted.layer.to("cpu")
@@ -99,15 +119,21 @@ def fit_layer(name: str, method: Method, device: str = "cpu") -> dict:
     }
 
 
-def fit_block(method: Method, device: str = "cpu", block: str = "single_blocks.0", hidden: int = 3072) -> dict:
-    """A whole FLUX block: seconds, bits, and the host's peak memory above the bf16 weights and the second moments it starts from."""
+def fit_block(
+    method: Method, device: str = "cpu", block: str = "single_blocks.0", hidden: int = 3072
+) -> dict:
+    """A whole FLUX block: seconds, bits, and the host's peak memory above the bf16 weights and the second
+    moments it starts from."""
     shapes = {
         "linear1": (7 * hidden, hidden),
         "linear2": (hidden, 5 * hidden),
         "modulation.lin": (3 * hidden, hidden),
     }
     layers = FLUX.layers({f"{block}.{name}.weight": shape for name, shape in shapes.items()})
-    stats = {i.name: statistics(next(layer for layer in layers if layer.input == i.name), 2048) for i in inputs_of(layers)}
+    stats = {
+        i.name: statistics(next(layer for layer in layers if layer.input == i.name), 2048)
+        for i in inputs_of(layers)
+    }
     weights = {layer.name: weight(layer, stats[layer.input]) for layer in layers}
     block_bytes = sum(w.nbytes for w in weights.values())
     hessian_bytes = sum(h.nbytes for s in stats.values() for h in s.hessians.values())
@@ -117,7 +143,16 @@ def fit_block(method: Method, device: str = "cpu", block: str = "single_blocks.0
             bias = torch.zeros(layer.out_features, dtype=torch.bfloat16, device=device)
             problem = Problem(layer, weights[layer.name].to(device), bias, stats.pop(layer.input))
             done: QuantizedLayer = fit_problem(problem, method, method.config).layer.to("cpu")
-            rows.append(Row(layer.name, block, layer.in_features, layer.out_features, done.spec.describe(), nbytes=done.nbytes))
+            rows.append(
+                Row(
+                    layer.name,
+                    block,
+                    layer.in_features,
+                    layer.out_features,
+                    done.spec.describe(),
+                    nbytes=done.nbytes,
+                )
+            )
             del problem
     return {
         "block": block,
@@ -133,8 +168,9 @@ def fit_block(method: Method, device: str = "cpu", block: str = "single_blocks.0
 
 
 def projected(results: list[dict], method: str) -> float:
-    """Seconds to fit FLUX.1's 57 blocks: 38 times the one-stream block; 19 two-stream blocks, for each stream its qkv, projection and MLP
-    and a modulation of 18432 x 3072, at the times of the layers, of wider ones in proportion."""
+    """Seconds to fit FLUX.1's 57 blocks: 38 times the one-stream block; 19 two-stream blocks, for each stream
+    its qkv, projection and MLP and a modulation of 18432 x 3072, at the times of the layers, of wider ones in
+    proportion."""
     of = {r["layer"]: r["seconds"] for r in results if r["method"] == method and "layer" in r}
     block = next(r["seconds"] for r in results if r["method"] == method and "block" in r)
     square, qkv, down = (of[name] for name in LAYERS)
@@ -146,26 +182,42 @@ def as_text(results: list[dict]) -> str:
     lines = []
     for r in results:
         if "layer" in r:
-            lines.append(f"{r['layer']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  {r['sqnr_db']:6.2f} dB")
+            lines.append(
+                f"{r['layer']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  "
+                f"{r['sqnr_db']:6.2f} dB"
+            )
         else:
             lines.append(
-                f"{r['block']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  peak memory {r['peak_over_block']:.2f} x "
-                f"the block's {r['block_bytes'] / 2**20:.0f} MiB in bf16, beside {r['hessian_bytes'] / 2**20:.0f} MiB of second moments"
+                f"{r['block']:26}  {r['method']:10}  {r['seconds']:6.1f} s  {r['bits']:.3f} bits  peak "
+                f"memory {r['peak_over_block']:.2f} x "
+                f"the block's {r['block_bytes'] / 2**20:.0f} MiB in bf16, beside "
+                f"{r['hessian_bytes'] / 2**20:.0f} MiB of second moments"
             )
     for method in dict.fromkeys(r["method"] for r in results):
-        lines.append(f"FLUX.1, 57 blocks, projected  {method:10}  {projected(results, method) / 60:.0f} minutes on this machine")
+        lines.append(
+            f"FLUX.1, 57 blocks, projected  {method:10}  {projected(results, method) / 60:.0f} minutes on "
+            "this machine"
+        )
     return "\n".join(lines)
 
 
 def run(methods: list[Method], progress, out: Path | None = None, device: str = "cpu") -> list[dict]:
     """All layers and the block under each method; JSON into `out` where given."""
-    work = [(fit_layer, (name, m, device)) for m in methods for name in LAYERS] + [(fit_block, (m, device)) for m in methods]
+    work = [(fit_layer, (name, m, device)) for m in methods for name in LAYERS] + [
+        (fit_block, (m, device)) for m in methods
+    ]
     results = [task(*args) for task, args in progress(work, len(work))]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(
             json.dumps(
-                {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "device": device, "results": results}, indent=1
+                {
+                    "torch": str(torch.__version__),
+                    "threads": torch.get_num_threads(),
+                    "device": device,
+                    "results": results,
+                },
+                indent=1,
             )
             + "\n"
         )

@@ -18,9 +18,11 @@ FAMILIES = (FLUX, FLUX2, CHROMA, PIXART, SD3, QWEN_IMAGE, Z_IMAGE, WAN_VACE, WAN
 
 
 def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
-    """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix; `generic` where no other knows it.
+    """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix; `generic`
+    where no other knows it.
 
-    Raises UnknownArchitecture, listing what is supported, for a model without repeated blocks of linear layers.
+    Raises UnknownArchitecture, listing what is supported, for a model without repeated blocks of linear
+    layers.
     """
     for family in FAMILIES:
         if family.matches(shapes) or family.matches_diffusers(shapes):
@@ -29,13 +31,15 @@ def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
         return GENERIC
     examples = ", ".join(sorted(shapes)[:3]) or "no tensors"
     raise UnknownArchitecture(
-        f"unknown architecture: {len(shapes)} tensors such as {examples}. Supported: {', '.join(f.title for f in FAMILIES)}, "
+        f"unknown architecture: {len(shapes)} tensors such as {examples}. Supported: "
+        f"{', '.join(f.title for f in FAMILIES)}, "
         "with ComfyUI's or diffusers' key names, and any model with repeated blocks of linear layers."
     )
 
 
 def known(names) -> bool:
-    """Whether these names, a set or mapping, are those of a model that the pack has a map of, in ComfyUI's or diffusers' spelling."""
+    """Whether these names, a set or mapping, are those of a model that the pack has a map of, in ComfyUI's or
+    diffusers' spelling."""
     return any(family.matches(names) or family.matches_diffusers(names) for family in FAMILIES)
 
 
@@ -44,7 +48,9 @@ def by_name(name: str) -> Family:
     for family in (*FAMILIES, GENERIC):
         if family.name == name:
             return family
-    raise UnknownArchitecture(f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}.")
+    raise UnknownArchitecture(
+        f"unknown model family {name!r}. Known to this version: {', '.join(f.name for f in FAMILIES)}."
+    )
 
 
 __all__ = [

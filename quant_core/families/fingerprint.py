@@ -6,10 +6,11 @@ import torch
 
 
 def fingerprint(layers, get) -> str:
-    """Hash of a model: names, shapes and 64 values of each quantizable weight, rounded to bf16 so that an upcast changes
-    nothing. The rest is left out: formats disagree on what belongs to it.
+    """Hash of a model: names, shapes and 64 values of each quantizable weight, rounded to bf16 so that an
+    upcast changes nothing. The rest is left out: formats disagree on what belongs to it.
 
-    layers: the family's; of them linear layers alone, as up to 0.5. get: ComfyUI key -> tensor. A memory-mapped 24 GB file takes a second.
+    layers: the family's; of them linear layers alone, as up to 0.5. get: ComfyUI key -> tensor. A
+    memory-mapped 24 GB file takes a second.
     """
     digest = hashlib.sha256()
     for key in sorted(f"{layer.name}.weight" for layer in layers if not layer.spatial):

@@ -1,8 +1,8 @@
 """FLUX.1 (dev, schnell, Fill, Kontext): two-stream blocks, then one-stream blocks.
 
 Source: Black Forest Labs' reference model; the choice of what stays in 16 bit follows SVDQuant, section 5 and
-deepcompressor's FLUX settings: embedders and final layer untouched, adaLN modulation weight-only, `linear2` as its
-attention and MLP halves.
+deepcompressor's FLUX settings: embedders and final layer untouched, adaLN modulation weight-only, `linear2`
+as its attention and MLP halves.
 """
 
 from .base import Family, Rule, Stacked, count, renamed
@@ -47,7 +47,9 @@ _SINGLE_NORMS = {"norm.query_norm": "attn.norm_q", "norm.key_norm": "attn.norm_k
 def _diffusers(shapes):
     out = renamed(_TOP)
     for leaf in ("weight", "bias"):
-        out[f"final_layer.adaLN_modulation.1.{leaf}"] = Stacked((f"norm_out.linear.{leaf}",), swap_halves=True)
+        out[f"final_layer.adaLN_modulation.1.{leaf}"] = Stacked(
+            (f"norm_out.linear.{leaf}",), swap_halves=True
+        )
     out |= blocks_from_diffusers(shapes)
     return {k: s for k, s in out.items() if s.keys[0] in shapes}
 
@@ -81,12 +83,21 @@ FLUX = Family(
     block=r"(?:double|single)_blocks\.\d+",
     rules=(
         # All of them read SiLU of the one vector of time, guidance and pooled text.
-        Rule(r"(img|txt)_mod\.lin|modulation\.lin", weight_only=True, shared_input="double_blocks.0.img_mod.lin"),
+        Rule(
+            r"(img|txt)_mod\.lin|modulation\.lin",
+            weight_only=True,
+            shared_input="double_blocks.0.img_mod.lin",
+        ),
         *BLOCK_RULES,
     ),
     signature=("double_blocks.0.img_attn.qkv.weight", "img_in.weight", "double_blocks.0.img_mod.lin.weight"),
     # Chroma and FLUX.2 share the block names but not the modulation; Ovis-Image's MLPs have no GELU.
-    without=("distilled_guidance_layer.", "double_stream_modulation", "double_blocks.0.img_mlp.gate_proj.", "context_embedder_norm."),
+    without=(
+        "distilled_guidance_layer.",
+        "double_stream_modulation",
+        "double_blocks.0.img_mlp.gate_proj.",
+        "context_embedder_norm.",
+    ),
     diffusers_signature=(
         "transformer_blocks.0.norm1_context.linear.weight",
         "x_embedder.weight",

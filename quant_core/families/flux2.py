@@ -1,9 +1,11 @@
-"""FLUX.2 (dev, Klein 4B and 9B): two-stream blocks, then one-stream blocks, whose modulation all blocks of a kind share.
+"""FLUX.2 (dev, Klein 4B and 9B): two-stream blocks, then one-stream blocks, whose modulation all blocks of a
+kind share.
 
-Source: Black Forest Labs' reference model. Gated MLPs: the first half of `mlp.0` and of what `linear1` has behind q, k and v passes a SiLU,
-in ComfyUI's and in diffusers' order, and `mlp.2` reads a product, no GELU. `linear2` is quantized as its attention and MLP halves, as in
-FLUX.1. The three shared modulation layers are weight-only, as FLUX.1's: 1.8 % of dev's weights, 3.7 % of Klein 4B's. In a small random
-model (hidden 256) they move the latents' error from 0.252 to 0.263 with a calibration, from 0.289 to 0.368 without.
+Source: Black Forest Labs' reference model. Gated MLPs: the first half of `mlp.0` and of what `linear1` has
+behind q, k and v passes a SiLU, in ComfyUI's and in diffusers' order, and `mlp.2` reads a product, no GELU.
+`linear2` is quantized as its attention and MLP halves, as in FLUX.1. The three shared modulation layers are
+weight-only, as FLUX.1's: 1.8 % of dev's weights, 3.7 % of Klein 4B's. In a small random model (hidden 256)
+they move the latents' error from 0.252 to 0.263 with a calibration, from 0.289 to 0.368 without.
 """
 
 from .base import Family, Rule, Stacked, count, renamed
@@ -47,7 +49,9 @@ _BLOCKS = (
 def _diffusers(shapes):
     out = renamed(_TOP)
     for leaf in ("weight", "bias"):
-        out[f"final_layer.adaLN_modulation.1.{leaf}"] = Stacked((f"norm_out.linear.{leaf}",), swap_halves=True)
+        out[f"final_layer.adaLN_modulation.1.{leaf}"] = Stacked(
+            (f"norm_out.linear.{leaf}",), swap_halves=True
+        )
     for ours, theirs, linears, norms in _BLOCKS:
         for i in range(count(shapes, theirs)):
             out |= renamed(linears, f"{ours}.{i}.", f"{theirs}.{i}.")

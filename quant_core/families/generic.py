@@ -1,8 +1,10 @@
-"""Any model with linear layers in repeated blocks, by rule and by what a calibration observed: a new architecture needs no code.
+"""Any model with linear layers in repeated blocks, by rule and by what a calibration observed: a new
+architecture needs no code.
 
-The rules (`rules`) go by names and shapes. A calibration then confirms what they found, here and beside a family's map: which layers are
-called and in which order, which share an input (the hooked tensor is the same), which see one row a picture (weight-only) and which read
-the output of a GELU (nothing below -0.17). After quantization a layer that is much worse than the others goes back to 16 bit.
+The rules (`rules`) go by names and shapes. A calibration then confirms what they found, here and beside a
+family's map: which layers are called and in which order, which share an input (the hooked tensor is the
+same), which see one row a picture (weight-only) and which read the output of a GELU (nothing below -0.17).
+After quantization a layer that is much worse than the others goes back to 16 bit.
 """
 
 from dataclasses import dataclass

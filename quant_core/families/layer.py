@@ -16,9 +16,10 @@ class Part:
 class Layer:
     """A linear layer to quantize.
 
-    name: the module, without ".weight". block: the transformer block it belongs to. input: the layer whose input it
-    shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16. rule: what found it, "" for a family's
-    map; IN_BLOCK and SHARED are guesses from names and shapes, which a calibration confirms. spatial: as in LinearSpec, for 1x1 convolutions.
+    name: the module, without ".weight". block: the transformer block it belongs to. input: the layer whose
+    input it shares (its own name, mostly); statistics are kept once for each input. weight_only: W4A16. rule:
+    what found it, "" for a family's map; IN_BLOCK and SHARED are guesses from names and shapes, which a
+    calibration confirms. spatial: as in LinearSpec, for 1x1 convolutions.
     """
 
     name: str

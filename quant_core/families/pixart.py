@@ -1,7 +1,8 @@
-"""PixArt-alpha and PixArt-Sigma: self-attention, cross-attention to the text, GELU MLP; one adaLN for all blocks.
+"""PixArt-alpha and PixArt-Sigma: self-attention, cross-attention to the text, GELU MLP; one adaLN for all
+blocks.
 
-`t_block` (adaLN-single) runs once a step for all blocks; it is left to the rules behind the map, which take it with a calibration. The
-embedders and the final layer stay in 16 bit.
+`t_block` (adaLN-single) runs once a step for all blocks; it is left to the rules behind the map, which take
+it with a calibration. The embedders and the final layer stay in 16 bit.
 """
 
 from .base import Family, Rule, Stacked, count, renamed
@@ -54,7 +55,11 @@ PIXART = Family(
         Rule(r"mlp\.fc2", split="gelu"),
     ),
     signature=("blocks.0.cross_attn.q_linear.weight", "blocks.0.scale_shift_table", "t_block.1.weight"),
-    diffusers_signature=("transformer_blocks.0.scale_shift_table", "adaln_single.linear.weight", "pos_embed.proj.weight"),
+    diffusers_signature=(
+        "transformer_blocks.0.scale_shift_table",
+        "adaln_single.linear.weight",
+        "pos_embed.proj.weight",
+    ),
     diffusers=_diffusers,
     diffusers_class="PixArtTransformer2DModel",
 )

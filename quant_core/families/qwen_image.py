@@ -1,7 +1,7 @@
 """Qwen-Image and its edit and layered versions: MM-DiT of 60 two-stream blocks.
 
-Source: Qwen's reference model, whose key names ComfyUI and diffusers both keep. As in FLUX.1: modulation weight-only, embedders and final
-layer in 16 bit.
+Source: Qwen's reference model, whose key names ComfyUI and diffusers both keep. As in FLUX.1: modulation
+weight-only, embedders and final layer in 16 bit.
 """
 
 from .base import Family, Rule, Stacked
@@ -12,7 +12,10 @@ _SIGNATURE = (
     "transformer_blocks.0.attn.add_q_proj.weight",
     "txt_norm.weight",
 )
-_STREAMS = (r"(?:txt_|attn\.add_|attn\.to_add_out)", r"(?:img_|attn\.to_)")  # text first, and the first that fits counts
+_STREAMS = (
+    r"(?:txt_|attn\.add_|attn\.to_add_out)",
+    r"(?:img_|attn\.to_)",
+)  # text first, and the first that fits counts
 
 QWEN_IMAGE = Family(
     name="qwen_image",

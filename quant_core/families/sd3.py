@@ -1,8 +1,10 @@
-"""Stable Diffusion 3 and 3.5, medium and large: MM-DiT; some blocks of 3.5 medium attend to the image a second time (`attn2`).
+"""Stable Diffusion 3 and 3.5, medium and large: MM-DiT; some blocks of 3.5 medium attend to the image a
+second time (`attn2`).
 
-Source: Stability's reference model, as in ComfyUI (`MMDiT`). As in FLUX.1: modulation weight-only, embedders and final layer in 16 bit.
-The last block reads the text and leaves it as it is: its text modulation has two rows a channel instead of six, which diffusers keeps in
-the other order, and stays in 16 bit (0.4% of 3.5 large's modulation).
+Source: Stability's reference model, as in ComfyUI (`MMDiT`). As in FLUX.1: modulation weight-only, embedders
+and final layer in 16 bit. The last block reads the text and leaves it as it is: its text modulation has two
+rows a channel instead of six, which diffusers keeps in the other order, and stays in 16 bit (0.4% of 3.5
+large's modulation).
 """
 
 from .base import Family, Rule, Stacked, count, renamed
@@ -44,7 +46,9 @@ def _diffusers(shapes):
     for i in range(depth):
         out |= renamed(_BLOCK, f"joint_blocks.{i}.", f"transformer_blocks.{i}.")
     swapped = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
-    swapped[f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"] = f"transformer_blocks.{depth - 1}.norm1_context.linear"
+    swapped[f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"] = (
+        f"transformer_blocks.{depth - 1}.norm1_context.linear"
+    )
     out |= {k: Stacked(s.keys, swap_halves=True) for k, s in renamed(swapped).items()}
     return {k: s for k, s in out.items() if s.keys[0] in shapes}
 
@@ -57,8 +61,17 @@ SD3 = Family(
     block=r"joint_blocks\.\d+",
     rules=(
         # All of them read SiLU of the one vector of time and pooled text.
-        Rule(r"context_block\.adaLN_modulation\.1", weight_only=True, shared_input="joint_blocks.0.x_block.adaLN_modulation.1", rows=6),
-        Rule(r"x_block\.adaLN_modulation\.1", weight_only=True, shared_input="joint_blocks.0.x_block.adaLN_modulation.1"),
+        Rule(
+            r"context_block\.adaLN_modulation\.1",
+            weight_only=True,
+            shared_input="joint_blocks.0.x_block.adaLN_modulation.1",
+            rows=6,
+        ),
+        Rule(
+            r"x_block\.adaLN_modulation\.1",
+            weight_only=True,
+            shared_input="joint_blocks.0.x_block.adaLN_modulation.1",
+        ),
         Rule(r"(context|x)_block\.attn\.qkv"),
         Rule(r"x_block\.attn2\.qkv"),
         Rule(r"(context|x)_block\.attn\.proj"),
@@ -66,8 +79,17 @@ SD3 = Family(
         Rule(r"(context|x)_block\.mlp\.fc1"),
         Rule(r"(context|x)_block\.mlp\.fc2", split="gelu"),
     ),
-    kept=((r"joint_blocks\.\d+\.context_block\.adaLN_modulation\.1", "its rows are in another order in diffusers"),),
-    signature=("joint_blocks.0.x_block.attn.qkv.weight", "joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight"),
+    kept=(
+        (
+            r"joint_blocks\.\d+\.context_block\.adaLN_modulation\.1",
+            "its rows are in another order in diffusers",
+        ),
+    ),
+    signature=(
+        "joint_blocks.0.x_block.attn.qkv.weight",
+        "joint_blocks.0.context_block.attn.qkv.weight",
+        "x_embedder.proj.weight",
+    ),
     diffusers_signature=(
         "transformer_blocks.0.attn.add_q_proj.weight",
         "transformer_blocks.0.norm1_context.linear.weight",

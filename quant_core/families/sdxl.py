@@ -1,8 +1,10 @@
-"""SDXL, its refiner and its smaller relatives (SSD-1B, Vega, KOALA): a U-Net; the linear layers of its transformers are quantized.
+"""SDXL, its refiner and its smaller relatives (SSD-1B, Vega, KOALA): a U-Net; the linear layers of its
+transformers are quantized.
 
-Source: Stability's reference model. Each transformer has a projection in and out around blocks of self-attention, cross-attention to the
-text and a GEGLU MLP: `ff.net.2` reads a product, no GELU. Convolutions, the residual blocks' projections of the time vector and the embedders
-of time and size stay in 16 bit. A projection's block is its whole transformer; those within are blocks of their own.
+Source: Stability's reference model. Each transformer has a projection in and out around blocks of
+self-attention, cross-attention to the text and a GEGLU MLP: `ff.net.2` reads a product, no GELU.
+Convolutions, the residual blocks' projections of the time vector and the embedders of time and size stay in
+16 bit. A projection's block is its whole transformer; those within are blocks of their own.
 """
 
 from .base import Family, Rule, Stacked, count, renamed

@@ -1,9 +1,10 @@
-"""Wan 2.1 and 2.2, text to video and image to video, at 1.3B, 5B and 14B; and VACE, which has a second list of blocks beside.
+"""Wan 2.1 and 2.2, text to video and image to video, at 1.3B, 5B and 14B; and VACE, which has a second list
+of blocks beside.
 
-Source: the Wan team's reference model. Self-attention, cross-attention to the text (2.1's image to video also to an image, `k_img` and
-`v_img`), GELU MLP; the blocks' modulation is a table. The embedders of patches, text, time and image and the head stay in 16 bit.
-`time_projection`, which runs once a step for all blocks, and what relatives have beside (HuMo, S2V, Animate, WanDancer) are left to the
-rules behind the map.
+Source: the Wan team's reference model. Self-attention, cross-attention to the text (2.1's image to video also
+to an image, `k_img` and `v_img`), GELU MLP; the blocks' modulation is a table. The embedders of patches,
+text, time and image and the head stay in 16 bit. `time_projection`, which runs once a step for all blocks,
+and what relatives have beside (HuMo, S2V, Animate, WanDancer) are left to the rules behind the map.
 """
 
 from dataclasses import replace
@@ -24,7 +25,10 @@ _TOP = {
     "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "head.head": "proj_out",
 }
-_LONE = {"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed", "head.modulation": "scale_shift_table"}
+_LONE = {
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.modulation": "scale_shift_table",
+}
 _BLOCK = {
     **{f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
        for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"))},
@@ -58,7 +62,8 @@ WAN = Family(
         Rule(r"self_attn\.[kv]", shared_input="{block}.self_attn.q"),
         Rule(r"self_attn\.o"),
         Rule(r"cross_attn\.q"),
-        # Every block's keys and values come from the same embedded text, and the same embedded image: one set of statistics each.
+        # Every block's keys and values come from the same embedded text, and the same embedded image: one set
+        # of statistics each.
         Rule(r"cross_attn\.[kv]", shared_input="{first}.cross_attn.k"),
         Rule(r"cross_attn\.[kv]_img", shared_input="{first}.cross_attn.k_img"),
         Rule(r"cross_attn\.o"),
@@ -67,7 +72,11 @@ WAN = Family(
         Rule(r"after_proj"),
     ),
     signature=("head.modulation", "blocks.0.self_attn.q.weight", "patch_embedding.weight"),
-    diffusers_signature=("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight", "blocks.0.scale_shift_table"),
+    diffusers_signature=(
+        "condition_embedder.time_proj.weight",
+        "blocks.0.attn1.to_q.weight",
+        "blocks.0.scale_shift_table",
+    ),
     diffusers=_diffusers,
     diffusers_class="WanTransformer3DModel",
 )

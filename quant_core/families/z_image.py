@@ -1,7 +1,9 @@
-"""Z-Image: one-stream blocks over text and image together, behind refiners of two blocks for either (three, with SigLIP's, in Omni).
+"""Z-Image: one-stream blocks over text and image together, behind refiners of two blocks for either (three,
+with SigLIP's, in Omni).
 
-Source: Tongyi's reference model; ComfyUI runs it as a Lumina. SwiGLU MLPs: w2 reads a product, no GELU. The refiners of text and SigLIP
-have no modulation. What there is reads the one vector of time and is weight-only; embedders and final layer stay in 16 bit.
+Source: Tongyi's reference model; ComfyUI runs it as a Lumina. SwiGLU MLPs: w2 reads a product, no GELU. The
+refiners of text and SigLIP have no modulation. What there is reads the one vector of time and is weight-only;
+embedders and final layer stay in 16 bit.
 """
 
 from .base import Family, Rule, Stacked, count, renamed
@@ -49,10 +51,23 @@ Z_IMAGE = Family(
         Rule(r"feed_forward\.w3", shared_input="{block}.feed_forward.w1"),
         Rule(r"feed_forward\.w2"),
     ),
-    kept=((r"dec_net\..+", "the decoder to pixels, 4.5 % of the weights: in 4 bits it doubles the picture's error"),),
+    kept=(
+        (
+            r"dec_net\..+",
+            "the decoder to pixels, 4.5 % of the weights: in 4 bits it doubles the picture's error",
+        ),
+    ),
     # Lumina 2 has the same blocks with another modulation and grouped heads.
-    signature=("layers.0.attention.qkv.weight", "layers.0.adaLN_modulation.0.weight", "cap_embedder.1.weight"),
-    diffusers_signature=("layers.0.attention.to_q.weight", "layers.0.adaLN_modulation.0.weight", "all_x_embedder.2-1.weight"),
+    signature=(
+        "layers.0.attention.qkv.weight",
+        "layers.0.adaLN_modulation.0.weight",
+        "cap_embedder.1.weight",
+    ),
+    diffusers_signature=(
+        "layers.0.attention.to_q.weight",
+        "layers.0.adaLN_modulation.0.weight",
+        "all_x_embedder.2-1.weight",
+    ),
     diffusers=_diffusers,
     diffusers_class="ZImageTransformer2DModel",
     chain=False,  # the refiners stand side by side

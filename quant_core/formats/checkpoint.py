@@ -19,7 +19,8 @@ from .shards import files_of
 
 
 def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]:
-    """({key: (handle, file)}, header entries) of the files of the model at `path`. Raises CheckpointError where two have a tensor of one name."""
+    """({key: (handle, file)}, header entries) of the files of the model at `path`. Raises CheckpointError
+    where two have a tensor of one name."""
     where, metadata = {}, {}
     for file in files:
         handle = open_safetensors(file)
@@ -27,7 +28,8 @@ def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]
         for key in list(handle.keys()):
             if key in where:
                 raise CheckpointError(
-                    f"{path}: {key} is in {where[key][1].name} and in {file.name}. Leave one version of the model in the folder."
+                    f"{path}: {key} is in {where[key][1].name} and in {file.name}. Leave one version of "
+                    "the model in the folder."
                 )
             where[key] = handle, file
     return where, metadata
@@ -42,12 +44,14 @@ def family_of(shapes, path: Path) -> Family:
 
 
 class Checkpoint:
-    """A model in floats of 64 to 8 bits: a safetensors file, a set of shards, or a diffusers folder; see `files_of`.
+    """A model in floats of 64 to 8 bits: a safetensors file, a set of shards, or a diffusers folder; see
+    `files_of`.
 
-    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several nor fp8, which becomes
-    bf16, nor fp64, which becomes fp32. origin: what the file says beside them. fp8: a phrase on the weights that the file has in
-    fp8, "" without any; fp8_values: how many numbers those and all other tensors in fp8 are. Raises CheckpointError for files it cannot read,
-    UnknownArchitecture for models it does not know.
+    shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several
+    nor fp8, which becomes bf16, nor fp64, which becomes fp32. origin: what the file says beside them. fp8: a
+    phrase on the weights that the file has in fp8, "" without any; fp8_values: how many numbers those and all
+    other tensors in fp8 are. Raises CheckpointError for files it cannot read, UnknownArchitecture for models
+    it does not know.
     """
 
     def __init__(self, path):
@@ -71,14 +75,20 @@ class Checkpoint:
         self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
         if self._stacks:
             self._require_all(own)
-            self.shapes = {k: (sum(own[o][0] for o in s.keys), *own[s.keys[0]][1:]) for k, s in self._stacks.items()}
+            self.shapes = {
+                k: (sum(own[o][0] for o in s.keys), *own[s.keys[0]][1:]) for k, s in self._stacks.items()
+            }
         else:
             self.shapes = own
 
     def _require_known(self, where, metadata):
-        """({name: shape}, {name: dtype}) of tensors that are in no foreign format. where: {name: (handle, key, ...)}."""
+        """({name: shape}, {name: dtype}) of tensors that are in no foreign format. where: {name: (handle,
+        key, ...)}."""
         pieces = {name: handle.get_slice(key) for name, (handle, key, *_) in where.items()}
-        shapes, dtypes = {n: tuple(p.get_shape()) for n, p in pieces.items()}, {n: p.get_dtype() for n, p in pieces.items()}
+        shapes, dtypes = (
+            {n: tuple(p.get_shape()) for n, p in pieces.items()},
+            {n: p.get_dtype() for n, p in pieces.items()},
+        )
         require_leaves(self.path, shapes, dtypes, metadata.get(HEADER))
         return shapes, dtypes
 
@@ -99,7 +109,8 @@ class Checkpoint:
     def _require_all(self, own):
         if lost := set(own) - {key for stack in self._stacks.values() for key in stack.keys}:
             raise CheckpointError(
-                f"{self.path}: {len(lost)} tensors of a {self.family.title} model in diffusers' names have no place in ComfyUI's: "
+                f"{self.path}: {len(lost)} tensors of a {self.family.title} model in diffusers' names have "
+                "no place in ComfyUI's: "
                 f"{names_text(lost)}. The model would come out without them. Take the file made for ComfyUI."
             )
 

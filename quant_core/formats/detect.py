@@ -17,7 +17,8 @@ NIBBLE, KITCHEN, NUNCHAKU, FULL, CALIBRATION = "nibble", "kitchen", "nunchaku", 
 
 
 def kind_of(path: Path) -> str:
-    """One of the names above. Raises CheckpointError for what cannot be read, and for files that declare two formats at once."""
+    """One of the names above. Raises CheckpointError for what cannot be read, and for files that declare two
+    formats at once."""
     path = Path(path)
     first = next(iter(sorted(path.glob("*.safetensors"))), None) if path.is_dir() else path
     if first is None:
@@ -39,7 +40,8 @@ def kind_of(path: Path) -> str:
     ]
     if len(found) > 1:
         raise CheckpointError(
-            f"{path}: declares layers as {' and as '.join(found)} does; expected one format. Download or export it again."
+            f"{path}: declares layers as {' and as '.join(found)} does; expected one format. Download or "
+            "export it again."
         )
     return found[0] if found else FULL
 
@@ -50,19 +52,26 @@ def _packed(file, keys) -> bool:
 
 
 def open_quantized(path: Path) -> Opened:
-    """The reader of a quantized model. Raises PackError for one that is not quantized, and the errors of the readers."""
+    """The reader of a quantized model. Raises PackError for one that is not quantized, and the errors of the
+    readers."""
     kind = kind_of(path)
     if kind in (FULL, CALIBRATION):
-        what = "a calibration" if kind == CALIBRATION else f"{_fp8(path)}not a quantized model that this pack knows"
+        what = (
+            "a calibration"
+            if kind == CALIBRATION
+            else f"{_fp8(path)}not a quantized model that this pack knows"
+        )
         raise PackError(
-            f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its own files, ComfyUI's and "
+            f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its "
+            "own files, ComfyUI's and "
             "comfy-kitchen's, and nunchaku's INT4."
         )
     return {NIBBLE: PackFile, KITCHEN: KitchenFile, NUNCHAKU: NunchakuFile}[kind](path)
 
 
 def _fp8(path) -> str:
-    """A phrase on a file in fp8, "" for any other. Raises CheckpointError for weights in a format that this pack does not read."""
+    """A phrase on a file in fp8, "" for any other. Raises CheckpointError for weights in a format that this
+    pack does not read."""
     try:
         found = Checkpoint(path).fp8
     except UnknownArchitecture:

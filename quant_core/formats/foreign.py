@@ -1,4 +1,5 @@
-"""Formats that this pack does not read, told from a file's header and its declarations: what the file is, and what loads it instead."""
+"""Formats that this pack does not read, told from a file's header and its declarations: what the file is, and
+what loads it instead."""
 
 from collections.abc import Callable
 
@@ -10,12 +11,18 @@ from .kitchen.declared import DeclarationError, NotJsonError
 from .scaled import FP8, WEIGHT_SCALES
 
 _COMFYUI = "load it with Load Diffusion Model"
-_UNDECLARED = "ComfyUI has such layers, but this file does not declare them (comfy_quant): take the file made for ComfyUI"
+_UNDECLARED = (
+    "ComfyUI has such layers, but this file does not declare them (comfy_quant): take the file made for "
+    "ComfyUI"
+)
 _BF16 = "take the model in 16 bit, or in fp8 with a scale a tensor or a row"
 _BITSANDBYTES = "bitsandbytes", f"diffusers loads it, and ComfyUI with a pack for bitsandbytes; {_BF16}"
 # Last pieces of keys that no other format has: {piece: (what it is, what to do)}.
 _LEAVES = {
-    "weight_scale_inv": ("block-wise fp8 (DeepSeek's: a scale a block)", f"transformers and vLLM read it, ComfyUI does not; {_BF16}"),
+    "weight_scale_inv": (
+        "block-wise fp8 (DeepSeek's: a scale a block)",
+        f"transformers and vLLM read it, ComfyUI does not; {_BF16}",
+    ),
     "weight_packed": ("compressed-tensors", f"vLLM reads it, ComfyUI does not; {_BF16}"),
     "qzeros": ("GPTQ or AWQ with zero points", f"transformers and vLLM read it, ComfyUI does not; {_BF16}"),
     "absmax": _BITSANDBYTES,
@@ -25,7 +32,8 @@ _OF_COMFYUI = {"weight_scale_2": "nvfp4", "weight_s_rel": "asym_w4a8_int8"}
 
 
 def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | None):
-    """Raises CheckpointError where the tensors beside a weight are those of a format that this pack does not read.
+    """Raises CheckpointError where the tensors beside a weight are those of a format that this pack does not
+    read.
 
     shapes, dtypes: {key: of its tensor}. header: the file's declarations, or None.
     """
@@ -42,11 +50,16 @@ def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | Non
         else:
             continue
         found = f"{key}: {dtype} {list(shapes[key])}"
-        raise CheckpointError(f"{path}: its weights are in {what}, which this pack does not read (found {found}): {advice}.")
+        raise CheckpointError(
+            f"{path}: its weights are in {what}, which this pack does not read (found {found}): {advice}."
+        )
 
 
-def require_declarations(path, shapes, dtypes, read: Callable[[str], torch.Tensor], header: str | None, prefix: str):
-    """Raises CheckpointError for layers declared in a format that this pack does not read or know. Keys are without `prefix`."""
+def require_declarations(
+    path, shapes, dtypes, read: Callable[[str], torch.Tensor], header: str | None, prefix: str
+):
+    """Raises CheckpointError for layers declared in a format that this pack does not read or know. Keys are
+    without `prefix`."""
 
     def checked(where, parse):
         try:
@@ -61,15 +74,21 @@ def require_declarations(path, shapes, dtypes, read: Callable[[str], torch.Tenso
     for key in dtypes:
         name, _, leaf = key.rpartition(".")
         if leaf == declared.LEAF:
-            found[name] = checked(key, lambda key=key: _of_tensor(shapes[key], dtypes[key], lambda: read(key)))
+            found[name] = checked(
+                key, lambda key=key: _of_tensor(shapes[key], dtypes[key], lambda: read(key))
+            )
     for name, declaration in found.items():
         dtype = dtypes.get(f"{name}.weight")
         if declaration is not None and dtype in FP8.values() and declaration.format not in FP8:
-            raise CheckpointError(f"{path}: {name}.weight: declared as {declaration.format}, found {dtype}. Export the file again.")
+            raise CheckpointError(
+                f"{path}: {name}.weight: declared as {declaration.format}, found {dtype}. Export the file "
+                "again."
+            )
 
 
 def _of_tensor(*stored):
-    """None for what is no JSON: a weight in fp8 says by its dtype what it is, and any other weight is no source."""
+    """None for what is no JSON: a weight in fp8 says by its dtype what it is, and any other weight is no
+    source."""
     try:
         return declared.of_tensor(*stored)
     except NotJsonError:

@@ -1,9 +1,11 @@
-"""The pack's own file: one safetensors file with packed layers, the untouched rest, and a JSON description in its header.
+"""The pack's own file: one safetensors file with packed layers, the untouched rest, and a JSON description in
+its header.
 
-Metadata key "nibble": {"version", "family", "layers": {name: LinearSpec}, "provenance", "report"}. Tensor keys are
-ComfyUI's module names with the suffixes that LinearSpec lists. Version 2 has "base3" beside: names of layers whose `weight` holds the
-trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and not as in memory, four a byte. Version 3 has "origin" (see `origin`),
-whose tensors are there as "nibble_beside.<name>", and tensors that stop ComfyUI's own loader (see `stop`).
+Metadata key "nibble": {"version", "family", "layers": {name: LinearSpec}, "provenance", "report"}. Tensor
+keys are ComfyUI's module names with the suffixes that LinearSpec lists. Version 2 has "base3" beside: names
+of layers whose `weight` holds the trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and
+not as in memory, four a byte. Version 3 has "origin" (see `origin`), whose tensors are there as
+"nibble_beside.<name>", and tensors that stop ComfyUI's own loader (see `stop`).
 """
 
 import json
@@ -43,8 +45,8 @@ def save(
     base3: bool = False,
     origin: Origin | None = None,
 ):
-    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized; origin: what its source said
-    beside them.
+    """Writes a model under a temporary name and renames it. rest: {key: tensor} of all that is not quantized;
+    origin: what its source said beside them.
 
     base3: ternary layers take 1.6 instead of 2 bits a code in the file; the same codes are read from it.
     """
@@ -73,7 +75,8 @@ def save(
 
 
 class PackFile(Opened):
-    """An opened Nibble model. base3: names of the layers stored so, which `layer` gives in the layout of memory as any other.
+    """An opened Nibble model. base3: names of the layers stored so, which `layer` gives in the layout of
+    memory as any other.
 
     Raises PackError naming the file and the key.
     """
@@ -86,7 +89,8 @@ class PackFile(Opened):
         text = (self._file.metadata() or {}).get("nibble")
         if text is None:
             raise PackError(
-                f"{self.path}: a safetensors file, but not one written by Nibble (no 'nibble' entry in its header). Load full-precision models with Load Diffusion Model."
+                f"{self.path}: a safetensors file, but not one written by Nibble (no 'nibble' entry in its "
+                "header). Load full-precision models with Load Diffusion Model."
             )
         header = self._parse(text)
         self.family, self.provenance = header["family"], header["provenance"]
@@ -100,25 +104,37 @@ class PackFile(Opened):
             except SpecError as error:
                 raise PackError(f"{self.path}: description of layer {name}: {error}") from error
             if name in self.base3 and any(p.weight.bits != 2 for p in spec.parts):
-                raise PackError(f"{self.path}: layer {name} is said to be in base 3, which takes weights of 2 bits: {spec.describe()}")
+                raise PackError(
+                    f"{self.path}: layer {name} is said to be in base 3, which takes weights of 2 bits: "
+                    f"{spec.describe()}"
+                )
             for leaf, shape in spec.shapes().items():
                 key = f"{name}.{leaf}"
                 if leaf == "weight" and name in self.base3:
                     shape = (spec.out_features, -(-spec.width // TRITS))
                 if key not in self._keys:
-                    raise PackError(f"{self.path}: the header describes layer {name}, but the tensor {key} is missing")
+                    raise PackError(
+                        f"{self.path}: the header describes layer {name}, but the tensor {key} is missing"
+                    )
                 found = tuple(self._file.get_slice(key).get_shape())
                 if found != shape:
-                    raise PackError(f"{self.path}: {key}: expected the shape {shape} from the header, found {found}")
+                    raise PackError(
+                        f"{self.path}: {key}: expected the shape {shape} from the header, found {found}"
+                    )
                 owned.add(key)
         if header["version"] >= 3:
             self._keys -= {k for k in self._keys if k.startswith(stop.PREFIX)}
         self.origin = self._origin(header.get("origin", {}), owned)
         if unknown := self.base3 - set(self.specs):
-            raise PackError(f"{self.path}: layers said to be in base 3 that the header does not describe: {', '.join(sorted(unknown)[:3])}")
+            raise PackError(
+                f"{self.path}: layers said to be in base 3 that the header does not describe: "
+                f"{', '.join(sorted(unknown)[:3])}"
+            )
         self.rest = sorted(self._keys - owned)
         self._require_described()
-        digests.require_description(self.path, self._file, PackError)  # last: what is said above is more to the point
+        digests.require_description(
+            self.path, self._file, PackError
+        )  # last: what is said above is more to the point
 
     def _origin(self, value, owned) -> Origin:
         def read(name):
@@ -136,9 +152,12 @@ class PackFile(Opened):
         """A layer without its description would be taken for one in 16 bit: its codes for weights."""
         for key in self.rest:
             name, _, leaf = key.rpartition(".")
-            if leaf in _LEAVES or (leaf == "weight" and self._file.get_slice(key).get_dtype() in ("I8", "U8")):
+            if leaf in _LEAVES or (
+                leaf == "weight" and self._file.get_slice(key).get_dtype() in ("I8", "U8")
+            ):
                 raise PackError(
-                    f"{self.path}: {key} belongs to a quantized layer, but the header does not describe the layer {name}. The file is damaged: "
+                    f"{self.path}: {key} belongs to a quantized layer, but the header does not describe "
+                    f"the layer {name}. The file is damaged: "
                     "download it or quantize the model again."
                 )
 
@@ -154,7 +173,8 @@ class PackFile(Opened):
             version = own_json.field(header, "version", int, 1)
             if version > VERSION:
                 raise PackError(
-                    f"{self.path}: format version {version}; this version of the pack reads up to {VERSION}. Update ComfyUI-Nibble."
+                    f"{self.path}: format version {version}; this version of the pack reads up to "
+                    f"{VERSION}. Update ComfyUI-Nibble."
                 )
             for key, kind in {"family": str, "layers": dict, "provenance": dict, "report": list}.items():
                 own_json.field(header, key, kind)
@@ -164,15 +184,24 @@ class PackFile(Opened):
         except UnknownArchitecture as error:
             raise PackError(f"{self.path}: {error} Update ComfyUI-Nibble.") from error
         trits = header.get("base3", [])
-        if not isinstance(trits, list) or not all(isinstance(name, str) for name in trits) or (trits and version < 2):
+        if (
+            not isinstance(trits, list)
+            or not all(isinstance(name, str) for name in trits)
+            or (trits and version < 2)
+        ):
             raise PackError(
-                f"{self.path}: header entry 'base3': expected names of layers in a file of version 2, found {str(trits)[:80]!r}"
+                f"{self.path}: header entry 'base3': expected names of layers in a file of version 2, "
+                f"found {str(trits)[:80]!r}"
             )
         return header
 
     def layer(self, name: str) -> QuantizedLayer:
         """One layer, memory-mapped but for weights in base 3."""
-        tensors = {leaf: self._file.get_tensor(f"{name}.{leaf}") for leaf in TENSOR_NAMES if leaf in self.specs[name].shapes()}
+        tensors = {
+            leaf: self._file.get_tensor(f"{name}.{leaf}")
+            for leaf in TENSOR_NAMES
+            if leaf in self.specs[name].shapes()
+        }
         try:
             if name in self.base3:
                 tensors["weight"] = self._trits(name, tensors["weight"])

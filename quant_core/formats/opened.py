@@ -17,10 +17,11 @@ from .origin import Origin
 class Opened(ABC):
     """Nothing is read but headers until a layer or a tensor is asked for.
 
-    path: the file or folder. kind: one short phrase for reports. family: name of the family, whose ComfyUI key names are used
-    throughout. specs: {layer name: LinearSpec}. rest: keys of all other tensors. provenance, report: as the pack's own file has them,
-    empty where the format has none. notes: sentences on what reading changes of what the file holds; empty where nothing is lost. origin: what
-    the model's source said beside its weights.
+    path: the file or folder. kind: one short phrase for reports. family: name of the family, whose ComfyUI
+    key names are used throughout. specs: {layer name: LinearSpec}. rest: keys of all other tensors.
+    provenance, report: as the pack's own file has them, empty where the format has none. notes: sentences on
+    what reading changes of what the file holds; empty where nothing is lost. origin: what the model's source
+    said beside its weights.
     """
 
     path: Path
@@ -51,9 +52,11 @@ class Opened(ABC):
         return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
 
     def sound_layer(self, name: str) -> QuantizedLayer:
-        """The same, to be run: one NaN among scales or smoothing would make a black picture. Raises CheckpointError naming file and tensor.
+        """The same, to be run: one NaN among scales or smoothing would make a black picture. Raises
+        CheckpointError naming file and tensor.
 
-        It reads the side data, which are to be moved anyway: 0.5 GB of FLUX.1 in 4 bit take 0.2 s on one core.
+        It reads the side data, which are to be moved anyway: 0.5 GB of FLUX.1 in 4 bit take 0.2 s on one
+        core.
         """
         layer = self.layer(name)
         for key, tensor in layer.tensors.items():
@@ -62,13 +65,14 @@ class Opened(ABC):
             low, high = torch.aminmax(tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise CheckpointError(
-                    f"{self.path}: {name}.{key}: NaN or Inf. The file is damaged: download it or quantize the model again."
+                    f"{self.path}: {name}.{key}: NaN or Inf. The file is damaged: download it or quantize "
+                    "the model again."
                 )
         return layer
 
     def verify(self, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> int:
-        """Reads every tensor and returns how many bytes agree with the hashes in the header; -1 where the file has none. Raises
-        CheckpointError naming what does not agree."""
+        """Reads every tensor and returns how many bytes agree with the hashes in the header; -1 where the
+        file has none. Raises CheckpointError naming what does not agree."""
         if self.files != [self.path]:
             return -1
         return digests.verify(self.path, open_safetensors(self.path), CheckpointError, progress)

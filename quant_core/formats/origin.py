@@ -1,7 +1,8 @@
-"""What a source says of its model beside the network's weights: header entries, tensors outside of the network, and ComfyUI's class.
+"""What a source says of its model beside the network's weights: header entries, tensors outside of the
+network, and ComfyUI's class.
 
-Without it the prediction type, the latent format or a config that the weights do not show would be guessed anew from the names of the
-tensors, and a v-prediction SDXL would come out as an EPS one.
+Without it the prediction type, the latent format or a config that the weights do not show would be guessed
+anew from the names of the tensors, and a v-prediction SDXL would come out as an EPS one.
 """
 
 import math
@@ -15,12 +16,14 @@ import torch
 from ..store import digests
 from ..store.safe import CheckpointError
 
-# Names under which trainers and ComfyUI keep tensors of the model beside the network's; in a file of the network alone they stand among its own.
+# Names under which trainers and ComfyUI keep tensors of the model beside the network's; in a file of the
+# network alone they stand among its own.
 _NAMES = re.compile(
     r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(max|min)|cc_projection\.(weight|bias)"
     r"|conditioner\.conditioners\.(seconds_\w+|prompt)\..+"
 )
-# Text encoders, VAEs and copies of the network in whole checkpoints, which are no part of the diffusion model.
+# Text encoders, VAEs and copies of the network in whole checkpoints, which are no part of the diffusion
+# model.
 _OTHER_MODELS = re.compile(
     r"(first_stage_model|cond_stage_model|conditioner\.embedders|text_encoders?|text_encoder_\d|vae|pretransform|model_ema|clip_vision"
     r"|audio_vae|vocoder|tokenizer)[._].*"
@@ -32,8 +35,9 @@ _OWN = ("format", "nibble", "nibble_calibration", "nibble_export", digests.ENTRY
 
 @dataclass(frozen=True)
 class Origin:
-    """metadata: the source's header entries. host: what ComfyUI made of it, of `nodes.host.origin`; {} where no ComfyUI was there.
-    beside: {name in a whole checkpoint: tensor} of the model outside of its network, on the CPU. dropped: sentences on what was left out.
+    """metadata: the source's header entries. host: what ComfyUI made of it, of `nodes.host.origin`; {} where
+    no ComfyUI was there. beside: {name in a whole checkpoint: tensor} of the model outside of its network, on
+    the CPU. dropped: sentences on what was left out.
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -43,21 +47,29 @@ class Origin:
 
     @classmethod
     def of_header(cls, metadata: Mapping[str, str] | None, **more) -> "Origin":
-        """With the entries of a safetensors header, the smallest first, up to METADATA_BYTES; not those that speak of the file's own format."""
+        """With the entries of a safetensors header, the smallest first, up to METADATA_BYTES; not those that
+        speak of the file's own format."""
         kept, used, dropped = {}, 0, []
         for key, text in sorted((metadata or {}).items(), key=lambda item: (len(item[1]), item[0])):
             if key in _OWN:
                 continue
             used += len(key.encode()) + len(text.encode())
             if used > METADATA_BYTES:
-                dropped.append(f"header entry {key[:80]!r} ({len(text)} characters) is not kept: {METADATA_BYTES} bytes are, in all")
+                dropped.append(
+                    f"header entry {key[:80]!r} ({len(text)} characters) is not kept: {METADATA_BYTES} "
+                    "bytes are, in all"
+                )
             else:
                 kept[key] = text
         return cls(metadata=kept, dropped=tuple(dropped), **more)
 
     def to_json(self) -> dict:
         """Without the tensors, which are named."""
-        return {"metadata": dict(self.metadata), "host": encoded(dict(self.host)), "beside": sorted(self.beside)}
+        return {
+            "metadata": dict(self.metadata),
+            "host": encoded(dict(self.host)),
+            "beside": sorted(self.beside),
+        }
 
     @classmethod
     def from_json(cls, value, read) -> "Origin":
@@ -69,8 +81,14 @@ class Origin:
         if not isinstance(host, dict):
             raise CheckpointError(f"'origin', host: expected an object, found {str(host)[:80]!r}")
         beside = beside or []
-        if set(value) - {"metadata", "host", "beside"} or not isinstance(beside, list) or not all(isinstance(n, str) for n in beside):
-            raise CheckpointError(f"'origin': expected metadata, host and a list of names beside, found {str(value)[:80]!r}")
+        if (
+            set(value) - {"metadata", "host", "beside"}
+            or not isinstance(beside, list)
+            or not all(isinstance(n, str) for n in beside)
+        ):
+            raise CheckpointError(
+                f"'origin': expected metadata, host and a list of names beside, found {str(value)[:80]!r}"
+            )
         return cls(metadata, decoded(host), {name: read(name) for name in beside})
 
 
@@ -85,13 +103,16 @@ def size(view) -> int:
 
 
 def outside(sizes: Mapping[str, int]) -> tuple[list[str], tuple[str, ...]]:
-    """(names to keep, sentences on the others) of a whole checkpoint's tensors outside of the network; sizes: {name: bytes}.
+    """(names to keep, sentences on the others) of a whole checkpoint's tensors outside of the network; sizes:
+    {name: bytes}.
 
-    Text encoders and VAEs are files of their own in ComfyUI and are left out without a word; of the rest, known names come first, then the
-    smallest, up to BESIDE_BYTES.
+    Text encoders and VAEs are files of their own in ComfyUI and are left out without a word; of the rest,
+    known names come first, then the smallest, up to BESIDE_BYTES.
     """
     kept, used, dropped = [], 0, []
-    for key in sorted((k for k in sizes if not _OTHER_MODELS.fullmatch(k)), key=lambda k: (not is_beside(k), sizes[k], k)):
+    for key in sorted(
+        (k for k in sizes if not _OTHER_MODELS.fullmatch(k)), key=lambda k: (not is_beside(k), sizes[k], k)
+    ):
         if used + sizes[key] > BESIDE_BYTES:
             dropped.append(key)
             continue
@@ -100,11 +121,14 @@ def outside(sizes: Mapping[str, int]) -> tuple[list[str], tuple[str, ...]]:
     if not dropped:
         return kept, ()
     more = ", ..." * (len(dropped) > 3)
-    return kept, (f"{len(dropped)} tensors outside of the diffusion model are not kept: {', '.join(dropped[:3])}{more}",)
+    return kept, (
+        f"{len(dropped)} tensors outside of the diffusion model are not kept: {', '.join(dropped[:3])}{more}",
+    )
 
 
 def encoded(value):
-    """JSON of a config: numbers, texts, lists and dicts as they are, tuples and dtypes in a dict of one entry. Raises TypeError for the rest."""
+    """JSON of a config: numbers, texts, lists and dicts as they are, tuples and dtypes in a dict of one
+    entry. Raises TypeError for the rest."""
     if isinstance(value, tuple):
         return {"tuple": [encoded(v) for v in value]}
     if isinstance(value, torch.dtype):
@@ -139,7 +163,9 @@ def decoded(value):
         return value
     form, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
     if form in _FORMS and not isinstance(inner, list if form in ("tuple", "dict") else str):
-        raise CheckpointError(f"'origin', host: {form} {str(inner)[:80]!r} cannot be read (a {type(inner).__name__})")
+        raise CheckpointError(
+            f"'origin', host: {form} {str(inner)[:80]!r} cannot be read (a {type(inner).__name__})"
+        )
     try:
         if form == "tuple":
             return tuple(decoded(v) for v in inner)
@@ -153,7 +179,9 @@ def decoded(value):
         if form == "dict":
             return {decoded(k): decoded(v) for k, v in inner}
     except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"'origin', host: {form} {str(inner)[:80]!r} cannot be read ({error})") from error
+        raise CheckpointError(
+            f"'origin', host: {form} {str(inner)[:80]!r} cannot be read ({error})"
+        ) from error
     return {k: decoded(v) for k, v in value.items()}
 
 

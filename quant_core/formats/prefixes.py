@@ -1,4 +1,5 @@
-"""Where in a file the network's tensors are: what stands before their names, or within them, and is no part of them."""
+"""Where in a file the network's tensors are: what stands before their names, or within them, and is no part
+of them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,11 +7,21 @@ from dataclasses import dataclass
 from ..families import known
 from ..store.safe import CheckpointError
 
-# ComfyUI 0.33 (`comfy.model_detection.unet_prefix_from_state_dict`): the first three where more than five keys have them, else the last.
+# ComfyUI 0.33 (`comfy.model_detection.unet_prefix_from_state_dict`): the first three where more than five
+# keys have them, else the last.
 _COMFYUI = ("model.diffusion_model.", "model.model.", "net.")
 _COMFYUI_LAST = "model."
 # What trainers and exporters put in front; they also come one behind the other.
-_TRAINERS = ("diffusion_model.", "transformer.", "unet.", "module.", "base_model.model.", "dit.", *_COMFYUI, _COMFYUI_LAST)
+_TRAINERS = (
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "module.",
+    "base_model.model.",
+    "dit.",
+    *_COMFYUI,
+    _COMFYUI_LAST,
+)
 # Pieces that wrappers of single modules leave in names: torch.compile, FSDP, activation checkpoints, PEFT.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector")
@@ -20,7 +31,8 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class Names:
-    """prefix: what was taken off, "" for nothing. keys: {name within the network: key in the file}. outside: keys of everything else."""
+    """prefix: what was taken off, "" for nothing. keys: {name within the network: key in the file}. outside:
+    keys of everything else."""
 
     prefix: str
     keys: dict[str, str]
@@ -30,15 +42,19 @@ class Names:
 def network(keys: Iterable[str], where: str) -> Names:
     """The network's names among `keys`, in ComfyUI's or diffusers' spelling.
 
-    A prefix is taken off where a model that this pack has a map of is behind it, else where ComfyUI itself takes it off or blocks of layers are behind
-    one that trainers write. Raises CheckpointError, beginning with `where`, for adapters that are not merged, and for names that all
-    begin with something unknown: ComfyUI could not load what was made of them.
+    A prefix is taken off where a model that this pack has a map of is behind it, else where ComfyUI itself
+    takes it off or blocks of layers are behind one that trainers write. Raises CheckpointError, beginning
+    with `where`, for adapters that are not merged, and for names that all begin with something unknown:
+    ComfyUI could not load what was made of them.
     """
     plain = {}
     for key in keys:
         name = ".".join(piece for piece in key.split(".") if piece not in WRAPPERS) if "_" in key else key
         if name in plain:
-            raise CheckpointError(f"{where}: {plain[name]} and {key} are the same tensor {name}. Save the model again without wrappers.")
+            raise CheckpointError(
+                f"{where}: {plain[name]} and {key} are the same tensor {name}. Save the model again "
+                "without wrappers."
+            )
         plain[name] = key
     if any(".base_layer." in key for key in plain.values()):
         _require_merged(plain, where)
@@ -62,7 +78,9 @@ def _known(names: set[str], prefix: str, depth: int) -> str | None:
     if (shared := _shared(names)) and shared not in candidates:
         candidates.append(shared)
     for p in candidates:
-        if (found := _known({n.removeprefix(p) for n in names if n.startswith(p)}, prefix + p, depth - 1)) is not None:
+        if (
+            found := _known({n.removeprefix(p) for n in names if n.startswith(p)}, prefix + p, depth - 1)
+        ) is not None:
             return found
     return None
 
@@ -86,8 +104,10 @@ def _require_names(names, prefix, where):
     shared = _shared(n.removeprefix(prefix) for n in names if n.startswith(prefix))
     if shared and shared.removesuffix(".") not in _OWN:
         raise CheckpointError(
-            f"{where}: the names of all {len(names)} tensors begin with {prefix + shared!r}, such as {min(names)}. ComfyUI has no such model "
-            f"and takes off no such prefix; expected {', '.join(_COMFYUI)} or none. Save the network's own state dict."
+            f"{where}: the names of all {len(names)} tensors begin with {prefix + shared!r}, such as "
+            f"{min(names)}. ComfyUI has no such model "
+            f"and takes off no such prefix; expected {', '.join(_COMFYUI)} or none. Save the network's own "
+            "state dict."
         )
 
 
@@ -101,6 +121,7 @@ def _require_merged(names, where):
     adapters = [n for n in names if any(piece in _ADAPTERS for piece in n.split("."))]
     if adapters:
         raise CheckpointError(
-            f"{where}: holds an adapter beside the weights that it changes ({len(adapters)} tensors, first {min(adapters)}). Merge it before "
+            f"{where}: holds an adapter beside the weights that it changes ({len(adapters)} tensors, first "
+            f"{min(adapters)}). Merge it before "
             "saving (PEFT: merge_and_unload), or the model would come out without it."
         )

@@ -1,4 +1,5 @@
-"""fp8 as a source: with scales, in the two ways that ComfyUI writes them, and without; what becomes of dtypes that have no arithmetic."""
+"""fp8 as a source: with scales, in the two ways that ComfyUI writes them, and without; what becomes of dtypes
+that have no arithmetic."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,15 +12,20 @@ from ..store.safe import CheckpointError
 MARKER = "scaled_fp8"  # an empty tensor in files of the older way
 WEIGHT_SCALES = ("scale_weight", "weight_scale")  # older, newer
 BESIDE = ("scale_input", "input_scale", "comfy_quant")
-FP8 = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}  # ComfyUI's name of the format: safetensors' of the dtype
+FP8 = {
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}  # ComfyUI's name of the format: safetensors' of the dtype
 PACKED = ("I8", "U8", "I16", "I32", "I64")
 
 
 class Scales:
-    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the model. phrase: on its weights in fp8
-    and their scales, "" without any; values: how many numbers are in fp8.
+    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the
+    model. phrase: on its weights in fp8 and their scales, "" without any; values: how many numbers are in
+    fp8.
 
-    Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a scalar or one a row.
+    Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a
+    scalar or one a row.
     """
 
     def __init__(self, path, shapes: dict, dtypes: dict[str, str], read: Callable[[str], torch.Tensor]):
@@ -28,7 +34,8 @@ class Scales:
         packed = [k for k, d in dtypes.items() if d in PACKED and k.endswith((".weight", ".qweight"))]
         if packed:
             raise CheckpointError(
-                f"{path}: {packed[0]} is of dtype {dtypes[packed[0]]}: quantized already. `nibble convert` and Nibble Load Diffusion Model "
+                f"{path}: {packed[0]} is of dtype {dtypes[packed[0]]}: quantized already. `nibble convert` "
+                "and Nibble Load Diffusion Model "
                 "read such files; quantizing starts from 16 bit or fp8."
             )
         self.keys = {k for k in shapes if k == MARKER or k.rpartition(".")[2] in BESIDE}
@@ -38,10 +45,21 @@ class Scales:
             if leaf not in WEIGHT_SCALES or weight not in shapes:
                 continue
             if dtypes[weight] not in FP8.values():
-                raise CheckpointError(f"{path}: {key} is a scale, but {weight} is {dtypes[weight]}, not fp8. The file mixes formats.")
+                raise CheckpointError(
+                    f"{path}: {key} is a scale, but {weight} is {dtypes[weight]}, not fp8. The file mixes "
+                    "formats."
+                )
             rows = shapes[weight][0]
-            if dtypes[key] not in ("F32", "F16", "BF16") or shape not in ((), (1,), (1, 1), (rows,), (rows, 1)):
-                raise CheckpointError(f"{path}: {key}: expected one float, or {rows}, found {dtypes[key]} {list(shape)}")
+            if dtypes[key] not in ("F32", "F16", "BF16") or shape not in (
+                (),
+                (1,),
+                (1, 1),
+                (rows,),
+                (rows, 1),
+            ):
+                raise CheckpointError(
+                    f"{path}: {key}: expected one float, or {rows}, found {dtypes[key]} {list(shape)}"
+                )
             self.keys.add(key)
             self.of[weight] = key
         names = {dtype: name for name, dtype in FP8.items()}
@@ -53,7 +71,9 @@ class Scales:
         weights = [key for key in held if key.endswith(".weight") and len(shapes[key]) > 1]
         kinds = Counter(f"{held[key]} with {self._grain(key, shapes)}" for key in weights)
         words = [f"{count} weights in {kind}" for kind, count in kinds.most_common()]
-        return ", ".join(words + [f"{len(held) - len(weights)} other tensors in fp8"] * (len(held) > len(weights)))
+        return ", ".join(
+            words + [f"{len(held) - len(weights)} other tensors in fp8"] * (len(held) > len(weights))
+        )
 
     def _grain(self, key, shapes) -> str:
         if key not in self.of:
@@ -73,8 +93,9 @@ def real_values(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def computable(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of a source in the dtype that it is quantized, or written, in: 8-bit floats in bf16, which holds all of their values, fp64
-    in fp32; itself in any other dtype, whole numbers too. Files that hold their biases and norms in fp8 are the usual ones of FLUX."""
+    """A tensor of a source in the dtype that it is quantized, or written, in: 8-bit floats in bf16, which
+    holds all of their values, fp64 in fp32; itself in any other dtype, whole numbers too. Files that hold
+    their biases and norms in fp8 are the usual ones of FLUX."""
     if not tensor.is_floating_point():
         return tensor
     return tensor.to({1: torch.bfloat16, 8: torch.float32}.get(tensor.dtype.itemsize, tensor.dtype))

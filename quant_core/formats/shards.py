@@ -1,4 +1,5 @@
-"""Which files a checkpoint consists of. Names in an index are untrusted: they must be plain names of files beside it."""
+"""Which files a checkpoint consists of. Names in an index are untrusted: they must be plain names of files
+beside it."""
 
 import json
 import re
@@ -8,13 +9,20 @@ from ..store.safe import CheckpointError
 
 INDEX = ".safetensors.index.json"
 INDEX_BYTES = 64 * 2**20  # FLUX's index has 120 kB
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what torch.save's files are called; to open one may run code
+PICKLED = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".pkl",
+)  # what torch.save's files are called; to open one may run code
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def files_of(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: one file; a shard, which stands for all of its set; a folder with one file or a set of
-    shards, with or without an index; a diffusers pipeline folder, whose `transformer` or `unet` it is.
+    """The safetensors files of a checkpoint: one file; a shard, which stands for all of its set; a folder
+    with one file or a set of shards, with or without an index; a diffusers pipeline folder, whose
+    `transformer` or `unet` it is.
 
     Raises CheckpointError naming what is missing.
     """
@@ -28,7 +36,9 @@ def files_of(path: Path) -> list[Path]:
             raise CheckpointError(f"{path}: a diffusers pipeline without a `transformer` or `unet` folder")
         return files_of(inner)
     indexes = sorted(path.glob(f"*{INDEX}"))
-    plain = [p for p in indexes if p.name.count(".") == INDEX.count(".")]  # not model.fp16.safetensors.index.json
+    plain = [
+        p for p in indexes if p.name.count(".") == INDEX.count(".")
+    ]  # not model.fp16.safetensors.index.json
     if chosen := (plain or indexes):
         return _indexed(chosen[0])
     found = sorted(path.glob("*.safetensors"))
@@ -42,12 +52,14 @@ def files_of(path: Path) -> list[Path]:
 
 
 def require_no_pickles(folder: Path):
-    """Raises CheckpointError naming the first pickled file of weights in a folder that has none in safetensors; they are never opened."""
+    """Raises CheckpointError naming the first pickled file of weights in a folder that has none in
+    safetensors; they are never opened."""
     if any(folder.glob("*.safetensors")) or not folder.is_dir():
         return
     if pickled := sorted(p for p in folder.iterdir() if p.suffix.lower() in PICKLED):
         raise CheckpointError(
-            f"{pickled[0]}: pickled weights, which can run code when opened, and no .safetensors file beside them. Save the model again with "
+            f"{pickled[0]}: pickled weights, which can run code when opened, and no .safetensors file "
+            "beside them. Save the model again with "
             "save_pretrained(folder, safe_serialization=True), or download its .safetensors files."
         )
 
@@ -59,7 +71,10 @@ def _set(folder, stem, count):
 
 def _present(folder, names, why):
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder}: {len(missing)} of {len(names)} files are missing, first {missing[0]} ({why}). Download the rest.")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(names)} files are missing, first {missing[0]} ({why}). "
+            "Download the rest."
+        )
     return [folder / name for name in names]
 
 
@@ -70,10 +85,20 @@ def _indexed(index):
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: expected JSON with a weight_map {{tensor: file}} ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"{index}: expected JSON with a weight_map {{tensor: file}} ({type(error).__name__}: {error})"
+        ) from error
     if not names:
         raise CheckpointError(f"{index}: weight_map: expected names of .safetensors files, found none")
     for name in names:
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
-            raise CheckpointError(f"{index}: weight_map: expected names of .safetensors files beside it, found {str(name)[:80]!r}")
+        if (
+            not isinstance(name, str)
+            or not name.endswith(".safetensors")
+            or Path(name).name != name
+            or "\\" in name
+        ):
+            raise CheckpointError(
+                f"{index}: weight_map: expected names of .safetensors files beside it, found "
+                f"{str(name)[:80]!r}"
+            )
     return _present(index.parent, sorted(names), f"{index.name} names them")

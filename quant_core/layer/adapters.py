@@ -1,6 +1,8 @@
-"""What adapters add to a quantized layer, beside its packed weight: W' = gain * W + low rank + Kronecker products + dense.
+"""What adapters add to a quantized layer, beside its packed weight: W' = gain * W + low rank + Kronecker
+products + dense.
 
-Nothing here writes into the packed bytes. Each term is kept in the cheapest form that is exact; see `kronecker_or_low_rank`.
+Nothing here writes into the packed bytes. Each term is kept in the cheapest form that is exact; see
+`kronecker_or_low_rank`.
 """
 
 from dataclasses import dataclass, field, replace
@@ -44,7 +46,8 @@ class Kronecker:
 class Side:
     """The terms beside a layer of `out_features` x `in_features`, all fp32 or in the adapters' own dtype.
 
-    gain (N,) multiplies the quantized weight by rows, its own low-rank branch included; None for ones. dense (N, K) or None.
+    gain (N,) multiplies the quantized weight by rows, its own low-rank branch included; None for ones. dense
+    (N, K) or None.
     """
 
     out_features: int
@@ -61,11 +64,14 @@ class Side:
         return next((t.device for t in held if t is not None), None)
 
     def scale_rows(self, factor: torch.Tensor, first: int = 0):
-        """Multiplies W' by factor (n,), fp32, on the out-channels from `first` on: the base weight and every term so far."""
+        """Multiplies W' by factor (n,), fp32, on the out-channels from `first` on: the base weight and every
+        term so far."""
         whole = torch.ones(self.out_features, device=factor.device)
         whole[first : first + len(factor)] = factor
         self.gain = whole if self.gain is None else self.gain * whole
-        self.low_rank = [replace(t, up=t.up.float() * whole[t.first : t.first + len(t.up), None]) for t in self.low_rank]
+        self.low_rank = [
+            replace(t, up=t.up.float() * whole[t.first : t.first + len(t.up), None]) for t in self.low_rank
+        ]
         if self.dense is not None:
             self.dense = self.dense * whole[:, None]
         met = lambda t: t.first < first + len(factor) and first < t.first + t.rows
@@ -75,7 +81,8 @@ class Side:
         self.kronecker = [t for t in self.kronecker if not met(t)]
 
     def scale(self, value: float, rows: int, first: int, device):
-        """Multiplies W' by one number on `rows` out-channels from `first` on. Kronecker products that lie in there stay such."""
+        """Multiplies W' by one number on `rows` out-channels from `first` on. Kronecker products that lie in
+        there stay such."""
         inside = lambda t: first <= t.first and t.first + t.rows <= first + rows
         scaled = [replace(t, left=t.left * value) for t in self.kronecker if inside(t)]
         self.kronecker = [t for t in self.kronecker if not inside(t)]
@@ -99,9 +106,12 @@ class Side:
         return out if self.dense is None else out.add_(self.dense)
 
     def nbytes(self, layer: QuantizedLayer, dtype: torch.dtype) -> int:
-        """What the side adds to the bytes of a layer when it is attached in `dtype`; the replaced tensors are taken off."""
+        """What the side adds to the bytes of a layer when it is attached in `dtype`; the replaced tensors are
+        taken off."""
         _, changed = self.merged(layer, dtype)
-        added = sum(t.nbytes - (layer.tensors[k].nbytes if k in layer.tensors else 0) for k, t in changed.items())
+        added = sum(
+            t.nbytes - (layer.tensors[k].nbytes if k in layer.tensors else 0) for k, t in changed.items()
+        )
         loose = sum(t.left.numel() + t.right.numel() for t in self.kronecker)
         return added + dtype.itemsize * (loose + (self.dense.numel() if self.dense is not None else 0))
 
@@ -114,10 +124,12 @@ class Side:
         return ", ".join(words)
 
     def merged(self, layer: QuantizedLayer, dtype: torch.dtype):
-        """(spec, {name: tensor}) of the layer with gain and low rank in its own tensors; the packed weight is not among them.
+        """(spec, {name: tensor}) of the layer with gain and low rank in its own tensors; the packed weight is
+        not among them.
 
-        proj_* in `dtype`; weight_scale in fp32 where there is a gain: 16 bits would round it a second time. "bias_offset" (N,),
-        fp32, where activations are shifted: the bias holds the correction for the weight without the gain.
+        proj_* in `dtype`; weight_scale in fp32 where there is a gain: 16 bits would round it a second time.
+        "bias_offset" (N,), fp32, where activations are shifted: the bias holds the correction for the weight
+        without the gain.
         """
         changed = {}
         if self.gain is not None:
@@ -126,14 +138,19 @@ class Side:
                 changed["proj_up"] = layer.tensors["proj_up"].float() * self.gain[:, None]
             if (correction := bias_correction(layer)) is not None:
                 changed["bias_offset"] = (1 - self.gain) * correction
-        spec, tensors = with_lora(layer.spec, layer.tensors | changed, [(t.down, t.up, t.first) for t in self.low_rank], dtype)
-        for name in ("proj_down", "proj_up") if spec.rank and (self.low_rank or self.gain is not None) else ():
+        spec, tensors = with_lora(
+            layer.spec, layer.tensors | changed, [(t.down, t.up, t.first) for t in self.low_rank], dtype
+        )
+        for name in (
+            ("proj_down", "proj_up") if spec.rank and (self.low_rank or self.gain is not None) else ()
+        ):
             changed[name] = tensors[name].to(dtype)
         return spec, changed
 
 
 def bias_correction(layer: QuantizedLayer) -> torch.Tensor | None:
-    """What the bias of a layer with shifted activations holds beside the model's own: minus this, (N,) fp32; None without a shift."""
+    """What the bias of a layer with shifted activations holds beside the model's own: minus this, (N,) fp32;
+    None without a shift."""
     found = [
         shift_correction(unpack(packed, part.weight.bits), scales.T, part, smooth)
         for part, packed, scales, smooth in layer.spec.split(layer.tensors)
@@ -145,8 +162,9 @@ def bias_correction(layer: QuantizedLayer) -> torch.Tensor | None:
 def kronecker_or_low_rank(left, right, right_factors, first=0) -> LowRank | Kronecker:
     """left (a, b) (x) right (c, d) in the form with fewer multiplications a token.
 
-    right_factors: (c, r) and (r, d) whose product is `right`, or None. The rank of the whole is then min(a, b) r, and a low-rank
-    branch rides in the kernel of the layer; a full `right` would need min(a, b) min(c, d), so it is kept as it is.
+    right_factors: (c, r) and (r, d) whose product is `right`, or None. The rank of the whole is then min(a,
+    b) r, and a low-rank branch rides in the kernel of the layer; a full `right` would need min(a, b) min(c,
+    d), so it is kept as it is.
     """
     (a, b), (c, d) = left.shape, right.shape
     if right_factors is not None:
@@ -160,7 +178,8 @@ def kronecker_or_low_rank(left, right, right_factors, first=0) -> LowRank | Kron
 
 
 def hadamard_low_rank(a: tuple, b: tuple):
-    """(up, down) of the elementwise product of two low-rank matrices a = (n, r) (r, k) and b = (n, s) (s, k), of rank r s."""
+    """(up, down) of the elementwise product of two low-rank matrices a = (n, r) (r, k) and b = (n, s) (s, k),
+    of rank r s."""
     up = (a[0][:, :, None] * b[0][:, None, :]).flatten(1)
     down = (a[1][:, None, :] * b[1][None, :, :]).flatten(0, 1)
     return up, down

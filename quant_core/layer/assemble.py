@@ -11,26 +11,37 @@ from .linear import QuantizedLayer
 from .problem import Fitted, Problem
 
 
-def weight_codes(weight: torch.Tensor, spec, dtype: torch.dtype, scale_of=None) -> tuple[torch.Tensor, torch.Tensor]:
+def weight_codes(
+    weight: torch.Tensor, spec, dtype: torch.dtype, scale_of=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Round to nearest: weight (N, K) fp32 -> codes (N, K) int8, scales (N, G) in `dtype`.
 
-    scale_of(weight) -> (N, G): from absmax if not given. The codes are rounded against the stored scale, so that its own rounding
-    costs nothing.
+    scale_of(weight) -> (N, G): from absmax if not given. The codes are rounded against the stored scale, so
+    that its own rounding costs nothing.
     """
-    scale = absmax_scale(weight, spec.bits, spec.granularity, spec.group) if scale_of is None else scale_of(weight)
+    scale = (
+        absmax_scale(weight, spec.bits, spec.granularity, spec.group)
+        if scale_of is None
+        else scale_of(weight)
+    )
     scale = scale.to(dtype)
     scale = scale.clamp(min=torch.finfo(dtype).tiny)
-    return quantize(weight, scale.float(), spec.bits, spec.granularity, spec.group), scale.expand(weight.shape[0], -1)
+    return quantize(weight, scale.float(), spec.bits, spec.granularity, spec.group), scale.expand(
+        weight.shape[0], -1
+    )
 
 
 def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None, factors=None, scale_of=None):
-    """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N, R)) or None."""
+    """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N,
+    R)) or None."""
     n, width = weight.shape
     codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(n, part.scale_rows, dtype=scale_dtype, device=weight.device)
     # A scale for the whole tensor needs the whole tensor.
     for rows in [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width):
-        codes[rows], scales[rows] = weight_codes(folded(weight, rows, part, smooth, low_rank, factors), part.weight, scale_dtype, scale_of)
+        codes[rows], scales[rows] = weight_codes(
+            folded(weight, rows, part, smooth, low_rank, factors), part.weight, scale_dtype, scale_of
+        )
     return codes, scales
 
 
@@ -57,7 +68,8 @@ def column_absmax(weight) -> torch.Tensor:
 
 
 def smoothing(x, w, alpha, beta, dtype) -> torch.Tensor:
-    """s (w,) = x^alpha / w^beta for statistics of the two sides, rounded to `dtype` before anything is folded with it, fp32."""
+    """s (w,) = x^alpha / w^beta for statistics of the two sides, rounded to `dtype` before anything is folded
+    with it, fp32."""
     s = x.clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
     # Mean log 0 keeps s in the range of fp16; the scales absorb the constant.
     return (s / s.log().mean().exp()).clamp(1e-3, 1e3).to(dtype).float()
@@ -76,7 +88,8 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
 
 
 def fit_parts(problem: Problem, fit_part) -> Fitted:
-    """The layer of fit_part(part) -> ({"spec", "codes", ...} as `assemble` takes it, {choice: value}) for each part of the problem."""
+    """The layer of fit_part(part) -> ({"spec", "codes", ...} as `assemble` takes it, {choice: value}) for
+    each part of the problem."""
     parts, choices = [], {}
     for i, part in enumerate(problem.layer.parts):
         fitted, chosen = fit_part(part)
@@ -86,20 +99,28 @@ def fit_parts(problem: Problem, fit_part) -> Fitted:
 
 
 def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = None) -> QuantizedLayer:
-    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None, "low_rank" or None}, and
-    "factors" (left, right) where it has a learned transform. order (K,): the raw in-channel at each place, None as they are."""
+    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None,
+    "low_rank" or None}, and "factors" (left, right) where it has a learned transform. order (K,): the raw
+    in-channel at each place, None as they are."""
     tensors = {
         "weight": torch.cat([pack(p["codes"], p["spec"].weight.bits) for p in parts], 1),
         "weight_scale": torch.cat([p["scales"].T for p in parts]).contiguous(),
     }
     if any(p["smooth"] is not None for p in parts):
-        ones = [torch.ones(p["spec"].width, device=problem.weight.device) if p["smooth"] is None else p["smooth"] for p in parts]
+        ones = [
+            torch.ones(p["spec"].width, device=problem.weight.device) if p["smooth"] is None else p["smooth"]
+            for p in parts
+        ]
         tensors["smooth_factor"] = torch.cat([o.to(problem.dtype) for o in ones])
     if parts[0]["low_rank"] is not None:
         tensors["proj_down"] = torch.cat([p["low_rank"][0] for p in parts]).to(problem.dtype)
         tensors["proj_up"] = torch.cat([p["low_rank"][1] for p in parts], 1).to(problem.dtype)
-    if learned := [f.to(problem.dtype).flatten(1) for p in parts for f in [p.get("factors")] if f is not None for f in f]:
-        tensors["transform"] = torch.cat([torch.cat(pair, 1).flatten() for pair in zip(learned[::2], learned[1::2], strict=True)])
+    if learned := [
+        f.to(problem.dtype).flatten(1) for p in parts for f in [p.get("factors")] if f is not None for f in f
+    ]:
+        tensors["transform"] = torch.cat(
+            [torch.cat(pair, 1).flatten() for pair in zip(learned[::2], learned[1::2], strict=True)]
+        )
     bias = problem.bias
     for p in parts:
         if p["spec"].activation is not None and p["spec"].activation.shift:
@@ -112,5 +133,13 @@ def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = N
         tensors["channel_order"] = order.int()
     specs = tuple(p["spec"] for p in parts)
     k = problem.layer.in_features - problem.padding
-    spec = LinearSpec(k, problem.layer.out_features, specs, bias is not None, order is not None, problem.padding, problem.layer.spatial)
+    spec = LinearSpec(
+        k,
+        problem.layer.out_features,
+        specs,
+        bias is not None,
+        order is not None,
+        problem.padding,
+        problem.layer.spatial,
+    )
     return QuantizedLayer(problem.layer.name, spec, {k: t.contiguous() for k, t in tensors.items()})

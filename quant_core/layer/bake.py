@@ -1,4 +1,5 @@
-"""Writes what stands beside a quantized layer into the layer itself: more columns of its low-rank branch, or as many as there is room for."""
+"""Writes what stands beside a quantized layer into the layer itself: more columns of its low-rank branch, or
+as many as there is room for."""
 
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,8 @@ class RankNeeded(ValueError):
 
 @dataclass(frozen=True)
 class Baked:
-    """layer: with the side in it. error: of the baked weight, as a share of the norm of what the side adds to the weight."""
+    """layer: with the side in it. error: of the baked weight, as a share of the norm of what the side adds to
+    the weight."""
 
     layer: QuantizedLayer
     before: int
@@ -24,17 +26,20 @@ class Baked:
 
 
 def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | None = None) -> Baked:
-    """The layer with `side` merged; its packed codes are the same bytes. bias (N,): in the place of the layer's own.
+    """The layer with `side` merged; its packed codes are the same bytes. bias (N,): in the place of the
+    layer's own.
 
-    rank 0: every column is kept, and only the rounding to 16 bit is lost. Otherwise at most `rank` columns in all, the layer's own
-    included: the best fit of the branch in the Frobenius norm, part by part. Kronecker products and dense differences need a rank;
-    raises RankNeeded without one, UnfitLayer where the adapter's numbers leave fp32 or the dtype of the branch.
+    rank 0: every column is kept, and only the rounding to 16 bit is lost. Otherwise at most `rank` columns in
+    all, the layer's own included: the best fit of the branch in the Frobenius norm, part by part. Kronecker
+    products and dense differences need a rank; raises RankNeeded without one, UnfitLayer where the adapter's
+    numbers leave fp32 or the dtype of the branch.
     """
     dtype = layer.tensors["proj_up"].dtype if layer.spec.rank else _half(layer)
     full = _residual(side)
     if full is not None and not rank:
         raise RankNeeded(
-            f"layer {layer.name}: the adapter is of full rank ({side.describe()}), so a low-rank branch holds only a part of it. "
+            f"layer {layer.name}: the adapter is of full rank ({side.describe()}), so a low-rank branch "
+            "holds only a part of it. "
             "Set rank to at least 1, 64 for example; the report then states what is lost."
         )
     spec, changed = _exact(side).merged(layer, torch.float32)
@@ -59,7 +64,11 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
     require_finite_fit(layer.name, baked)
     base = layer.dequantize()
     want = side.weight(base)
-    return Baked(baked, layer.spec.rank, float((baked.dequantize() - want).norm() / (want - base).norm().clamp(min=1e-30)))
+    return Baked(
+        baked,
+        layer.spec.rank,
+        float((baked.dequantize() - want).norm() / (want - base).norm().clamp(min=1e-30)),
+    )
 
 
 def _half(layer) -> torch.dtype:
@@ -80,7 +89,8 @@ def _residual(side: Side):
 
 
 def _cut(spec, tensors, full, rank):
-    """(spec, tensors) with the branch, plus the matrix `full` (N, K) or None, cut down to `rank` columns a part."""
+    """(spec, tensors) with the branch, plus the matrix `full` (N, K) or None, cut down to `rank` columns a
+    part."""
     downs, ups = [], []
     rank = min(rank, spec.out_features, *(p.width for p in spec.parts))
     for i, part in enumerate(spec.parts):
@@ -91,7 +101,9 @@ def _cut(spec, tensors, full, rank):
         if full is None:
             v, u = _recompressed(*pair, rank)
         else:
-            rows_of = lambda rows, pair=pair, columns=columns: full[rows, columns] + (0 if pair is None else pair[1][rows] @ pair[0].T)
+            rows_of = lambda rows, pair=pair, columns=columns: (
+                full[rows, columns] + (0 if pair is None else pair[1][rows] @ pair[0].T)
+            )
             v, u = truncated(rows_of, (spec.out_features, part.width), rank)
         downs.append(v)
         ups.append(u)

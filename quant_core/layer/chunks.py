@@ -2,8 +2,8 @@
 
 import torch
 
-# Rows are worked on in chunks of 2 M weights, 8 MB in fp32, whatever the width of the layer: small enough for the
-# allocator to reuse. A 21504 x 3072 layer takes 12 s on two CPU cores so, 31 s with chunks of 16 M.
+# Rows are worked on in chunks of 2 M weights, 8 MB in fp32, whatever the width of the layer: small enough for
+# the allocator to reuse. A 21504 x 3072 layer takes 12 s on two CPU cores so, 31 s with chunks of 16 M.
 CHUNK = 2 * 2**20
 
 

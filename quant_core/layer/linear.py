@@ -24,17 +24,28 @@ class QuantizedLayer:
     def __post_init__(self):
         wanted = self.spec.shapes()
         if set(wanted) != set(self.tensors):
-            raise SpecError(f"layer {self.name}: its description asks for the tensors {sorted(wanted)}, found {sorted(self.tensors)}")
+            raise SpecError(
+                f"layer {self.name}: its description asks for the tensors {sorted(wanted)}, found "
+                f"{sorted(self.tensors)}"
+            )
         for key, shape in wanted.items():
             tensor = self.tensors[key]
             if tuple(tensor.shape) != shape:
-                raise SpecError(f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}")
+                raise SpecError(
+                    f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}"
+                )
             whole = {"weight": torch.int8, "channel_order": torch.int32}.get(key)
             if tensor.dtype not in (_FLOATS if whole is None else (whole,)):
                 raise SpecError(f"layer {self.name}: {key} has the dtype {tensor.dtype}")
-            if key == "channel_order" and tensor.is_cpu and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int()):
+            if (
+                key == "channel_order"
+                and tensor.is_cpu
+                and not torch.equal(tensor.sort().values, torch.arange(len(tensor)).int())
+            ):
                 # On the CPU, as it comes from a file: on a card an index out of range would end the process.
-                raise SpecError(f"layer {self.name}: channel_order is no permutation of 0 to {len(tensor) - 1}")
+                raise SpecError(
+                    f"layer {self.name}: channel_order is no permutation of 0 to {len(tensor) - 1}"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -69,26 +80,36 @@ class QuantizedLayer:
         return out[:, : self.spec.in_features].contiguous() if self.spec.padding else out
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
-        """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are shared."""
+        """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are
+        shared."""
         whole = ("smooth_factor", "proj_down", "transform", "channel_order")
-        cuts = {k: t.split(sizes, 1 if k == "weight_scale" else 0) for k, t in self.tensors.items() if k not in whole}
+        cuts = {
+            k: t.split(sizes, 1 if k == "weight_scale" else 0)
+            for k, t in self.tensors.items()
+            if k not in whole
+        }
         shared = {k: t for k, t in self.tensors.items() if k not in cuts}
         return [
-            QuantizedLayer(name, replace(self.spec, out_features=size), shared | {k: c[i].contiguous() for k, c in cuts.items()})
+            QuantizedLayer(
+                name,
+                replace(self.spec, out_features=size),
+                shared | {k: c[i].contiguous() for k, c in cuts.items()},
+            )
             for i, (name, size) in enumerate(zip(names, sizes, strict=True))
         ]
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors have one dtype, one shape and the same bits, by which a NaN is itself and zeros have a sign."""
+    """Whether two tensors have one dtype, one shape and the same bits, by which a NaN is itself and zeros
+    have a sign."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
 
 
 class QuantLinear(torch.nn.Module):
-    """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N); of a 1x1 convolution
-    (..., K, L) or (..., K, H, W), as nn.Conv1d and nn.Conv2d take it."""
+    """Drop-in for nn.Linear: holds a QuantizedLayer's tensors under their own names. x (..., K) -> (..., N);
+    of a 1x1 convolution (..., K, L) or (..., K, H, W), as nn.Conv1d and nn.Conv2d take it."""
 
     def __init__(self, layer: QuantizedLayer):
         super().__init__()
@@ -96,9 +117,15 @@ class QuantLinear(torch.nn.Module):
         self.in_features, self.out_features = layer.spec.in_features, layer.spec.out_features
         for key in TENSOR_NAMES:
             tensor = layer.tensors.get(key)
-            self.register_parameter(key, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(
+                key, None if tensor is None else torch.nn.Parameter(tensor, requires_grad=False)
+            )
 
     def forward(self, x):
         tensors = {k: getattr(self, k) for k in TENSOR_NAMES}
-        y = quant_linear(channels_last(x, self.spec.spatial), self.spec, {k: p for k, p in tensors.items() if p is not None})
+        y = quant_linear(
+            channels_last(x, self.spec.spatial),
+            self.spec,
+            {k: p for k, p in tensors.items() if p is not None},
+        )
         return channels_first(y, self.spec.spatial)

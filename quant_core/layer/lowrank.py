@@ -5,12 +5,15 @@ import torch
 from .chunks import row_chunks
 
 
-def truncated(rows_of, shape, rank: int, factor=None, oversample: int = 16, iterations: int = 3, seed: int = 0):
+def truncated(
+    rows_of, shape, rank: int, factor=None, oversample: int = 16, iterations: int = 3, seed: int = 0
+):
     """The best rank-`rank` fit of A, or of A in the metric of H = C C^T (whitened Eckart-Young, as in H-SVD).
 
-    rows_of(slice) -> rows of A (n, w) fp32. factor: block-diagonal upper triangular C as {(start, stop): (k, k)}, or None.
-    Returns (v (w, rank), u (n, rank)) fp32 with A ~ u v^T, the singular values shared evenly between the two.
-    Randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): two thin products an iteration.
+    rows_of(slice) -> rows of A (n, w) fp32. factor: block-diagonal upper triangular C as {(start, stop): (k,
+    k)}, or None. Returns (v (w, rank), u (n, rank)) fp32 with A ~ u v^T, the singular values shared evenly
+    between the two. Randomised subspace iteration (Halko, Martinsson, Tropp 2011, algorithm 4.4): two thin
+    products an iteration.
     """
     n, w = shape
     device = rows_of(slice(0, 1)).device
@@ -52,4 +55,6 @@ def _unapply(factor, x):
     """C^-T x."""
     if factor is None:
         return x
-    return torch.cat([torch.linalg.solve_triangular(c.T, x[a:b], upper=False) for (a, b), c in sorted(factor.items())])
+    return torch.cat(
+        [torch.linalg.solve_triangular(c.T, x[a:b], upper=False) for (a, b), c in sorted(factor.items())]
+    )

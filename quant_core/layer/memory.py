@@ -15,8 +15,9 @@ _BYTES = {"weight": 1, "channel_order": 4}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. weights: all tensors of the model as they lie on the card. layer: input, codes, low rank and output of the widest layer at
-    `tokens` tokens; attention and what else the network holds at the time come on top. free, total: of this machine's card, None without one."""
+    """Bytes. weights: all tensors of the model as they lie on the card. layer: input, codes, low rank and
+    output of the widest layer at `tokens` tokens; attention and what else the network holds at the time come
+    on top. free, total: of this machine's card, None without one."""
 
     weights: int
     layer: int
@@ -28,7 +29,10 @@ class Memory:
     def lines(self) -> list[str]:
         mib = lambda n: f"{n / 2**20:,.0f} MiB"
         again = f", {self.w8a8} layers in 8 bits as this card runs them" * bool(self.w8a8)
-        out = [f"on a card: {mib(self.weights)} of weights{again}; the widest layer works in {mib(self.layer)} at {self.tokens} tokens"]
+        out = [
+            f"on a card: {mib(self.weights)} of weights{again}; the widest layer works in "
+            f"{mib(self.layer)} at {self.tokens} tokens"
+        ]
         if self.total is None:
             return [*out, "this machine: no GPU, it runs on the CPU"]
         if self.weights + self.layer <= self.free:
@@ -52,7 +56,8 @@ def predict(specs: dict[str, LinearSpec], rest: int, target: Target, tokens: int
 
 
 def layer_bytes(spec: LinearSpec) -> int:
-    """Of a layer's tensors, with side data in 16 bit but for scales of channels, which methods without groups keep in fp32."""
+    """Of a layer's tensors, with side data in 16 bit but for scales of channels, which methods without groups
+    keep in fp32."""
     grouped = any(p.scale_rows > 1 for p in spec.parts)
     size = lambda name: _BYTES.get(name, 2 if name != "weight_scale" or grouped else 4)
     return sum(prod(shape) * size(name) for name, shape in spec.shapes().items())
@@ -61,6 +66,16 @@ def layer_bytes(spec: LinearSpec) -> int:
 def working_bytes(spec: LinearSpec, tokens: int) -> int:
     """x, x padded and y in 16 bit, the codes of x with their fp32 scales, x D in fp32."""
     codes = sum(p.width * (p.activation.bits if p.activation else 16) // 8 for p in spec.parts)
-    scales = sum(p.width // p.activation.group if p.activation and p.activation.granularity == "group" else 1 for p in spec.parts)
+    scales = sum(
+        p.width // p.activation.group if p.activation and p.activation.granularity == "group" else 1
+        for p in spec.parts
+    )
     padded = 2 * spec.width if spec.padding else 0
-    return tokens * (2 * spec.in_features + padded + codes + 4 * scales + 4 * spec.rank * len(spec.parts) + 2 * spec.out_features)
+    return tokens * (
+        2 * spec.in_features
+        + padded
+        + codes
+        + 4 * scales
+        + 4 * spec.rank * len(spec.parts)
+        + 2 * spec.out_features
+    )

@@ -1,4 +1,5 @@
-"""What a quantized layer can be raised to: 8-bit activations, 8-bit weights from the original, or 8 bits of its own 4-bit values."""
+"""What a quantized layer can be raised to: 8-bit activations, 8-bit weights from the original, or 8 bits of
+its own 4-bit values."""
 
 from dataclasses import replace
 
@@ -15,10 +16,11 @@ PRECISIONS = ("W4A8", "W8A8", "16 bit")
 
 
 def to_w8a8(layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer with int8 codes and fp32 scales (parts, N) of its dequantized weights, on the device of its tensors.
+    """The layer with int8 codes and fp32 scales (parts, N) of its dequantized weights, on the device of its
+    tensors.
 
-    For group-64 layers on cards where group scales cost more than the product itself (sm_90). The 4-bit values are rounded once more,
-    to 8 bits: noise of about 1 % of what 4 bits cost, twice the memory.
+    For group-64 layers on cards where group scales cost more than the product itself (sm_90). The 4-bit
+    values are rounded once more, to 8 bits: noise of about 1 % of what 4 bits cost, twice the memory.
     """
     codes, scales = [], []
     for part, packed, scale, _ in layer.spec.split(layer.tensors):
@@ -32,26 +34,38 @@ def to_w8a8(layer: QuantizedLayer) -> QuantizedLayer:
 
 
 def w4a8(quantized: QuantizedLayer) -> QuantizedLayer:
-    """The same tensors, shared, with signed 8-bit activation codes; granularity, shift, smoothing, rotation and low rank stay.
+    """The same tensors, shared, with signed 8-bit activation codes; granularity, shift, smoothing, rotation
+    and low rank stay.
 
     A range that was clipped for 4 bits is not clipped at 8.
     """
-    parts = tuple(replace(p, activation=replace(p.activation, bits=8, unsigned=False, clip=1.0)) for p in quantized.spec.parts)
+    parts = tuple(
+        replace(p, activation=replace(p.activation, bits=8, unsigned=False, clip=1.0))
+        for p in quantized.spec.parts
+    )
     return QuantizedLayer(quantized.name, replace(quantized.spec, parts=parts), quantized.tensors)
 
 
 def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
-    """The original weight at 8 bits, one fp32 scale a row, smoothed and rotated as the quantized layer is, without a learned transform; one scale a token; no low rank.
+    """The original weight at 8 bits, one fp32 scale a row, smoothed and rotated as the quantized layer is,
+    without a learned transform; one scale a token; no low rank.
 
-    Without the shift: it is there for unsigned codes, and signed ones are 0.2 dB better off without (41.75 against 41.55 dB after
-    a GELU). So the bias is the original one.
+    Without the shift: it is there for unsigned codes, and signed ones are 0.2 dB better off without (41.75
+    against 41.55 dB after a GELU). So the bias is the original one.
     """
     if problem.padding != quantized.spec.padding:  # stock ComfyUI's formats have none
         problem = problem.raw()
     parts, order = [], quantized.tensors.get("channel_order")
     weight = problem.weight if order is None else problem.weight.index_select(1, order)
     for part, _, _, smooth in quantized.spec.split(quantized.tensors):
-        spec = replace(part, weight=WeightSpec(8, "channel"), activation=ActivationSpec(8, "token"), rank=0, kronecker=(), per_slice=False)
+        spec = replace(
+            part,
+            weight=WeightSpec(8, "channel"),
+            activation=ActivationSpec(8, "token"),
+            rank=0,
+            kronecker=(),
+            per_slice=False,
+        )
         # Rounded as `assemble` stores it, and only then folded.
         smooth = None if smooth is None else smooth.to(problem.dtype).float()
         codes, scales = round_part(weight[:, part.start : part.stop], spec, smooth, torch.float32)

@@ -15,9 +15,11 @@ from .statistics import InputStatistics
 
 @dataclass
 class Problem:
-    """A layer to quantize: weight (N, K) in its own dtype, bias (N,) or None, statistics of its input or None (data-free).
+    """A layer to quantize: weight (N, K) in its own dtype, bias (N,) or None, statistics of its input or None
+    (data-free).
 
-    padding: how many of the in-channels, the last, are zeros that fill a group of 64; layer, weight and statistics have them, x does not.
+    padding: how many of the in-channels, the last, are zeros that fill a group of 64; layer, weight and
+    statistics have them, x does not.
     """
 
     layer: Layer
@@ -32,19 +34,23 @@ class Problem:
         return self.weight[:, : self.weight.shape[1] - self.padding]
 
     def raw(self) -> "Problem":
-        """Without padding; without second moments where there was one, which are of no use to the one method that asks."""
+        """Without padding; without second moments where there was one, which are of no use to the one method
+        that asks."""
         if not self.padding:
             return self
         k, stats = self.layer.in_features - self.padding, self.statistics
         *parts, last = self.layer.parts
         layer = replace(self.layer, in_features=k, parts=(*parts, replace(last, stop=k)))
         if stats is not None:
-            stats = replace(stats, width=k, blocks=(), absmax=stats.absmax[:k], hessians={}, tokens=stats.tokens[:, :k])
+            stats = replace(
+                stats, width=k, blocks=(), absmax=stats.absmax[:k], hessians={}, tokens=stats.tokens[:, :k]
+            )
         return Problem(layer, self.original, self.bias, stats)
 
     def filled(self) -> "Problem":
-        """With zeros behind the in-channels where they do not fill a group of 64. Every method is exact with them: zeros of x and W have the
-        code zero, smoothed or not, and a rotation of both by one orthogonal matrix changes no product."""
+        """With zeros behind the in-channels where they do not fill a group of 64. Every method is exact with
+        them: zeros of x and W have the code zero, smoothed or not, and a rotation of both by one orthogonal
+        matrix changes no product."""
         padding = -self.layer.in_features % GROUP
         if not padding:
             return self
@@ -52,7 +58,13 @@ class Problem:
         k = self.layer.in_features + padding
         layer = replace(self.layer, in_features=k, parts=(*parts, replace(last, stop=k)))
         weight = torch.nn.functional.pad(self.weight, (0, padding))
-        return Problem(layer, weight, self.bias, self.statistics and self.statistics.padded(padding), self.padding + padding)
+        return Problem(
+            layer,
+            weight,
+            self.bias,
+            self.statistics and self.statistics.padded(padding),
+            self.padding + padding,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,8 +80,8 @@ class Problem:
 
 @dataclass
 class Fitted:
-    """A quantized layer, None where it stays in 16 bit, and what a report says of it. choices: what was chosen, by name; sqnr_db: on the
-    report tokens."""
+    """A quantized layer, None where it stays in 16 bit, and what a report says of it. choices: what was
+    chosen, by name; sqnr_db: on the report tokens."""
 
     layer: QuantizedLayer | None
     choices: dict = field(default_factory=dict)
@@ -79,8 +91,8 @@ class Fitted:
 def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "report") -> float | None:
     """SQNR in dB of the layer's output on held-out tokens, by the operator itself; None without calibration.
 
-    Raises UnfitLayer where the full-precision output is not finite, and for purpose "report" where the quantized one is not; a candidate
-    of "select" with such an output is the worst, at -inf."""
+    Raises UnfitLayer where the full-precision output is not finite, and for purpose "report" where the
+    quantized one is not; a candidate of "select" with such an output is the worst, at -inf."""
     x = problem.tokens(purpose)
     if x is None:
         return None
@@ -95,8 +107,10 @@ def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "rep
     for what, energy in (("full-precision", signal), ("quantized", noise)):
         if not math.isfinite(energy) and (what == "full-precision" or purpose == "report"):
             raise UnfitLayer(
-                f"layer {problem.layer.name}: its {what} output on {len(x)} held-out tokens is not finite; its weight goes up to "
-                f"{largest(problem.weight):.3g}, these tokens up to {largest(x):.3g}. Calibrate again with other prompts, or take "
+                f"layer {problem.layer.name}: its {what} output on {len(x)} held-out tokens is not finite; "
+                "its weight goes up to "
+                f"{largest(problem.weight):.3g}, these tokens up to {largest(x):.3g}. Calibrate again with "
+                "other prompts, or take "
                 "another file of the model."
             )
     return power_db(signal, noise) if math.isfinite(noise) else -math.inf

@@ -8,8 +8,8 @@ from ..store.own_json import field as checked
 
 @dataclass
 class Row:
-    """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not measured. block: empty for what
-    was never to be quantized (`kept.kept_rows`)."""
+    """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not
+    measured. block: empty for what was never to be quantized (`kept.kept_rows`)."""
 
     name: str
     block: str
@@ -35,11 +35,18 @@ class Row:
 
     @classmethod
     def from_json(cls, data: object) -> "Row":
-        """Of a row in a file; fields that this version does not know are left out. Raises NotOurs naming the layer and the field."""
+        """Of a row in a file; fields that this version does not know are left out. Raises NotOurs naming the
+        layer and the field."""
         if not isinstance(data, dict):
             raise NotOurs(f"expected an object, found {short(data)}")
         try:
-            row = cls(**{name: checked(data, name, kind) for name, kind in _KINDS.items() if name in data or name in _REQUIRED})
+            row = cls(
+                **{
+                    name: checked(data, name, kind)
+                    for name, kind in _KINDS.items()
+                    if name in data or name in _REQUIRED
+                }
+            )
             for name in ("in_features", "out_features"):
                 checked(data, name, int, 1)
             _check_numbers(row)

@@ -1,4 +1,5 @@
-"""Quantized layers put together to one: by out-channels (rows), by in-channels (columns). Exact but where a smoothing is replaced."""
+"""Quantized layers put together to one: by out-channels (rows), by in-channels (columns). Exact but where a
+smoothing is replaced."""
 
 from dataclasses import replace
 
@@ -19,15 +20,20 @@ def rows_spec(name: str, specs: list[LinearSpec], share: bool = False) -> Linear
     """
     first = specs[0]
     for spec in specs[1:]:
-        differs = [f for f in ("in_features", "order", "padding", "spatial") if getattr(spec, f) != getattr(first, f)]
+        differs = [
+            f for f in ("in_features", "order", "padding", "spatial") if getattr(spec, f) != getattr(first, f)
+        ]
         if differs or [_unranked(p) for p in spec.parts] != [_unranked(p) for p in first.parts]:
             raise SpecError(
-                f"layer {name}: rows of layers that read x in different ways cannot be one layer: {first.describe()} of "
+                f"layer {name}: rows of layers that read x in different ways cannot be one layer: "
+                f"{first.describe()} of "
                 f"{first.in_features} channels and {spec.describe()} of {spec.in_features}"
             )
     rank = first.rank if share else sum(s.rank for s in specs)
     parts = tuple(replace(p, rank=rank) for p in first.parts)
-    return replace(first, out_features=sum(s.out_features for s in specs), parts=parts, bias=any(s.bias for s in specs))
+    return replace(
+        first, out_features=sum(s.out_features for s in specs), parts=parts, bias=any(s.bias for s in specs)
+    )
 
 
 def columns_spec(name: str, specs: list[LinearSpec]) -> LinearSpec:
@@ -36,8 +42,10 @@ def columns_spec(name: str, specs: list[LinearSpec]) -> LinearSpec:
     for spec in specs:
         if spec.out_features != specs[0].out_features or spec.order or spec.padding:
             raise SpecError(
-                f"layer {name}: columns of one layer need equally many out-channels and no order or padding of their own, found "
-                f"{specs[0].out_features} and {spec.out_features}{' with an order' * spec.order}{' with padding' * bool(spec.padding)}"
+                f"layer {name}: columns of one layer need equally many out-channels and no order or "
+                "padding of their own, found "
+                f"{specs[0].out_features} and "
+                f"{spec.out_features}{' with an order' * spec.order}{' with padding' * bool(spec.padding)}"
             )
         parts += [replace(p, start=at + p.start, stop=at + p.stop, rank=rank) for p in spec.parts]
         at += spec.in_features
@@ -45,16 +53,20 @@ def columns_spec(name: str, specs: list[LinearSpec]) -> LinearSpec:
 
 
 def stack_rows(name: str, layers: list[QuantizedLayer], share: bool = False) -> QuantizedLayer:
-    """y of all layers side by side, for one x. Low ranks stand side by side: proj_down (K, R1 + R2), proj_up block-diagonal.
+    """y of all layers side by side, for one x. Low ranks stand side by side: proj_down (K, R1 + R2), proj_up
+    block-diagonal.
 
-    share: for layers that all have the first one's proj_down, as `split_rows` leaves them: it is kept once. Raises SpecError where
-    smoothing, learned transform, order or quantizers differ, or the low ranks are said to be shared and are not.
+    share: for layers that all have the first one's proj_down, as `split_rows` leaves them: it is kept once.
+    Raises SpecError where smoothing, learned transform, order or quantizers differ, or the low ranks are said
+    to be shared and are not.
     """
     spec = rows_spec(name, [layer.spec for layer in layers], share)
     one = ("smooth_factor", "transform", "channel_order") + (("proj_down",) if share else ())
     for key in one:
         if not all(_same(layers[0].tensors.get(key), layer.tensors.get(key)) for layer in layers[1:]):
-            raise SpecError(f"layer {name}: the rows of {', '.join(layer.name for layer in layers)} differ in {key}")
+            raise SpecError(
+                f"layer {name}: the rows of {', '.join(layer.name for layer in layers)} differ in {key}"
+            )
     tensors = {key: layers[0].tensors[key] for key in one if key in layers[0].tensors}
     tensors["weight"] = _cat(name, "weight", layers)
     tensors["weight_scale"] = _cat(name, "weight_scale", layers, 1)
@@ -68,7 +80,9 @@ def stack_rows(name: str, layers: list[QuantizedLayer], share: bool = False) -> 
         for layer in layers:
             n, rank = layer.spec.out_features, layer.spec.rank
             if rank:
-                up[row : row + n, :, column : column + rank] = layer.tensors["proj_up"].unflatten(1, (-1, rank))
+                up[row : row + n, :, column : column + rank] = layer.tensors["proj_up"].unflatten(
+                    1, (-1, rank)
+                )
             row, column = row + n, column + rank
         tensors["proj_up"] = up.flatten(1)
     if spec.bias:
@@ -77,20 +91,25 @@ def stack_rows(name: str, layers: list[QuantizedLayer], share: bool = False) -> 
 
 
 def stack_columns(name: str, layers: list[QuantizedLayer]) -> QuantizedLayer:
-    """The sum of the layers' y, each of its own range of in-channels: parts of one layer. Low ranks are filled up with zero columns to
-    the largest, biases add up, in fp32 where their own dtype would round the sum. Raises SpecError."""
+    """The sum of the layers' y, each of its own range of in-channels: parts of one layer. Low ranks are
+    filled up with zero columns to the largest, biases add up, in fp32 where their own dtype would round the
+    sum. Raises SpecError."""
     spec = columns_spec(name, [layer.spec for layer in layers])
     tensors = {"weight": _cat(name, "weight", layers, 1), "weight_scale": _cat(name, "weight_scale", layers)}
     if any("smooth_factor" in layer.tensors for layer in layers):
         like = next(layer.tensors["smooth_factor"] for layer in layers if "smooth_factor" in layer.tensors)
         tensors["smooth_factor"] = torch.cat(
             [
-                layer.tensors["smooth_factor"] if "smooth_factor" in layer.tensors else like.new_ones(layer.spec.in_features)
+                layer.tensors["smooth_factor"]
+                if "smooth_factor" in layer.tensors
+                else like.new_ones(layer.spec.in_features)
                 for layer in layers
             ]
         )
     if any("transform" in layer.tensors for layer in layers):
-        tensors["transform"] = _cat(name, "transform", [layer for layer in layers if "transform" in layer.tensors])
+        tensors["transform"] = _cat(
+            name, "transform", [layer for layer in layers if "transform" in layer.tensors]
+        )
     if spec.rank:
         filled = [_with_rank(layer, layers, spec.rank) for layer in layers]
         tensors["proj_down"] = torch.cat([down for down, _ in filled])
@@ -101,15 +120,24 @@ def stack_columns(name: str, layers: list[QuantizedLayer]) -> QuantizedLayer:
 
 
 def split_columns(layer: QuantizedLayer, names: list[str]) -> list[QuantizedLayer]:
-    """The parts of a layer as layers of their own, whose sum it is; the last one has the whole bias. Raises SpecError for a layer with
-    an order, padding or a learned transform, or not one part for each name."""
+    """The parts of a layer as layers of their own, whose sum it is; the last one has the whole bias. Raises
+    SpecError for a layer with an order, padding or a learned transform, or not one part for each name."""
     spec = layer.spec
-    if spec.order or spec.padding or spec.spatial or any(p.kronecker for p in spec.parts) or len(spec.parts) != len(names):
+    if (
+        spec.order
+        or spec.padding
+        or spec.spatial
+        or any(p.kronecker for p in spec.parts)
+        or len(spec.parts) != len(names)
+    ):
         raise SpecError(
-            f"layer {layer.name}: {len(names)} ranges of in-channels without order, padding or learned transform, found {spec.describe()}"
+            f"layer {layer.name}: {len(names)} ranges of in-channels without order, padding or learned "
+            f"transform, found {spec.describe()}"
         )
     out = []
-    for i, (name, (part, codes, scales, smooth)) in enumerate(zip(names, spec.split(layer.tensors), strict=True)):
+    for i, (name, (part, codes, scales, smooth)) in enumerate(
+        zip(names, spec.split(layer.tensors), strict=True)
+    ):
         tensors = {"weight": codes.contiguous(), "weight_scale": scales.contiguous()}
         if smooth is not None:
             tensors["smooth_factor"] = smooth
@@ -125,30 +153,50 @@ def split_columns(layer: QuantizedLayer, names: list[str]) -> list[QuantizedLaye
 
 
 def resmooth(layer: QuantizedLayer, smooth: torch.Tensor) -> tuple[QuantizedLayer, float]:
-    """(the layer quantized again behind another smoothing (K,), dB of the weight that it applies over the error made).
+    """(the layer quantized again behind another smoothing (K,), dB of the weight that it applies over the
+    error made).
 
-    The codes and scales of least squared error of the smoothed weight; low rank and bias stay. A layer of one part that smooths,
-    without order. Raises SpecError for others, and where the activations are shifted: the bias holds the correction for the old codes.
+    The codes and scales of least squared error of the smoothed weight; low rank and bias stay. A layer of one
+    part that smooths, without order. Raises SpecError for others, and where the activations are shifted: the
+    bias holds the correction for the old codes.
     """
     (part, *more), tensors = layer.spec.parts, dict(layer.tensors)
-    if more or layer.spec.order or not part.smooth or part.kronecker or part.activation is None or part.activation.shift:
-        raise SpecError(f"layer {layer.name}: only plain smoothed layers of one part take another smoothing, found {layer.spec.describe()}")
+    if (
+        more
+        or layer.spec.order
+        or not part.smooth
+        or part.kronecker
+        or part.activation is None
+        or part.activation.shift
+    ):
+        raise SpecError(
+            f"layer {layer.name}: only plain smoothed layers of one part take another smoothing, found "
+            f"{layer.spec.describe()}"
+        )
     grain, group, bits = part.weight.granularity, part.weight.group, part.weight.bits
     old, codes, scales = tensors["smooth_factor"].float(), [], []
     held, packed = tensors["weight_scale"], tensors["weight"]
     error = energy = 0.0
     for rows in row_chunks(layer.spec.out_features, layer.spec.in_features):
-        weight = unfold_weight(dequantize(unpack(packed[rows], bits), held[:, rows].T.float(), grain, group), old, part.rotation)
+        weight = unfold_weight(
+            dequantize(unpack(packed[rows], bits), held[:, rows].T.float(), grain, group), old, part.rotation
+        )
         new = fold_weight(weight, smooth.float(), part.rotation)
         scale = best_clip_scale(new, bits, grain, group).to(held.dtype)
         codes.append(quantize(new, scale.float(), bits, grain, group))
         scales.append(scale)
-        again = unfold_weight(dequantize(codes[-1], scale.float(), grain, group), smooth.float(), part.rotation)
+        again = unfold_weight(
+            dequantize(codes[-1], scale.float(), grain, group), smooth.float(), part.rotation
+        )
         error += (again - weight).double().square().sum().item()
         if part.rank:
             weight = weight + tensors["proj_up"][rows].float() @ tensors["proj_down"].float().T
         energy += weight.double().square().sum().item()
-    tensors |= {"weight": pack(torch.cat(codes), bits), "weight_scale": torch.cat(scales).T.contiguous(), "smooth_factor": smooth}
+    tensors |= {
+        "weight": pack(torch.cat(codes), bits),
+        "weight_scale": torch.cat(scales).T.contiguous(),
+        "smooth_factor": smooth,
+    }
     return QuantizedLayer(layer.name, layer.spec, tensors), power_db(energy, error)
 
 
@@ -172,14 +220,18 @@ def _same(a, b) -> bool:
 def _cat(name, key, layers, dim=0) -> torch.Tensor:
     tensors = [layer.tensors[key] for layer in layers]
     if len({t.dtype for t in tensors}) > 1:
-        raise SpecError(f"layer {name}: {key} has the dtypes {', '.join(sorted({str(t.dtype) for t in tensors}))}")
+        raise SpecError(
+            f"layer {name}: {key} has the dtypes {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+        )
     return torch.cat(tensors, dim)
 
 
 def _bias(layer, layers) -> torch.Tensor:
     if layer.spec.bias:
         return layer.tensors["bias"]
-    return next(other.tensors["bias"] for other in layers if other.spec.bias).new_zeros(layer.spec.out_features)
+    return next(other.tensors["bias"] for other in layers if other.spec.bias).new_zeros(
+        layer.spec.out_features
+    )
 
 
 def _with_rank(layer, layers, rank):

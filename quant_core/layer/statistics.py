@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import torch
 
-# Of one call. A picture of 1024 x 1024 has at most 4.6 thousand tokens in FLUX, 81 frames of 480p have 32760 in Wan: there the second
-# moments of a call cost a quarter of the time, and the fp32 copy of the MLP's input 0.45 instead of 1.8 GB.
+# Of one call. A picture of 1024 x 1024 has at most 4.6 thousand tokens in FLUX, 81 frames of 480p have 32760
+# in Wan: there the second moments of a call cost a quarter of the time, and the fp32 copy of the MLP's input
+# 0.45 instead of 1.8 GB.
 TOKENS = 8192
 FP32 = torch.finfo(torch.float32).max
 
@@ -18,8 +19,8 @@ class NonFiniteActivation(ValueError):
 
 
 def hessian_blocks(parts, limit: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of in-channels with a second-moment matrix of their own: the parts, cut to at most `limit` channels, evenly where no group of
-    64 is split by it."""
+    """Ranges of in-channels with a second-moment matrix of their own: the parts, cut to at most `limit`
+    channels, evenly where no group of 64 is split by it."""
     out = []
     for start, stop in parts:
         groups = -(-(stop - start) // 64)  # the last may be short
@@ -41,10 +42,10 @@ def reservoir_keys(seed: int, name: str, sample: int, step: int, call: int, coun
 class InputStatistics:
     """What is known of x (tokens, K) at the input of one or more layers.
 
-    Fit tokens: `count`, `absmax` (K,) fp32, `hessians` {(start, stop): X^T X fp32}. Held-out tokens, which no fit sees
-    (with a single sample they are the fit tokens): `tokens` (R, K) bf16 with their `keys` (R,) fp64 and `timesteps` (R,) fp32, the R smallest keys of all (bottom-k
-    sampling: uniform, independent of the order, mergeable).
-    Memory: 4 K sum(width^2 / K) + 2 R K bytes; 38 MB + 6 MB at K = 3072 with R = 1024.
+    Fit tokens: `count`, `absmax` (K,) fp32, `hessians` {(start, stop): X^T X fp32}. Held-out tokens, which no
+    fit sees (with a single sample they are the fit tokens): `tokens` (R, K) bf16 with their `keys` (R,) fp64
+    and `timesteps` (R,) fp32, the R smallest keys of all (bottom-k sampling: uniform, independent of the
+    order, mergeable). Memory: 4 K sum(width^2 / K) + 2 R K bytes; 38 MB + 6 MB at K = 3072 with R = 1024.
     """
 
     name: str
@@ -79,8 +80,8 @@ class InputStatistics:
         return 4 * sum((b - a) ** 2 for a, b in blocks) + 2 * width * reservoir + 4 * width
 
     def update(self, x: torch.Tensor, keys: torch.Tensor | None = None):
-        """Adds fit tokens x (..., K). Of more than TOKENS of them the second moments see those with the smallest `keys`, absmax all. A call
-        without tokens adds nothing."""
+        """Adds fit tokens x (..., K). Of more than TOKENS of them the second moments see those with the
+        smallest `keys`, absmax all. A call without tokens adds nothing."""
         x = x.reshape(-1, self.width)
         self.to(x.device)
         if not len(x):
@@ -98,15 +99,29 @@ class InputStatistics:
         """With `count` channels of zeros behind the others; the last block of second moments takes them in."""
         pad, width = torch.nn.functional.pad, self.width + count
         wider = {b: (b[0], width) if b[1] == self.width else b for b in self.blocks}
-        hessians = {wider[b]: pad(h, (0, count, 0, count)) if b[1] == self.width else h for b, h in self.hessians.items()}
+        hessians = {
+            wider[b]: pad(h, (0, count, 0, count)) if b[1] == self.width else h
+            for b, h in self.hessians.items()
+        }
         absmax, tokens = pad(self.absmax, (0, count)), pad(self.tokens, (0, count))
-        return replace(self, width=width, blocks=tuple(wider[b] for b in self.blocks), absmax=absmax, hessians=hessians, tokens=tokens)
+        return replace(
+            self,
+            width=width,
+            blocks=tuple(wider[b] for b in self.blocks),
+            absmax=absmax,
+            hessians=hessians,
+            tokens=tokens,
+        )
 
     def to(self, device):
         """Moves what fit tokens are added to, or allocates it there: the tokens stay on the CPU."""
         self.absmax = self.absmax.to(device)
         for a, b in self.blocks:
-            self.hessians[a, b] = self.hessians[a, b].to(device) if (a, b) in self.hessians else torch.zeros(b - a, b - a, device=device)
+            self.hessians[a, b] = (
+                self.hessians[a, b].to(device)
+                if (a, b) in self.hessians
+                else torch.zeros(b - a, b - a, device=device)
+            )
 
     def hold_out(self, x: torch.Tensor, keys: torch.Tensor, timestep: float):
         """Offers tokens x (..., K), of which there may be none, with their `keys` to the reservoir."""
@@ -128,7 +143,8 @@ class InputStatistics:
         """Adds the statistics of another run on the same input."""
         if (self.width, self.blocks) != (other.width, other.blocks):
             raise ValueError(
-                f"{self.name}: cannot merge statistics of {self.width} and {other.width} channels, blocks {self.blocks} and {other.blocks}"
+                f"{self.name}: cannot merge statistics of {self.width} and {other.width} channels, blocks "
+                f"{self.blocks} and {other.blocks}"
             )
         torch.maximum(self.absmax, other.absmax, out=self.absmax)
         for key, hessian in other.hessians.items():
@@ -137,10 +153,12 @@ class InputStatistics:
         self._keep(other.tokens, other.keys, other.timesteps)
 
     def check_finite(self, x, sample, step):
-        """Raises NonFiniteActivation naming the layer, the channel, the sample and the step, for NaN or Inf in x (..., K) and for values
-        whose second moments, summed over the tokens so far and these, may leave fp32.
+        """Raises NonFiniteActivation naming the layer, the channel, the sample and the step, for NaN or Inf
+        in x (..., K) and for values whose second moments, summed over the tokens so far and these, may leave
+        fp32.
 
-        One pass over x, in a sixteenth of the time of `isfinite`: a channel's sum is at most the largest square times the tokens.
+        One pass over x, in a sixteenth of the time of `isfinite`: a channel's sum is at most the largest
+        square times the tokens.
         """
         if not x.numel():
             return
@@ -152,7 +170,10 @@ class InputStatistics:
         rows = x.reshape(-1, self.width)
         if math.isfinite(peak):
             channel = int(rows.abs().amax(0).argmax())
-            found, why = f"Values up to {peak:.3g}", f"Their squares, summed over {tokens} tokens, overflow fp32"
+            found, why = (
+                f"Values up to {peak:.3g}",
+                f"Their squares, summed over {tokens} tokens, overflow fp32",
+            )
         else:
             channel = int((~torch.isfinite(rows)).any(0).nonzero()[0])
             found, why = "NaN or Inf", "The model itself overflows there"

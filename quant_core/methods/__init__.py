@@ -1,4 +1,5 @@
-"""Methods: functions from (weight, statistics, config) to a spec and its tensors. A new paper is a new file here."""
+"""Methods: functions from (weight, statistics, config) to a spec and its tensors. A new paper is a new file
+here."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -9,8 +10,8 @@ from . import convrot, native, robuq, rtn, splitquant, svdquant, weight_only
 
 @dataclass(frozen=True)
 class Method:
-    """`config` holds the defaults, `fit(problem, config)` returns a Fitted. weight_only: it fits weight-only layers too. bits: the
-    fewest that a weight takes."""
+    """`config` holds the defaults, `fit(problem, config)` returns a Fitted. weight_only: it fits weight-only
+    layers too. bits: the fewest that a weight takes."""
 
     name: str
     title: str
@@ -30,9 +31,19 @@ class Method:
 METHODS = {
     m.name: m
     for m in (
-        Method("svdquant_r", "SVDQuant with a Hadamard rotation", svdquant.fit, svdquant.SVDQuantConfig(rotation=256)),
+        Method(
+            "svdquant_r",
+            "SVDQuant with a Hadamard rotation",
+            svdquant.fit,
+            svdquant.SVDQuantConfig(rotation=256),
+        ),
         Method("svdquant", "SVDQuant", svdquant.fit, svdquant.SVDQuantConfig()),
-        Method("splitquant", "SplitQuant (4 slices share a transform, no low rank)", splitquant.fit, splitquant.SplitQuantConfig()),
+        Method(
+            "splitquant",
+            "SplitQuant (4 slices share a transform, no low rank)",
+            splitquant.fit,
+            splitquant.SplitQuantConfig(),
+        ),
         Method("convrot", "ConvRot (per token and channel)", convrot.fit, convrot.ConvRotConfig()),
         Method("rtn", "Round to nearest (baseline)", rtn.fit, rtn.RTNConfig()),
         Method("robuq", "RobuQ (ternary weights)", robuq.fit, robuq.RobuQConfig(), bits=2),
@@ -49,8 +60,8 @@ def by_name(name: str) -> Method:
 
 
 def fit_problem(problem: Problem, method: Method, config) -> Fitted:
-    """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ. Raises UnfitLayer, which names the layer, where
-    linear algebra fails or NaN or Inf comes out."""
+    """The method's fit, or `weight_only`'s with what the method says of low rank and GPTQ. Raises UnfitLayer,
+    which names the layer, where linear algebra fails or NaN or Inf comes out."""
     with naming(problem.layer.name, problem.weight, problem.statistics):
         if method.weight_only or not problem.layer.weight_only:
             fitted = method.fit(problem, config)

@@ -8,8 +8,9 @@ from ...kernels.operator.quantizers import absmax_scale, code_range
 def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     """Upper triangular C with H + damp mean(diag H) I = C C^T, computed in place of `hessian` (k, k) fp32.
 
-    From the Cholesky factor of the matrix with both axes reversed. Its inverse is the upper Cholesky factor of H^-1 that
-    GPTQ needs, so one factorisation serves both GPTQ and the whitened SVD. Dead channels get a unit diagonal.
+    From the Cholesky factor of the matrix with both axes reversed. Its inverse is the upper Cholesky factor
+    of H^-1 that GPTQ needs, so one factorisation serves both GPTQ and the whitened SVD. Dead channels get a
+    unit diagonal.
     """
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
@@ -24,16 +25,28 @@ def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
     return lower.flip(0, 1)
 
 
-def quantize(weight_t: torch.Tensor, factor: dict, bits: int, group: int, dtype: torch.dtype, block: int = 128, scales=None):
+def quantize(
+    weight_t: torch.Tensor,
+    factor: dict,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    block: int = 128,
+    scales=None,
+):
     """Codes (K, N) int8 and scales (G, N) in `dtype` of a folded weight.
 
-    weight_t (K, N) fp32, the weight transposed; destroyed. factor: {(start, stop): upper_factor}, covering all K.
-    Scales are set at the start of each group from the weights as updated so far, or are those given, (G, N) in `dtype`.
+    weight_t (K, N) fp32, the weight transposed; destroyed. factor: {(start, stop): upper_factor}, covering
+    all K. Scales are set at the start of each group from the weights as updated so far, or are those given,
+    (G, N) in `dtype`.
     """
     k, n = weight_t.shape
     low, top = code_range(bits)
     codes = torch.empty(k, n, dtype=torch.int8, device=weight_t.device)
-    given, scales = scales, torch.empty(k // group, n, dtype=dtype, device=weight_t.device) if scales is None else scales
+    given, scales = (
+        scales,
+        torch.empty(k // group, n, dtype=dtype, device=weight_t.device) if scales is None else scales,
+    )
     for (start, stop), c in sorted(factor.items()):
         for first in range(start, stop, block):
             last = min(first + block, stop)
@@ -58,7 +71,8 @@ def quantize(weight_t: torch.Tensor, factor: dict, bits: int, group: int, dtype:
 
 
 def _inverse_rows(c, first, last):
-    """Rows first..last of C^-1 from column `first` on: (last - first, k - first). Never the whole inverse in memory."""
+    """Rows first..last of C^-1 from column `first` on: (last - first, k - first). Never the whole inverse in
+    memory."""
     unit = torch.zeros(last - first, c.shape[0] - first, device=c.device)
     unit.fill_diagonal_(1.0)
     return torch.linalg.solve_triangular(c[first:, first:], unit, upper=True, left=False)

@@ -1,7 +1,9 @@
-"""What stock ComfyUI runs without this pack: convrot_w4a4, int8_tensorwise with a rotation, or 16 bit, layer by layer.
+"""What stock ComfyUI runs without this pack: convrot_w4a4, int8_tensorwise with a rotation, or 16 bit, layer
+by layer.
 
-ConvRot (comfy-kitchen's convrot_w4a4) has no smoothing, no groups and no low rank, so it is too coarse for some layers: each gets the
-cheapest format whose output reaches a quality. The clip of a row's range and GPTQ in the rotated space change nothing at run time.
+ConvRot (comfy-kitchen's convrot_w4a4) has no smoothing, no groups and no low rank, so it is too coarse for
+some layers: each gets the cheapest format whose output reaches a quality. The clip of a row's range and GPTQ
+in the rotated space change nothing at run time.
 """
 
 from dataclasses import dataclass
@@ -17,17 +19,21 @@ from ..layer.chunks import power_db, row_chunks
 from ..layer.problem import Fitted, Problem, output_sqnr
 from . import gptq
 
-BOTH_SIDES = 3.0  # dB: a rotated token is about as Gaussian as a rotated row, so that codes of x add as much error as those of W
+# DB: a rotated token is about as Gaussian as a rotated row, so that codes of x add as much error as those of
+# W.
+BOTH_SIDES = 3.0
 
 
 @dataclass(frozen=True)
 class NativeConfig:
-    """quality_db: SQNR that the output of a layer must reach on held-out tokens; without calibration that of its weights less 3 dB, which
-    is 16 dB at 4 bits and 40 at 8 whatever the inputs are: every layer has 8 bits then.
+    """quality_db: SQNR that the output of a layer must reach on held-out tokens; without calibration that of
+    its weights less 3 dB, which is 16 dB at 4 bits and 40 at 8 whatever the inputs are: every layer has 8
+    bits then.
 
-    20 is the least at which pictures of the small FLUX are as close to full precision as svdquant's, with no, mild and hard outliers:
-    36.8, 38.4 and 37.4 dB against 35.7, 35.8 and 35.7. At 18 they are 34.2, 36.8 and 37.4 dB. With 0 every layer has 4 bits: 34.2, 36.8
-    and 23.2 dB (hard ones). gptq, damp: as in SVDQuantConfig.
+    20 is the least at which pictures of the small FLUX are as close to full precision as svdquant's, with no,
+    mild and hard outliers: 36.8, 38.4 and 37.4 dB against 35.7, 35.8 and 35.7. At 18 they are 34.2, 36.8 and
+    37.4 dB. With 0 every layer has 4 bits: 34.2, 36.8 and 23.2 dB (hard ones). gptq, damp: as in
+    SVDQuantConfig.
     """
 
     quality_db: float = 20.0
@@ -36,16 +42,24 @@ class NativeConfig:
 
 
 def fit(problem: Problem, config: NativeConfig) -> Fitted:
-    """The best 4-bit candidate where it reaches `quality_db`, else 8 bits, else None: 16 bit. Weight-only layers start at 8 bits, and
-    those whose stored width ComfyUI reads. ComfyUI pads nothing: in-channels that do not divide by 64 have 8 bits, and 16 where they do not
-    divide by 16."""
+    """The best 4-bit candidate where it reaches `quality_db`, else 8 bits, else None: 16 bit. Weight-only
+    layers start at 8 bits, and those whose stored width ComfyUI reads. ComfyUI pads nothing: in-channels that
+    do not divide by 64 have 8 bits, and 16 where they do not divide by 16."""
     padded, problem = problem.padding, problem.raw()
     if problem.layer.spatial:
         return Fitted(None, {"a 1x1 convolution,": "of which stock ComfyUI has no quantized one"})
     if problem.layer.in_features % INT8_CHANNELS:
-        return Fitted(None, {"K": f"= {problem.layer.in_features} does not divide by {INT8_CHANNELS}, as stock ComfyUI's formats need"})
+        return Fitted(
+            None,
+            {
+                "K": f"= {problem.layer.in_features} does not divide by {INT8_CHANNELS}, as stock ComfyUI's "
+                "formats need"
+            },
+        )
     for bits in (8,) if problem.layer.weight_only or padded or width_is_read(problem.layer.name) else (4, 8):
-        quality, part, chosen = max((_judged(problem, *c) for c in _candidates(problem, bits, config)), key=lambda f: f[0])
+        quality, part, chosen = max(
+            (_judged(problem, *c) for c in _candidates(problem, bits, config)), key=lambda f: f[0]
+        )
         if quality >= config.quality_db:
             return Fitted(assemble(problem, [part]), chosen)
     return Fitted(None, {"at 8 bits": f"{quality:.1f} dB, below {config.quality_db:g}"})
@@ -59,9 +73,16 @@ def _judged(problem, part, chosen):
 
 
 def _candidates(problem, bits, config):
-    """Yields (part, {choice: value}). At 8 bits clipping and GPTQ bring nothing: rounding is 1 % of what x costs at 4 bits."""
+    """Yields (part, {choice: value}). At 8 bits clipping and GPTQ bring nothing: rounding is 1 % of what x
+    costs at 4 bits."""
     size = _rotation(problem)
-    spec = PartSpec(0, problem.layer.in_features, WeightSpec(bits, "channel"), ActivationSpec(bits, "token"), rotation=size)
+    spec = PartSpec(
+        0,
+        problem.layer.in_features,
+        WeightSpec(bits, "channel"),
+        ActivationSpec(bits, "token"),
+        rotation=size,
+    )
     yield _nearest(problem, spec), {"rounding": "nearest"}
     if bits == 8:
         return
@@ -91,7 +112,9 @@ def _gptq(problem, start, damp):
         half = rotate(moments.to(problem.weight.device, torch.float32), spec.rotation)
         factor[block] = gptq.upper_factor(rotate(half.T, spec.rotation), damp)
     folded_weight = folded_t(problem.weight, spec, None)
-    codes, _ = gptq.quantize(folded_weight, factor, 4, spec.width, torch.float32, scales=start["scales"].T.contiguous())
+    codes, _ = gptq.quantize(
+        folded_weight, factor, 4, spec.width, torch.float32, scales=start["scales"].T.contiguous()
+    )
     return start | {"codes": codes.T.contiguous()}
 
 

@@ -1,9 +1,12 @@
-"""RobuQ (ICML 2026), its post-training part: ternary weights, a Hadamard rotation, few-bit activations per token, a 16-bit low rank.
+"""RobuQ (ICML 2026), its post-training part: ternary weights, a Hadamard rotation, few-bit activations per
+token, a 16-bit low rank.
 
-The rotation makes tokens look Gaussian, so that one clip in sigmas fits all of them; weights are {-1, 0, 1} times a scale per channel.
-Differences from the paper, judged on held-out tokens: channels are smoothed before the rotation, which alone leaves strong outliers in
-place (the small FLUX with hard ones at rank 0: 6.8 dB without smoothing, 14.0 without rotation, 16.2 with both); the ternary codes may come from GPTQ; the low rank is fitted in the metric of the data. Not here: training; a second trit plane, a t1 + b t2, whose codes are uniform only at a = 3 b, where they are nine of
-the fifteen levels that the same four stored bits have.
+The rotation makes tokens look Gaussian, so that one clip in sigmas fits all of them; weights are {-1, 0, 1}
+times a scale per channel. Differences from the paper, judged on held-out tokens: channels are smoothed before
+the rotation, which alone leaves strong outliers in place (the small FLUX with hard ones at rank 0: 6.8 dB
+without smoothing, 14.0 without rotation, 16.2 with both); the ternary codes may come from GPTQ; the low rank
+is fitted in the metric of the data. Not here: training; a second trit plane, a t1 + b t2, whose codes are
+uniform only at a = 3 b, where they are nine of the fifteen levels that the same four stored bits have.
 """
 
 from dataclasses import dataclass, replace
@@ -18,8 +21,9 @@ from ..layer.problem import Fitted, Problem
 from . import gptq
 from .svdquant import PartFit, SVDQuantConfig, error_of
 
-# Where a uniform quantizer with 2^bits - 1 levels (at 1 bit two, without a zero) has its largest code, in sigmas, for the least squared
-# error on a Gaussian. At 1 bit that is the mean of |x|, sqrt(2 / pi) sigma: 4.4 dB.
+# Where a uniform quantizer with 2^bits - 1 levels (at 1 bit two, without a zero) has its largest code, in
+# sigmas, for the least squared error on a Gaussian. At 1 bit that is the mean of |x|, sqrt(2 / pi) sigma: 4.4
+# dB.
 SIGMA_CLIP = {1: 0.7979, 2: 1.22, 3: 1.95, 4: 2.45, 8: 3.94}
 
 
@@ -27,8 +31,9 @@ SIGMA_CLIP = {1: 0.7979, 2: 1.22, 3: 1.95, 4: 2.45, 8: 3.94}
 class RobuQConfig:
     """Each field is one choice, for ablations; what is not explained is as in SVDQuantConfig.
 
-    activation_bits: 1, 2, 3, 4 or 8. clip: factors of the Gaussian-optimal clip to try, () for absmax. rotation: largest Hadamard block.
-    iterations: rounds of ternary and low rank in turn, of each kind of low rank, stopped at the first that does not help.
+    activation_bits: 1, 2, 3, 4 or 8. clip: factors of the Gaussian-optimal clip to try, () for absmax.
+    rotation: largest Hadamard block. iterations: rounds of ternary and low rank in turn, of each kind of low
+    rank, stopped at the first that does not help.
     """
 
     activation_bits: int = 4
@@ -47,7 +52,8 @@ class RobuQConfig:
 
 
 def fit(problem: Problem, config: RobuQConfig) -> Fitted:
-    """Fits each part of the layer on its own. Without statistics: rotation, Gaussian clip, ternary by least squares, plain SVD.
+    """Fits each part of the layer on its own. Without statistics: rotation, Gaussian clip, ternary by least
+    squares, plain SVD.
 
     Raises SpecError for activation bits that are not 1, 2, 3, 4 or 8.
     """
@@ -86,15 +92,18 @@ class RobuQPart(PartFit):
             best = min(best, self._iterated(best, metric), key=error_of)
         return min(best, self._gptq(best, factor), key=error_of) if self.config.gptq and factor else best
 
-    # -- clip ------------------------------------------------------------------------------------------------------------
+    # -- clip
 
     def _gaussian_clip(self, width):
         """The share of the largest of `width` normal numbers, its median, at which SIGMA_CLIP lies."""
         largest = float(torch.special.ndtri(torch.tensor((1 + 0.5 ** (1 / width)) / 2, dtype=torch.float64)))
-        return min(1.0, SIGMA_CLIP.get(self.config.activation_bits, 1.0) / largest) if self.config.clip else 1.0
+        return (
+            min(1.0, SIGMA_CLIP.get(self.config.activation_bits, 1.0) / largest) if self.config.clip else 1.0
+        )
 
     def _sigma_clip(self, spec, smooth):
-        """SIGMA_CLIP as a share of the absmax of the tokens to judge by, their median; tokens of zeros have none."""
+        """SIGMA_CLIP as a share of the absmax of the tokens to judge by, their median; tokens of zeros have
+        none."""
         tx = transform_activation(self.x, smooth, spec.rotation)
         largest = tx.abs().amax(-1)
         ratio = (tx.square().mean(-1).sqrt() / largest)[largest > 0]
@@ -114,13 +123,16 @@ class RobuQPart(PartFit):
         clip = best["spec"].activation.clip
         return best | {"chosen": best["chosen"] | {"clip": f"{clip:g}"}}
 
-    # -- ternary GPTQ ----------------------------------------------------------------------------------------------------
+    # -- ternary GPTQ
 
     def _gptq_codes(self, residual, best, factor):
-        """GPTQ at the scales that rounding has, then the best scale a row for the codes it gave: <w, q> / <q, q> in the metric of the
-        data, worth 1.6 dB in the layers of the small FLUX at rank 0 and 0.1 dB at rank 32."""
+        """GPTQ at the scales that rounding has, then the best scale a row for the codes it gave: <w, q> / <q,
+        q> in the metric of the data, worth 1.6 dB in the layers of the small FLUX at rank 0 and 0.1 dB at
+        rank 32."""
         weight, width = residual.clone(), residual.shape[0]
-        codes, scales = gptq.quantize(residual, factor, 2, width, self.dtype, scales=best["scales"].T.contiguous())
+        codes, scales = gptq.quantize(
+            residual, factor, 2, width, self.dtype, scales=best["scales"].T.contiguous()
+        )
         wq, qq = torch.zeros_like(weight[0]), torch.zeros_like(weight[0])
         for (start, stop), c in factor.items():
             q = c.T @ codes[start:stop].float()

@@ -28,5 +28,7 @@ def fit(problem: Problem, config: RTNConfig) -> Fitted:
         rotation=config.rotation,
     )
     codes, scales = round_part(problem.weight, part, None, torch.float32)
-    layer = assemble(problem, [{"spec": part, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}])
+    layer = assemble(
+        problem, [{"spec": part, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}]
+    )
     return Fitted(layer)

@@ -31,17 +31,23 @@ class SplitPart:
         self.weight = problem.weight[:, columns]
         width = len(index)
         room = max(1, width // config.least)
-        self.slices = config.slices if config.slices <= room else max(s for s in range(1, room + 1) if width % s == 0)
+        self.slices = (
+            config.slices if config.slices <= room else max(s for s in range(1, room + 1) if width % s == 0)
+        )
         self.step = slice_width(width, self.slices)
         self.sizes = balanced(self.step) if config.transform != "identity" else ()
-        if self.sizes and self.sizes[1] % 2:  # 47 x 16, not 16 x 47: kernels pack two codes of a row into a byte
+        if (
+            self.sizes and self.sizes[1] % 2
+        ):  # 47 x 16, not 16 x 47: kernels pack two codes of a row into a byte
             self.sizes = self.sizes[::-1]
         self.group = {"token": width, "slice": self.step, "group": 64}[config.scales]
         self.absmax = self.x = None
         self.hessians = {}
         if (statistics := problem.statistics) is not None:
             self.absmax = statistics.absmax[columns].to(self.weight.device)
-            self.hessians = {b: h for b, h in statistics.hessians.items() if ((index >= b[0]) & (index < b[1])).any()}
+            self.hessians = {
+                b: h for b, h in statistics.hessians.items() if ((index >= b[0]) & (index < b[1])).any()
+            }
         if (tokens := problem.tokens("select")) is not None:
             self.x = tokens[: config.tokens, columns]
         self.best, self.chosen = self._fitted()
@@ -60,7 +66,11 @@ class SplitPart:
             clip = min(CLIPS, key=lambda c: self._rough_error(smooth, factors, c))
             chosen["clip"] = f"{clip:g}"
         best = self._finished(smooth, factors, clip)
-        if self.config.gptq and (other := self._gptq(best)) is not None and self._error(other) < self._error(best):
+        if (
+            self.config.gptq
+            and (other := self._gptq(best)) is not None
+            and self._error(other) < self._error(best)
+        ):
             best, chosen["rounding"] = other, "gptq"
         return best, chosen
 
@@ -79,7 +89,8 @@ class SplitPart:
         return tuple(f.to(self.dtype).float() for f in factors)
 
     def _affine(self, smooth, start):
-        """Yields (factors, label): M^1/2 Q with Q the start, for M of `balance` at each of the DAMPS; nothing without second moments."""
+        """Yields (factors, label): M^1/2 Q with Q the start, for M of `balance` at each of the DAMPS; nothing
+        without second moments."""
         if not self.hessians:
             return
         pairs = []
@@ -95,11 +106,15 @@ class SplitPart:
             pairs = [(sum(s for s, _ in pairs), sum(g for _, g in pairs))]
         for damp in DAMPS:
             found = zip(*(balance.metric(s, g, self.sizes, damp) for s, g in pairs), strict=True)
-            factors = tuple((balance.sqrtm(torch.stack(m)) @ q.double()).float() for m, q in zip(found, start, strict=True))
+            factors = tuple(
+                (balance.sqrtm(torch.stack(m)) @ q.double()).float()
+                for m, q in zip(found, start, strict=True)
+            )
             yield self._stored(factors), f"affine {damp:g}"
 
     def _moments(self, at):
-        """Second moments of the channels at `at`, (w, w) fp32; 0 between channels of different blocks of the calibration."""
+        """Second moments of the channels at `at`, (w, w) fp32; 0 between channels of different blocks of the
+        calibration."""
         index = self.index[at]
         out = torch.zeros(len(index), len(index), device=self.weight.device)
         for (start, stop), h in self.hessians.items():
@@ -127,7 +142,9 @@ class SplitPart:
         """Of the output on the fit tokens, on every n-th out-channel."""
         weight = self.weight[:: max(1, len(self.weight) // self.config.rows)].float()
         rounded = self._rounded(fold_weight(weight, smooth, 0, factors))
-        return float((self.x @ weight.T - self._seen(smooth, factors, clip) @ rounded.T).double().square().sum())
+        return float(
+            (self.x @ weight.T - self._seen(smooth, factors, clip) @ rounded.T).double().square().sum()
+        )
 
     def _finished(self, smooth, factors, clip):
         spec = PartSpec(
@@ -136,11 +153,18 @@ class SplitPart:
         )  # fmt: skip
         dtype = self.dtype if self.config.scales == "group" else torch.float32
         codes, scales = round_part(self.weight, spec, smooth, dtype, factors=factors)
-        return {"spec": spec, "codes": codes, "scales": scales, "smooth": smooth, "low_rank": None, "factors": factors}
+        return {
+            "spec": spec,
+            "codes": codes,
+            "scales": scales,
+            "smooth": smooth,
+            "low_rank": None,
+            "factors": factors,
+        }
 
     def _gptq(self, nearest):
-        """The same part rounded by GPTQ at the same scales, in ranges of whole slices as wide as a block of the calibration; None without
-        second moments."""
+        """The same part rounded by GPTQ at the same scales, in ranges of whole slices as wide as a block of
+        the calibration; None without second moments."""
         if not self.hessians:
             return None
         smooth, factors, upper, width = nearest["smooth"], nearest["factors"], {}, len(self.index)
@@ -168,20 +192,32 @@ class SplitPart:
         """Energy of the output's error on the fit tokens, with the codes as they are."""
         tx, error = self._seen(part["smooth"], part["factors"], part["spec"].activation.clip), 0.0
         for rows in row_chunks(*self.weight.shape):
-            error += (self.x @ self.weight[rows].float().T - tx @ self._weight(part, rows).T).double().square().sum().item()
+            error += (
+                (self.x @ self.weight[rows].float().T - tx @ self._weight(part, rows).T)
+                .double()
+                .square()
+                .sum()
+                .item()
+            )
         return error
 
     def shares(self) -> torch.Tensor:
-        """Of each channel in the ranges that scales are made of: the larger of its shares of absmax(x / s) and of absmax(W s), (w,)."""
+        """Of each channel in the ranges that scales are made of: the larger of its shares of absmax(x / s)
+        and of absmax(W s), (w,)."""
         smooth = self.best["smooth"]
         x, w = self.absmax / smooth, column_absmax(self.weight) * smooth
         return torch.maximum(x / x.sum(), w / w.sum())
 
     def blame(self) -> torch.Tensor:
-        """Of each channel in the error of the output on the fit tokens, were the errors of channels independent, (w,)."""
+        """Of each channel in the error of the output on the fit tokens, were the errors of channels
+        independent, (w,)."""
         smooth, factors = self.best["smooth"], self.best["factors"]
         seen = self._seen(smooth, factors, self.best["spec"].activation.clip)
-        back = seen if factors is None else kronecker(seen, *(torch.linalg.inv(f.double()).float() for f in factors))
+        back = (
+            seen
+            if factors is None
+            else kronecker(seen, *(torch.linalg.inv(f.double()).float() for f in factors))
+        )
         x_error, x_energy = (self.x - back * smooth).square().sum(0), self.x.square().sum(0)
         out = torch.zeros_like(x_error)
         for rows in row_chunks(*self.weight.shape):
@@ -201,8 +237,14 @@ class SplitPart:
         )  # fmt: skip
         made = []
         for i, a in enumerate(range(0, width, self.group)):
-            at, pick = slice(a, a + self.group), slice(i, i + 1) if spec.per_slice and not each.per_slice else slice(None)
-            piece = {"spec": replace(each, start=start + a, stop=start + a + self.group), "codes": best["codes"][:, at]}
+            at, pick = (
+                slice(a, a + self.group),
+                slice(i, i + 1) if spec.per_slice and not each.per_slice else slice(None),
+            )
+            piece = {
+                "spec": replace(each, start=start + a, stop=start + a + self.group),
+                "codes": best["codes"][:, at],
+            }
             piece |= {"scales": best["scales"][:, i : i + 1], "low_rank": None}
             piece["smooth"] = None if best["smooth"] is None else best["smooth"][at]
             piece["factors"] = None if best["factors"] is None else tuple(f[pick] for f in best["factors"])

@@ -1,12 +1,13 @@
-"""SplitQuant (ICLR 2026 submission 23537): in-channels cut into slices that share a learned Kronecker transform, one scale a token and
-one a channel, no low-rank branch: the product is a plain INT4 GEMM.
+"""SplitQuant (ICLR 2026 submission 23537): in-channels cut into slices that share a learned Kronecker
+transform, one scale a token and one a channel, no low-rank branch: the product is a plain INT4 GEMM.
 
-    x / s = [x_1 .. x_S], x_i as a matrix (p1, p2);  z_i = P1^T x_i P2;  y = sum_i s_x s_w (q(z_i) . q(W_i s P^-T)) + b
+    x / s = [x_1 .. x_S], x_i as a matrix (p1, p2);  z_i = P1^T x_i P2;  y = sum_i s_x s_w (q(z_i) . q(W_i s
+    P^-T)) + b
 
-This is the zero-training preset: P is an orthogonal start, or one that balances both sides (`balance`). Training it is left to blocks
-(training/presets.py): on a layer's own output, 300 steps gained 1.7 dB a layer in the small FLUX and lost 2 dB of the picture.
-Beside it, each where it helps: channels sorted before they are cut (PermuQuant), and the worst of them in 8 bit (Atom, arXiv 2310.19102;
-QUIK, arXiv 2310.09259).
+This is the zero-training preset: P is an orthogonal start, or one that balances both sides (`balance`).
+Training it is left to blocks (training/presets.py): on a layer's own output, 300 steps gained 1.7 dB a layer
+in the small FLUX and lost 2 dB of the picture. Beside it, each where it helps: channels sorted before they
+are cut (PermuQuant), and the worst of them in 8 bit (Atom, arXiv 2310.19102; QUIK, arXiv 2310.09259).
 """
 
 from dataclasses import dataclass, replace
@@ -18,22 +19,28 @@ from ..layer.problem import Fitted, Problem, output_sqnr
 from .factors import NoBalancedFactors, balanced
 from .split_part import SplitPart
 
-WORST_DB = 1.0  # what the worst channels in 8 bit must bring a layer: they cost it a gather of x and a second product
-SORT_DB = 0.25  # what an order of channels must bring a part; 0 to 0.5 dB in the small FLUX, where slices are as wide as most parts
+# What the worst channels in 8 bit must bring a layer: they cost it a gather of x and a second product.
+WORST_DB = 1.0
+# What an order of channels must bring a part; 0 to 0.5 dB in the small FLUX, where slices are as wide as most
+# parts.
+SORT_DB = 0.25
 TRANSFORMS, SCALES = ("identity", "hadamard", "orthogonal", "affine"), ("token", "slice", "group")
 
 
 @dataclass(frozen=True)
 class SplitQuantConfig:
-    """slices: of each part of a layer, fewer where one would have less than `least` channels; per_slice: a transform for each.
-    transform: "identity", "hadamard", "orthogonal" (Hadamard where a size is a power of two, else random) or "affine" (the same after
-    factors that balance both sides, where that is better). scales: "token" (one a token, one an out-channel), "slice" (one a token and
-    slice, one an out-channel and slice) or "group" (of 64 channels, on both sides). smooth: candidates (alpha, beta) of
-    absmax(x)^alpha / absmax(w)^beta. clip: fit the range of activations; off, since on the small FLUX it gains 1 dB a layer and loses
-    1 dB of the picture: what is cut off is a bias, which adds up over the steps.
-    worst: 0, 64 or 128 channels that become a slice of their own in 8 bit on both sides, in layers of less than `guard_db` SQNR on
-    held-out tokens that gain WORST_DB by it. sort: by magnitude before the cut, or dealt out to the slices, in parts that gain SORT_DB by it.
-    rows: out-channels that candidates are judged on; tokens: held-out tokens they are judged on. gptq: also try it. rank: of weight-only layers, the others have no branch.
+    """slices: of each part of a layer, fewer where one would have less than `least` channels; per_slice: a
+    transform for each. transform: "identity", "hadamard", "orthogonal" (Hadamard where a size is a power of
+    two, else random) or "affine" (the same after factors that balance both sides, where that is better).
+    scales: "token" (one a token, one an out-channel), "slice" (one a token and slice, one an out-channel and
+    slice) or "group" (of 64 channels, on both sides). smooth: candidates (alpha, beta) of absmax(x)^alpha /
+    absmax(w)^beta. clip: fit the range of activations; off, since on the small FLUX it gains 1 dB a layer and
+    loses 1 dB of the picture: what is cut off is a bias, which adds up over the steps. worst: 0, 64 or 128
+    channels that become a slice of their own in 8 bit on both sides, in layers of less than `guard_db` SQNR
+    on held-out tokens that gain WORST_DB by it. sort: by magnitude before the cut, or dealt out to the
+    slices, in parts that gain SORT_DB by it. rows: out-channels that candidates are judged on; tokens:
+    held-out tokens they are judged on. gptq: also try it. rank: of weight-only layers, the others have no
+    branch.
     """
 
     slices: int = 4
@@ -56,11 +63,15 @@ class SplitQuantConfig:
     def __post_init__(self):
         for name, offered in (("transform", TRANSFORMS), ("scales", SCALES), ("worst", (0, 64, 128))):
             if getattr(self, name) not in offered:
-                raise ValueError(f"splitquant: {name} must be one of {', '.join(map(str, offered))}, found {getattr(self, name)!r}")
+                raise ValueError(
+                    f"splitquant: {name} must be one of {', '.join(map(str, offered))}, found "
+                    f"{getattr(self, name)!r}"
+                )
 
 
 def fit(problem: Problem, config: SplitQuantConfig) -> Fitted:
-    """Fits each part of the layer on its own. Without statistics: the start, no smoothing, no clip, channels as they are."""
+    """Fits each part of the layer on its own. Without statistics: the start, no smoothing, no clip, channels
+    as they are."""
     parts = [SplitPart(problem, torch.arange(p.start, p.stop), config) for p in problem.layer.parts]
     if config.sort:
         parts = [_sorted(problem, part, config) for part in parts]
@@ -85,12 +96,16 @@ def _layer(problem, parts):
 
 
 def _sorted(problem, part, config):
-    """The part with its channels by magnitude, or so dealt out that each slice has as many of each magnitude, where that is SORT_DB better."""
+    """The part with its channels by magnitude, or so dealt out that each slice has as many of each magnitude,
+    where that is SORT_DB better."""
     if part.x is None:
         return part
     ascending = part.index[part.shares().argsort().cpu()]
     best, limit = part, part.error * 10 ** (-SORT_DB / 10)
-    for name, index in {"by magnitude": ascending, "dealt by magnitude": ascending.view(-1, part.slices).T.flatten()}.items():
+    for name, index in {
+        "by magnitude": ascending,
+        "dealt by magnitude": ascending.view(-1, part.slices).T.flatten(),
+    }.items():
         other = SplitPart(problem, index, config)
         if other.error < min(limit, best.error):
             other.chosen["order"] = name
@@ -99,8 +114,9 @@ def _sorted(problem, part, config):
 
 
 def _guarded(problem, parts, layer, config):
-    """(layer, {choice: value}): with the worst channels of one part as a slice in 8 bit behind the others, where the layer needs it and
-    gains by it. Both rules of which are the worst are tried: on the small FLUX, "share" won in 4 layers and "error" in 3."""
+    """(layer, {choice: value}): with the worst channels of one part as a slice in 8 bit behind the others,
+    where the layer needs it and gains by it. Both rules of which are the worst are tried: on the small FLUX,
+    "share" won in 4 layers and "error" in 3."""
     before = output_sqnr(problem, layer, "select")
     if before >= config.guard_db:
         return layer, {}
@@ -114,7 +130,10 @@ def _guarded(problem, parts, layer, config):
             out = torch.zeros(len(part.index), dtype=torch.bool)
             out[score.topk(config.worst).indices.cpu()] = True
             rest = SplitPart(problem, part.index[~out], replace(config, slices=_divisor(width, config)))
-            trial = _layer(problem, [*parts[:i], rest, *parts[i + 1 :], SplitPart(problem, part.index[out], eight, bits=8)])
+            trial = _layer(
+                problem,
+                [*parts[:i], rest, *parts[i + 1 :], SplitPart(problem, part.index[out], eight, bits=8)],
+            )
             if (db := output_sqnr(problem, trial, "select")) > best:
                 best, found = db, (trial, {"worst": f"8 bit {config.worst} channels by {rule}"})
     return found

@@ -1,7 +1,8 @@
 """SVDQuant (Li et al., ICLR 2025): smooth, take out a low-rank branch, quantize the rest at 4 bits.
 
-Differences from the paper, all judged on held-out tokens of the layer itself: the low rank may come from the whitened SVD,
-the residual may be rounded by GPTQ, and with `rotation` a Hadamard rotation follows the smoothing (`svdquant_r`).
+Differences from the paper, all judged on held-out tokens of the layer itself: the low rank may come from the
+whitened SVD, the residual may be rounded by GPTQ, and with `rotation` a Hadamard rotation follows the
+smoothing (`svdquant_r`).
 """
 
 import copy
@@ -24,12 +25,13 @@ from . import gptq
 class SVDQuantConfig:
     """Each field is one choice, for ablations.
 
-    smooth: (alpha, beta) candidates of s = stat(x)^alpha / absmax(w)^beta; smooth_statistics: stat, "absmax" or "rms".
-    low_rank: candidates "plain" and "whitened". damp: share of the mean of diag H added to it, for both uses of H.
-    iterations: rounds of L = SVD(W - Q(W - L)), stopped at the first that does not help (SVDQuant, section 4.2).
-    gptq: also try it for the residual. rotation: largest Hadamard block to try after the smoothing, 0 for none.
-    unsigned_after_gelu: shifted unsigned codes where x >= -0.17. tokens: held-out tokens used to choose. Smoothing and
-    activation codes are ranked on `rough_rows` out-channels; the first `finalists` are fitted in full.
+    smooth: (alpha, beta) candidates of s = stat(x)^alpha / absmax(w)^beta; smooth_statistics: stat, "absmax"
+    or "rms". low_rank: candidates "plain" and "whitened". damp: share of the mean of diag H added to it, for
+    both uses of H. iterations: rounds of L = SVD(W - Q(W - L)), stopped at the first that does not help
+    (SVDQuant, section 4.2). gptq: also try it for the residual. rotation: largest Hadamard block to try after
+    the smoothing, 0 for none. unsigned_after_gelu: shifted unsigned codes where x >= -0.17. tokens: held-out
+    tokens used to choose. Smoothing and activation codes are ranked on `rough_rows` out-channels; the first
+    `finalists` are fitted in full.
     """
 
     rank: int = 32
@@ -54,7 +56,8 @@ def fit(problem: Problem, config: SVDQuantConfig) -> Fitted:
 class PartFit:
     """The fit of one part: its slice of the weight, tokens to judge by, and the exact output on them.
 
-    scale_of: the scales of rounding to nearest, as `weight_codes` takes it. RobuQ overrides that, `_specs` and `_refined`.
+    scale_of: the scales of rounding to nearest, as `weight_codes` takes it. RobuQ overrides that, `_specs`
+    and `_refined`.
     """
 
     scale_of = None
@@ -67,7 +70,9 @@ class PartFit:
         tokens = problem.tokens("select")
         self.x = None if tokens is None else tokens[: config.tokens, part.start : part.stop]
         if self.x is not None:
-            self.y = torch.cat([self.x @ self.weight[rows].float().T for rows in row_chunks(*self.weight.shape)], 1)
+            self.y = torch.cat(
+                [self.x @ self.weight[rows].float().T for rows in row_chunks(*self.weight.shape)], 1
+            )
 
     def fit(self):
         """The best found: ({"spec", "codes", "scales", "smooth", "low_rank"}, choices)."""
@@ -80,18 +85,26 @@ class PartFit:
         best = self._iterated(self._whitened(best, factor))
         return min(best, self._gptq(best, factor), key=error_of) if self.config.gptq and factor else best
 
-    # -- candidates ------------------------------------------------------------------------------------------------------
+    # -- candidates
 
     def _specs(self):
         make = lambda act, rotation: PartSpec(
-            self.part.start, self.part.stop, WeightSpec(), act, smooth=self.x is not None, rotation=rotation, rank=self.rank
+            self.part.start,
+            self.part.stop,
+            WeightSpec(),
+            act,
+            smooth=self.x is not None,
+            rotation=rotation,
+            rank=self.rank,
         )
         if self.part.after_gelu and self.config.unsigned_after_gelu:
             yield make(ActivationSpec(unsigned=True, shift=GELU_SHIFT), 0)
         else:
             yield make(ActivationSpec(), 0)
         if self.config.rotation:
-            yield make(ActivationSpec(), rotation_size(self.part.stop - self.part.start, self.config.rotation))
+            yield make(
+                ActivationSpec(), rotation_size(self.part.stop - self.part.start, self.config.rotation)
+            )
 
     def _candidates(self):
         for spec in self._specs():
@@ -102,18 +115,21 @@ class PartFit:
         if self.x is None:
             # GELU's lower bound needs no data; elsewhere a rotation is the only guard against outliers.
             first, last = (specs := list(self._specs()))[0], specs[-1]
-            return self._rounded(first if first.activation.unsigned else last, None, "plain", None, {"data": "none"})
+            return self._rounded(
+                first if first.activation.unsigned else last, None, "plain", None, {"data": "none"}
+            )
         candidates = list(self._candidates())
         rough = self._every_few_rows()
         candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])
         full = (
-            self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)}) for p, t, s in candidates[: self.config.finalists]
+            self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)})
+            for p, t, s in candidates[: self.config.finalists]
         )
         return min(full, key=error_of)
 
     def _every_few_rows(self):
-        """The same part with at most `rough_rows` out-channels, for a first ranking: 26 candidates on a 3072 x 3072
-        layer take 3 s so and 39 s in full."""
+        """The same part with at most `rough_rows` out-channels, for a first ranking: 26 candidates on a 3072
+        x 3072 layer take 3 s so and 39 s in full."""
         step = max(1, self.weight.shape[0] // self.config.rough_rows)
         out = copy.copy(self)
         out.weight, out.y = self.weight[::step].contiguous(), self.y[:, ::step].contiguous()
@@ -136,14 +152,23 @@ class PartFit:
                 seen.add((alpha, beta))
                 yield f"{kind} {alpha:g}/{beta:g}", smoothing(kinds[kind], w, alpha, beta, self.dtype)
 
-    # -- steps -----------------------------------------------------------------------------------------------------------
+    # -- steps
 
     def _rounded(self, spec, smooth, low_rank, factor, chosen, base=None):
         """Low rank of fold(W - base), then round to nearest."""
         pair = self._low_rank(spec, smooth, factor, base)
         codes, scales = round_part(self.weight, spec, smooth, self.dtype, pair, scale_of=self.scale_of)
         chosen = chosen | ({"low_rank": low_rank} if self.rank else {}) | {"rounding": "nearest"}
-        return self._judged({"spec": spec, "codes": codes, "scales": scales, "smooth": smooth, "low_rank": pair, "chosen": chosen})
+        return self._judged(
+            {
+                "spec": spec,
+                "codes": codes,
+                "scales": scales,
+                "smooth": smooth,
+                "low_rank": pair,
+                "chosen": chosen,
+            }
+        )
 
     def _low_rank(self, spec, smooth, factor, base=None):
         if not self.rank:
@@ -160,15 +185,25 @@ class PartFit:
         """`best`, or what is better with the low rank that is best in the metric of the data."""
         if not (self.rank and factor and "whitened" in self.config.low_rank):
             return best
-        return min(best, self._rounded(best["spec"], best["smooth"], "whitened", factor, best["chosen"]), key=error_of)
+        return min(
+            best,
+            self._rounded(best["spec"], best["smooth"], "whitened", factor, best["chosen"]),
+            key=error_of,
+        )
 
     def _iterated(self, best, factor=None):
-        """`best` after rounds of L = SVD(W - Q), Q = quant(W - L) for as long as they help. factor: of the metric of that SVD."""
+        """`best` after rounds of L = SVD(W - Q), Q = quant(W - L) for as long as they help. factor: of the
+        metric of that SVD."""
         for _ in range(self.config.iterations if self.rank else 0):
             part = best["spec"]
 
             def quantized(rows, best=best, part=part):
-                return dequantize(best["codes"][rows], best["scales"][rows].float(), part.weight.granularity, part.weight.group)
+                return dequantize(
+                    best["codes"][rows],
+                    best["scales"][rows].float(),
+                    part.weight.granularity,
+                    part.weight.group,
+                )
 
             chosen = {k: v for k, v in best["chosen"].items() if k not in ("low_rank", "rounding")}
             label = "iterated" if factor is None else "whitened, iterated"
@@ -183,7 +218,9 @@ class PartFit:
         codes, scales = self._gptq_codes(residual, best, factor)
         del residual
         codes, scales = codes.T.contiguous(), scales.T.contiguous()
-        return self._judged(best | {"codes": codes, "scales": scales, "chosen": best["chosen"] | {"rounding": "gptq"}})
+        return self._judged(
+            best | {"codes": codes, "scales": scales, "chosen": best["chosen"] | {"rounding": "gptq"}}
+        )
 
     def _gptq_codes(self, residual, best, factor):
         return gptq.quantize(residual, factor, best["spec"].weight.bits, GROUP, self.dtype)
@@ -203,18 +240,21 @@ class PartFit:
                 s = best["smooth"][a:b]
                 h.div_(s).div_(s[:, None])
             if best["spec"].rotation:
-                # A block's width is a multiple of the rotation wherever the part's is, except when a cut fell inside.
+                # A block's width is a multiple of the rotation wherever the part's is, except when a cut fell
+                # inside.
                 if h.shape[0] % best["spec"].rotation:
                     return {}
                 h = rotate(rotate(h, best["spec"].rotation).T, best["spec"].rotation)
             out[a, b] = gptq.upper_factor(h, self.config.damp)
         return out
 
-    # -- judgement -------------------------------------------------------------------------------------------------------
+    # -- judgement
 
     def _judged(self, candidate):
         error = 0.0 if self.x is None else self._error_of(candidate)
-        candidate["error"] = math.inf if math.isnan(error) else error  # nothing is better than NaN, not even itself
+        candidate["error"] = (
+            math.inf if math.isnan(error) else error
+        )  # nothing is better than NaN, not even itself
         return candidate
 
     def _error_of(self, candidate):
@@ -229,7 +269,12 @@ class PartFit:
             low = self.x @ candidate["low_rank"][0].float()
         error = 0.0
         for rows in row_chunks(*self.weight.shape):
-            weight = dequantize(candidate["codes"][rows], candidate["scales"][rows].float(), spec.weight.granularity, spec.weight.group)
+            weight = dequantize(
+                candidate["codes"][rows],
+                candidate["scales"][rows].float(),
+                spec.weight.granularity,
+                spec.weight.group,
+            )
             rest = torch.addmm(self.y[:, rows], tx, weight.T, alpha=-1)
             if low is not None:
                 rest.addmm_(low, candidate["low_rank"][1][rows].float().T, alpha=-1)
@@ -242,4 +287,6 @@ def error_of(candidate):
 
 
 def _label(spec):
-    return ("unsigned" if spec.activation.unsigned else "signed") + (f" H{spec.rotation}" if spec.rotation else "")
+    return ("unsigned" if spec.activation.unsigned else "signed") + (
+        f" H{spec.rotation}" if spec.rotation else ""
+    )

@@ -1,8 +1,9 @@
 """W4A16, group 64: adaLN modulation, where a step has one row a picture and memory is all that counts.
 
-SVDQuant rounds these layers to nearest (section 5), which was most of the small FLUX's whole error: 0.094 of the 0.103 that its latents
-were off. Their inputs are an embedding of timestep, guidance and pooled text, nearly of low rank: GPTQ brings 6 dB for nothing there, and a
-whitened low rank of 32 with GPTQ 13 dB for 0.2 bits a weight at FLUX's widths (29.9, 35.6 and 42.9 dB in single_blocks.0).
+SVDQuant rounds these layers to nearest (section 5), which was most of the small FLUX's whole error: 0.094 of
+the 0.103 that its latents were off. Their inputs are an embedding of timestep, guidance and pooled text,
+nearly of low rank: GPTQ brings 6 dB for nothing there, and a whitened low rank of 32 with GPTQ 13 dB for 0.2
+bits a weight at FLUX's widths (29.9, 35.6 and 42.9 dB in single_blocks.0).
 """
 
 import torch
@@ -17,8 +18,8 @@ from . import gptq
 
 
 def fit(problem: Problem, rank: int = 0, use_gptq: bool = False, damp: float = 0.01) -> Fitted:
-    """Round to nearest with the clip of least squares; with statistics also GPTQ and a whitened low rank of `rank`, whichever is best on
-    held-out tokens."""
+    """Round to nearest with the clip of least squares; with statistics also GPTQ and a whitened low rank of
+    `rank`, whichever is best on held-out tokens."""
     tokens, best = problem.tokens("select"), None
     for candidate in _candidates(problem, rank, use_gptq, damp, tokens):  # one beside the best in memory
         error = 0.0 if tokens is None else _error(problem, candidate[0], tokens)
@@ -32,7 +33,10 @@ def _candidates(problem, rank, use_gptq, damp, tokens):
     yield _nearest(problem, None, {"rounding": "nearest"})
     if tokens is None or not problem.statistics.hessians:
         return
-    factor = {b: gptq.upper_factor(h.to(problem.weight.device, torch.float32), damp) for b, h in problem.statistics.hessians.items()}
+    factor = {
+        b: gptq.upper_factor(h.to(problem.weight.device, torch.float32), damp)
+        for b, h in problem.statistics.hessians.items()
+    }
     if use_gptq:
         yield _gptq(problem, None, factor, {"rounding": "gptq"})
     if rank := min(rank, *problem.weight.shape):
@@ -44,7 +48,9 @@ def _candidates(problem, rank, use_gptq, damp, tokens):
 
 
 def _part(problem, pair):
-    spec = PartSpec(0, problem.layer.in_features, WeightSpec(), None, rank=0 if pair is None else pair[0].shape[1])
+    spec = PartSpec(
+        0, problem.layer.in_features, WeightSpec(), None, rank=0 if pair is None else pair[0].shape[1]
+    )
     return {"spec": spec, "smooth": None, "low_rank": pair}
 
 
@@ -60,7 +66,9 @@ def _nearest(problem, pair, chosen):
 
 def _gptq(problem, pair, factor, chosen):
     part = _part(problem, pair)
-    codes, scales = gptq.quantize(folded_t(problem.weight, part["spec"], None, pair), factor, 4, GROUP, problem.dtype)
+    codes, scales = gptq.quantize(
+        folded_t(problem.weight, part["spec"], None, pair), factor, 4, GROUP, problem.dtype
+    )
     return part | {"codes": codes.T.contiguous(), "scales": scales.T.contiguous()}, chosen
 
 
@@ -69,7 +77,9 @@ def _error(problem, part, x) -> float:
     low = None if part["low_rank"] is None else x @ part["low_rank"][0].float()
     error = 0.0
     for rows in row_chunks(*problem.weight.shape):
-        rest = problem.weight[rows].float() - dequantize(part["codes"][rows], part["scales"][rows].float(), "group", GROUP)
+        rest = problem.weight[rows].float() - dequantize(
+            part["codes"][rows], part["scales"][rows].float(), "group", GROUP
+        )
         wrong = x @ rest.T
         if low is not None:
             wrong.addmm_(low, part["low_rank"][1][rows].float().T, alpha=-1)

@@ -1,8 +1,10 @@
-"""Which precision each layer takes under a budget: RobuQ's AMPN (ICML 2026), for any menu of methods and widths.
+"""Which precision each layer takes under a budget: RobuQ's AMPN (ICML 2026), for any menu of methods and
+widths.
 
-The noise-to-signal ratios of the layers' outputs are summed, as AMPN sums its sensitivities, each times a weight, and the sum is
-minimised by exact dynamic programming (`budget.Totals`, which Nibble Guard uses too). Without the weights of `gains.measure` pictures
-of the small FLUX at 2.5 activation bits on average come out between 26.0 and 28.4 dB, by the calibration; with them at 28.3.
+The noise-to-signal ratios of the layers' outputs are summed, as AMPN sums its sensitivities, each times a
+weight, and the sum is minimised by exact dynamic programming (`budget.Totals`, which Nibble Guard uses too).
+Without the weights of `gains.measure` pictures of the small FLUX at 2.5 activation bits on average come out
+between 26.0 and 28.4 dB, by the calibration; with them at 28.3.
 """
 
 import math
@@ -21,18 +23,20 @@ STEPS = 2**16
 NEAR = 0.99  # an average counts as met from here on
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ONE_X = (
-    "1x is the cost by the speed proxy (multiply-adds at the peak rates of int4, int8 and 16 bit) with every layer at its most expensive "
+    "1x is the cost by the speed proxy (multiply-adds at the peak rates of int4, int8 and 16 bit) with "
+    "every layer at its most expensive "
     "quantized entry: int8 products. All W4A4 is 0.5x, all 16 bit 2x."
 )
 
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: "activation" or "weight", value bits on average over the weights of the layers that the menu is for, "memory", bytes, or
-    "speed", the cost of the speed proxy (`sensitivity.relative_cost`) as a multiple of `reference_cost`.
+    """kind: "activation" or "weight", value bits on average over the weights of the layers that the menu is
+    for, "memory", bytes, or "speed", the cost of the speed proxy (`sensitivity.relative_cost`) as a multiple
+    of `reference_cost`.
 
-    An average counts a layer by its in-channels times out-channels, its multiply-adds a token. Bits are those of the codes; side data,
-    such as scales and low rank, count as memory only.
+    An average counts a layer by its in-channels times out-channels, its multiply-adds a token. Bits are those
+    of the codes; side data, such as scales and low rank, count as memory only.
     """
 
     kind: str
@@ -43,7 +47,12 @@ class Budget:
         return self.kind in ("activation", "weight")
 
     def of(self, cell: Cell) -> float:
-        return {"activation": cell.activation_bits, "weight": cell.weight_bits, "memory": cell.nbytes, "speed": cell.cost}[self.kind]
+        return {
+            "activation": cell.activation_bits,
+            "weight": cell.weight_bits,
+            "memory": cell.nbytes,
+            "speed": cell.cost,
+        }[self.kind]
 
     def text(self, value: float | None = None) -> str:
         """E.g. "3.02 activation bits on average", "61.3 MB", "0.8x the reference cost"."""
@@ -57,7 +66,8 @@ class Budget:
 
 
 def reference_cost(layer: Sensitivity) -> float:
-    """What 1x of a speed budget is for a layer: its most expensive quantized entry, an int8 product under the menus of `mixed`.
+    """What 1x of a speed budget is for a layer: its most expensive quantized entry, an int8 product under the
+    menus of `mixed`.
 
     All W4A4 is 0.5x then, all 16 bit 2x. A menu of 16 bit alone is its own reference.
     """
@@ -66,11 +76,17 @@ def reference_cost(layer: Sensitivity) -> float:
 
 
 def parse_budget(text: str) -> Budget:
-    """A Budget of "A3" or "W2.5", bits on average, of "600MB", "6.5 GB", "900 MiB", or of "0.8x", "80%", a cost. Raises BudgetError otherwise."""
-    match = re.fullmatch(r"(?P<kind>[AW])?\s*(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)\s*(?P<unit>[KMG]i?B|x|%)?", text.strip(), re.IGNORECASE)
+    """A Budget of "A3" or "W2.5", bits on average, of "600MB", "6.5 GB", "900 MiB", or of "0.8x", "80%", a
+    cost. Raises BudgetError otherwise."""
+    match = re.fullmatch(
+        r"(?P<kind>[AW])?\s*(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)\s*(?P<unit>[KMG]i?B|x|%)?",
+        text.strip(),
+        re.IGNORECASE,
+    )
     if not match or bool(match["kind"]) == bool(match["unit"]) or float(match["number"]) <= 0:
         raise BudgetError(
-            f"budget {text!r}: expected an average of bits, A3 for activations or W2.5 for weights, a size such as 600MB or 6.5GB, or a cost "
+            f"budget {text!r}: expected an average of bits, A3 for activations or W2.5 for weights, a size "
+            "such as 600MB or 6.5GB, or a cost "
             f"such as 0.8x or 80%. {ONE_X}"
         )
     number, unit = float(match["number"]), (match["unit"] or "").upper()
@@ -83,7 +99,8 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Allocation:
-    """layers: {layer: entry}; reached: what the budget measures, in its unit; noise: the weighted sum; cost: of the speed proxy."""
+    """layers: {layer: entry}; reached: what the budget measures, in its unit; noise: the weighted sum; cost:
+    of the speed proxy."""
 
     layers: dict[str, str]
     reached: float
@@ -91,13 +108,16 @@ class Allocation:
     cost: float
 
 
-def allocate(table: list[Sensitivity], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0) -> Allocation:
+def allocate(
+    table: list[Sensitivity], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
+) -> Allocation:
     """The entries with the least noise, summed over the layers, that meet the budget.
 
-    weights: {layer: factor of its noise}, 1 where there is none; the place for measured gains on the final latent. held: bytes that a
-    memory budget pays beside the table's. Memory and cost are met by all that fits; an average from 99 % of the budget on. Costs are counted
-    in their common divisor or, where that would be more than 2^16 steps, rounded up to steps: the optimum then is that of a budget
-    smaller by at most one step a layer. Raises BudgetError with the closest two budgets that can be met.
+    weights: {layer: factor of its noise}, 1 where there is none; the place for measured gains on the final
+    latent. held: bytes that a memory budget pays beside the table's. Memory and cost are met by all that
+    fits; an average from 99 % of the budget on. Costs are counted in their common divisor or, where that
+    would be more than 2^16 steps, rounded up to steps: the optimum then is that of a budget smaller by at
+    most one step a layer. Raises BudgetError with the closest two budgets that can be met.
     """
     problem = _Problem(table, budget, weights or {}, held)
     totals = problem.totals(problem.room)
@@ -105,13 +125,23 @@ def allocate(table: list[Sensitivity], budget: Budget, weights: Mapping[str, flo
     if total is None:
         closest = " and ".join(budget.text(value) for value in problem.closest())
         raise BudgetError(
-            f"no assignment of the {len(problem.menus)} layers meets {budget.text()}. The closest that can be met: {closest}."
+            (
+                f"no assignment of the {len(problem.menus)} layers meets {budget.text()}. The closest that "
+                "can "
+                f"be met: {closest}."
+            )
             + f" {ONE_X}" * (budget.kind == "speed")
         )
     return problem.allocation(totals.trace(total))
 
 
-def uniform(table: list[Sensitivity], entry: str, budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0) -> Allocation:
+def uniform(
+    table: list[Sensitivity],
+    entry: str,
+    budget: Budget,
+    weights: Mapping[str, float] | None = None,
+    held: int = 0,
+) -> Allocation:
     """Every layer at one entry, in the units of the budget."""
     problem = _Problem(table, budget, weights or {}, held)
     return problem.allocation([list(layer.cells).index(entry) for layer in problem.layers])
@@ -120,7 +150,8 @@ def uniform(table: list[Sensitivity], entry: str, budget: Budget, weights: Mappi
 def pareto(
     table: list[Sensitivity], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
 ) -> list[tuple[float, float]]:
-    """[(budget, least noise)] of all budgets of this kind, from one dynamic program; only points that no cheaper one equals."""
+    """[(budget, least noise)] of all budgets of this kind, from one dynamic program; only points that no
+    cheaper one equals."""
     problem = _Problem(table, budget, weights or {}, held)
     out, least = [], math.inf
     for total, noise in enumerate(problem.totals(problem.span).noise.tolist()):
@@ -141,7 +172,11 @@ class _Problem:
         self.gain = [weights.get(s.name, 1.0) for s in self.layers]
         scale = lambda s: s.weights if budget.average else 1
         self.costs = [[round(budget.of(c) * scale(s)) for c in s.cells.values()] for s in self.layers]
-        self.held = held + sum(c.nbytes for s in table if s.fixed for c in s.cells.values()) if budget.kind == "memory" else 0
+        self.held = (
+            held + sum(c.nbytes for s in table if s.fixed for c in s.cells.values())
+            if budget.kind == "memory"
+            else 0
+        )
         unit = {"memory": lambda s: 0, "speed": reference_cost}.get(budget.kind, lambda s: s.weights)
         self.whole = sum(map(unit, self.layers)) or 1
         least = [min(costs) for costs in self.costs]
@@ -180,7 +215,8 @@ class _Problem:
         return Allocation(layers, reached, noise, sum(cell.cost for _, cell in cells))
 
     def closest(self) -> list[float]:
-        """The nearest budget below and above that can be met; the nearest two on one side where the other has none."""
+        """The nearest budget below and above that can be met; the nearest two on one side where the other has
+        none."""
         totals = self.totals(self.span)
         reachable = totals.noise.isfinite().nonzero().flatten().tolist()
         below = [t for t in reachable if t <= self.room][-2:]
@@ -195,7 +231,8 @@ class _Problem:
 
 @dataclass(frozen=True)
 class Allocated:
-    """What was chosen and why. held: bytes of what is not quantized; uniforms: {entry: every layer at it}; curve: of `pareto`."""
+    """What was chosen and why. held: bytes of what is not quantized; uniforms: {entry: every layer at it};
+    curve: of `pareto`."""
 
     budget: Budget
     table: list[Sensitivity]
@@ -205,10 +242,19 @@ class Allocated:
     held: int
 
 
-def decide(table: list[Sensitivity], budget: Budget, config: MixedConfig, weights: Mapping[str, float] | None, held: int) -> Allocated:
-    """The allocation, and what it is compared with. held: bytes beside the table. Raises BudgetError, ValueError for gains of other layers."""
+def decide(
+    table: list[Sensitivity],
+    budget: Budget,
+    config: MixedConfig,
+    weights: Mapping[str, float] | None,
+    held: int,
+) -> Allocated:
+    """The allocation, and what it is compared with. held: bytes beside the table. Raises BudgetError,
+    ValueError for gains of other layers."""
     if unknown := set(weights or {}) - {s.name for s in table}:
-        raise ValueError(f"gains are given for layers that the model does not have: {', '.join(sorted(unknown)[:3])}")
+        raise ValueError(
+            f"gains are given for layers that the model does not have: {', '.join(sorted(unknown)[:3])}"
+        )
     chosen = allocate(table, budget, weights, held)
     uniforms = {e.name: uniform(table, e.name, budget, weights, held) for e in config.menu}
     return Allocated(budget, table, chosen, uniforms, pareto(table, budget, weights, held), held)

@@ -1,4 +1,5 @@
-"""Which units to raise to a higher precision under a budget, on numbers alone. A unit is a layer, or the layers of a block together.
+"""Which units to raise to a higher precision under a budget, on numbers alone. A unit is a layer, or the
+layers of a block together.
 
 Noise is the noise-to-signal ratio of a layer's output, 10^(-SQNR/10); of a block, the sum over its layers.
 """
@@ -15,7 +16,8 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Option:
-    """A unit at a higher precision. extra: bytes over what it has now, below 0 where it gets smaller; noise: the unit's then."""
+    """A unit at a higher precision. extra: bytes over what it has now, below 0 where it gets smaller; noise:
+    the unit's then."""
 
     precision: str
     extra: int
@@ -24,7 +26,8 @@ class Option:
 
 @dataclass(frozen=True)
 class Unit:
-    """What may be raised, as it is now, and to what. layers: the number of layers that `noise` is the sum over."""
+    """What may be raised, as it is now, and to what. layers: the number of layers that `noise` is the sum
+    over."""
 
     name: str
     noise: float
@@ -43,12 +46,16 @@ def decibel(noise: float) -> float:
 
 
 def for_quality(units, target: float) -> dict[str, Option]:
-    """The cheapest option at which each unit's mean noise has an SQNR of at least `target` dB; {} of those that have it now.
+    """The cheapest option at which each unit's mean noise has an SQNR of at least `target` dB; {} of those
+    that have it now.
 
-    A unit that no option brings there gets the one that comes nearest. Raises BudgetError where target is not a number above 0.
+    A unit that no option brings there gets the one that comes nearest. Raises BudgetError where target is not
+    a number above 0.
     """
     if not 0 < target < math.inf:
-        raise BudgetError(f"the target must be an SQNR above 0 dB, found {target:g}; 20 to 30 dB are usual for 4-bit layers")
+        raise BudgetError(
+            f"the target must be an SQNR above 0 dB, found {target:g}; 20 to 30 dB are usual for 4-bit layers"
+        )
     limit, chosen = 10 ** (-target / 10), {}
     for unit in units:
         if unit.noise / unit.layers <= limit or not unit.improving:
@@ -64,9 +71,10 @@ def for_quality(units, target: float) -> dict[str, Option]:
 def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
     """The options that leave the least noise, summed over all units, at `budget` bytes more in all or less.
 
-    Dynamic programming over the bytes that may be spent, cut into `steps`: the optimum of a budget smaller by at most one step a
-    unit, 0.35 % of it for the 228 layers of FLUX.1, and the optimum itself where a step is one byte. Options without extra bytes
-    need no budget, and bytes that an option saves may be spent elsewhere. Raises BudgetError for a budget below 0.
+    Dynamic programming over the bytes that may be spent, cut into `steps`: the optimum of a budget smaller by
+    at most one step a unit, 0.35 % of it for the 228 layers of FLUX.1, and the optimum itself where a step is
+    one byte. Options without extra bytes need no budget, and bytes that an option saves may be spent
+    elsewhere. Raises BudgetError for a budget below 0.
     """
     if not 0 <= budget < math.inf:
         raise BudgetError(f"the memory budget must be 0 or more, found {budget:g} bytes")
@@ -79,7 +87,9 @@ def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
     least = [min(o.extra for o in menu) for menu in menus]
     spare = budget - sum(least)  # never below 0: to stay costs nothing
     step = max(1, math.ceil(spare / steps))
-    costs = [[(-(-(o.extra - low) // step), o.noise) for o in menu] for menu, low in zip(menus, least, strict=True)]
+    costs = [
+        [(-(-(o.extra - low) // step), o.noise) for o in menu] for menu, low in zip(menus, least, strict=True)
+    ]
     totals = Totals.of(costs, spare // step)
     picks = totals.trace(totals.best(0, spare // step))
     return {u.name: menu[pick] for u, menu, pick in zip(units, menus, picks, strict=True) if pick}
@@ -87,9 +97,11 @@ def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
 
 @dataclass(frozen=True)
 class Totals:
-    """The least noise at each total cost: exact dynamic programming over menus of (cost, noise), one item of each to be taken.
+    """The least noise at each total cost: exact dynamic programming over menus of (cost, noise), one item of
+    each to be taken.
 
-    noise: (room + 1,) fp64, inf at totals that cannot be had. costs: of the items. picks: the item of each menu at each total.
+    noise: (room + 1,) fp64, inf at totals that cannot be had. costs: of the items. picks: the item of each
+    menu at each total.
     """
 
     noise: torch.Tensor
@@ -98,7 +110,8 @@ class Totals:
 
     @classmethod
     def of(cls, menus: list[list[tuple[int, float]]], room: int) -> "Totals":
-        """For totals 0..room; costs are whole numbers, 0 or more. Of equal noise the item that stands first in its menu is kept."""
+        """For totals 0..room; costs are whole numbers, 0 or more. Of equal noise the item that stands first
+        in its menu is kept."""
         noise, picks = torch.full((room + 1,), torch.inf, dtype=torch.float64), []
         noise[0] = 0.0
         for menu in menus:

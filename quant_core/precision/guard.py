@@ -16,7 +16,8 @@ from .budget import Option, Unit
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layer at a higher precision. layer: None at 16 bit; nbytes: with all side data; noise: of its output on the report tokens."""
+    """A layer at a higher precision. layer: None at 16 bit; nbytes: with all side data; noise: of its output
+    on the report tokens."""
 
     precision: str
     layer: QuantizedLayer | None
@@ -25,12 +26,22 @@ class Candidate:
 
 
 def candidates(problem: Problem, quantized: QuantizedLayer, allowed=PRECISIONS) -> Iterator[Candidate]:
-    """Yields what the layer can be raised to among `allowed`, one at a time in memory. `quantized` is on the device of the problem."""
+    """Yields what the layer can be raised to among `allowed`, one at a time in memory. `quantized` is on the
+    device of the problem."""
     for precision in higher(quantized.spec):
         if precision not in allowed:
             continue
-        if precision == "16 bit":  # 2 bytes each, also of an fp32 original: the 55 dB that rounding it to bf16 leaves count as no noise
-            yield Candidate(precision, None, 2 * (problem.original.numel() + (0 if problem.bias is None else problem.bias.numel())), 0.0)
+        if (
+            precision == "16 bit"
+            # 2 bytes each, also of an fp32 original: the 55 dB that rounding it to bf16 leaves count as no
+            # noise.
+        ):
+            yield Candidate(
+                precision,
+                None,
+                2 * (problem.original.numel() + (0 if problem.bias is None else problem.bias.numel())),
+                0.0,
+            )
         else:
             layer = w4a8(quantized) if precision == "W4A8" else w8a8(problem, quantized)
             yield Candidate(precision, layer, layer.nbytes, noise_of(problem, layer))
@@ -45,14 +56,16 @@ def require_tokens(problem: Problem, calibration: Calibration):
     """Raises CalibrationError where the calibration holds no token to judge the layer by."""
     if (tokens := problem.tokens("report")) is None or not len(tokens):
         raise CalibrationError(
-            f"calibration {calibration.path}: no held-out tokens of layer {problem.layer.input} to measure errors on. "
+            f"calibration {calibration.path}: no held-out tokens of layer {problem.layer.input} to measure "
+            "errors on. "
             "Calibrate with 2 samples or more."
         )
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The numbers of one layer. what: its precision, e.g. "W4A4"; options: {precision: (bytes, noise)}, empty if it can only stay."""
+    """The numbers of one layer. what: its precision, e.g. "W4A4"; options: {precision: (bytes, noise)}, empty
+    if it can only stay."""
 
     name: str
     block: str
@@ -76,10 +89,12 @@ def measure(
     allowed=PRECISIONS,
     device: str | torch.device = "cpu",
 ) -> Iterator[Measured]:
-    """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor from one to the next.
+    """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor
+    from one to the next.
 
-    get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises what `require_statistics` does, CalibrationError
-    where the calibration holds no token to judge by, and UnfitLayer.
+    get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises what
+    `require_statistics` does, CalibrationError where the calibration holds no token to judge by, and
+    UnfitLayer.
     """
     layers = list(layers)
     require_statistics(layers, calibration)
@@ -93,7 +108,8 @@ def measure(
 
 
 def as_units(measured: list[Measured], blocks: bool) -> list[Unit]:
-    """One Unit a layer, or one a block: then all its layers take a precision together, but for those that would measure worse."""
+    """One Unit a layer, or one a block: then all its layers take a precision together, but for those that
+    would measure worse."""
     groups = {}
     for m in measured:
         groups.setdefault(m.block if blocks else m.name, []).append(m)

@@ -13,10 +13,11 @@ SHOWN = 5  # units named of those that had to stay; the table of Nibble Quantize
 
 @dataclass(frozen=True)
 class Decision:
-    """What was asked for and what came out. by: "quality" or "memory"; limit: in dB or in bytes; blocks: the unit is a block.
+    """What was asked for and what came out. by: "quality" or "memory"; limit: in dB or in bytes; blocks: the
+    unit is a block.
 
-    units: all that were measured; chosen: those that change; layers: {layer: precision} of the layers that do. weight_only: the
-    number of layers without quantized activations.
+    units: all that were measured; chosen: those that change; layers: {layer: precision} of the layers that
+    do. weight_only: the number of layers without quantized activations.
     """
 
     by: str
@@ -49,36 +50,50 @@ def as_text(decision: Decision, title: str) -> str:
     )
     lines = [f"{title}: {aim}; allowed: {', '.join(d.allowed)}"]
     if d.weight_only:
-        lines.append(f"Not measured and left as they are: {d.weight_only} weight-only layers, which quantize no activations")
+        lines.append(
+            f"Not measured and left as they are: {d.weight_only} weight-only layers, which quantize no "
+            "activations"
+        )
     if not d.measured:
         return "\n".join([*lines, "No layer with quantized activations is left to raise."])
     count = {p: list(d.layers.values()).count(p) for p in d.allowed}
     kinds = ", ".join(f"{n} to {p}" for p, n in count.items() if n)
-    lines.append(f"{len(d.layers)} of {len(d.measured)} measured layers raised" + (f": {kinds}" if kinds else ""))
+    lines.append(
+        f"{len(d.layers)} of {len(d.measured)} measured layers raised" + (f": {kinds}" if kinds else "")
+    )
     before = sum(m.nbytes for m in d.measured)
     budget = f" of {_kib(d.limit)} allowed" if d.by == "memory" else ""
-    lines.append(f"Memory of these layers: {_kib(before)} -> {_kib(before + d.extra)}, {_signed(d.extra)}{budget}")
+    lines.append(
+        f"Memory of these layers: {_kib(before)} -> {_kib(before + d.extra)}, {_signed(d.extra)}{budget}"
+    )
     then = {m.name: m.at(d.layers[m.name])[1] if m.name in d.layers else m.noise for m in d.measured}
     mean = [sum(v) / len(d.measured) for v in ([m.noise for m in d.measured], then.values())]
     worst = [max(v) for v in ([m.noise for m in d.measured], then.values())]
     lines.append(
-        f"Noise on held-out tokens: mean {mean[0]:.3%} -> {mean[1]:.3%} of the signal ({_db(mean[0])} -> {_db(mean[1])}), "
+        f"Noise on held-out tokens: mean {mean[0]:.3%} -> {mean[1]:.3%} of the signal ({_db(mean[0])} -> "
+        f"{_db(mean[1])}), "
         f"worst layer {_db(worst[0])} -> {_db(worst[1])}"
     )
     if d.layers:
         same = sum(p == "W4A8" for p in d.layers.values())
         free = f" W4A8 costs no memory, only that: {same} of them." if same else ""
-        lines.append(f"Raised layers are slower on cards with INT4 tensor cores: they run on the int8 ones, or in 16 bit.{free}")
+        lines.append(
+            "Raised layers are slower on cards with INT4 tensor cores: they run on the int8 ones, or in "
+            f"16 bit.{free}"
+        )
     lines.append("")
     if changed:
         width = max(len(u.name) for u in changed)
         lines.append(f"{kind:{width}}  {'from -> to':>14}  {'SQNR':>20}  {'memory':>12}  why")
     for u in changed:
         option = d.chosen[u.name]
-        what = "/".join(sorted({m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers}))
+        what = "/".join(
+            sorted({m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers})
+        )
         arrow = f"{_db(u.noise / u.layers)} -> {_db(option.noise / u.layers)}"
         lines.append(
-            f"{u.name:{width}}  {what + ' -> ' + option.precision:>14}  {arrow:>20}  {_signed(option.extra):>12}  "
+            f"{u.name:{width}}  {what + ' -> ' + option.precision:>14}  {arrow:>20}  "
+            f"{_signed(option.extra):>12}  "
             f"{_place(place[u.name], len(d.units))}; {_reason(d, u, option)}"
         )
     return "\n".join([*lines, *_left(d, worst_first)])
@@ -92,7 +107,9 @@ def _reason(d: Decision, u: Unit, option: Option) -> str:
     if decibel(option.noise / u.layers) < d.limit:
         return text + ", the nearest that the allowed precisions come"
     tried = [o for o in u.improving if o.extra < option.extra]
-    return text + (f" ({', '.join(f'{o.precision}: {_db(o.noise / u.layers)}' for o in tried)})" if tried else "")
+    return text + (
+        f" ({', '.join(f'{o.precision}: {_db(o.noise / u.layers)}' for o in tried)})" if tried else ""
+    )
 
 
 def _left(d: Decision, worst_first) -> list[str]:
@@ -102,8 +119,14 @@ def _left(d: Decision, worst_first) -> list[str]:
         lines = []
         for u in worst_first:
             if decibel(then(u)) < d.limit:
-                why = f"the best of {', '.join(d.allowed)}" if u.name in d.chosen else "where no allowed precision measures better"
-                lines.append(f"Below the target: {u.name} at {_db(then(u))}, {why}. Allow 16 bit to reach it.")
+                why = (
+                    f"the best of {', '.join(d.allowed)}"
+                    if u.name in d.chosen
+                    else "where no allowed precision measures better"
+                )
+                lines.append(
+                    f"Below the target: {u.name} at {_db(then(u))}, {why}. Allow 16 bit to reach it."
+                )
         return lines
     waiting = []
     for u in worst_first:
@@ -112,15 +135,23 @@ def _left(d: Decision, worst_first) -> list[str]:
         if better:
             least = min(better, key=lambda o: o.extra)
             more = least.extra - (now.extra if now else 0)
-            waiting.append(f"{u.name} at {_db(then(u))} ({least.precision}: {_signed(more)}, {_db(least.noise / u.layers)})")
+            waiting.append(
+                f"{u.name} at {_db(then(u))} ({least.precision}: {_signed(more)}, "
+                f"{_db(least.noise / u.layers)})"
+            )
     if not waiting:
         return []
-    shown = "; ".join(waiting[:SHOWN]) + (f"; and {len(waiting) - SHOWN} more" if len(waiting) > SHOWN else "")
+    shown = "; ".join(waiting[:SHOWN]) + (
+        f"; and {len(waiting) - SHOWN} more" if len(waiting) > SHOWN else ""
+    )
     return [f"Not raised further, {_kib(d.limit - d.extra)} of the budget are left: {shown}"]
 
 
-def rows_after(rows: list[dict], decision: Decision, plan: list[Layer], made: dict[str, QuantizedLayer | None]) -> list[dict]:
-    """The rows of a model's report (JSON) with what was measured and what changed. plan: its layers; made: the raised ones."""
+def rows_after(
+    rows: list[dict], decision: Decision, plan: list[Layer], made: dict[str, QuantizedLayer | None]
+) -> list[dict]:
+    """The rows of a model's report (JSON) with what was measured and what changed. plan: its layers; made:
+    the raised ones."""
     table = {r["name"]: Row(**r) for r in rows}
     shapes = {layer.name: (layer.out_features, layer.in_features) for layer in plan}
     for m in decision.measured:
@@ -133,7 +164,13 @@ def rows_after(rows: list[dict], decision: Decision, plan: list[Layer], made: di
                 row = replace(row, what=precision, sqnr_db=None, nbytes=0, choices={}, note=told)
             else:
                 what, (nbytes, noise) = made[m.name].spec.describe(), m.at(precision)
-                row = replace(row, what=what, sqnr_db=decibel(noise), nbytes=nbytes, choices=row.choices | {"guard": told})
+                row = replace(
+                    row,
+                    what=what,
+                    sqnr_db=decibel(noise),
+                    nbytes=nbytes,
+                    choices=row.choices | {"guard": told},
+                )
         table[m.name] = row
     return [r.to_json() for r in table.values()]
 

@@ -1,4 +1,5 @@
-"""Layers of one model with methods and precisions of their own: a menu, and the fit that looks a layer's entry up."""
+"""Layers of one model with methods and precisions of their own: a menu, and the fit that looks a layer's
+entry up."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -13,7 +14,8 @@ SIXTEEN = "16 bit"
 
 @dataclass(frozen=True)
 class Entry:
-    """What a layer may be. method: a name of METHODS, "" for 16 bit; options: of its config, ((name, value), ...).
+    """What a layer may be. method: a name of METHODS, "" for 16 bit; options: of its config, ((name, value),
+    ...).
 
     raised: "W4A8" or "W8A8", what Guard makes of the method's layer; "" for the layer itself.
     """
@@ -50,7 +52,8 @@ def menu(name: str) -> tuple[Entry, ...]:
 
 @dataclass(frozen=True)
 class MixedConfig:
-    """layers: {layer: name of its entry}, for all but weight-only layers. rank, gptq: of every method that has them."""
+    """layers: {layer: name of its entry}, for all but weight-only layers. rank, gptq: of every method that
+    has them."""
 
     menu: tuple[Entry, ...] = MENUS["robuq"]
     rank: int = 32
@@ -58,8 +61,11 @@ class MixedConfig:
     layers: dict[str, str] = field(default_factory=dict)
 
 
-def variants(make: Callable[[], Problem], config: MixedConfig) -> Iterator[tuple[Entry, QuantizedLayer | None]]:
-    """Yields each entry of the menu with the layer it gives, None at 16 bit; one fit and its relatives in memory at a time.
+def variants(
+    make: Callable[[], Problem], config: MixedConfig
+) -> Iterator[tuple[Entry, QuantizedLayer | None]]:
+    """Yields each entry of the menu with the layer it gives, None at 16 bit; one fit and its relatives in
+    memory at a time.
 
     make(): the Problem, anew each time, since a fit uses up its second moments.
     """
@@ -78,7 +84,10 @@ def fit(problem: Problem, config: MixedConfig) -> Fitted:
     """The layer's entry; `Fitted.layer` is None at 16 bit. Raises ValueError for a layer that has no entry."""
     entry = next((e for e in config.menu if e.name == config.layers.get(problem.layer.name)), None)
     if entry is None:
-        raise ValueError(f"layer {problem.layer.name}: the allocation says nothing of it; it names {len(config.layers)} layers")
+        raise ValueError(
+            f"layer {problem.layer.name}: the allocation says nothing of it; it names {len(config.layers)} "
+            "layers"
+        )
     if not entry.method:
         return Fitted(None, {"allocated": entry.name})
     fitted = _fit(problem, entry, config)

@@ -54,7 +54,13 @@ def figure(done: Allocated):
             curve.plot(a.reached / unit, a.noise / len(layers), "x", color="tab:gray")
             curve.annotate(f"all {name}", (a.reached / unit, a.noise / len(layers)), fontsize=7)
     if done.allocation.noise > 0:
-        curve.plot(done.allocation.reached / unit, done.allocation.noise / len(layers), "o", color="tab:red", label="chosen")
+        curve.plot(
+            done.allocation.reached / unit,
+            done.allocation.noise / len(layers),
+            "o",
+            color="tab:red",
+            label="chosen",
+        )
     curve.set_yscale("log")
     curve.set_xlabel(label)
     curve.set_ylabel("mean noise-to-signal ratio of layer outputs")

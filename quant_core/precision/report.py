@@ -5,18 +5,25 @@ from .budget import decibel
 
 
 def as_text(done: Allocated, title: str) -> str:
-    """The budget, what it came to against one entry for all layers, and what each layer got, in the order of the forward pass."""
+    """The budget, what it came to against one entry for all layers, and what each layer got, in the order of
+    the forward pass."""
     budget, chosen = done.budget, done.allocation
     layers = [s for s in done.table if not s.fixed]
     db = lambda noise: "exact" if noise <= 0 else f"{decibel(noise):.2f} dB"
-    line = lambda name, a: f"  {name:22}  {budget.text(a.reached):>34}  {db(a.noise / len(layers)):>9}  {a.cost / base:5.2f}"
+    line = lambda name, a: (
+        f"  {name:22}  {budget.text(a.reached):>34}  {db(a.noise / len(layers)):>9}  {a.cost / base:5.2f}"
+    )
     base = sum(s.weights for s in layers)
-    lines = [f"{title}: {budget.text()}", f"  {'':22}  {'':>34}  {'mean noise':>9}  cost, the speed proxy (int4 1, int8 2, 16 bit 4)"]
+    lines = [
+        f"{title}: {budget.text()}",
+        f"  {'':22}  {'':>34}  {'mean noise':>9}  cost, the speed proxy (int4 1, int8 2, 16 bit 4)",
+    ]
     lines.append(line("allocated", chosen))
     lines += [line(f"all {name}", a) for name, a in done.uniforms.items()]
     if fixed := len(done.table) - len(layers):
         lines.append(
-            f"{fixed} weight-only layers are outside of the menu; a memory budget pays for them and for {done.held / 1e6:.1f} MB more."
+            f"{fixed} weight-only layers are outside of the menu; a memory budget pays for them and for "
+            f"{done.held / 1e6:.1f} MB more."
         )
     lines.append("")
     width = max(len(s.name) for s in layers)
@@ -24,5 +31,7 @@ def as_text(done: Allocated, title: str) -> str:
     lines.append(f"{'layer':{width}}  {'N x K':>13}  " + "  ".join(f"{n:>14}" for n in names) + "  takes")
     for s in layers:
         cells = "  ".join(f"{db(s.cells[n].noise):>14}" for n in names)
-        lines.append(f"{s.name:{width}}  {f'{s.out_features} x {s.in_features}':>13}  {cells}  {chosen.layers[s.name]}")
+        lines.append(
+            f"{s.name:{width}}  {f'{s.out_features} x {s.in_features}':>13}  {cells}  {chosen.layers[s.name]}"
+        )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate` works on."""
+"""What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate`
+works on."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -19,9 +20,11 @@ from .menu import MIXED, MixedConfig, variants
 
 @dataclass(frozen=True)
 class Cell:
-    """A layer at one precision. noise: noise-to-signal ratio of its output on held-out tokens; nbytes: with all side data.
+    """A layer at one precision. noise: noise-to-signal ratio of its output on held-out tokens; nbytes: with
+    all side data.
 
-    bits: of the codes, the mean over in-channels, without side data. cost: multiply-adds a token, times `relative_cost`.
+    bits: of the codes, the mean over in-channels, without side data. cost: multiply-adds a token, times
+    `relative_cost`.
     """
 
     noise: float
@@ -48,14 +51,18 @@ class Sensitivity:
 
 
 def relative_cost(spec: LinearSpec | None) -> float:
-    """Time of a multiply-add against int4's, by the peak rates of Ampere's and Ada's tensor cores (int4 4, int8 2, 16 bit 1).
+    """Time of a multiply-add against int4's, by the peak rates of Ampere's and Ada's tensor cores (int4 4,
+    int8 2, 16 bit 1).
 
-    A proxy: the path is that of `kernels.plan.kernel_of` there, where 2-bit weights, and any with 8-bit activations, are int8 products.
-    So fewer activation bits than 8 make a ternary layer no faster today. Memory traffic, quantizer and low rank are not in it.
+    A proxy: the path is that of `kernels.plan.kernel_of` there, where 2-bit weights, and any with 8-bit
+    activations, are int8 products. So fewer activation bits than 8 make a ternary layer no faster today.
+    Memory traffic, quantizer and low rank are not in it.
     """
     if spec is None:
         return 4.0
-    rate = lambda p: 4 if p.activation is None else (1 if p.weight.bits == 4 and p.activation.bits <= 4 else 2)
+    rate = lambda p: (
+        4 if p.activation is None else (1 if p.weight.bits == 4 and p.activation.bits <= 4 else 2)
+    )
     return sum(p.width * rate(p) for p in spec.parts) / spec.in_features
 
 
@@ -70,11 +77,13 @@ def sensitivity(
     device: str | torch.device = "cpu",
     progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> list[Sensitivity]:
-    """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path` (JSON) after each.
+    """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path`
+    (JSON) after each.
 
-    A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in `quantize_layers`. Layers
-    whose width no kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where no token was
-    held out, ValueError for a damaged table, and UnfitLayer.
+    A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in
+    `quantize_layers`. Layers whose width no kernel takes are left out. calibration: one that
+    `require_statistics` takes. Raises CalibrationError where no token was held out, ValueError for a damaged
+    table, and UnfitLayer.
     """
     table = Table(path, settings, "sensitivities")
     done = {row.name: row for row in table.parsed(_row)}
@@ -105,10 +114,14 @@ def _cell(problem, layer: QuantizedLayer | None) -> Cell:
     if layer is None:  # 2 bytes each, also of an fp32 original
         bias = 0 if problem.bias is None else problem.bias.numel()
         return Cell(0.0, 2 * (macs + bias), 16.0, 16.0, relative_cost(None) * macs)
-    noise = 0.0 if problem.tokens("report") is None else noise_of(problem, layer)  # of weight-only layers, outside of every choice
+    noise = (
+        0.0 if problem.tokens("report") is None else noise_of(problem, layer)
+    )  # of weight-only layers, outside of every choice
     mean = lambda bits: sum(p.width * bits(p) for p in layer.spec.parts) / layer.spec.width
     activation = mean(lambda p: 16 if p.activation is None else p.activation.bits)
-    return Cell(noise, layer.nbytes, activation, mean(lambda p: p.weight.bits), relative_cost(layer.spec) * macs)
+    return Cell(
+        noise, layer.nbytes, activation, mean(lambda p: p.weight.bits), relative_cost(layer.spec) * macs
+    )
 
 
 def _row(row: dict) -> Sensitivity:

@@ -26,15 +26,19 @@ def quantize_layers(
     calibration: Calibration | None = None,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[QuantizedLayer | None, Row]]:
-    """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16 bit.
+    """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16
+    bit.
 
-    get(key): the tensor of a ComfyUI key, in a dtype that has arithmetic; `keys`: those there are. calibration: one that
-    `require_statistics` takes. Raises UnfitLayer, which names the layer.
+    get(key): the tensor of a ComfyUI key, in a dtype that has arithmetic; `keys`: those there are.
+    calibration: one that `require_statistics` takes. Raises UnfitLayer, which names the layer.
     """
     for layer in layers:
         started = time.perf_counter()
         if reason := not_quantizable(layer):
-            yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason)
+            yield (
+                None,
+                Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason),
+            )
             continue
         problem = problem_of(layer, get, keys, calibration, device)
         try:
@@ -43,7 +47,10 @@ def quantize_layers(
             raise SpecError(f"layer {layer.name}: {error}") from error
         if fitted.layer is None:
             note = "; ".join(f"{k} {v}" for k, v in fitted.choices.items())
-            yield None, Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=note)
+            yield (
+                None,
+                Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=note),
+            )
             continue
         sqnr = output_sqnr(problem, fitted.layer)
         cpu = fitted.layer.to("cpu")
@@ -53,10 +60,14 @@ def quantize_layers(
         yield cpu, row
 
 
-def problem_of(layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True) -> Problem:
-    """A layer's weight, bias and statistics on the device, filled up to whole groups of 64; the statistics None without calibration.
+def problem_of(
+    layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True
+) -> Problem:
+    """A layer's weight, bias and statistics on the device, filled up to whole groups of 64; the statistics
+    None without calibration.
 
-    Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises UnfitLayer as `require_sound` does, and CalibrationError.
+    Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises UnfitLayer as
+    `require_sound` does, and CalibrationError.
     """
     weight = get(f"{layer.name}.weight").to(device).flatten(1)  # a convolution's as a linear layer's
     bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
@@ -74,14 +85,15 @@ def _wants_statistics(layer, calibration):
 
 
 def require_statistics(layers: Iterable[Layer], calibration: Calibration | None):
-    """Raises CalibrationError where a layer's input was not observed, or at another width. From headers alone, to be called before
-    anything is fitted."""
+    """Raises CalibrationError where a layer's input was not observed, or at another width. From headers
+    alone, to be called before anything is fitted."""
     for layer in layers if calibration is not None else ():
         if not_quantizable(layer) or not _wants_statistics(layer, calibration):
             continue
         if (width := calibration.width(layer.input)) != layer.in_features:
             raise CalibrationError(
-                f"layer {layer.name}: calibration {calibration.path} observed {width} in-channels, the weight has {layer.in_features}. "
+                f"layer {layer.name}: calibration {calibration.path} observed {width} in-channels, the "
+                f"weight has {layer.in_features}. "
                 "Calibrate with the model that is to be quantized."
             )
 
@@ -95,7 +107,8 @@ def not_quantizable(layer: Layer) -> str:
 
 
 def leave_out(layers: dict, rows: list[Row], plan: list[Layer]):
-    """Takes out of `layers` what the rules found and what measured far worse than the rest, in place; its rows then say 16 bit and why."""
+    """Takes out of `layers` what the rules found and what measured far worse than the rest, in place; its
+    rows then say 16 bit and why."""
     by_rule = {layer.name for layer in plan if layer.rule}
     found = {name: why for name, why in sensitive(rows).items() if name in by_rule}
     for i, row in enumerate(rows):

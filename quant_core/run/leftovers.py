@@ -15,7 +15,8 @@ from . import unfinished
 
 @dataclass(frozen=True)
 class Leftover:
-    """Files of ours that no finished result needs. kind: "unfinished", "calibration", "temporary" or "lock"; what: for a list; held: a run is at it."""
+    """Files of ours that no finished result needs. kind: "unfinished", "calibration", "temporary" or "lock";
+    what: for a list; held: a run is at it."""
 
     path: Path
     kind: str
@@ -42,7 +43,8 @@ class Leftover:
 
 
 def leftovers(folder: Path) -> Iterator[Leftover]:
-    """Those in `folder` and below it; of a folder of unfinished work itself, that one. Links are not followed."""
+    """Those in `folder` and below it; of a folder of unfinished work itself, that one. Links are not
+    followed."""
     folder = Path(folder)
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: not a folder. Name the one in which to look.")
@@ -58,8 +60,13 @@ def leftovers(folder: Path) -> Iterator[Leftover]:
             folders.remove(name)
             yield _temporary(here / name)
         for path in [here / n for n in sorted(files) if n.startswith(".") and n.endswith((LOCK, RUN))]:
-            if not is_held(path.with_name(path.name.removesuffix(RUN).removesuffix(LOCK) + LOCK)) and path.exists():
-                yield Leftover(path, "lock", "of a run that was killed", _size([path]), _changed([path]), False)
+            if (
+                not is_held(path.with_name(path.name.removesuffix(RUN).removesuffix(LOCK) + LOCK))
+                and path.exists()
+            ):
+                yield Leftover(
+                    path, "lock", "of a run that was killed", _size([path]), _changed([path]), False
+                )
         folders.sort()
 
 
@@ -100,13 +107,25 @@ def _calibration(folder) -> Leftover | None:
     if samples >= wanted:
         return None
     what = f"a calibration of {samples} of {wanted} sampling runs"
-    return Leftover(folder, "calibration", what, _size(found), _changed(found), is_held(folder.with_name(f".{folder.name}{LOCK}")))
+    return Leftover(
+        folder,
+        "calibration",
+        what,
+        _size(found),
+        _changed(found),
+        is_held(folder.with_name(f".{folder.name}{LOCK}")),
+    )
 
 
 def _temporary(folder) -> Leftover:
     files = [p for p in folder.rglob("*") if p.is_file()]
     return Leftover(
-        folder, "temporary", "a file that was not written to its end", _size(files), _changed([folder]), is_held(folder / "lock")
+        folder,
+        "temporary",
+        "a file that was not written to its end",
+        _size(files),
+        _changed([folder]),
+        is_held(folder / "lock"),
     )
 
 
@@ -121,7 +140,10 @@ def _changed(files) -> datetime:
 def as_text(found: list[Leftover]) -> str:
     """A line for each, the largest first."""
     lines = [
-        f"{left.nbytes / 1e6:10,.1f} MB  {left.changed:%Y-%m-%d %H:%M}  {plain(str(left.path))}  ({shortened(plain(left.what))}{'; a run is at it' if left.held else ''})"
+        (
+            f"{left.nbytes / 1e6:10,.1f} MB  {left.changed:%Y-%m-%d %H:%M}  {plain(str(left.path))}  "
+            f"({shortened(plain(left.what))}{'; a run is at it' if left.held else ''})"
+        )
         for left in sorted(found, key=lambda left: -left.nbytes)
     ]
     return "\n".join(lines)

@@ -17,7 +17,11 @@ def provenance(fingerprint: str, method: str, config, calibration, source: dict 
         "settings": asdict(config),
         "calibration": None
         if calibration is None
-        else {"hash": calibration.hash, "samples": calibration.meta["samples"], "seed": calibration.meta["seed"]},
+        else {
+            "hash": calibration.hash,
+            "samples": calibration.meta["samples"],
+            "seed": calibration.meta["seed"],
+        },
         "nibble": VERSION,
         "torch": str(torch.__version__),
         "safetensors": metadata.version("safetensors"),

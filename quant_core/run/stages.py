@@ -1,4 +1,5 @@
-"""A whole model, block by block: quantized, trained where a preset says so, then runs of blocks; what is finished is kept."""
+"""A whole model, block by block: quantized, trained where a preset says so, then runs of blocks; what is
+finished is kept."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -39,11 +40,11 @@ def quantize_blocks(
     preset: Preset = UNTRAINED,
     trainer: Trainer | None = None,
 ) -> Iterator[str]:
-    """Quantizes all layers into `store`, and trains them where a preset says so; yields after each layer, or, with training, after each
-    block and each run of blocks: `steps_of` times in all.
+    """Quantizes all layers into `store`, and trains them where a preset says so; yields after each layer, or,
+    with training, after each block and each run of blocks: `steps_of` times in all.
 
-    Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in the store is not done again,
-    unless the weights it was made from have changed since.
+    Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in
+    the store is not done again, unless the weights it was made from have changed since.
     """
     get = Remembered(get, keys)
     fit = lambda members: list(quantize_layers(members, get, keys, method, config, calibration, device))
@@ -52,7 +53,9 @@ def quantize_blocks(
         return
     blocks = blocks_of(plan)
     names = [name for name, _ in blocks]
-    sources = list(accumulate(([get.source_of(m.name) for m in members] for _, members in blocks), _chained, initial=""))[1:]
+    sources = list(
+        accumulate(([get.source_of(m.name) for m in members] for _, members in blocks), _chained, initial="")
+    )[1:]
     runs = runs_of(len(blocks), preset.span) if preset.distill else []
     distilled = [_run_name(names, run) for run in runs]
     # Once: each is read whole and compared with its hashes.
@@ -81,7 +84,10 @@ def quantize_blocks(
             yield name
             continue
         loaded = [store.load(block) for block in names[first:stop]]
-        layers, rows = {k: v for found, _ in loaded for k, v in found.items()}, [row for _, found in loaded for row in found]
+        layers, rows = (
+            {k: v for found, _ in loaded for k, v in found.items()},
+            [row for _, found in loaded for row in found],
+        )
         members = [layer for _, group in blocks[first:stop] for layer in group]
         layers = _train(trainer, stop, members, layers, rows, name, get, keys, calibration, device)
         store.save(name, sources[-1], layers, rows)
@@ -110,15 +116,21 @@ def steps_of(plan: list[Layer], preset: Preset) -> int:
     return count + (len(runs_of(count, preset.span)) if preset.distill else 0)
 
 
-def finished(plan: list[Layer], preset: Preset, store: Unfinished) -> tuple[dict[str, QuantizedLayer], list[Row]]:
+def finished(
+    plan: list[Layer], preset: Preset, store: Unfinished
+) -> tuple[dict[str, QuantizedLayer], list[Row]]:
     """({layer: quantized, memory-mapped}, rows of the report) of a store in which everything is done."""
     if preset == UNTRAINED:
         units = [layer.name for layer in plan]
     else:
         names = [name for name, _ in blocks_of(plan)]
-        units = [_run_name(names, run) for run in runs_of(len(names), preset.span)] if preset.distill else names
+        units = (
+            [_run_name(names, run) for run in runs_of(len(names), preset.span)] if preset.distill else names
+        )
     loaded = [store.load(unit) for unit in units]
-    return {k: v for layers, _ in loaded for k, v in layers.items()}, [row for _, rows in loaded for row in rows]
+    return {k: v for layers, _ in loaded for k, v in layers.items()}, [
+        row for _, rows in loaded for row in rows
+    ]
 
 
 def _run_name(names, run) -> str:
@@ -129,11 +141,19 @@ def _run_name(names, run) -> str:
 def _train(trainer, stop, members, layers, rows, name, get: Callable, keys, calibration, device):
     """The layers after training, on the CPU; their rows say what it brought."""
     second_moments = bool({"transform", "smooth"} & set(trainer.config.kinds))  # for GPTQ afterwards
-    problems = {m.name: problem_of(m, get, keys, calibration, device, second_moments) for m in members if m.name in layers}
+    problems = {
+        m.name: problem_of(m, get, keys, calibration, device, second_moments)
+        for m in members
+        if m.name in layers
+    }
     layers, outcome = trainer.run(stop, problems, {n: layer.to(device) for n, layer in layers.items()}, name)
     for row in rows:
         if row.name in layers and not layers[row.name].spec.weight_only:
             layer = layers[row.name]
-            row.sqnr_db, row.nbytes, row.what = output_sqnr(problems[row.name], layer), layer.nbytes, layer.spec.describe()
+            row.sqnr_db, row.nbytes, row.what = (
+                output_sqnr(problems[row.name], layer),
+                layer.nbytes,
+                layer.spec.describe(),
+            )
             row.choices["training" if name == row.block else "distillation"] = outcome.text
     return {n: layer.to("cpu") for n, layer in layers.items()}

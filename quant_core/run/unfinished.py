@@ -42,9 +42,11 @@ def hash_of(tensors: Iterable[torch.Tensor]) -> str:
 
 
 class Unfinished:
-    """Units (layers or blocks) of the run of `settings`, in `folder`. kept: how many a run before has left there.
+    """Units (layers or blocks) of the run of `settings`, in `folder`. kept: how many a run before has left
+    there.
 
-    Raises NotOurs for a folder without the marker that is not empty, OtherRun for one of other settings, naming what differs.
+    Raises NotOurs for a folder without the marker that is not empty, OtherRun for one of other settings,
+    naming what differs.
     """
 
     def __init__(self, folder: Path, family: str, settings: dict):
@@ -55,29 +57,43 @@ class Unfinished:
         self.kept = len(list(self.folder.glob(f"*{END}")))
         if not (self.folder / MARKER).exists():
             made = {"settings": self.settings, "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
-            with new_folder(self.folder) as part:  # never without its marker, or a run killed here would leave a folder of nobody's
+            with new_folder(
+                self.folder
+            ) as part:  # never without its marker, or a run killed here would leave a folder of nobody's
                 save_text(part / MARKER, json.dumps(made, indent=1) + "\n")
 
     @property
     def text(self) -> str:
         """What a run before has left."""
         since = about(self.folder).get("since")
-        return f"{self.folder}: {self.kept} finished pieces of the run since {since} are taken over where their weights are the same"
+        return (
+            f"{self.folder}: {self.kept} finished pieces of the run since {since} are taken over where "
+            "their weights are the same"
+        )
 
     def _require_own(self):
-        remedy = f"Go on with the options of that run, remove it (`nibble clean {self.folder} --remove`), or choose another place."
+        remedy = (
+            f"Go on with the options of that run, remove it (`nibble clean {self.folder} --remove`), or "
+            "choose another place."
+        )
         if (self.folder / FORMER).exists():
             raise OtherRun(f"{self.folder}: unfinished work of an earlier version of Nibble. {remedy}")
         if not self.folder.is_dir() or (any(self.folder.iterdir()) and not (self.folder / MARKER).exists()):
-            raise NotOurs(f"{self.folder}: is in the way of unfinished work, and Nibble has not made it. Move it, or choose another place.")
+            raise NotOurs(
+                f"{self.folder}: is in the way of unfinished work, and Nibble has not made it. Move it, or "
+                "choose another place."
+            )
         if (self.folder / MARKER).exists() and (found := about(self.folder)).get("settings") != self.settings:
             left = len(list(self.folder.glob(f"*{END}")))
             differ = "; ".join(differences(found.get("settings"), self.settings)[:_NAMED])
-            raise OtherRun(f"{self.folder}: {left} finished pieces of another run, since {found.get('since')} ({differ}). {remedy}")
+            raise OtherRun(
+                f"{self.folder}: {left} finished pieces of another run, since {found.get('since')} "
+                f"({differ}). {remedy}"
+            )
 
     def take(self, unit: str, source: str) -> tuple[dict[str, QuantizedLayer], list[Row]] | None:
-        """(layers, memory-mapped; rows of the report) of a unit that a run of the same settings made from weights of the hash `source`;
-        None where it is to be made, damaged files among them."""
+        """(layers, memory-mapped; rows of the report) of a unit that a run of the same settings made from
+        weights of the hash `source`; None where it is to be made, damaged files among them."""
         path = self._path(unit)
         if not path.exists():
             return None
@@ -87,14 +103,21 @@ class Unfinished:
             return None
 
     def load(self, unit: str) -> tuple[dict[str, QuantizedLayer], list[Row]]:
-        """The same of a unit that this run has taken or saved. Raises PackError where it is not there whole, or is another run's."""
+        """The same of a unit that this run has taken or saved. Raises PackError where it is not there whole,
+        or is another run's."""
         return self._read(self._path(unit), unit, None)
 
     def _read(self, path, unit, source):
         file = nibble.PackFile(path)
         found = file.provenance
-        if found.get("unit") != unit or found.get("run") != self._key or source not in (None, found.get("source")):
-            raise nibble.PackError(f"{path}: belongs to another run, or to other weights, than {unit} of this one")
+        if (
+            found.get("unit") != unit
+            or found.get("run") != self._key
+            or source not in (None, found.get("source"))
+        ):
+            raise nibble.PackError(
+                f"{path}: belongs to another run, or to other weights, than {unit} of this one"
+            )
         file.verify()
         return {layer: file.layer(layer) for layer in file.specs}, [Row.from_json(row) for row in file.report]
 
@@ -131,7 +154,9 @@ def files_of(folder: Path) -> list[Path]:
         return []
     former = (folder / FORMER).is_file()
     own = lambda p: p.name.endswith((END, TRAINING)) or p.name == "losses.json" or (former and _nibble(p))
-    temporary = [f for p in folder.iterdir() if p.name.endswith(TEMPORARY) and p.is_dir() for f in [*p.iterdir(), p]]
+    temporary = [
+        f for p in folder.iterdir() if p.name.endswith(TEMPORARY) and p.is_dir() for f in [*p.iterdir(), p]
+    ]
     return [
         *(p for p in folder.iterdir() if p.is_file() and own(p)),
         *temporary,
@@ -162,7 +187,8 @@ def _nibble(path) -> bool:
 
 
 class Remembered:
-    """get(key) of a model that keeps the tensors of the layer asked for last: they are hashed, then fitted, and read once."""
+    """get(key) of a model that keeps the tensors of the layer asked for last: they are hashed, then fitted,
+    and read once."""
 
     def __init__(self, get: Callable[[str], torch.Tensor], keys):
         self._get, self._keys, self._held, self._layer = get, keys, {}, None

@@ -1,4 +1,5 @@
-"""What stays in 16 bit of a model, and why: a report counts all of its weights, not the quantized layers alone."""
+"""What stays in 16 bit of a model, and why: a report counts all of its weights, not the quantized layers
+alone."""
 
 import re
 from collections.abc import Mapping
@@ -10,20 +11,30 @@ from ..families.rules import EMBEDDING, FINAL, SMALLEST
 from ..layer.row import Row
 
 TABLE = 2**20  # values from which a tensor that is no layer's weight has a row
-BANK = 16  # width of the last of three dimensions from which they are a bank of matrices; below it is a convolution's window
+# Width of the last of three dimensions from which they are a bank of matrices; below it is a convolution's
+# window.
+BANK = 16
 _EMBEDDER = re.compile(
-    r"(^|[._])(t|time\w*|te?xt\w*|cap\w*|label\w*|vector\w*|guidance\w*|cond\w*|pool\w*|clip\w*|t5\w*|llm\w*)([._]|$)", re.I
+    r"(^|[._])(t|time\w*|te?xt\w*|cap\w*|label\w*|vector\w*|guidance\w*|cond\w*|pool\w*|clip\w*|t5\w*|llm\w*)([._]|$)",
+    re.I,
 )
-_ENDS = re.compile(r"^(img|x|proj|conv|patch|input|linear|out|output)(_(in|out|proj|layer|embedding|embedder))?([.]|$)", re.I)
+_ENDS = re.compile(
+    r"^(img|x|proj|conv|patch|input|linear|out|output)(_(in|out|proj|layer|embedding|embedder))?([.]|$)", re.I
+)
 
 
 def kept_rows(
-    shapes: Mapping[str, tuple[int, ...]], family: Family, rows: list[Row], calibration=None, otherwise="no linear layer of the network"
+    shapes: Mapping[str, tuple[int, ...]],
+    family: Family,
+    rows: list[Row],
+    calibration=None,
+    otherwise="no linear layer of the network",
 ) -> list[Row]:
-    """A row for each weight of the model that `rows` have none of: linear layers, convolutions, banks of expert weights, tables.
+    """A row for each weight of the model that `rows` have none of: linear layers, convolutions, banks of
+    expert weights, tables.
 
-    shapes: {key: shape} of the whole model, in ComfyUI's names. otherwise: why a layer that the family takes has no row. The rows' `block` is
-    empty: they were in no plan.
+    shapes: {key: shape} of the whole model, in ComfyUI's names. otherwise: why a layer that the family takes
+    has no row. The rows' `block` is empty: they were in no plan.
     """
     have = {row.name for row in rows}
     plan = {layer.name: layer for layer in family.layers(shapes)}
@@ -53,7 +64,11 @@ def _why(name, shape, family, layer) -> str:
     if not layer:
         return "a table"
     if len(shape) > 2:
-        return f"{shape[2]}-wide convolution" if len(shape) == 3 else f"{'x'.join(map(str, shape[2:]))} convolution"
+        return (
+            f"{shape[2]}-wide convolution"
+            if len(shape) == 3
+            else f"{'x'.join(map(str, shape[2:]))} convolution"
+        )
     if why := family.why_kept(name):
         return f"kept by the map: {why}"
     if min(shape) < SMALLEST:

@@ -19,7 +19,11 @@ from . import digests, lock
 from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
-_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EFBIG: "files may not become that large"}
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "files may not become that large",
+}
 _own: set[Path] = set()  # of this process
 
 
@@ -36,8 +40,8 @@ class OverInput(ValueError):
 
 
 def save_tensors(path: Path, tensors: dict, metadata: dict[str, str]):
-    """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed; with hashes of what it holds in
-    its header, see `digests`. tensors: contiguous, on the CPU. Raises NoRoom."""
+    """safetensors' save_file under a temporary name in the same folder, flushed to disk, then renamed; with
+    hashes of what it holds in its header, see `digests`. tensors: contiguous, on the CPU. Raises NoRoom."""
     metadata = metadata | digests.entry(tensors, metadata)
     size = sum(t.nbytes for t in tensors.values()) + sum(map(len, metadata.values()))
     require_room(path, size)
@@ -52,20 +56,24 @@ def save_text(path: Path, text: str):
 
 
 def require_output(path: Path, inputs: Iterable[Path], needed: int = 0):
-    """What a command checks of a file that it is to write, before its work: `require_writable`, and that it is none of `inputs`, under
-    whatever name: links are followed. Raises OverInput."""
+    """What a command checks of a file that it is to write, before its work: `require_writable`, and that it
+    is none of `inputs`, under whatever name: links are followed. Raises OverInput."""
     path = Path(path)
     for source in map(Path, inputs):
         same = path.resolve() == source.resolve()
         with suppress(OSError):  # hard links; one of them may not be there
             same = same or path.samefile(source)
         if same:
-            raise OverInput(f"{path}: is read by this command ({source}), and would be written over. Name another file to write.")
+            raise OverInput(
+                f"{path}: is read by this command ({source}), and would be written over. Name another file "
+                "to write."
+            )
     require_writable(path, needed)
 
 
 def require_writable(path: Path, needed: int = 0):
-    """Raises OSError naming `path` where no file of `needed` bytes can be put; to be called before the work whose result goes there."""
+    """Raises OSError naming `path` where no file of `needed` bytes can be put; to be called before the work
+    whose result goes there."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: a folder. Name the file to write.")
@@ -90,13 +98,21 @@ def require_folder(path: Path):
 
 
 def require_room(path: Path, needed: int):
-    """Raises NoRoom where the disk of `path` has less than `needed` bytes free, or files may not be that large."""
+    """Raises NoRoom where the disk of `path` has less than `needed` bytes free, or files may not be that
+    large."""
     there = next(p for p in Path(path).absolute().parents if p.exists())
     free, limit = shutil.disk_usage(there).free, _largest_file()
     if limit is not None and limit < needed:
-        raise NoRoom(errno.EFBIG, f"{path}: {_mb(needed)} are needed, files may have {_mb(limit)} here (ulimit -f). Raise the limit.")
+        raise NoRoom(
+            errno.EFBIG,
+            f"{path}: {_mb(needed)} are needed, files may have {_mb(limit)} here (ulimit -f). Raise the "
+            "limit.",
+        )
     if free < needed:
-        raise NoRoom(errno.ENOSPC, f"{path}: {_mb(needed)} are needed, {_mb(free)} are free. Make room, or choose another place.")
+        raise NoRoom(
+            errno.ENOSPC,
+            f"{path}: {_mb(needed)} are needed, {_mb(free)} are free. Make room, or choose another place.",
+        )
 
 
 def _largest_file() -> int | None:
@@ -114,14 +130,17 @@ def _mb(size) -> str:
 
 @contextmanager
 def replacing(path: Path, size: int = 0):
-    """Gives a temporary path, whose file takes the place of `path` if the block ends well, with the rights that the former file or any new
-    one has. What killed runs have left of the same file is removed. size: in bytes, where it is known. Raises NoRoom."""
+    """Gives a temporary path, whose file takes the place of `path` if the block ends well, with the rights
+    that the former file or any new one has. What killed runs have left of the same file is removed. size: in
+    bytes, where it is known. Raises NoRoom."""
     path = Path(path)
     with _under_way(path) as folder:
         temporary = folder / "file"
         try:
             temporary.touch()
-            mode = (path if path.exists() else temporary).stat().st_mode  # safetensors 0.8 makes files of 0600
+            mode = (
+                (path if path.exists() else temporary).stat().st_mode
+            )  # safetensors 0.8 makes files of 0600
             yield temporary
             temporary.chmod(mode & 0o7777)
             with open(temporary, "rb+") as f:
@@ -148,7 +167,8 @@ def new_folder(path: Path):
 
 @contextmanager
 def _under_way(path):
-    """Gives a folder of ours beside `path`, once those that killed runs have left for it are gone, and removes it in the end."""
+    """Gives a folder of ours beside `path`, once those that killed runs have left for it are gone, and
+    removes it in the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in leftovers(path):
         remove_temporary(left)
@@ -172,13 +192,21 @@ def _folder_for(path):
 
 def _named(path, error, size):
     """`error`, or NoRoom where that is what it says; safetensors gives the system's number in its text alone."""
-    code = getattr(error, "errno", None) or next(iter(map(int, re.findall(r"os error (\d+)", str(error)))), None)
+    code = getattr(error, "errno", None) or next(
+        iter(map(int, re.findall(r"os error (\d+)", str(error)))), None
+    )
     if isinstance(error, NoRoom) or code not in _FULL:
-        return error if isinstance(error, OSError) else OSError(f"{path}: cannot be written ({error}). Choose another place.")
+        return (
+            error
+            if isinstance(error, OSError)
+            else OSError(f"{path}: cannot be written ({error}). Choose another place.")
+        )
     needed = f"{_mb(size)} are needed, " * bool(size)
     free = shutil.disk_usage(path.parent).free
     return NoRoom(
-        code, f"{path}: {_FULL[code]}; {needed}{_mb(free)} are free. Make room, or choose another place; what was there before is kept."
+        code,
+        f"{path}: {_FULL[code]}; {needed}{_mb(free)} are free. Make room, or choose another place; what "
+        "was there before is kept.",
     )
 
 
@@ -199,7 +227,11 @@ def _prefix(path) -> str:
 def leftovers(path: Path) -> list[Path]:
     """Folders of files under way to `path`, of this run or another, alive or killed."""
     start = f"{_prefix(path)}."
-    return [p for p in path.parent.iterdir() if p.name.startswith(start) and p.name.endswith(TEMPORARY) and p.is_dir()]
+    return [
+        p
+        for p in path.parent.iterdir()
+        if p.name.startswith(start) and p.name.endswith(TEMPORARY) and p.is_dir()
+    ]
 
 
 def remove_temporary(folder: Path) -> bool:
@@ -212,7 +244,8 @@ def remove_temporary(folder: Path) -> bool:
 
 
 def clean_own():
-    """Removes the folders of files that this process has under way, and its locks: where a signal ends it, it may be at any line."""
+    """Removes the folders of files that this process has under way, and its locks: where a signal ends it, it
+    may be at any line."""
     for folder in list(_own):
         _emptied(folder)
     lock.clean_own()

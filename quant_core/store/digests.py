@@ -1,7 +1,8 @@
 """Hashes of what a file holds, in its own header: what safetensors has not, and zip and GGUF have.
 
-The entry `nibble_xxh3` has an xxh3 of each tensor's bytes, one of these, and one of the description: all other entries, names, dtypes and
-shapes. The last two are checked whenever a file is opened, those of the tensors by `verify`. They find damage, not malice.
+The entry `nibble_xxh3` has an xxh3 of each tensor's bytes, one of these, and one of the description: all
+other entries, names, dtypes and shapes. The last two are checked whenever a file is opened, those of the
+tensors by `verify`. They find damage, not malice.
 """
 
 import json
@@ -27,16 +28,22 @@ _NAMES = {  # safetensors' names of dtypes
 
 
 def entry(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The header entry for contiguous tensors on the CPU and all other entries; {} where a dtype has no name here.
+    """The header entry for contiguous tensors on the CPU and all other entries; {} where a dtype has no name
+    here.
 
-    11 GB/s a core: with two, 1.6 % of the time that 1 GB took to be written and flushed at 0.33 GB/s, 5 to 9 % at 1.1 GB/s.
+    11 GB/s a core: with two, 1.6 % of the time that 1 GB took to be written and flushed at 0.33 GB/s, 5 to 9
+    % at 1.1 GB/s.
     """
     if not all(t.dtype in _NAMES for t in tensors.values()):
         return {}
     about = ((key, _NAMES[t.dtype], tuple(t.shape)) for key, t in tensors.items())
     with ThreadPoolExecutor(THREADS) as pool:  # xxhash lets other threads run
         hashes = dict(zip(tensors, pool.map(hash_of, tensors.values()), strict=True))
-    return {ENTRY: json.dumps({"description": _description(about, metadata), "hashes": _of_json(hashes), "tensors": hashes})}
+    return {
+        ENTRY: json.dumps(
+            {"description": _description(about, metadata), "hashes": _of_json(hashes), "tensors": hashes}
+        )
+    }
 
 
 def hash_of(tensor: torch.Tensor) -> str:
@@ -54,7 +61,8 @@ def _of_json(value) -> str:
 
 
 def require_description(path: Path, file, error: type[CheckpointError] = CheckpointError):
-    """Raises `error` where an opened safetensors file has hashes and its header is not the one that was written."""
+    """Raises `error` where an opened safetensors file has hashes and its header is not the one that was
+    written."""
     if (found := _stored(path, file, error)) is None:
         return
     pieces = ((key, file.get_slice(key)) for key in file.keys())  # noqa: SIM118
@@ -63,10 +71,17 @@ def require_description(path: Path, file, error: type[CheckpointError] = Checkpo
         raise error(f"{path}: its header is not the one that was written: the file is damaged. {_REMEDY}")
 
 
-def verify(path: Path, file, error: type[CheckpointError] = CheckpointError, progress: Callable = lambda items, total: items) -> int:
-    """Reads every tensor of an opened safetensors file and returns how many bytes agree with their hashes; -1 for a file without hashes.
+def verify(
+    path: Path,
+    file,
+    error: type[CheckpointError] = CheckpointError,
+    progress: Callable = lambda items, total: items,
+) -> int:
+    """Reads every tensor of an opened safetensors file and returns how many bytes agree with their hashes; -1
+    for a file without hashes.
 
-    Raises `error` naming the file and the tensors that do not agree. About 2 s for FLUX.1 in 4 bit once it is in memory.
+    Raises `error` naming the file and the tensors that do not agree. About 2 s for FLUX.1 in 4 bit once it is
+    in memory.
     """
     if (found := _stored(path, file, error)) is None:
         return -1
@@ -80,7 +95,10 @@ def verify(path: Path, file, error: type[CheckpointError] = CheckpointError, pro
             damaged.append(key)
     if damaged:
         more = ", ..." * (len(damaged) > 3)
-        raise error(f"{path}: {len(damaged)} of {len(keys)} tensors are not what was written: {', '.join(damaged[:3])}{more}. {_REMEDY}")
+        raise error(
+            f"{path}: {len(damaged)} of {len(keys)} tensors are not what was written: "
+            f"{', '.join(damaged[:3])}{more}. {_REMEDY}"
+        )
     return total
 
 
@@ -92,7 +110,10 @@ def _stored(path, file, error) -> dict | None:
     if (text := metadata.get(ENTRY)) is None:
         # One bit in the entry's name, and a damaged file would pass for one without hashes.
         if renamed := next((name for name, value in metadata.items() if _OURS.match(value)), None):
-            raise error(f"{path}: header entry {renamed!r}: expected the name {ENTRY!r}: the file is damaged. {_REMEDY}")
+            raise error(
+                f"{path}: header entry {renamed!r}: expected the name {ENTRY!r}: the file is damaged. "
+                f"{_REMEDY}"
+            )
         return None
     try:
         found = json.loads(text)
@@ -101,4 +122,7 @@ def _stored(path, file, error) -> dict | None:
             return found
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass
-    raise error(f"{path}: header entry {ENTRY!r}: expected hashes, found {text[:80]!r}: the file is damaged. {_REMEDY}")
+    raise error(
+        f"{path}: header entry {ENTRY!r}: expected hashes, found {text[:80]!r}: the file is damaged. "
+        f"{_REMEDY}"
+    )

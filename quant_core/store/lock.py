@@ -1,6 +1,7 @@
 """One run at a time on what is written: an advisory lock beside it, which the system drops with its process.
 
-On network drives without locks (NFS without lockd, some FUSE mounts) filelock has none to give: two runs there are not kept apart.
+On network drives without locks (NFS without lockd, some FUSE mounts) filelock has none to give: two runs
+there are not kept apart.
 """
 
 import json
@@ -14,7 +15,10 @@ from filelock import FileLock, Timeout
 
 from ...kernels.operator.errors import plain, shortened
 
-LOCK, RUN = ".nibble-lock", ".nibble-run"  # the lock, and who has it: the lock's own bytes cannot be read on Windows
+LOCK, RUN = (
+    ".nibble-lock",
+    ".nibble-run",
+)  # the lock, and who has it: the lock's own bytes cannot be read on Windows
 _own: set[Path] = set()  # of this process
 
 
@@ -24,13 +28,16 @@ class Busy(OSError):
 
 @contextmanager
 def only_run(target: Path, doing: str):
-    """Keeps other runs off `target`, a file or a folder, within the block; its folder is made. doing: "quantizes model.safetensors".
+    """Keeps other runs off `target`, a file or a folder, within the block; its folder is made. doing:
+    "quantizes model.safetensors".
 
     Raises Busy naming the process, its host, since when and what it does. Nothing of the lock is left behind.
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock, run = (target.with_name(f".{target.name[:200]}{suffix}") for suffix in (LOCK, RUN))  # names have 255 bytes
+    lock, run = (
+        target.with_name(f".{target.name[:200]}{suffix}") for suffix in (LOCK, RUN)
+    )  # names have 255 bytes
     try:
         held = acquired(lock)
     except Timeout:
@@ -38,7 +45,14 @@ def only_run(target: Path, doing: str):
     _own.update((run, lock))
     try:
         run.write_text(
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now():%Y-%m-%d %H:%M}", "doing": doing})
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "host": socket.gethostname(),
+                    "since": f"{datetime.now():%Y-%m-%d %H:%M}",
+                    "doing": doing,
+                }
+            )
         )
         yield
     finally:
@@ -65,11 +79,13 @@ def is_held(lock: Path) -> bool:
 
 
 def acquired(lock: Path) -> FileLock:
-    """The lock of the file `lock`, to be given back by `released`. Raises filelock's Timeout at once where another has it."""
+    """The lock of the file `lock`, to be given back by `released`. Raises filelock's Timeout at once where
+    another has it."""
     while True:
         lock.touch()
         held = FileLock(lock, timeout=0)
-        # The run before may remove the file at any moment, also between our opening and locking it: then ours is no lock to anybody.
+        # The run before may remove the file at any moment, also between our opening and locking it: then ours
+        # is no lock to anybody.
         with suppress(FileNotFoundError):
             before = lock.stat()
             held.acquire()
@@ -80,7 +96,9 @@ def acquired(lock: Path) -> FileLock:
 
 def released(lock: Path, held: FileLock):
     """Gives the lock back and removes its file."""
-    if os.name != "nt":  # removed while held, so that nobody locks it in between; Windows removes no open file
+    if (
+        os.name != "nt"
+    ):  # removed while held, so that nobody locks it in between; Windows removes no open file
         lock.unlink(missing_ok=True)
         held.release()
         return
@@ -92,7 +110,9 @@ def released(lock: Path, held: FileLock):
 def _who(target, run) -> str:
     try:
         found = json.loads(run.read_text())
-        who = shortened(plain(f"process {found['pid']} on {found['host']}, since {found['since']}, {found['doing']}"))
+        who = shortened(
+            plain(f"process {found['pid']} on {found['host']}, since {found['since']}, {found['doing']}")
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         who = "it has not said which"
     return f"{target}: another run is writing this ({who}). Wait for it or stop it, or choose another place."

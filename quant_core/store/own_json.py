@@ -1,4 +1,5 @@
-"""JSON that Nibble has written into a header or a file, and that anybody may have changed since: parsed with bounds, checked field by field."""
+"""JSON that Nibble has written into a header or a file, and that anybody may have changed since: parsed with
+bounds, checked field by field."""
 
 import json
 import math
@@ -12,12 +13,13 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class NotOurs(ValueError):
-    """Text that is no JSON of ours. The text of the error says why, without the file: `prefix: it` is a sentence."""
+    """Text that is no JSON of ours. The text of the error says why, without the file: `prefix: it` is a
+    sentence."""
 
 
 def parse(text: str) -> dict:
-    """The object that `text` is. Raises NotOurs for anything else, for a name that one object has twice, more than DEPTH levels, and text
-    that is no Unicode; the size is bounded where the file is opened."""
+    """The object that `text` is. Raises NotOurs for anything else, for a name that one object has twice, more
+    than DEPTH levels, and text that is no Unicode; the size is bounded where the file is opened."""
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
@@ -30,7 +32,12 @@ def parse(text: str) -> dict:
         raise NotOurs(f"expected an object, found {type(value).__name__}")
     level = [value]
     for _ in range(DEPTH):
-        level = [v for held in level for v in (held.values() if isinstance(held, dict) else held) if isinstance(v, (dict, list))]
+        level = [
+            v
+            for held in level
+            for v in (held.values() if isinstance(held, dict) else held)
+            if isinstance(v, (dict, list))
+        ]
         if not level:
             break
     else:
@@ -53,7 +60,8 @@ def _unique(pairs):
 
 
 def field(data: dict, name: str, kind: type | tuple, low: float | None = None):
-    """data[name], of that type; a bool is no number. low: a whole number is from there to WHOLE, another one finite and from there on.
+    """data[name], of that type; a bool is no number. low: a whole number is from there to WHOLE, another one
+    finite and from there on.
 
     Raises NotOurs naming the field, what was expected and what was found.
     """

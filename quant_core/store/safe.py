@@ -1,4 +1,5 @@
-"""safetensors files, opened with care: what they are is said before they are parsed, what reading raises names the file and the tensor."""
+"""safetensors files, opened with care: what they are is said before they are parsed, what reading raises
+names the file and the tensor."""
 
 from pathlib import Path
 
@@ -7,10 +8,14 @@ from safetensors import SafetensorError, safe_open
 
 from ...kernels.operator.errors import NamedError, shortened
 
-# FLUX's header has 0.1 MB, its Nibble file's 1.5 MB; a mixture of experts with 6000 layers would come to 11. safetensors allows 100 MB.
+# FLUX's header has 0.1 MB, its Nibble file's 1.5 MB; a mixture of experts with 6000 layers would come to 11.
+# safetensors allows 100 MB.
 LONGEST = 32 * 2**20
 MEMORY = 180 * 10**6  # bytes that parsing a header may take
-GGUF = "a GGUF file, already quantized. Load it with Unet Loader (GGUF) of ComfyUI-GGUF; to quantize, start from the bf16 safetensors file"
+GGUF = (
+    "a GGUF file, already quantized. Load it with Unet Loader (GGUF) of ComfyUI-GGUF; to quantize, start "
+    "from the bf16 safetensors file"
+)
 
 
 class CheckpointError(NamedError):
@@ -18,7 +23,8 @@ class CheckpointError(NamedError):
 
 
 class SafeFile:
-    """What safe_open gives, of the file at `path`. Raises CheckpointError naming the file, and the tensor where it is one."""
+    """What safe_open gives, of the file at `path`. Raises CheckpointError naming the file, and the tensor
+    where it is one."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -27,7 +33,9 @@ class SafeFile:
             self._keys = list(self._file.keys())
         except (SafetensorError, UnicodeError) as error:
             size = path.stat().st_size
-            raise CheckpointError(f"{path}: not a whole safetensors file of {size} bytes ({error}). Download or save it again.") from error
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file of {size} bytes ({error}). Download or save it again."
+            ) from error
 
     def keys(self) -> list[str]:
         return self._keys
@@ -44,21 +52,29 @@ class SafeFile:
     def _of(self, key, read):
         try:
             return read(key)
-        # safetensors knows dtypes that this PyTorch may not have, and PyTorch refuses some shapes that it takes.
+        # safetensors knows dtypes that this PyTorch may not have, and PyTorch refuses some shapes that it
+        # takes.
         except (SafetensorError, AttributeError, RuntimeError, TypeError, OverflowError) as error:
-            raise CheckpointError(f"{self.path}: {key}: cannot be read ({shortened(str(error))}). Download or save it again.") from error
+            raise CheckpointError(
+                f"{self.path}: {key}: cannot be read ({shortened(str(error))}). Download or save it again."
+            ) from error
 
 
 def open_safetensors(path: Path) -> SafeFile:
-    """The safetensors file at `path`. Raises CheckpointError naming it, and saying what it seems to be. Pickles are never opened."""
+    """The safetensors file at `path`. Raises CheckpointError naming it, and saying what it seems to be.
+    Pickles are never opened."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: not found")
     with open(path, "rb") as f:
         start = f.read(16)
-        # A safetensors file starts with the length of its header, which may look like anything, then the header's brace.
+        # A safetensors file starts with the length of its header, which may look like anything, then the
+        # header's brace.
         if start[8:9] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
-            raise CheckpointError(f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to safetensors first.")
+            raise CheckpointError(
+                f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to "
+                "safetensors first."
+            )
         if start[:4] == b"GGUF":
             raise CheckpointError(f"{path}: {GGUF}.")
         f.seek(8)
@@ -67,19 +83,23 @@ def open_safetensors(path: Path) -> SafeFile:
 
 
 def _require_small(path, length, file):
-    """safetensors takes 25 times the size of a header that is made for it, so what it would take is counted first."""
+    """safetensors takes 25 times the size of a header that is made for it, so what it would take is counted
+    first."""
     size = path.stat().st_size
     if 8 + length > size:  # no safetensors file: safetensors says so better
         return
     if length > LONGEST:
         raise CheckpointError(
-            f"{path}: its header has {length} bytes, expected at most {LONGEST}. It is no model, or is damaged: download or save it again."
+            f"{path}: its header has {length} bytes, expected at most {LONGEST}. It is no model, or is "
+            "damaged: download or save it again."
         )
     header = file.read(length)
-    # Measured with safetensors 0.8: texts and the tables that hold them, numbers and lists, and the copies of a long text.
+    # Measured with safetensors 0.8: texts and the tables that hold them, numbers and lists, and the copies of
+    # a long text.
     memory = 100 * header.count(b'"') + 40 * sum(map(header.count, (b",", b"[", b"{"))) + 4 * length
     if memory > MEMORY:
         raise CheckpointError(
-            f"{path}: its header of {length} bytes would take {memory / 1e6:.0f} MB to read, expected at most {MEMORY / 1e6:.0f}. It is no "
+            f"{path}: its header of {length} bytes would take {memory / 1e6:.0f} MB to read, expected at "
+            f"most {MEMORY / 1e6:.0f}. It is no "
             "model, or is damaged: download or save it again."
         )

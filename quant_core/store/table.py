@@ -1,4 +1,5 @@
-"""A table that grows row by row: JSON that is whole after each row, gone on with by a run of the same settings only."""
+"""A table that grows row by row: JSON that is whole after each row, gone on with by a run of the same
+settings only."""
 
 import hashlib
 import json
@@ -10,8 +11,9 @@ from .atomic import save_text
 
 
 class Table:
-    """rows: what a run of the same `settings` has left in `path`, [] where there is none; `add` writes one more. Where `path` has the rows
-    of others, which may be hours of work, it stays, and these go beside it, with a part of a hash in the name.
+    """rows: what a run of the same `settings` has left in `path`, [] where there is none; `add` writes one
+    more. Where `path` has the rows of others, which may be hours of work, it stays, and these go beside it,
+    with a part of a hash in the name.
 
     Raises ValueError for a file that is no table.
     """
@@ -49,4 +51,7 @@ class Table:
         save_text(self.path, json.dumps({"settings": self._key, "layers": self.rows}, indent=1) + "\n")
 
     def _damaged(self, error):
-        return NamedError(f"{self.path}: not a table of {self.what} ({type(error).__name__}: {error}). Delete it to measure again.")
+        return NamedError(
+            f"{self.path}: not a table of {self.what} ({type(error).__name__}: {error}). Delete it to "
+            "measure again."
+        )

@@ -1,13 +1,15 @@
 """Trains quantized layers on what their blocks put out, and runs of blocks on what the network predicts.
 
-Block-output reconstruction (FlatQuant, section 3.2; BRECQ, arXiv 2102.05426), from the inputs that the quantized blocks before really give
-and against the full-precision run's outputs, so that a block also corrects what came in wrong. The same on longer runs, up to the
-network's own prediction, is RobuQ's distillation in parts.
+Block-output reconstruction (FlatQuant, section 3.2; BRECQ, arXiv 2102.05426), from the inputs that the
+quantized blocks before really give and against the full-precision run's outputs, so that a block also
+corrects what came in wrong. The same on longer runs, up to the network's own prediction, is RobuQ's
+distillation in parts.
 
-The loss has a second term beside the mean squared error: the energy of the error's mean over calls of one sampling run. A sampler adds its
-predictions up, so that what they have in common in their errors grows with the steps, the rest with their root. In the small FLUX the
-mean's energy orders methods as their pictures do, the mean squared error does not: SplitQuant with fitted clips has predictions of 19.3 dB and
-pictures of 32.2, without 18.5 and 33.7; their means have 25.4 and 26.4 dB.
+The loss has a second term beside the mean squared error: the energy of the error's mean over calls of one
+sampling run. A sampler adds its predictions up, so that what they have in common in their errors grows with
+the steps, the rest with their root. In the small FLUX the mean's energy orders methods as their pictures do,
+the mean squared error does not: SplitQuant with fitted clips has predictions of 19.3 dB and pictures of 32.2,
+without 18.5 and 33.7; their means have 25.4 and 26.4 dB.
 """
 
 import json
@@ -25,7 +27,9 @@ from .segments import Chain, State, replaced
 from .student import Student
 
 Modules = dict[str, list[tuple[torch.nn.Module, slice]]]  # {layer: the modules that hold its rows}
-WINDOWS = 8  # of a run's steps; after each the held-out calls judge, and the best state is kept: the small FLUX overfits to 24 pictures
+# Of a run's steps; after each the held-out calls judge, and the best state is kept: the small FLUX overfits
+# to 24 pictures.
+WINDOWS = 8
 DIVERGED = 2.0  # times the loss of the first window
 HEADER = "nibble_training"  # header entry of a checkpoint
 _PLAIN = ("least", "losses", "unit", "start")  # of its state, what is no tensor
@@ -33,10 +37,11 @@ _PLAIN = ("least", "losses", "unit", "start")  # of its state, what is no tensor
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """kinds: of KINDS (methods/student.py). steps: of AdamW on each run, at `rate` with a cosine to nothing. calls: recorded calls of one
-    sampling run that a step looks at; coherence: weight of the energy of their mean error. isolate: each stream's loss reaches its own
-    layers only. adaptive: blocks whose error is amplified on its way to the prediction learn slower. affine: see Student. bins: weights
-    of the loss by timestep, evenly from the first step of sampling to the last, () for 1.
+    """kinds: of KINDS (methods/student.py). steps: of AdamW on each run, at `rate` with a cosine to nothing.
+    calls: recorded calls of one sampling run that a step looks at; coherence: weight of the energy of their
+    mean error. isolate: each stream's loss reaches its own layers only. adaptive: blocks whose error is
+    amplified on its way to the prediction learn slower. affine: see Student. bins: weights of the loss by
+    timestep, evenly from the first step of sampling to the last, () for 1.
     """
 
     kinds: tuple[str, ...] = ("scale", "bias")
@@ -53,9 +58,11 @@ class TrainConfig:
 
 @dataclass
 class Run:
-    """Blocks first .. stop - 1 of a chain (stop = len + 1: to the prediction) with what goes in and should come out of each call.
+    """Blocks first .. stop - 1 of a chain (stop = len + 1: to the prediction) with what goes in and should
+    come out of each call.
 
-    calls: recorded calls to train on; held: those to judge by. sample, weight: of each call. inputs: None from the start.
+    calls: recorded calls to train on; held: those to judge by. sample, weight: of each call. inputs: None
+    from the start.
     """
 
     first: int
@@ -70,7 +77,8 @@ class Run:
 
 @dataclass
 class Trained:
-    """What came of a run. losses: of each step, 1 where it began; note: why it stopped early, "" where it did not."""
+    """What came of a run. losses: of each step, 1 where it began; note: why it stopped early, "" where it did
+    not."""
 
     losses: list[float]
     note: str = ""
@@ -97,11 +105,15 @@ def errors(chain: Chain, run: Run, calls: list[int]) -> Iterator[list[torch.Tens
     """The error of each output of the run, call by call, times the root of the call's weight."""
     for c in calls:
         got = chain.run(c, run.first, run.stop, None if run.inputs is None else run.inputs[c])
-        yield [run.weight[c] ** 0.5 * (g.float() - w.to(g.device).float()) for g, w in zip(got, run.targets[c], strict=True)]
+        yield [
+            run.weight[c] ** 0.5 * (g.float() - w.to(g.device).float())
+            for g, w in zip(got, run.targets[c], strict=True)
+        ]
 
 
 def losses_of(chain: Chain, run: Run, calls: list[int], coherence: float) -> list[torch.Tensor]:
-    """The loss of each output over calls of one sampling run: mean |e|^2 + coherence * n * |mean e|^2, n their number."""
+    """The loss of each output over calls of one sampling run: mean |e|^2 + coherence * n * |mean e|^2, n
+    their number."""
     squares, means = None, None
     for found in errors(chain, run, calls):
         now = [e.square().mean() / len(calls) for e in found]
@@ -109,7 +121,11 @@ def losses_of(chain: Chain, run: Run, calls: list[int], coherence: float) -> lis
         if coherence:
             part = [e / len(calls) for e in found]
             means = part if means is None else [a + b for a, b in zip(means, part, strict=True)]
-    return [s + coherence * len(calls) * m.square().mean() for s, m in zip(squares, means, strict=True)] if coherence else squares
+    return (
+        [s + coherence * len(calls) * m.square().mean() for s, m in zip(squares, means, strict=True)]
+        if coherence
+        else squares
+    )
 
 
 @torch.no_grad()
@@ -133,11 +149,14 @@ def train(
 ) -> Trained:
     """Trains the students in place on the calls of the run.
 
-    stream_of(layer): index of the output that is its own, None for all. checkpoint: file to go on from, written where on_step(step, loss)
-    says so or raises; the end is the same as without a stop. A loss that is not finite, or doubles, ends the training at its best state so far.
+    stream_of(layer): index of the output that is its own, None for all. checkpoint: file to go on from,
+    written where on_step(step, loss) says so or raises; the end is the same as without a stop. A loss that is
+    not finite, or doubles, ends the training at its best state so far.
     """
     owners = {p: name for name, student in students.items() for p in student.parameters()}
-    optimizer = torch.optim.AdamW([g for student in students.values() for g in student.groups(config.rate)], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [g for student in students.values() for g in student.groups(config.rate)], weight_decay=0.0
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
     state = _State(students, optimizer, schedule, config.steps)
     state.load(checkpoint)
@@ -149,7 +168,9 @@ def train(
         for step in range(len(state.losses), config.steps):
             for student in students.values():
                 student.renew()
-            with torch.autograd.graph.allow_mutation_on_saved_tensors():  # ComfyUI's blocks add to their streams in place
+            with (
+                torch.autograd.graph.allow_mutation_on_saved_tensors()
+            ):  # ComfyUI's blocks add to their streams in place
                 losses = losses_of(chain, run, _picked(by_sample, config, step), config.coherence)
                 if state.unit is None:
                     state.unit = [max(float(loss.detach()), 1e-20) for loss in losses]
@@ -201,10 +222,15 @@ def _backward(losses, owners, stream_of):
 
 
 class _State:
-    """Students and optimizer as they are, and the parameters that did best on the held-out calls, the start among them."""
+    """Students and optimizer as they are, and the parameters that did best on the held-out calls, the start
+    among them."""
 
     def __init__(self, students, optimizer, schedule, steps):
-        self.students, self.optimizer, self.schedule = torch.nn.ModuleList(students.values()), optimizer, schedule
+        self.students, self.optimizer, self.schedule = (
+            torch.nn.ModuleList(students.values()),
+            optimizer,
+            schedule,
+        )
         self.window = max(1, steps // WINDOWS)
         self.losses, self.unit, self.start, self.good, self.least = [], None, None, self._copy(), 1.0
 
@@ -222,7 +248,9 @@ class _State:
             self.best()
             return f"loss {loss} at step {step}"
         self.losses.append(loss)
-        if (step + 1) % self.window == 0 and (mean := self._mean(step // self.window)) > DIVERGED * self._mean(0):
+        if (step + 1) % self.window == 0 and (
+            mean := self._mean(step // self.window)
+        ) > DIVERGED * self._mean(0):
             self.best()
             return f"loss {mean / self._mean(0):.2g} times the first at step {step}"
         return ""
@@ -241,16 +269,27 @@ class _State:
             student.renew()
 
     def save(self, path):
-        """A safetensors file, with what is no tensor as JSON in its header: Python writes floats so that they read back exactly."""
+        """A safetensors file, with what is no tensor as JSON in its header: Python writes floats so that they
+        read back exactly."""
         optimizer = self.optimizer.state_dict()
-        tensors = {f"parameters.{i}": p for i, p in enumerate(self._copy())} | {f"good.{i}": g for i, g in enumerate(self.good)}
-        tensors |= {f"optimizer.{i}.{k}": t for i, held in optimizer["state"].items() for k, t in held.items()}
-        plain = {k: getattr(self, k) for k in _PLAIN} | {"groups": optimizer["param_groups"], "schedule": self.schedule.state_dict()}
-        save_tensors(path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {HEADER: json.dumps(plain)})
+        tensors = {f"parameters.{i}": p for i, p in enumerate(self._copy())} | {
+            f"good.{i}": g for i, g in enumerate(self.good)
+        }
+        tensors |= {
+            f"optimizer.{i}.{k}": t for i, held in optimizer["state"].items() for k, t in held.items()
+        }
+        plain = {k: getattr(self, k) for k in _PLAIN} | {
+            "groups": optimizer["param_groups"],
+            "schedule": self.schedule.state_dict(),
+        }
+        save_tensors(
+            path, {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {HEADER: json.dumps(plain)}
+        )
 
     @torch.no_grad()
     def load(self, path):
-        """Goes on from the file at `path`, if there is one. One that is damaged or of other students is not trusted: the run starts again."""
+        """Goes on from the file at `path`, if there is one. One that is damaged or of other students is not
+        trusted: the run starts again."""
         if path is None or not path.is_file():
             return
         parameters = list(self.students.parameters())
@@ -263,7 +302,9 @@ class _State:
                 state = {}
                 for key in (k for k in keys if k.startswith("optimizer.")):
                     _, i, name = key.split(".")
-                    like = torch.empty(()) if name == "step" else trained[int(i)]  # which AdamW keeps on the CPU
+                    like = (
+                        torch.empty(()) if name == "step" else trained[int(i)]
+                    )  # which AdamW keeps on the CPU
                     state.setdefault(int(i), {})[name] = _copied(f.get_tensor(key), like)
             found, schedule = {k: plain[k] for k in _PLAIN}, dict(plain["schedule"])
             groups = [
@@ -272,7 +313,15 @@ class _State:
             ]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.schedule.load_state_dict(schedule)
-        except (SafetensorError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (
+            SafetensorError,
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ):
             return
         for p, value in zip(parameters, now, strict=True):
             p.copy_(value)
@@ -282,7 +331,8 @@ class _State:
 
 
 def _copied(tensor, like):
-    """A copy where and as `like` lies in memory. The file is replaced while the run goes on, which Windows refuses for one that is mapped."""
+    """A copy where and as `like` lies in memory. The file is replaced while the run goes on, which Windows
+    refuses for one that is mapped."""
     if tensor.shape != like.shape:
         raise ValueError(f"expected the shape {tuple(like.shape)}, found {tuple(tensor.shape)}")
     return torch.empty_like(like).copy_(tensor)

@@ -1,7 +1,8 @@
-"""Runs of consecutive blocks of a network, by the network's own forward: blocks before a run are stubs, the forward is left after it.
+"""Runs of consecutive blocks of a network, by the network's own forward: blocks before a run are stubs, the
+forward is left after it.
 
-What stands between blocks (embeddings, modulation, FLUX's joining of its streams) is the model's own code, whatever the host; nothing of
-it is written down here.
+What stands between blocks (embeddings, modulation, FLUX's joining of its streams) is the model's own code,
+whatever the host; nothing of it is written down here.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ class _Left(Exception):
 
 
 class Chain:
-    """blocks: names of the network's blocks in the order of the forward pass, each called once and fed by the one before.
+    """blocks: names of the network's blocks in the order of the forward pass, each called once and fed by the
+    one before.
 
     call(index): runs the network on the index-th recorded call and returns its prediction.
     """
@@ -30,9 +32,11 @@ class Chain:
         return len(self.modules)
 
     def run(self, index: int, first: int, stop: int, state: State | None) -> State:
-        """The outputs of block `stop` - 1 on a recorded call, from the outputs `state` of block `first` - 1; None from the start.
+        """The outputs of block `stop` - 1 on a recorded call, from the outputs `state` of block `first` - 1;
+        None from the start.
 
-        stop = len(self) + 1 runs to the prediction of the network. The first run of a call must be from the start.
+        stop = len(self) + 1 runs to the prediction of the network. The first run of a call must be from the
+        start.
         """
         shapes = self._shapes.setdefault(index, [None] * len(self.modules))
         with self._stubs(first, state, shapes), self._exit(stop, shapes):
@@ -50,7 +54,9 @@ class Chain:
                 out = tuple(torch.zeros((), dtype=m[1], device=m[2]).expand(m[0]) for m in metas)
             return out[0] if single else out
 
-        return replaced({module: lambda *args, _i=i, **kwargs: stub(_i) for i, module in enumerate(self.modules[:first])})
+        return replaced(
+            {module: lambda *args, _i=i, **kwargs: stub(_i) for i, module in enumerate(self.modules[:first])}
+        )
 
     @contextmanager
     def _exit(self, stop, shapes):

@@ -1,7 +1,9 @@
-"""A quantized layer that can be trained: the operator in differentiable pieces, started from any method's fit.
+"""A quantized layer that can be trained: the operator in differentiable pieces, started from any method's
+fit.
 
-Rounding passes the gradient straight through (LSQ, arXiv 1902.08153: with the clamp around it, a scale gets q - x/s inside the range and
-the largest code outside). Orthogonal factors move by a Cayley transform, so that no inverse is needed (FlatQuant, section 3).
+Rounding passes the gradient straight through (LSQ, arXiv 1902.08153: with the clamp around it, a scale gets q
+- x/s inside the range and the largest code outside). Orthogonal factors move by a Cayley transform, so that
+  no inverse is needed (FlatQuant, section 3).
 """
 
 from dataclasses import replace
@@ -15,8 +17,18 @@ from ..layer.assemble import assemble
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem
 
-# What can be trained, and its rate in units of the run's: ranges at 10 times the rate of transforms (FlatQuant).
-KINDS = {"transform": 1.0, "smooth": 1.0, "clip": 10.0, "scale": 1.0, "threshold": 1.0, "low_rank": 0.1, "rounding": 2.0, "bias": 0.2}
+# What can be trained, and its rate in units of the run's: ranges at 10 times the rate of transforms
+# (FlatQuant).
+KINDS = {
+    "transform": 1.0,
+    "smooth": 1.0,
+    "clip": 10.0,
+    "scale": 1.0,
+    "threshold": 1.0,
+    "low_rank": 0.1,
+    "rounding": 2.0,
+    "bias": 0.2,
+}
 EDGE = 0.49  # from a code, in steps: just inside of its cell
 CLIP_START = 0.982  # sigmoid(4), FlatQuant's: a range of all of absmax would get no gradient
 
@@ -33,7 +45,8 @@ def cayley(a: torch.Tensor) -> torch.Tensor:
 
 
 class Factor(torch.nn.Module):
-    """One Kronecker factor (pairs, n, n): start @ Cayley, or with `affine` start @ Cayley diag(exp d) Cayley'."""
+    """One Kronecker factor (pairs, n, n): start @ Cayley, or with `affine` start @ Cayley diag(exp d)
+    Cayley'."""
 
     def __init__(self, start: torch.Tensor, affine: bool):
         super().__init__()
@@ -54,10 +67,11 @@ class Factor(torch.nn.Module):
 
 
 class Student(torch.nn.Module):
-    """A layer in training. forward(x (..., K)) -> (..., N) in the dtype of x; `layer()` packs what has been learned.
+    """A layer in training. forward(x (..., K)) -> (..., N) in the dtype of x; `layer()` packs what has been
+    learned.
 
-    problem: weight, bias and dtype. start: the layer as a method fitted it. kinds: names of KINDS to train; what a part does not have is
-    left out. affine: factors may scale, not only rotate.
+    problem: weight, bias and dtype. start: the layer as a method fitted it. kinds: names of KINDS to train;
+    what a part does not have is left out. affine: factors may scale, not only rotate.
     """
 
     def __init__(self, problem: Problem, start: QuantizedLayer, kinds, affine: bool = False):
@@ -74,16 +88,34 @@ class Student(torch.nn.Module):
         for i, ((spec, packed, scales, smooth), factors) in enumerate(parts):
             low_rank = None
             if rank:
-                low_rank = tensors["proj_down"][spec.start : spec.stop], tensors["proj_up"][:, i * rank : (i + 1) * rank]
-            made = _Part(problem, spec, unpack(packed, spec.weight.bits), scales.T, smooth, factors, low_rank, self.kinds, affine)
+                low_rank = (
+                    tensors["proj_down"][spec.start : spec.stop],
+                    tensors["proj_up"][:, i * rank : (i + 1) * rank],
+                )
+            made = _Part(
+                problem,
+                spec,
+                unpack(packed, spec.weight.bits),
+                scales.T,
+                smooth,
+                factors,
+                low_rank,
+                self.kinds,
+                affine,
+            )
             self.parts.append(made)
         bias = problem.bias
         if bias is None and "bias" in self.kinds:
             bias = problem.weight.new_zeros(len(problem.weight))
-        self.bias = None if bias is None else torch.nn.Parameter(bias.float().clone(), requires_grad="bias" in self.kinds)
+        self.bias = (
+            None
+            if bias is None
+            else torch.nn.Parameter(bias.float().clone(), requires_grad="bias" in self.kinds)
+        )
 
     def renew(self):
-        """After a step of the optimizer: forget what is computed once of the parameters for all calls of a step."""
+        """After a step of the optimizer: forget what is computed once of the parameters for all calls of a
+        step."""
         for part in self.parts:
             part.made = None
 
@@ -105,8 +137,12 @@ class Student(torch.nn.Module):
 
     @torch.no_grad()
     def layer(self) -> QuantizedLayer:
-        """The layer as it will be stored; the codes are rounded against what is stored of scales, smoothing and factors."""
-        problem = replace(self.problem, bias=None if self.bias is None else self.bias.detach().to(self._bias_dtype(), copy=True))
+        """The layer as it will be stored; the codes are rounded against what is stored of scales, smoothing
+        and factors."""
+        problem = replace(
+            self.problem,
+            bias=None if self.bias is None else self.bias.detach().to(self._bias_dtype(), copy=True),
+        )
         return assemble(problem, [part.stored() for part in self.parts], self.order)
 
     def _bias_dtype(self):
@@ -115,7 +151,9 @@ class Student(torch.nn.Module):
 
 def _kind(name: str) -> str:
     leaf = name.split(".")
-    return "transform" if "factors" in leaf else {"down": "low_rank", "up": "low_rank"}.get(leaf[-1], leaf[-1])
+    return (
+        "transform" if "factors" in leaf else {"down": "low_rank", "up": "low_rank"}.get(leaf[-1], leaf[-1])
+    )
 
 
 class _Part(torch.nn.Module):
@@ -127,18 +165,31 @@ class _Part(torch.nn.Module):
         self.smooth = None if smooth is None else train("smooth", smooth.float().log())
         self.factors = None
         if factors is not None:
-            self.factors = torch.nn.ModuleList(Factor(f, affine) for f in factors).requires_grad_("transform" in kinds)
+            self.factors = torch.nn.ModuleList(Factor(f, affine) for f in factors).requires_grad_(
+                "transform" in kinds
+            )
         self.down = self.up = self.base = None
         if low_rank is not None:
             self.down, self.up = (train("low_rank", t) for t in low_rank)
-            # The weight that is rounded stays what the fit left of W; what training adds to the branch corrects its rounding.
+            # The weight that is rounded stays what the fit left of W; what training adds to the branch
+            # corrects its rounding.
             self.base = tuple(t.float().clone() for t in low_rank)
-        self.moving = ("smooth" in kinds and smooth is not None) or ("transform" in kinds and factors is not None)
+        self.moving = ("smooth" in kinds and smooth is not None) or (
+            "transform" in kinds and factors is not None
+        )
         self.clip = None
         if spec.activation is not None and "clip" in kinds:
-            self.clip = train("clip", torch.logit(torch.tensor(min(spec.activation.clip, CLIP_START), device=codes.device)))
+            self.clip = train(
+                "clip", torch.logit(torch.tensor(min(spec.activation.clip, CLIP_START), device=codes.device))
+            )
         with torch.no_grad():
-            self.fixed, self.scale, self.threshold, self.rounding, value = None, None, None, None, self._folded()
+            self.fixed, self.scale, self.threshold, self.rounding, value = (
+                None,
+                None,
+                None,
+                None,
+                self._folded(),
+            )
             if not self.moving:
                 self.fixed = value
             self.scale_dtype, scales = scales.dtype, scales.float()
@@ -148,9 +199,13 @@ class _Part(torch.nn.Module):
             if spec.weight.bits == 2:
                 self.threshold = train("threshold", torch.zeros_like(scales))
             if not self.moving:
-                # The point of the code's cell that is nearest to the weight, so that GPTQ's codes are where training starts.
+                # The point of the code's cell that is nearest to the weight, so that GPTQ's codes are where
+                # training starts.
                 real = grouped(value, self._grain, spec.weight.group) / scales[..., None]
-                offset = torch.maximum(torch.minimum(real, self._codes(codes) + EDGE), self._codes(codes) - EDGE) - real
+                offset = (
+                    torch.maximum(torch.minimum(real, self._codes(codes) + EDGE), self._codes(codes) - EDGE)
+                    - real
+                )
                 self.rounding = train("rounding", offset.reshape(value.shape))
 
     @property
@@ -183,13 +238,19 @@ class _Part(torch.nn.Module):
         """Weights in units of the distance between two codes, before they are rounded."""
         step = scale if self.threshold is None else scale * self.threshold.exp()
         real = grouped(value, self._grain, self.spec.weight.group) / step[..., None]
-        return real if self.rounding is None else real + grouped(self.rounding, self._grain, self.spec.weight.group)
+        return (
+            real
+            if self.rounding is None
+            else real + grouped(self.rounding, self._grain, self.spec.weight.group)
+        )
 
     def _rounded(self):
         value = self._folded() if self.fixed is None else self.fixed
         scale = self._scales(value)
         low, top = code_range(self.spec.weight.bits)
-        return (round_through(self._cells(value, scale).clamp(low, top)) * scale[..., None]).reshape(value.shape)
+        return (round_through(self._cells(value, scale).clamp(low, top)) * scale[..., None]).reshape(
+            value.shape
+        )
 
     def _activation(self, x, smooth, factors):
         a = self.spec.activation
@@ -203,7 +264,8 @@ class _Part(torch.nn.Module):
         return ((cells + (codes - cells).detach()) * scale).reshape(tx.shape)
 
     def _once(self):
-        """(smoothing, factors, rounded weight (N, w), what a shift adds to the output or None), all of a step."""
+        """(smoothing, factors, rounded weight (N, w), what a shift adds to the output or None), all of a
+        step."""
         if self.made is None or self.made[2].requires_grad != torch.is_grad_enabled():
             smooth = None if self.smooth is None else self.smooth.exp()
             factors = None if self.factors is None else tuple(f.both()[0] for f in self.factors)
@@ -217,7 +279,11 @@ class _Part(torch.nn.Module):
     def forward(self, x, rows):
         smooth, factors, weight, added = self._once()
         x = x[..., self.spec.start : self.spec.stop]
-        tx = transform_activation(x, smooth, self.spec.rotation) if self.spec.activation is None else self._activation(x, smooth, factors)
+        tx = (
+            transform_activation(x, smooth, self.spec.rotation)
+            if self.spec.activation is None
+            else self._activation(x, smooth, factors)
+        )
         y = tx @ weight[rows].T
         if added is not None:
             y = y - added[rows]
@@ -226,16 +292,27 @@ class _Part(torch.nn.Module):
     def stored(self):
         """A part as `assemble` takes it."""
         smooth = None if self.smooth is None else self._normal(self.smooth).to(self.dtype).float()
-        factors = None if self.factors is None else tuple(f.both()[0].to(self.dtype).float() for f in self.factors)
+        factors = (
+            None if self.factors is None else tuple(f.both()[0].to(self.dtype).float() for f in self.factors)
+        )
         value = self._folded(smooth, factors) if self.moving else self.fixed
         scale = self._scales(value).to(self.scale_dtype).clamp(min=torch.finfo(self.scale_dtype).tiny)
         low, top = code_range(self.spec.weight.bits)
         codes = self._cells(value, scale.float()).round().clamp(low, top).reshape(value.shape).to(torch.int8)
         spec = self.spec
         if self.clip is not None:
-            spec = replace(spec, activation=replace(spec.activation, clip=round(float(self.clip.sigmoid()), 4)))
+            spec = replace(
+                spec, activation=replace(spec.activation, clip=round(float(self.clip.sigmoid()), 4))
+            )
         low_rank = None if self.down is None else (self.down.to(self.dtype), self.up.to(self.dtype))
-        return {"spec": spec, "codes": codes, "scales": scale, "smooth": smooth, "low_rank": low_rank, "factors": factors}
+        return {
+            "spec": spec,
+            "codes": codes,
+            "scales": scale,
+            "smooth": smooth,
+            "low_rank": low_rank,
+            "factors": factors,
+        }
 
     def _normal(self, log):
         """A common factor of the smoothing would do nothing but leave the range of fp16."""

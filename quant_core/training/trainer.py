@@ -1,4 +1,5 @@
-"""Goes through a network run after run of blocks: what goes in and should come out of each is carried along, for every recorded call."""
+"""Goes through a network run after run of blocks: what goes in and should come out of each is carried along,
+for every recorded call."""
 
 import json
 import math
@@ -38,7 +39,8 @@ def require_trajectory(calibration: Calibration | None):
         raise NoTrajectory("training needs a calibration, found none")
     if calibration.trajectory() is None:
         raise NoTrajectory(
-            f"calibration {calibration.path}: holds no recorded inputs of the network to train on, as those made before version 0.4 or merged. "
+            f"calibration {calibration.path}: holds no recorded inputs of the network to train on, as "
+            "those made before version 0.4 or merged. "
             "Calibrate again, or set training to none."
         )
 
@@ -48,17 +50,20 @@ class NoChain(ValueError):
 
 
 def require_chain(family: Family, plan: list[Layer]):
-    """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their place. plan: the layers."""
+    """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their
+    place. plan: the layers."""
     if not family.chain or any(not re.fullmatch(family.block, layer.block) for layer in plan):
         raise NoChain(
-            f"training goes through a model's blocks one after the other, and those of {family.title} also read what other blocks computed. "
+            f"training goes through a model's blocks one after the other, and those of {family.title} also "
+            "read what other blocks computed. "
             "Set training to none."
         )
 
 
 @dataclass
 class Outcome:
-    """Of one run. gain_db: of the held-out loss; kept: whether the trained layers were taken; note: why training ended early."""
+    """Of one run. gain_db: of the held-out loss; kept: whether the trained layers were taken; note: why
+    training ended early."""
 
     name: str
     gain_db: float
@@ -69,17 +74,23 @@ class Outcome:
     @property
     def text(self) -> str:
         """For a row of the report."""
-        what = f"trained {self.gain_db:+.1f} dB" if self.kept else f"kept its start ({self.gain_db:+.1f} dB trained)"
+        what = (
+            f"trained {self.gain_db:+.1f} dB"
+            if self.kept
+            else f"kept its start ({self.gain_db:+.1f} dB trained)"
+        )
         return f"{what}, {self.note}" if self.note else what
 
 
 class Trainer:
-    """`begin` at the network's input, then `run` or `skip` blocks in order, up to the last; and again, where runs are longer.
+    """`begin` at the network's input, then `run` or `skip` blocks in order, up to the last; and again, where
+    runs are longer.
 
-    network: in full precision, on its device; blocks: names of its modules; modules: where each layer's rows are. folder: for
-    checkpoints and losses.json. stream_of: see `train`. gains: {block: how much of its error arrives at the prediction} for
-    TrainConfig.adaptive. check(): called at each step, to move a progress bar or to raise an interrupt.
-    Memory: two sets of boundary tensors on the CPU, for FLUX at 512 px 13 MB a call and set.
+    network: in full precision, on its device; blocks: names of its modules; modules: where each layer's rows
+    are. folder: for checkpoints and losses.json. stream_of: see `train`. gains: {block: how much of its error
+    arrives at the prediction} for TrainConfig.adaptive. check(): called at each step, to move a progress bar
+    or to raise an interrupt. Memory: two sets of boundary tensors on the CPU, for FLUX at 512 px 13 MB a call
+    and set.
     """
 
     def __init__(
@@ -88,7 +99,13 @@ class Trainer:
         check: Callable[[], None] = lambda: None,
     ):  # fmt: skip
         self.chain = Chain(network, blocks, lambda index: trajectory.run(network, index, device))
-        self.network, self.modules, self.folder, self.stream_of, self.check = network, modules, Path(folder), stream_of, check
+        self.network, self.modules, self.folder, self.stream_of, self.check = (
+            network,
+            modules,
+            Path(folder),
+            stream_of,
+            check,
+        )
         calls = trajectory.calls
         self.sample = {i: c.sample for i, c in enumerate(calls)}
         self.held = [i for i, c in enumerate(calls) if c.held_out]
@@ -107,24 +124,47 @@ class Trainer:
         self.at, self.full, self.quantized = 0, None, None
 
     def run(self, stop: int, problems: dict[str, Problem], layers: dict[str, QuantizedLayer], name: str):
-        """Trains the blocks up to `stop` (one past the last: to the prediction) from `layers`, those of the blocks, on `problems`, their
-        full-precision weights. Returns (layers, Outcome) and goes on behind them.
+        """Trains the blocks up to `stop` (one past the last: to the prediction) from `layers`, those of the
+        blocks, on `problems`, their full-precision weights. Returns (layers, Outcome) and goes on behind
+        them.
         """
         with torch.inference_mode(False):
             layers = _in_own_memory(layers)
-            run = Run(self.at, stop, self.calls, self.held, self.sample, self.weight, self.quantized, self._outputs(stop, self.full, {}))
+            run = Run(
+                self.at,
+                stop,
+                self.calls,
+                self.held,
+                self.sample,
+                self.weight,
+                self.quantized,
+                self._outputs(stop, self.full, {}),
+            )
             others = {n: layer for n, layer in layers.items() if layer.spec.weight_only}  # left as they are
             students = {n: self._student(problems[n], layers[n]) for n in layers if n not in others}
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
                 checkpoint = self.folder / f"{file_name(name)}{TRAINING}"
-                done = train(self.chain, run, students, self.modules, config, self.stream_of, checkpoint, self._ticks())
+                done = train(
+                    self.chain, run, students, self.modules, config, self.stream_of, checkpoint, self._ticks()
+                )
             trained = layers | {n: s.layer() for n, s in students.items()}
             offered = [trained]
-            if {"transform", "smooth"} & set(self.config.kinds):  # the start may have GPTQ's codes, these are rounded to nearest
-                offered.append(trained | {n: again for n in students if (again := _rounded_again(problems[n], trained[n])) is not None})
-            ratio, trained = min(((self._ratio(run, o, before), o) for o in offered), key=lambda pair: pair[0])
+            if {"transform", "smooth"} & set(
+                self.config.kinds
+            ):  # the start may have GPTQ's codes, these are rounded to nearest
+                offered.append(
+                    trained
+                    | {
+                        n: again
+                        for n in students
+                        if (again := _rounded_again(problems[n], trained[n])) is not None
+                    }
+                )
+            ratio, trained = min(
+                ((self._ratio(run, o, before), o) for o in offered), key=lambda pair: pair[0]
+            )
             outcome = Outcome(name, -power_db(ratio, 1.0), ratio < 1, done.note, done.losses)
             layers = trained if outcome.kept else layers
             self._forward(stop, layers, run.targets)
@@ -164,8 +204,8 @@ class Trainer:
 
     @contextmanager
     def _own_tensors(self, stop):
-        """Parameters and buffers of the modules that gradients pass, copied where they were made under inference mode: autograd refuses
-        to keep those. ComfyUI loads models under it."""
+        """Parameters and buffers of the modules that gradients pass, copied where they were made under
+        inference mode: autograd refuses to keep those. ComfyUI loads models under it."""
         blocks, trained = self.chain.modules, {m for held in self.modules.values() for m, _ in held}
         inside = [m for block in blocks[self.at : min(stop, len(blocks))] for m in block.modules()]
         if stop > len(blocks):
@@ -177,7 +217,11 @@ class Trainer:
                     if tensor is not None and tensor.is_inference():
                         before.append((held, name, tensor))
                         copy = tensor.detach().clone()
-                        held[name] = torch.nn.Parameter(copy, requires_grad=False) if held is module._parameters else copy
+                        held[name] = (
+                            torch.nn.Parameter(copy, requires_grad=False)
+                            if held is module._parameters
+                            else copy
+                        )
         try:
             yield
         finally:
@@ -198,8 +242,14 @@ class Trainer:
 
     def _log(self, outcome):
         try:
-            before = dict(json.loads(self.losses.read_text(encoding="utf-8"))) if self.losses.is_file() else {}
-        except (ValueError, TypeError, RecursionError):  # damaged: the curves are for the eye, a trained block is hours
+            before = (
+                dict(json.loads(self.losses.read_text(encoding="utf-8"))) if self.losses.is_file() else {}
+            )
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # damaged: the curves are for the eye, a trained block is hours
             before = {}
         entry = {
             "losses": [round(x, 6) for x in outcome.losses],
@@ -211,9 +261,12 @@ class Trainer:
 
 
 def _in_own_memory(layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
-    """Copies. A memory-mapped tensor lies at any 8 bytes, where products differ in their last bit from those at PyTorch's 64: a training
-    that goes on from a file would end elsewhere."""
-    return {name: replace(layer, tensors={k: t.clone() for k, t in layer.tensors.items()}) for name, layer in layers.items()}
+    """Copies. A memory-mapped tensor lies at any 8 bytes, where products differ in their last bit from those
+    at PyTorch's 64: a training that goes on from a file would end elsewhere."""
+    return {
+        name: replace(layer, tensors={k: t.clone() for k, t in layer.tensors.items()})
+        for name, layer in layers.items()
+    }
 
 
 def _rounded_again(problem, layer):
@@ -235,4 +288,8 @@ def _slower(config, gains, name):
     """The rate times the root of the median gain over the block's, at most 1 and at least 1/4."""
     ordered = sorted(gains.values())
     median = ordered[len(ordered) // 2]
-    return replace(config, rate=config.rate * min(1.0, max(0.25, (median / max(gains[name], 1e-12)) ** 0.5))) if config.adaptive else config
+    return (
+        replace(config, rate=config.rate * min(1.0, max(0.25, (median / max(gains[name], 1e-12)) ** 0.5)))
+        if config.adaptive
+        else config
+    )

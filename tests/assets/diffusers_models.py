@@ -14,7 +14,13 @@ from comfyui_nibble.tests.assets.synthetic import (
 _WAN = {"num_attention_heads": 1, "attention_head_dim": 128, "ffn_dim": 256, "num_layers": 2}
 _FLUX = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64}
 _FLUX2 = {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64}
-_SD3 = {"num_attention_heads": 3, "attention_head_dim": 64, "num_layers": 3, "caption_projection_dim": 192, "qk_norm": "rms_norm"}
+_SD3 = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 64,
+    "num_layers": 3,
+    "caption_projection_dim": 192,
+    "qk_norm": "rms_norm",
+}
 # name: (family, class, its arguments, shapes in ComfyUI's names)
 MODELS = {
     "flux dev": (
@@ -32,7 +38,8 @@ MODELS = {
     "flux fill": (
         "flux",
         "FluxTransformer2DModel",
-        _FLUX | {"pooled_projection_dim": 32, "guidance_embeds": True, "in_channels": 384, "out_channels": 64},
+        _FLUX
+        | {"pooled_projection_dim": 32, "guidance_embeds": True, "in_channels": 384, "out_channels": 64},
         flux_shapes(2, 2, hidden=128, context=64, pooled=32, channels=384),
     ),
     "flux2 dev": ("flux2", "Flux2Transformer2DModel", _FLUX2, flux2_shapes(2, 2, hidden=128, context=64)),
@@ -45,7 +52,12 @@ MODELS = {
     "chroma": (
         "chroma",
         "ChromaTransformer2DModel",
-        _FLUX | {"approximator_hidden_dim": 64, "num_layers": 19, "num_single_layers": 38},  # ComfyUI counts on these depths
+        _FLUX
+        | {
+            "approximator_hidden_dim": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+        },  # ComfyUI counts on these depths
         chroma_shapes(19, 38, hidden=128, inner=64, context=64),
     ),
     "sd3.5": (
@@ -63,7 +75,14 @@ MODELS = {
     "z_image": (
         "z_image",
         "ZImageTransformer2DModel",
-        {"dim": 1152, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 9, "n_kv_heads": 9, "cap_feat_dim": 64},
+        {
+            "dim": 1152,
+            "n_layers": 2,
+            "n_refiner_layers": 2,
+            "n_heads": 9,
+            "n_kv_heads": 9,
+            "cap_feat_dim": 64,
+        },
         z_image_shapes(2, hidden=1152, context=64),
     ),
     "wan": ("wan", "WanTransformer3DModel", _WAN, wan_shapes(2)),
@@ -73,7 +92,12 @@ MODELS = {
         _WAN | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128},
         wan_shapes(2, channels=36, image=True),
     ),
-    "wan vace": ("wan_vace", "WanVACETransformer3DModel", _WAN | {"vace_layers": [0, 1]}, wan_shapes(2, vace=2)),
+    "wan vace": (
+        "wan_vace",
+        "WanVACETransformer3DModel",
+        _WAN | {"vace_layers": [0, 1]},
+        wan_shapes(2, vace=2),
+    ),
     "sdxl": (
         "sdxl",
         "UNet2DConditionModel",

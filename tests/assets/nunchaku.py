@@ -1,5 +1,6 @@
-"""Random nunchaku files with all that they hold in natural order beside it. Places of single elements, written from where a warp's lanes
-keep them (mma.m16n8k64) and how the kernel of the modulation layers takes a word apart; they take integers and tensors of them."""
+"""Random nunchaku files with all that they hold in natural order beside it. Places of single elements,
+written from where a warp's lanes keep them (mma.m16n8k64) and how the kernel of the modulation layers takes a
+word apart; they take integers and tensors of them."""
 
 import json
 
@@ -11,7 +12,9 @@ SPLITS = {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3, "img_m
 
 def weight_place(n, k, channels):
     """(byte, shift) of the code (n, k) of a layer with so many in-channels."""
-    tile = n // 128 * (channels // 64) + k // 64  # 128 x 64 codes are 1024 words, 128 for each 16 out-channels
+    tile = (
+        n // 128 * (channels // 64) + k // 64
+    )  # 128 x 64 codes are 1024 words, 128 for each 16 out-channels
     lane = n % 8 * 4 + k % 32 // 8  # 32 lanes, with a load of four words each
     register = n % 16 // 8 * 2 + k % 64 // 32
     word = tile * 1024 + n % 128 // 16 * 128 + lane * 4 + register
@@ -20,7 +23,10 @@ def weight_place(n, k, channels):
 
 def scale_place(g, n, groups):
     """Index of the scale of group g and out-channel n."""
-    lane, pair = n % 128 // 16 * 4 + n % 8 // 2, n % 16 // 8 * 2 + n % 2  # a lane loads 4: channels 2 c, 2 c + 1 and those 8 further
+    lane, pair = (
+        n % 128 // 16 * 4 + n % 8 // 2,
+        n % 16 // 8 * 2 + n % 2,
+    )  # a lane loads 4: channels 2 c, 2 c + 1 and those 8 further
     return (n // 128 * groups + g) * 128 + lane * 4 + pair
 
 
@@ -32,7 +38,8 @@ def fragment_place(row, column, block):
 
 
 def awq_place(n, k, channels):
-    """(word, shift) of the code (n, k): rows in fours, 64 channels of each in turn, in halves of 32 that are four words."""
+    """(word, shift) of the code (n, k): rows in fours, 64 channels of each in turn, in halves of 32 that are
+    four words."""
     segment = (n // 4 * (channels // 64) + k // 64) * 8 + n % 4 * 2 + k % 64 // 32
     i, word, pair = k % 32 // 8, k % 8 // 2, k % 2
     return segment * 4 + word, 4 * i + 16 * pair
@@ -72,7 +79,9 @@ def stored_up(up):
 def stored_awq(codes):
     n, k = codes.shape
     word, shift = awq_place(*_grid(n, k), k)
-    words = torch.zeros(n * k // 8, dtype=torch.int64).index_add_(0, word.flatten(), (codes.long() << shift).flatten())
+    words = torch.zeros(n * k // 8, dtype=torch.int64).index_add_(
+        0, word.flatten(), (codes.long() << shift).flatten()
+    )
     return words.to(torch.int32).view(n // 4, k // 2)  # wraps where the top bit is set
 
 
@@ -90,7 +99,13 @@ class Maker:
     """file: {key: tensor} in new names; natural: {module: its tensors in natural order}."""
 
     def __init__(self, seed=0, dtype=torch.bfloat16, rank=16):
-        self.g, self.dtype, self.rank, self.file, self.natural = torch.Generator().manual_seed(seed), dtype, rank, {}, {}
+        self.g, self.dtype, self.rank, self.file, self.natural = (
+            torch.Generator().manual_seed(seed),
+            dtype,
+            rank,
+            {},
+            {},
+        )
 
     def randn(self, *shape, std=1.0):
         return (torch.randn(*shape, generator=self.g) * std).to(self.dtype)
@@ -127,7 +142,9 @@ class Maker:
             "codes": torch.randint(0, 16, (n, k), generator=self.g),
             "scale": scale,
             "zero": (-scale.float() * points).to(self.dtype),
-            "bias": (torch.randint(-64, 65, (n,), generator=self.g) / 128).to(self.dtype),  # b and b + 1 exact in bf16
+            "bias": (torch.randint(-64, 65, (n,), generator=self.g) / 128).to(
+                self.dtype
+            ),  # b and b + 1 exact in bf16
         }
         self.natural[name] = own
         order = [i * (n // splits) + c for c in range(n // splits) for i in range(splits)]
@@ -174,7 +191,9 @@ def flux(hidden=128, double=1, single=1, one_smoothing=True, zero_point=7, seed=
         m.linear(f"{p}attn.to_qkv", 3 * h, h)
         smooth = m.natural[f"{p}attn.to_qkv"]["smooth"] if one_smoothing else None
         m.linear(f"{p}mlp_fc1", 4 * h, h, smooth=smooth)
-        m.linear(f"{p}attn.to_out", h, h, zero_bias=True)  # deepcompressor leaves the bias of the sum to the second
+        m.linear(
+            f"{p}attn.to_out", h, h, zero_bias=True
+        )  # deepcompressor leaves the bias of the sum to the second
         m.linear(f"{p}mlp_fc2", h, 4 * h)
         for name in ("q", "k"):
             m.plain(f"{p}attn.norm_{name}", 128, bias=False)
@@ -183,7 +202,12 @@ def flux(hidden=128, double=1, single=1, one_smoothing=True, zero_point=7, seed=
 
 def qwen_image(hidden=128, blocks=1, seed=0):
     m, h = Maker(seed), hidden
-    for name, shape in {"img_in": (h, 64), "txt_in": (h, 192), "proj_out": (64, h), "norm_out.linear": (2 * h, h)}.items():
+    for name, shape in {
+        "img_in": (h, 64),
+        "txt_in": (h, 192),
+        "proj_out": (64, h),
+        "norm_out.linear": (2 * h, h),
+    }.items():
         m.plain(name, *shape)
     m.plain("txt_norm", 192, bias=False)
     m.plain("time_text_embed.timestep_embedder.linear_1", h, 256)
@@ -235,15 +259,26 @@ def z_image(hidden=128, inner=256, layers=1, refiners=False, seed=0):
 
 
 def sdxl(hidden=128, seed=0):
-    """A U-Net of two levels with one transformer each in the second and the middle: too small for ComfyUI, whole for its names."""
+    """A U-Net of two levels with one transformer each in the second and the middle: too small for ComfyUI,
+    whole for its names."""
     m, h = Maker(seed), hidden
     convolution = lambda name, out, inp, size=3: m.plain(name, out, inp, size, size)
     convolution("conv_in", h, 4)
     convolution("conv_out", 4, h)
     m.plain("conv_norm_out", h)
-    for name in ("time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1", "add_embedding.linear_2"):
+    for name in (
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "add_embedding.linear_1",
+        "add_embedding.linear_2",
+    ):
         m.plain(name, h, h)
-    for p in ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "mid_block.resnets.0", "mid_block.resnets.1"):
+    for p in (
+        "down_blocks.0.resnets.0",
+        "down_blocks.1.resnets.0",
+        "mid_block.resnets.0",
+        "mid_block.resnets.1",
+    ):
         for norm, conv in (("norm1", "conv1"), ("norm2", "conv2")):
             m.plain(f"{p}.{norm}", h)
             convolution(f"{p}.{conv}", h, h)
@@ -260,7 +295,12 @@ def sdxl(hidden=128, seed=0):
         m.linear(f"{t}attn2.to_q", h, h, bias=False)
         m.plain(f"{t}attn2.to_k", h, 192, bias=False)
         m.plain(f"{t}attn2.to_v", h, 192, bias=False)
-        for name, n, k in (("attn1.to_out.0", h, h), ("attn2.to_out.0", h, h), ("ff.net.0.proj", 8 * h, h), ("ff.net.2", h, 4 * h)):
+        for name, n, k in (
+            ("attn1.to_out.0", h, h),
+            ("attn2.to_out.0", h, h),
+            ("ff.net.0.proj", 8 * h, h),
+            ("ff.net.2", h, 4 * h),
+        ):
             m.linear(f"{t}{name}", n, k)
     return m
 
@@ -271,7 +311,12 @@ _OLD = {
     "ff_context.net.2": "mlp_context_fc2", "attn.norm_q": "norm_q", "attn.norm_k": "norm_k", "attn.norm_added_q": "norm_added_q",
     "attn.norm_added_k": "norm_added_k",
 }  # fmt: skip
-_OLD_LEAVES = {"proj_down": "lora_down", "proj_up": "lora_up", "smooth_factor": "smooth", "smooth_factor_orig": "smooth_orig"}
+_OLD_LEAVES = {
+    "proj_down": "lora_down",
+    "proj_up": "lora_up",
+    "smooth_factor": "smooth",
+    "smooth_factor_orig": "smooth_orig",
+}
 
 
 def old_names(file, modules=True):
@@ -291,18 +336,28 @@ def _cut(module):
     return stem, f"transformer_blocks.{index}.", name
 
 
-INT4 = {"quantization_config": json.dumps({"method": "svdquant", "weight": {"dtype": "int4", "group_size": 64}, "rank": 16})}
+INT4 = {
+    "quantization_config": json.dumps(
+        {"method": "svdquant", "weight": {"dtype": "int4", "group_size": 64}, "rank": 16}
+    )
+}
 D, S = "transformer_blocks.0.", "single_transformer_blocks.0."
 
 
 def write(folder, file, metadata=INT4, name="model.safetensors"):
     folder.mkdir(exist_ok=True)
-    save_file({k: t.clone(memory_format=torch.contiguous_format) for k, t in file.items()}, folder / name, metadata=metadata)
+    save_file(
+        {k: t.clone(memory_format=torch.contiguous_format) for k, t in file.items()},
+        folder / name,
+        metadata=metadata,
+    )
     return folder / name
 
 
 def gelu_tokens(k):
-    return torch.nn.functional.gelu(torch.randn(24, k, generator=torch.Generator().manual_seed(1)), approximate="tanh")
+    return torch.nn.functional.gelu(
+        torch.randn(24, k, generator=torch.Generator().manual_seed(1)), approximate="tanh"
+    )
 
 
 def tokens(k):

@@ -1,4 +1,5 @@
-"""A FLUX of random weights, small enough to train in seconds: a two-stream block and two one-stream blocks of 128 channels."""
+"""A FLUX of random weights, small enough to train in seconds: a two-stream block and two one-stream blocks of
+128 channels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,21 @@ class Small:
     calibration: Calibration
 
     def trainer(self, folder, check=lambda: None, preset=UNTRAINED):
-        made = trainer_of(diffusers_model.full(self.folder), FLUX, self.plan, self.calibration, "cpu", Path(folder), preset)
+        made = trainer_of(
+            diffusers_model.full(self.folder), FLUX, self.plan, self.calibration, "cpu", Path(folder), preset
+        )
         made.check = check
         return made
 
-    def quantize(self, folder, preset, name="splitquant", check=lambda: None, progress=lambda items: list(items), **options):
+    def quantize(
+        self,
+        folder,
+        preset,
+        name="splitquant",
+        check=lambda: None,
+        progress=lambda items: list(items),
+        **options,
+    ):
         """({layer: quantized}, rows, trainer)."""
         method = by_name(name)
         store = Unfinished(Path(folder), "flux", {"preset": repr(preset)})
@@ -65,7 +76,11 @@ def small(tmp_path_factory):
 
     torch.manual_seed(0)
     sizes = {"num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1}
-    model = FluxTransformer2DModel(in_channels=64, joint_attention_dim=64, pooled_projection_dim=64, **sizes).eval().requires_grad_(False)
+    model = (
+        FluxTransformer2DModel(in_channels=64, joint_attention_dim=64, pooled_projection_dim=64, **sizes)
+        .eval()
+        .requires_grad_(False)
+    )
     root = tmp_path_factory.mktemp("small")
     model.save_pretrained(root / "transformer")
     checkpoint = Checkpoint(root / "transformer")

@@ -21,7 +21,9 @@ def flux_shapes(double=1, single=1, hidden=3072, context=4096, pooled=768, guida
     shapes = {}
     _linear(shapes, "img_in", hidden, channels)
     _linear(shapes, "txt_in", hidden, context)
-    for name, width in (("time_in", 256), ("vector_in", pooled)) + ((("guidance_in", 256),) if guidance else ()):
+    for name, width in (("time_in", 256), ("vector_in", pooled)) + (
+        (("guidance_in", 256),) if guidance else ()
+    ):
         _linear(shapes, f"{name}.in_layer", hidden, width)
         _linear(shapes, f"{name}.out_layer", hidden, hidden)
     _flux_blocks(shapes, double, single, hidden, modulation=True)
@@ -51,14 +53,19 @@ def _flux_blocks(shapes, double, single, hidden, modulation):
 
 
 def flux2_shapes(double=1, single=1, hidden=6144, context=15360, guidance=True):
-    """FLUX.2 with heads of 128; dev as it stands, Klein 4B has hidden 3072, context 7680 and no guidance. Klein 9B: 4096 and 12288."""
+    """FLUX.2 with heads of 128; dev as it stands, Klein 4B has hidden 3072, context 7680 and no guidance.
+    Klein 9B: 4096 and 12288."""
     shapes = {}
     _linear(shapes, "img_in", hidden, 128, bias=False)
     _linear(shapes, "txt_in", hidden, context, bias=False)
     for name in ("time_in", "guidance_in") if guidance else ("time_in",):
         _linear(shapes, f"{name}.in_layer", hidden, 256, bias=False)
         _linear(shapes, f"{name}.out_layer", hidden, hidden, bias=False)
-    for name, chunks in (("double_stream_modulation_img", 6), ("double_stream_modulation_txt", 6), ("single_stream_modulation", 3)):
+    for name, chunks in (
+        ("double_stream_modulation_img", 6),
+        ("double_stream_modulation_txt", 6),
+        ("single_stream_modulation", 3),
+    ):
         _linear(shapes, f"{name}.lin", chunks * hidden, hidden, bias=False)
     for p in (f"double_blocks.{b}.{stream}_" for b in range(double) for stream in ("img", "txt")):
         for name, n, k in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.0", 6, 1), ("mlp.2", 1, 3)):
@@ -74,7 +81,8 @@ def flux2_shapes(double=1, single=1, hidden=6144, context=15360, guidance=True):
 
 
 def chroma_shapes(double=1, single=1, hidden=3072, inner=5120, context=4096, radiance=False):
-    """Chroma; ComfyUI's detection fixes hidden and the approximator's inner width. radiance: of pixels, with a small decoder."""
+    """Chroma; ComfyUI's detection fixes hidden and the approximator's inner width. radiance: of pixels, with
+    a small decoder."""
     p, shapes = "distilled_guidance_layer.", {}
     _linear(shapes, p + "in_proj", inner, 64)
     for i in range(5):
@@ -101,7 +109,11 @@ def chroma_shapes(double=1, single=1, hidden=3072, inner=5120, context=4096, rad
 
 def pixart_shapes(depth=1, hidden=1152, caption=4096, tokens=300):
     """PixArt-Sigma; ComfyUI's detection fixes hidden 1152 and 16 heads."""
-    shapes = {"x_embedder.proj.weight": (hidden, 4, 2, 2), "x_embedder.proj.bias": (hidden,), "y_embedder.y_embedding": (tokens, caption)}
+    shapes = {
+        "x_embedder.proj.weight": (hidden, 4, 2, 2),
+        "x_embedder.proj.bias": (hidden,),
+        "y_embedder.y_embedding": (tokens, caption),
+    }
     _linear(shapes, "t_block.1", 6 * hidden, hidden)
     _linear(shapes, "t_embedder.mlp.0", hidden, 256)
     _linear(shapes, "t_embedder.mlp.2", hidden, hidden)
@@ -123,7 +135,8 @@ def pixart_shapes(depth=1, hidden=1152, caption=4096, tokens=300):
 
 
 def wan_shapes(depth=1, dim=128, ffn=256, channels=16, out=16, image=False, vace=0):
-    """Wan with heads of 128. channels: what the first layer reads, 36 with a picture beside; image: 2.1's image to video; vace: its blocks."""
+    """Wan with heads of 128. channels: what the first layer reads, 36 with a picture beside; image: 2.1's
+    image to video; vace: its blocks."""
     shapes = {"head.modulation": (1, 2, dim)}
     _layer(shapes, "patch_embedding", (dim, channels, 1, 2, 2))
     for name, width in (("text_embedding", 4096), ("time_embedding", 256)):
@@ -158,7 +171,8 @@ def wan_shapes(depth=1, dim=128, ffn=256, channels=16, out=16, image=False, vace
 
 
 def sd3_shapes(depth=2, context=4096, pooled=2048, norm=True, twice=0, positions=64):
-    """SD3.5; hidden is 64 times the depth, heads have 64. twice: as many first blocks attend to the image twice; positions: a side."""
+    """SD3.5; hidden is 64 times the depth, heads have 64. twice: as many first blocks attend to the image
+    twice; positions: a side."""
     hidden, shapes = 64 * depth, {"pos_embed": (1, positions**2, 64 * depth)}
     _layer(shapes, "x_embedder.proj", (hidden, 16, 2, 2))
     _linear(shapes, "context_embedder", hidden, context)
@@ -195,7 +209,16 @@ def qwen_image_shapes(depth=1, hidden=3072, context=3584):
     _linear(shapes, "txt_in", hidden, context)
     for b in range(depth):
         p = f"transformer_blocks.{b}."
-        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
+        for name in (
+            "to_q",
+            "to_k",
+            "to_v",
+            "add_q_proj",
+            "add_k_proj",
+            "add_v_proj",
+            "to_out.0",
+            "to_add_out",
+        ):
             _linear(shapes, f"{p}attn.{name}", hidden, hidden)
         shapes |= {f"{p}attn.norm_{name}.weight": (128,) for name in ("q", "k", "added_q", "added_k")}
         for stream in ("img", "txt"):
@@ -209,7 +232,11 @@ def qwen_image_shapes(depth=1, hidden=3072, context=3584):
 
 def z_image_shapes(depth=1, hidden=3840, context=2560, refiners=2):
     """Z-Image with heads of 128; ComfyUI's detection fixes hidden and the refiners' blocks."""
-    ffn, time, shapes = -(-hidden * 8 // 3 // 256) * 256, min(hidden, 1024), {"x_pad_token": (1, hidden), "cap_pad_token": (1, hidden)}
+    ffn, time, shapes = (
+        -(-hidden * 8 // 3 // 256) * 256,
+        min(hidden, 1024),
+        {"x_pad_token": (1, hidden), "cap_pad_token": (1, hidden)},
+    )
     _linear(shapes, "x_embedder", hidden, 64)
     _linear(shapes, "t_embedder.mlp.0", time, 256)
     _linear(shapes, "t_embedder.mlp.2", 256, time)
@@ -222,7 +249,10 @@ def z_image_shapes(depth=1, hidden=3840, context=2560, refiners=2):
             shapes |= {p + "attention.q_norm.weight": (128,), p + "attention.k_norm.weight": (128,)}
             for name, n, k in (("w1", ffn, hidden), ("w2", hidden, ffn), ("w3", ffn, hidden)):
                 _linear(shapes, f"{p}feed_forward.{name}", n, k, bias=False)
-            shapes |= {f"{p}{name}.weight": (hidden,) for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")}
+            shapes |= {
+                f"{p}{name}.weight": (hidden,)
+                for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+            }
             if stem != "context_refiner":
                 _linear(shapes, p + "adaLN_modulation.0", 4 * hidden, 256)
     _linear(shapes, "final_layer.linear", 64, hidden)
@@ -231,10 +261,11 @@ def z_image_shapes(depth=1, hidden=3840, context=2560, refiners=2):
 
 
 def sdxl_shapes(down=(0, 2, 5), middle=0, up=(0,) * 6, widths=(1, 1, 1)):
-    """A U-Net of the SDXL kind: depths of the transformers of each residual block, in order; widths of the levels, in 320 channels.
+    """A U-Net of the SDXL kind: depths of the transformers of each residual block, in order; widths of the
+    levels, in 320 channels.
 
-    As it stands KOALA's way down, which ComfyUI detects, with none in the middle and on the way up. SDXL: (0, 0, 2, 2, 10, 10), 10,
-    (10, 10, 10, 2, 2, 2, 0, 0, 0), (1, 2, 4).
+    As it stands KOALA's way down, which ComfyUI detects, with none in the middle and on the way up. SDXL: (0,
+    0, 2, 2, 10, 10), 10, (10, 10, 10, 2, 2, 2, 0, 0, 0), (1, 2, 4).
     """
     shapes, first, context, time = {}, 320, 2048, 1280
     each, width, skips, n = len(down) // len(widths), first, [first], 1
@@ -313,7 +344,8 @@ def taesd_shapes(channels):
 
 
 def random_state(shapes, seed=0, gain=0.7, dtype=torch.bfloat16):
-    """Weights of variance gain^2 / K, small biases, unit norms: activations keep their size through the model."""
+    """Weights of variance gain^2 / K, small biases, unit norms: activations keep their size through the
+    model."""
     g = torch.Generator().manual_seed(seed)
     out = {}
     for key, shape in shapes.items():

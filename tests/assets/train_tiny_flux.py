@@ -1,7 +1,8 @@
-"""Trains the small FLUX of the tests and of `nibble demo`, from a seed: `python tests/assets/train_tiny_flux.py`.
+"""Trains the small FLUX of the tests and of `nibble demo`, from a seed: `python
+tests/assets/train_tiny_flux.py`.
 
-Flow matching on the procedural pictures of `quant_core/evaluation/demo/pictures.py`; the result is the moving average of the
-weights in bfloat16, in ComfyUI's key names. About 35 minutes on two CPU cores.
+Flow matching on the procedural pictures of `quant_core/evaluation/demo/pictures.py`; the result is the moving
+average of the weights in bfloat16, in ComfyUI's key names. About 35 minutes on two CPU cores.
 """
 
 import json
@@ -26,17 +27,27 @@ def batch(rng, size):
     return pictures.encode(images), *tiny_flux.encode_captions(captions)
 
 
-def main(out: Path = tiny_flux.CHECKPOINT, steps: int = 6000, batch_size: int = 32, seed: int = 0, peak_rate: float = 1.2e-3):
+def main(
+    out: Path = tiny_flux.CHECKPOINT,
+    steps: int = 6000,
+    batch_size: int = 32,
+    seed: int = 0,
+    peak_rate: float = 1.2e-3,
+):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = tiny_flux.build()
     for name, parameter in model.named_parameters():
         # adaLN starts at identity, as in the original training of DiT models.
-        if ("norm" in name and name.endswith(("linear.weight", "linear.bias"))) or name.startswith("proj_out"):
+        if ("norm" in name and name.endswith(("linear.weight", "linear.bias"))) or name.startswith(
+            "proj_out"
+        ):
             torch.nn.init.zeros_(parameter)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, steps, pct_start=0.05, anneal_strategy="cos")
+    rate = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak_rate, steps, pct_start=0.05, anneal_strategy="cos"
+    )
     running, started = None, time.time()
     for step in (bar := trange(steps, file=sys.stderr, mininterval=5)):
         clean, context, pooled = batch(rng, batch_size)
@@ -57,8 +68,16 @@ def main(out: Path = tiny_flux.CHECKPOINT, steps: int = 6000, batch_size: int = 
         if step % 50 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
         if step % 500 == 499 or step == steps - 1:
-            state = {k: v.to(torch.bfloat16).contiguous() for k, v in tiny_flux.from_diffusers(average).items()}
-            meta = {"steps": step + 1, "of": steps, "seed": seed, "batch_size": batch_size, "loss": round(running, 5)}
+            state = {
+                k: v.to(torch.bfloat16).contiguous() for k, v in tiny_flux.from_diffusers(average).items()
+            }
+            meta = {
+                "steps": step + 1,
+                "of": steps,
+                "seed": seed,
+                "batch_size": batch_size,
+                "loss": round(running, 5),
+            }
             save_file(state, f"{out}.tmp", metadata={"training": json.dumps(meta)})
             Path(f"{out}.tmp").rename(out)
     print(f"{out}: loss {running:.4f}, {(time.time() - started) / 60:.1f} min")

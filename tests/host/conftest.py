@@ -15,7 +15,8 @@ COMFYUI = find_comfyui()
 def pytest_collection_modifyitems(items):
     if COMFYUI is None:
         skip = pytest.mark.skip(
-            reason="no ComfyUI: set COMFYUI_PATH to a checkout of ComfyUI 0.31 or newer, or clone it to ~/comfy/ComfyUI"
+            reason="no ComfyUI: set COMFYUI_PATH to a checkout of ComfyUI 0.31 or newer, or clone it to "
+            "~/comfy/ComfyUI"
         )
         for item in items:
             if "tests/host" in str(item.path).replace("\\", "/"):

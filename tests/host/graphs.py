@@ -20,8 +20,10 @@ FLUX_TINY = {
     "model": "tiny_flux.safetensors",
     "calibration": node(
         "TestCaptions",
-        captions="small purple ring top on striped yellow background\nsmall yellow square left on striped green background\n"
-        "large white diamond right on checked black background\nlarge blue triangle bottom on plain white background",
+        captions="small purple ring top on striped yellow background\nsmall yellow square left on striped green "
+        "background\n"
+        "large white diamond right on checked black background\nlarge blue triangle bottom on plain white "
+        "background",
     ),
     "prompt": node("TestCaptions", captions="large red circle center on plain blue background"),
     "latent": node("EmptySD3LatentImage", width=128, height=128, batch_size=1),
@@ -40,7 +42,9 @@ FLUX_WIDE = {
 }
 
 
-def quantize_graph(case, method="svdquant_r", samples=4, steps=4, prefix="diffusion_models/test", sample_steps=8, **calibrate):
+def quantize_graph(
+    case, method="svdquant_r", samples=4, steps=4, prefix="diffusion_models/test", sample_steps=8, **calibrate
+):
     """Load -> calibrate -> quantize -> save, and sample with both models."""
     settings = {
         "sampler_name": "euler",
@@ -84,17 +88,20 @@ def load_graph(case, name, sample_steps=8, **extra):
 
 
 def keep_codes(graph, sampler="sample", name="codes"):
-    """The graph with the activation codes of a sampler's model kept under a name, for `take_codes` of a later graph."""
+    """The graph with the activation codes of a sampler's model kept under a name, for `take_codes` of a later
+    graph."""
     graph[f"{sampler}_kept"] = node("TestKeepCodes", model=graph[sampler]["inputs"]["model"], name=name)
     graph[sampler]["inputs"]["model"] = [f"{sampler}_kept", 0]
     return graph
 
 
 def take_codes(graph, sampler="sample", positive="codes", negative="", start=0):
-    """The graph with a sampler's model on codes kept before: of `positive`, one name for each image of the batch, and `negative`, from
-    the network's call `start` on. See `took_codes`."""
+    """The graph with a sampler's model on codes kept before: of `positive`, one name for each image of the
+    batch, and `negative`, from the network's call `start` on. See `took_codes`."""
     stock = graph[sampler]["inputs"]
-    graph[f"{sampler}_took"] = node("TestTakeCodes", model=stock["model"], positive=positive, negative=negative, start=start, name=sampler)
+    graph[f"{sampler}_took"] = node(
+        "TestTakeCodes", model=stock["model"], positive=positive, negative=negative, start=start, name=sampler
+    )
     graph[f"{sampler}_told"] = node("TestCodesTaken", samples=[sampler, 0], name=sampler)
     graph[f"{sampler}_said"] = node("PreviewAny", source=[f"{sampler}_told", 0])
     stock["model"] = [f"{sampler}_took", 0]

@@ -1,4 +1,5 @@
-"""ComfyUI's own code in the test process, on the CPU, for what HTTP cannot reach: patchers, partial loads, hundreds of adapters."""
+"""ComfyUI's own code in the test process, on the CPU, for what HTTP cannot reach: patchers, partial loads,
+hundreds of adapters."""
 
 import hashlib
 import sys
@@ -35,7 +36,8 @@ def comfy():
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """The small model's layers take longer to share out than to compute: on busy cores two threads are ten times slower than one."""
+    """The small model's layers take longer to share out than to compute: on busy cores two threads are ten
+    times slower than one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -44,12 +46,15 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def packed(comfy):
-    """A function of (tensors of a diffusion model, method, its options) that returns one that makes it quantized without data."""
+    """A function of (tensors of a diffusion model, method, its options) that returns one that makes it
+    quantized without data."""
 
     def quantize(state, method="svdquant", **options):
         shapes = {k: tuple(v.shape) for k, v in state.items()}
         family, chosen, layers = detect(shapes), by_name(method), {}
-        for layer, _ in quantize_layers(family.layers(shapes), state.__getitem__, shapes, chosen, chosen.configured(**options)):
+        for layer, _ in quantize_layers(
+            family.layers(shapes), state.__getitem__, shapes, chosen, chosen.configured(**options)
+        ):
             layers[layer.name] = layer
         rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
         return lambda: patcher_of(layers, rest, family.name)
@@ -59,12 +64,14 @@ def packed(comfy):
 
 @pytest.fixture(scope="session")
 def tiny_packed(packed, tiny_state):
-    """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales, shifted codes after GELU."""
+    """A function that makes the small FLUX as a NibblePatcher: SVDQuant without data, rank 8, group scales,
+    shifted codes after GELU."""
     return packed(tiny_state, rank=8, gptq=False, iterations=0)
 
 
 def patcher_of(layers, rest, family="flux"):
-    """A NibblePatcher of {name: QuantizedLayer} and {key: tensor}, as of a file without a record of its model."""
+    """A NibblePatcher of {name: QuantizedLayer} and {key: tensor}, as of a file without a record of its
+    model."""
     from comfyui_nibble.nodes.host.build import build, frame_of_file
 
     specs = {name: layer.spec for name, layer in layers.items()}
@@ -94,7 +101,8 @@ def outputs(comfy, tmp_path, monkeypatch):
 
 
 def random_state(network) -> dict[str, torch.Tensor]:
-    """Seeded random weights, bf16, for a network made with ComfyUI's operations: outputs of each layer about as large as its inputs."""
+    """Seeded random weights, bf16, for a network made with ComfyUI's operations: outputs of each layer about
+    as large as its inputs."""
     torch.manual_seed(0)
     for name, p in network.named_parameters():
         if p.ndim == 1:
@@ -142,7 +150,9 @@ def forward(patcher, seed=0, batch=1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     x, context, pooled = (torch.randn(batch, *s, generator=g) for s in ((16, 16, 16), (8, 128), (128,)))
     with torch.no_grad():
-        return load(patcher).model.diffusion_model(x, torch.full((batch,), 0.7), context, pooled, guidance=torch.full((batch,), 3.5))
+        return load(patcher).model.diffusion_model(
+            x, torch.full((batch,), 0.7), context, pooled, guidance=torch.full((batch,), 3.5)
+        )
 
 
 def sample(patcher, steps=2, hooks=None, callback=None) -> torch.Tensor:
@@ -154,7 +164,18 @@ def sample(patcher, steps=2, hooks=None, callback=None) -> torch.Tensor:
     prompt = [[context, {"pooled_output": pooled, "guidance": 3.5} | ({"hooks": hooks} if hooks else {})]]
     latent = torch.zeros(1, 16, 16, 16)
     return comfy.sample.sample(
-        patcher, noise, steps, 1.0, "euler", "simple", prompt, prompt, latent, callback=callback, disable_pbar=True, seed=0
+        patcher,
+        noise,
+        steps,
+        1.0,
+        "euler",
+        "simple",
+        prompt,
+        prompt,
+        latent,
+        callback=callback,
+        disable_pbar=True,
+        seed=0,
     )
 
 

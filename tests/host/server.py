@@ -31,7 +31,14 @@ class Server:
 
     def __init__(self, comfyui: Path, base: Path, pack: bool = True, options: tuple[str, ...] = ()):
         self.comfyui, self.base, self.options = comfyui, base, options
-        for folder in ("models/diffusion_models", "models/loras", "models/vae", "custom_nodes", "input", "output"):
+        for folder in (
+            "models/diffusion_models",
+            "models/loras",
+            "models/vae",
+            "custom_nodes",
+            "input",
+            "output",
+        ):
             (base / folder).mkdir(parents=True, exist_ok=True)
         if pack:
             (base / "custom_nodes" / "ComfyUI-Nibble").symlink_to(PACK)
@@ -42,11 +49,31 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def __enter__(self):
-        command = [sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--disable-api-nodes"]
-        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:", "--cache-none", *self.options]
+        command = [
+            sys.executable,
+            "main.py",
+            "--cpu",
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--disable-api-nodes",
+        ]
+        command += [
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--cache-none",
+            *self.options,
+        ]
         self.log = open(self.base / "server.log", "w")
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # as users run it, without the tests' interpreter
-        self.process = subprocess.Popen(command, cwd=self.comfyui, env=environment, stdout=self.log, stderr=subprocess.STDOUT)
+        environment = {
+            k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
+        }  # as users run it, without the tests' interpreter
+        self.process = subprocess.Popen(
+            command, cwd=self.comfyui, env=environment, stdout=self.log, stderr=subprocess.STDOUT
+        )
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -69,7 +96,9 @@ class Server:
             return json.loads(r.read())
 
     def post(self, path, data=None):
-        request = urllib.request.Request(self.url + path, json.dumps(data or {}).encode(), {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, json.dumps(data or {}).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urllib.request.urlopen(request, timeout=60) as r:
                 return json.loads(r.read() or b"{}")

@@ -27,7 +27,11 @@ def adapter(kind, key, seed=0):
     """The tensors of a LoRA file with one adapter of a kind for one layer."""
     n, k = SHAPES[key]
     r = lambda *shape: randn(*shape, seed=seed)
-    plain = {f"{key}.lora_up.weight": r(n, 4), f"{key}.lora_down.weight": r(4, k), f"{key}.alpha": torch.tensor(2.0)}
+    plain = {
+        f"{key}.lora_up.weight": r(n, 4),
+        f"{key}.lora_down.weight": r(4, k),
+        f"{key}.alpha": torch.tensor(2.0),
+    }
     return {
         "lora": plain,
         "rank 1": {f"{key}.lora_up.weight": r(n, 1), f"{key}.lora_down.weight": r(1, k)},
@@ -65,7 +69,9 @@ def merged(patcher, key):
     """ComfyUI's merge of the patches of a layer into its dequantized weight."""
     import comfy.lora
 
-    return comfy.lora.calculate_weight(patcher.patches[f"{key}.weight"], module(patcher, key).layer().dequantize(), key)
+    return comfy.lora.calculate_weight(
+        patcher.patches[f"{key}.weight"], module(patcher, key).layer().dequantize(), key
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.6])
@@ -85,8 +91,11 @@ def test_equals_the_float_merge(base, kind, key, strength):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "diff"])
 def test_output_moves_by_the_merged_difference(base, kind):
-    """Not only the weights agree: the layer's output with the adapter is its own plus x times the merged difference."""
-    for key in (QKV, MODULATION) if kind != "dora" else (MODULATION,):  # DoRA also scales the quantized product
+    """Not only the weights agree: the layer's output with the adapter is its own plus x times the merged
+    difference."""
+    for key in (
+        (QKV, MODULATION) if kind != "dora" else (MODULATION,)
+    ):  # DoRA also scales the quantized product
         patched = load(with_lora(base, adapter(kind, key)))
         layer, x = module(patched, key), randn(7, H)
         difference = merged(patched, key) - layer.layer().dequantize()
@@ -145,7 +154,9 @@ def test_parts_of_fused_layers(base):
         }
     linear1 = "diffusion_model.single_blocks.0.linear1"
     for names in (list(SLICED), ["to_k"]):
-        patched = load(with_lora(base, {k: t for k, t in tensors.items() if any(f".{n}." in k for n in names)}))
+        patched = load(
+            with_lora(base, {k: t for k, t in tensors.items() if any(f".{n}." in k for n in names)})
+        )
         want = module(patched, linear1).layer().dequantize()
         for name in names:
             n = rows.get(name, H)
@@ -158,7 +169,8 @@ def test_parts_of_fused_layers(base):
     ("offset", "swap"), [((0, 256, 256), False), ((1, 64, 128), False), (None, True), ((0, 256, 512), True)], ids=["rows", "columns", "swap", "both"]
 )  # fmt: skip
 def test_offsets_and_swapped_halves(comfy, base, kind, offset, swap):
-    """Patches as other families' key maps make them: ranges of rows or columns, shift and scale in the other order."""
+    """Patches as other families' key maps make them: ranges of rows or columns, shift and scale in the other
+    order."""
     shape = list(SHAPES[QKV])
     if offset is not None:
         shape[offset[0]] = offset[2]
@@ -166,7 +178,10 @@ def test_offsets_and_swapped_halves(comfy, base, kind, offset, swap):
     loaded = comfy.lora.load_lora(adapter(kind, "part"), {"part": f"{QKV}.weight"})
     del SHAPES["part"]
     patched = base.clone()
-    patched.add_patches({(f"{QKV}.weight", offset, comfy.utils.swap_scale_shift if swap else None): loaded[f"{QKV}.weight"]}, 0.7)
+    patched.add_patches(
+        {(f"{QKV}.weight", offset, comfy.utils.swap_scale_shift if swap else None): loaded[f"{QKV}.weight"]},
+        0.7,
+    )
     load(patched)
     assert relative_error(merged(patched, QKV), attached_weight(module(patched, QKV))) < 5e-7
 
@@ -182,17 +197,28 @@ def test_weight_scaled_by_the_patch(base):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_random_stacks_on_off_and_reordered(base, data):
-    """Any stack of adapters equals ComfyUI's merge in the same order; the packed bytes and the base's output never change."""
+    """Any stack of adapters equals ComfyUI's merge in the same order; the packed bytes and the base's output
+    never change."""
     before, plain, keys = packed_hash(base), forward(base), (QKV, MLP, LINEAR2)
-    step = st.tuples(st.sampled_from(list(KINDS)), st.sampled_from(keys), st.integers(0, 3), st.sampled_from([1.0, 0.5, 0.0, -1.0]))
+    step = st.tuples(
+        st.sampled_from(list(KINDS)),
+        st.sampled_from(keys),
+        st.integers(0, 3),
+        st.sampled_from([1.0, 0.5, 0.0, -1.0]),
+    )
     stack = data.draw(st.lists(step, min_size=1, max_size=4))
-    for order in (stack, data.draw(st.permutations(stack)), data.draw(st.lists(st.sampled_from(stack), max_size=2))):
+    for order in (
+        stack,
+        data.draw(st.permutations(stack)),
+        data.draw(st.lists(st.sampled_from(stack), max_size=2)),
+    ):
         patched = base
         for kind, key, seed, strength in order:
             patched = with_lora(patched, adapter(kind, key, seed), strength)
         load(patched)
         for key in {key for _, key, _, _ in order}:
-            # fp32 sums of weights that DoRA and OFT scaled up to 20 times: 1e-6 instead of 2.4e-7 of one adapter.
+            # fp32 sums of weights that DoRA and OFT scaled up to 20 times: 1e-6 instead of 2.4e-7 of one
+            # adapter.
             assert relative_error(merged(patched, key), attached_weight(module(patched, key))) < 3e-6
         assert packed_hash(patched) == before
         assert patched.model_size() == sum(t.nbytes for t in patched.model.state_dict().values())
@@ -204,7 +230,9 @@ def test_tensors_of_the_layer_come_back_as_the_very_same(base):
     for kind in KINDS:
         load(with_lora(base, adapter(kind, MLP)))
     load(base)
-    assert {n: {k: t.data_ptr() for k, t in m.layer().tensors.items()} for n, m in base.packed_layers()} == own
+    assert {
+        n: {k: t.data_ptr() for k, t in m.layer().tensors.items()} for n, m in base.packed_layers()
+    } == own
     assert all(m.spec.rank == 8 or m.spec.weight_only for _, m in base.packed_layers())
     assert not any(m.loose or m.attached for _, m in base.packed_layers())
 

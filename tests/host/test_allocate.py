@@ -27,9 +27,22 @@ def calibrated(comfy, full, one_thread, tmp_path_factory):
 
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
     g = torch.Generator().manual_seed(0)
-    prompts = [[torch.randn(1, 8, 128, generator=g), {"pooled_output": torch.randn(1, 128, generator=g)}] for _ in range(4)]
+    prompts = [
+        [torch.randn(1, 8, 128, generator=g), {"pooled_output": torch.randn(1, 128, generator=g)}]
+        for _ in range(4)
+    ]
     return NibbleCalibrate.execute(
-        full, {"positive0": prompts}, {"samples": torch.zeros(1, 16, 16, 16)}, "euler", "simple", 2, 1.0, 0, 4, 4.0, True
+        full,
+        {"positive0": prompts},
+        {"samples": torch.zeros(1, 16, 16, 16)},
+        "euler",
+        "simple",
+        2,
+        1.0,
+        0,
+        4,
+        4.0,
+        True,
     ).args[0]
 
 
@@ -68,7 +81,11 @@ def taken(model):
 
 
 def weights(full):
-    return {k.removesuffix(".weight"): t.numel() for k, t in full.model.diffusion_model.state_dict().items() if k.endswith(".weight")}
+    return {
+        k.removesuffix(".weight"): t.numel()
+        for k, t in full.model.diffusion_model.state_dict().items()
+        if k.endswith(".weight")
+    }
 
 
 def test_budget_is_met_and_the_model_samples(allocate, full, calibration, monkeypatch):
@@ -106,7 +123,9 @@ def test_gains_move_the_bits(allocate, monkeypatch):
     without = taken(allocate("A3").model)
     worst = min(without, key=without.get)
     assert without[worst] == 2
-    monkeypatch.setattr(node, "of_calibration", lambda calibration, names, *_: {n: 1e6 if n == worst else 1e-6 for n in names})
+    monkeypatch.setattr(
+        node, "of_calibration", lambda calibration, names, *_: {n: 1e6 if n == worst else 1e-6 for n in names}
+    )
     assert taken(allocate("A3", use_gains=True).model)[worst] > 2
 
 
@@ -124,7 +143,11 @@ def test_memory_budget_is_the_file(allocate, tmp_path):
     assert "5 MB" in got.report
     from comfyui_nibble.quant_core.formats.nibble import PackFile
 
-    assert PackFile(path).provenance["allocation"] == {"budget": "5 MB", "reached": f"{size / 1e6:.4g} MB", "gains": False}
+    assert PackFile(path).provenance["allocation"] == {
+        "budget": "5 MB",
+        "reached": f"{size / 1e6:.4g} MB",
+        "gains": False,
+    }
 
 
 def test_interrupted_run_goes_on(comfy, allocate, calibration, monkeypatch):
@@ -159,7 +182,9 @@ def test_refusals(comfy, allocate, full, calibrated, calibration, monkeypatch):
     with pytest.raises(BudgetError, match="budget 'lots': expected an average of bits"):
         allocate("lots")
     with pytest.raises(
-        BudgetError, match="of the 12 layers meets 1 activation bits.*closest that can be met: 2 activation bits on average and 2"
+        BudgetError,
+        match="of the 12 layers meets 1 activation bits.*closest that can be met: 2 activation bits on "
+        "average and 2",
     ):
         allocate("A1")
     lora = full.clone()
@@ -169,5 +194,7 @@ def test_refusals(comfy, allocate, full, calibrated, calibration, monkeypatch):
     with pytest.raises(RuntimeError, match="quantized already"):
         allocate("A3", model=allocate("A4").model)
     monkeypatch.setattr(calibration, "trajectory", lambda: None)
-    with pytest.raises(CalibrationError, match="holds no recorded inputs .* Calibrate again, or allocate without gains"):
+    with pytest.raises(
+        CalibrationError, match="holds no recorded inputs .* Calibrate again, or allocate without gains"
+    ):
         allocate("A3", use_gains=True)

@@ -1,4 +1,5 @@
-"""Files of ComfyUI after 0.33 say which attention a block takes, as JSON in a uint8 tensor: no packed weight, and kept wherever it goes."""
+"""Files of ComfyUI after 0.33 say which attention a block takes, as JSON in a uint8 tensor: no packed weight,
+and kept wherever it goes."""
 
 import json
 import re
@@ -17,7 +18,8 @@ CONFIG = torch.tensor(list(json.dumps({"attention": "comfy_kitchen_int8"}).encod
 
 
 class Preference(torch.nn.Module):
-    """What the newer ComfyUI has below each attention: it takes the tensor from the state dict and gives it back."""
+    """What the newer ComfyUI has below each attention: it takes the tensor from the state dict and gives it
+    back."""
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         if (config := state_dict.get(f"{prefix}config")) is not None:
@@ -73,7 +75,10 @@ def test_integer_weights_are_still_packed_ones(comfy, state, leaf, dtype):
     layer = full.model.diffusion_model.get_submodule(name)
     del layer.weight
     layer.register_parameter(leaf, torch.nn.Parameter(torch.ones(256, 640, dtype=dtype), requires_grad=False))
-    wanted = re.escape(f"this model is quantized already (1 packed tensors, first {name}.{leaf}); connect the full-precision model")
+    wanted = re.escape(
+        f"this model is quantized already (1 packed tensors, first {name}.{leaf}); connect the "
+        "full-precision model"
+    )
     with pytest.raises(QuantizedSource, match=wanted):
         ModelSource(full)
 
@@ -85,6 +90,12 @@ def test_model_held_in_a_format_of_comfyui_is_refused_by_its_name(comfy):
     weight = state[f"{name}.weight"].float()
     scale = weight.abs().amax(1, keepdim=True) / 127
     state[f"{name}.weight"] = (weight / scale).round().to(torch.int8)
-    state |= {f"{name}.weight_scale": scale, f"{name}.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)}
-    with pytest.raises(QuantizedSource, match=re.escape(f"first {name}.weight in int8_tensorwise); connect the full-precision model")):
+    state |= {
+        f"{name}.weight_scale": scale,
+        f"{name}.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8),
+    }
+    with pytest.raises(
+        QuantizedSource,
+        match=re.escape(f"first {name}.weight in int8_tensorwise); connect the full-precision model"),
+    ):
         ModelSource(comfy.sd.load_diffusion_model_state_dict(state))

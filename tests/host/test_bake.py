@@ -13,21 +13,34 @@ from comfyui_nibble.tests.host.test_lora import files, lora, sample  # noqa: F40
 from comfyui_nibble.tests.support import relative_error
 
 FINAL = "diffusion_model.final_layer.linear"
-BF16, BF16_EDGE = 2.0**-8, 0.1  # of a scale under DoRA's gain: its rounding, and what that moves the activations behind it by, in steps
+BF16, BF16_EDGE = (
+    2.0**-8,
+    0.1,
+)  # of a scale under DoRA's gain: its rounding, and what that moves the activations behind it by, in steps
 
 
 @pytest.fixture(scope="module")
 def stack(server, files):  # noqa: F811
-    """Two LoRAs: one with DoRA and a bias difference, one that also has a layer in 16 bit; and a full-rank adapter."""
+    """Two LoRAs: one with DoRA and a bias difference, one that also has a layer in 16 bit; and a full-rank
+    adapter."""
     one = adapter("dora", MLP) | adapter("lora and bias", QKV)
-    two = adapter("loha", LINEAR2) | {f"{FINAL}.lora_up.weight": randn(64, 4), f"{FINAL}.lora_down.weight": randn(4, 256)}
-    for name, tensors in {"one": one, "two": two, "full_rank": adapter("lokr", QKV) | adapter("diff", MLP)}.items():
+    two = adapter("loha", LINEAR2) | {
+        f"{FINAL}.lora_up.weight": randn(64, 4),
+        f"{FINAL}.lora_down.weight": randn(4, 256),
+    }
+    for name, tensors in {
+        "one": one,
+        "two": two,
+        "full_rank": adapter("lokr", QKV) | adapter("diff", MLP),
+    }.items():
         save_file(tensors, server.base / "models" / "loras" / f"bake_{name}.safetensors")
     return files
 
 
 def baked(stack, rank=0, names=("one", "two"), **extra):
-    graph = load_graph(FLUX_TINY, stack, sample_steps=1, **extra)  # over many steps, rounding parts the trajectories
+    graph = load_graph(
+        FLUX_TINY, stack, sample_steps=1, **extra
+    )  # over many steps, rounding parts the trajectories
     for i, name in enumerate(names):
         graph[f"lora{i}"] = lora(f"bake_{name}", 0.5, f"lora{i - 1}" if i else "load")
     last = f"lora{len(names) - 1}" if names else "load"
@@ -45,7 +58,10 @@ def test_file_carries_its_loras(server, stack):
     name = outputs["save"]["text"][0].split(":")[0]
     assert torch.equal(latents, sample(server, load_graph(FLUX_TINY, name, sample_steps=1)))
     graph["sample"]["inputs"]["model"] = [last, 0]
-    with_loaders = sample(server, keep_codes({k: graph[k] for k in ("load", "latent", "prompt", "sample", "out", "lora0", "lora1")}))
+    with_loaders = sample(
+        server,
+        keep_codes({k: graph[k] for k in ("load", "latent", "prompt", "sample", "out", "lora0", "lora1")}),
+    )
     base = sample(server, load_graph(FLUX_TINY, stack, sample_steps=1))
     assert relative_error(base, with_loaders) > 0.05
     outputs = server.run(take_codes(load_graph(FLUX_TINY, name, sample_steps=1)))
@@ -83,7 +99,9 @@ def test_truncation_states_its_error(server, stack):
 
 def test_full_rank_adapters_need_a_rank(server, stack):
     with pytest.raises(
-        GraphError, match=r"NibbleBakeLora: layer double_blocks.0.img_\S+: the adapter is of full rank .* Set rank to at least 1"
+        GraphError,
+        match=r"NibbleBakeLora: layer double_blocks.0.img_\S+: the adapter is of full rank .* Set rank to at "
+        r"least 1",
     ):
         server.run(baked(stack, names=("full_rank",))[0])
     report = server.run(baked(stack, rank=64, names=("full_rank",))[0])["report"]["text"][0]

@@ -1,4 +1,5 @@
-"""A relative of a mapped model (HuMo, a Wan that also hears; small and random): the rules take what it adds, as a calibration observes it."""
+"""A relative of a mapped model (HuMo, a Wan that also hears; small and random): the rules take what it adds,
+as a calibration observes it."""
 
 import pytest
 import torch
@@ -22,7 +23,13 @@ def humo(comfy, one_thread):
 
     torch.manual_seed(0)
     sizes = {"dim": 128, "ffn_dim": 256, "num_heads": 1, "num_layers": 2, "in_dim": 36, "text_dim": 4096}
-    model = HumoWanModel(model_type="humo", **sizes, device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+    model = HumoWanModel(
+        model_type="humo",
+        **sizes,
+        device="cpu",
+        dtype=torch.float32,
+        operations=comfy.ops.disable_weight_init,
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             norm = p.ndim == 1 and "norm" in name and name.endswith("weight")
@@ -41,7 +48,17 @@ def calibration(humo, tmp_path_factory):
     latent = {"samples": torch.zeros(1, 16, 2, 8, 8)}
     with torch.inference_mode():
         return NibbleCalibrate.execute(
-            humo, {"positive0": [[_noise(1, 10, 4096), heard]]}, latent, "euler", "simple", 2, 1.0, 0, 2, 1.0, True
+            humo,
+            {"positive0": [[_noise(1, 10, 4096), heard]]},
+            latent,
+            "euler",
+            "simple",
+            2,
+            1.0,
+            0,
+            2,
+            1.0,
+            True,
         ).args[0]
 
 
@@ -56,7 +73,8 @@ def test_the_calibration_observes_what_the_map_does_not_know(humo, calibration):
     assert plan["blocks.1.audio_cross_attn_wrapper.audio_cross_attn.v"].input.endswith("audio_cross_attn.k")
     assert [layer.name for layer in plan.values() if layer.weight_only] == ["time_projection.1"]
     assert {layer.input for layer in plan.values()} <= set(calibration.names)
-    # The map's own layers are as in a plain Wan, text to each block's keys and values from one set of statistics.
+    # The map's own layers are as in a plain Wan, text to each block's keys and values from one set of
+    # statistics.
     assert plan["blocks.1.cross_attn.v"].input == "blocks.0.cross_attn.k"
 
 

@@ -1,12 +1,22 @@
-"""torch.compile of a quantized model, as ComfyUI's TorchCompileModel does it: no graph break of ours, the same result, adapters that come
-and go afterwards."""
+"""torch.compile of a quantized model, as ComfyUI's TorchCompileModel does it: no graph break of ours, the
+same result, adapters that come and go afterwards."""
 
 import pytest
 import torch
 
 from comfyui_nibble.tests.codes import assert_repeats, record
 from comfyui_nibble.tests.host.inside import load, module, packed_hash, sample
-from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, SHAPES, H, adapter, randn, with_lora
+from comfyui_nibble.tests.host.test_adapters import (
+    LINEAR2,
+    MLP,
+    MODULATION,
+    QKV,
+    SHAPES,
+    H,
+    adapter,
+    randn,
+    with_lora,
+)
 from comfyui_nibble.tests.support import relative_error
 
 
@@ -38,7 +48,8 @@ def test_layer_is_one_graph(base, key, kinds):
 
 
 def pytorch_attention():
-    """What ComfyUI takes on a GPU. Its choice on a CPU, sub-quadratic attention, asks for the free memory and so breaks every graph."""
+    """What ComfyUI takes on a GPU. Its choice on a CPU, sub-quadratic attention, asks for the free memory and
+    so breaks every graph."""
     from comfy.ldm.modules.attention import attention_pytorch
 
     return {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
@@ -71,7 +82,9 @@ def test_transformer_block_is_one_graph(comfy, base, name, backend):
     block, double = comfy.utils.get_attr(patched.model.diffusion_model, name), name.startswith("double")
     options = pytorch_attention()
     recorded = record(run_block, block, double, options)
-    assert_repeats(recorded, run_block, torch.compile(block, backend=backend, fullgraph=True), double, options)
+    assert_repeats(
+        recorded, run_block, torch.compile(block, backend=backend, fullgraph=True), double, options
+    )
     load(base)
 
 
@@ -103,7 +116,11 @@ def compiled(patcher, backend):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     out = patcher.clone(disable_dynamic=True)
-    options = {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]} if backend == "inductor" else None
+    options = (
+        {"guard_filter_fn": lambda entries: ["transformer_options" not in e.name for e in entries]}
+        if backend == "inductor"
+        else None
+    )
     set_torch_compile_wrapper(model=out, backend=backend, options=options)
     return out
 
@@ -124,20 +141,27 @@ def test_adapters_come_and_go_under_a_compiled_model(base_on_gpu_attention):
     models = {k: with_lora(fast, t) if t else fast for k, t in adapters.items()}
     for kind in ("none", "lora", "none", "lokr", "bias", "lora"):
         assert_repeats(recorded[kind], sample, models[kind])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4  # it was compiled, and again for each set of tensors
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 4
+    )  # it was compiled, and again for each set of tensors
     assert not torch._dynamo.utils.counters["graph_break"]
     assert packed_hash(base) == before
 
 
 def test_inductor_through_the_stock_node(comfy, base_on_gpu_attention, full):
-    """TorchCompileModel's default backend, with a LoRA loaded behind it and a hook LoRA that comes and goes. It moves calls of the quantizer and
-    what stands between them, so that codes of another run cannot be taken: where some flip, two runs lie nearer to each other than to
-    full precision. 9e-7 measured without a flip."""
+    """TorchCompileModel's default backend, with a LoRA loaded behind it and a hook LoRA that comes and goes.
+    It moves calls of the quantizer and what stands between them, so that codes of another run cannot be
+    taken: where some flip, two runs lie nearer to each other than to full precision. 9e-7 measured without a
+    flip."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
 
     base, tensors = base_on_gpu_attention, adapter("lora", QKV) | adapter("lora", MLP)
     group = comfy.hooks.create_hook_lora(tensors, 0.8, 0.0)
-    plain, moved, exact = sample(base), sample(with_lora(base, tensors, 0.8)), sample(with_lora(full, tensors, 0.8))
+    plain, moved, exact = (
+        sample(base),
+        sample(with_lora(base, tensors, 0.8)),
+        sample(with_lora(full, tensors, 0.8)),
+    )
     cost = relative_error(exact, moved)
     (fast,) = TorchCompileModel.execute(base, "inductor").result
     assert relative_error(moved, sample(with_lora(fast, tensors, 0.8))) < cost / 2

@@ -1,6 +1,8 @@
-"""A model taken apart: what each kind of weight is read as, and what happens first to models on a card or under dynamic memory.
+"""A model taken apart: what each kind of weight is read as, and what happens first to models on a card or
+under dynamic memory.
 
-The two last need a GPU to happen by themselves; here only the question whether they have happened is answered for ComfyUI.
+The two last need a GPU to happen by themselves; here only the question whether they have happened is answered
+for ComfyUI.
 """
 
 import pytest
@@ -57,7 +59,9 @@ def test_packed_model(take_apart, tiny_packed, tiny_state):
 
 def test_fp8_weights_become_bf16(comfy, take_apart, tiny_state):
     """Left in fp8 they could make ComfyUI run the result's other layers in fp8 too."""
-    fp8 = comfy.sd.load_diffusion_model_state_dict(dict(tiny_state), model_options={"dtype": torch.float8_e4m3fn})
+    fp8 = comfy.sd.load_diffusion_model_state_dict(
+        dict(tiny_state), model_options={"dtype": torch.float8_e4m3fn}
+    )
     half = take_apart(fp8)
     assert fp8.model.diffusion_model.state_dict()[f"{QKV}.weight"].dtype == torch.float8_e4m3fn
     for key, tensor in half.rest.items():
@@ -67,14 +71,21 @@ def test_fp8_weights_become_bf16(comfy, take_apart, tiny_state):
 
 def scaled(comfy, tiny_state):
     """The model with one layer in ComfyUI's scaled fp8, scale 2^-10, multiplied in full precision."""
-    state = tiny_state | {f"{QKV}.weight": (tiny_state[f"{QKV}.weight"].float() * 1024).to(torch.float8_e4m3fn)}
-    state |= {f"{QKV}.scale_weight": torch.tensor(2.0**-10), "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    state = tiny_state | {
+        f"{QKV}.weight": (tiny_state[f"{QKV}.weight"].float() * 1024).to(torch.float8_e4m3fn)
+    }
+    state |= {
+        f"{QKV}.scale_weight": torch.tensor(2.0**-10),
+        "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn),
+    }
     return comfy.sd.load_diffusion_model_state_dict(state)
 
 
 def test_scaled_fp8_becomes_real_values(comfy, take_apart, tiny_state):
     half = take_apart(scaled(comfy, tiny_state))
-    assert half.shapes == {k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()}  # no scales, no markers
+    assert half.shapes == {
+        k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()
+    }  # no scales, no markers
     fp8 = (tiny_state[f"{QKV}.weight"].float() * 1024).to(torch.float8_e4m3fn)
     assert torch.equal(half.rest[f"{QKV}.weight"].float(), fp8.float() / 1024)
     assert torch.equal(half.rest[f"{QKV}.bias"].float(), tiny_state[f"{QKV}.bias"].float())
@@ -84,13 +95,20 @@ def test_smoothed_activations_are_refused(comfy, take_apart, tiny_state, refused
     model = scaled(comfy, tiny_state)
     layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
     layer.register_parameter("pre_quant_scale", torch.nn.Parameter(torch.ones(256), requires_grad=False))
-    with pytest.raises(refused, match=rf"{QKV}.pre_quant_scale: weights of a model that smooths its activations cannot be read"):
+    with pytest.raises(
+        refused,
+        match=rf"{QKV}.pre_quant_scale: weights of a model that smooths its activations cannot be read",
+    ):
         take_apart(model)
 
 
 def test_weights_packed_by_others_are_refused(take_apart, full, refused):
-    full.model.diffusion_model.img_in.weight = torch.nn.Parameter(torch.zeros(256, 32, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(refused, match=r"img_in.weight: packed weights of another kind than Nibble's \(torch.uint8\)"):
+    full.model.diffusion_model.img_in.weight = torch.nn.Parameter(
+        torch.zeros(256, 32, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(
+        refused, match=r"img_in.weight: packed weights of another kind than Nibble's \(torch.uint8\)"
+    ):
         take_apart(full)
 
 

@@ -1,4 +1,5 @@
-"""1x1 convolutions are linear layers over the channels: in ComfyUI's operations, and in SD 1.5 and ACE-Step, small and random."""
+"""1x1 convolutions are linear layers over the channels: in ComfyUI's operations, and in SD 1.5 and ACE-Step,
+small and random."""
 
 from dataclasses import replace
 
@@ -8,11 +9,18 @@ import torch
 from comfyui_nibble.quant_core.calibration.observe import rows_of
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
-from comfyui_nibble.tests.host.inside import attached_weight, load, module, nodes_in, packed_hash, random_state
+from comfyui_nibble.tests.host.inside import (
+    attached_weight,
+    load,
+    module,
+    nodes_in,
+    packed_hash,
+    random_state,
+)
 from comfyui_nibble.tests.host.test_adapters import randn, with_lora
 from comfyui_nibble.tests.support import relative_error
 
-# -- operations ------------------------------------------------------------------------------------------------------------------
+# -- operations
 
 
 @pytest.fixture
@@ -37,9 +45,16 @@ def test_a_packed_convolution_is_the_layer_on_channels_last(ops, make_problem, s
     operations, layers = ops
     layers["conv"] = quantized(make_problem, 96, k, spatial)
     made = torch.nn.Module()
-    made.conv = [operations.Conv1d, operations.Conv2d][spatial - 1](k, 96, kernel_size=1, dtype=torch.bfloat16)
+    made.conv = [operations.Conv1d, operations.Conv2d][spatial - 1](
+        k, 96, kernel_size=1, dtype=torch.bfloat16
+    )
     assert made.conv.weight is None  # no float weight is allocated
-    made.load_state_dict({"conv.weight": torch.empty(96, k, *(1,) * spatial, device="meta"), "conv.bias": torch.empty(96, device="meta")})
+    made.load_state_dict(
+        {
+            "conv.weight": torch.empty(96, k, *(1,) * spatial, device="meta"),
+            "conv.bias": torch.empty(96, device="meta"),
+        }
+    )
     assert (made.conv.weight.shape, made.conv.weight.dtype) == ((96, k, *(1,) * spatial), torch.bfloat16)
     assert made.conv.real_weight(torch.empty(())).shape == made.conv.weight.shape
     x = randn(2, k, *sizes)
@@ -47,7 +62,9 @@ def test_a_packed_convolution_is_the_layer_on_channels_last(ops, make_problem, s
     assert torch.equal(made.conv(x), want)
     assert torch.equal(made.conv(x[1]), layers["conv"](x[1].movedim(0, -1)).movedim(-1, 0))
     stock = [torch.nn.functional.conv1d, torch.nn.functional.conv2d][spatial - 1]
-    real = stock(x, layers["conv"].dequantize().view(made.conv.weight.shape), layers["conv"].tensors["bias"].float())
+    real = stock(
+        x, layers["conv"].dequantize().view(made.conv.weight.shape), layers["conv"].tensors["bias"].float()
+    )
     assert relative_error(real, want) < 0.15  # of activations at 4 bits
 
 
@@ -78,9 +95,15 @@ def test_in_16_bit_it_is_comfyuis_own(comfy, ops, options):
     for conv in pair:
         conv.load_state_dict(state)
     assert torch.equal(pair[0](randn(1, 64, 6, 6)), pair[1](randn(1, 64, 6, 6)))
-    linear = options["kernel_size"] in (1, (1, 1)) and not {"stride", "groups"} & set(options) and options.get("padding") != 1
+    linear = (
+        options["kernel_size"] in (1, (1, 1))
+        and not {"stride", "groups"} & set(options)
+        and options.get("padding") != 1
+    )
     assert is_pointwise(pair[1]) == replaceable(pair[1]) == linear
-    assert not replaceable(torch.nn.Conv2d(64, 64, 1))  # not made with ComfyUI's operations, so none of ours takes its place
+    assert not replaceable(
+        torch.nn.Conv2d(64, 64, 1)
+    )  # not made with ComfyUI's operations, so none of ours takes its place
     with pytest.raises(RuntimeError, match="weight"):
         pair[0].load_state_dict({"bias": randn(64)})
 
@@ -93,7 +116,7 @@ def test_calibration_sees_tokens():
     assert rows_of(torch.nn.Linear(5, 4), x) is x
 
 
-# -- SD 1.5: proj_in and proj_out of each transformer ----------------------------------------------------------------------------
+# -- SD 1.5: proj_in and proj_out of each transformer
 
 PROJ = "diffusion_model.input_blocks.3.1.proj_in"  # (128, 128, 1, 1)
 
@@ -104,7 +127,13 @@ def sd15(comfy, one_thread):
     import comfy.supported_models
     from comfy.model_patcher import ModelPatcher
 
-    fixed = {"use_checkpoint": False, "image_size": 32, "use_spatial_transformer": True, "legacy": False, "adm_in_channels": None}
+    fixed = {
+        "use_checkpoint": False,
+        "image_size": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "adm_in_channels": None,
+    }
     fixed |= {
         "in_channels": 4,
         "out_channels": 4,
@@ -125,7 +154,9 @@ def sd15(comfy, one_thread):
     config.unet_config |= small
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device="cpu")
-    model.diffusion_model.load_state_dict({k: v.float() for k, v in random_state(model.diffusion_model).items()})
+    model.diffusion_model.load_state_dict(
+        {k: v.float() for k, v in random_state(model.diffusion_model).items()}
+    )
     return ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
 
 
@@ -147,7 +178,10 @@ def packed(sd15, tmp_path_factory):
             sd15, {"positive0": prompt}, {"samples": torch.zeros(1, 4, 8, 8)}, "euler", "simple", 2, 1.0, 0, 4, 1.0, True
         ).args[0]  # fmt: skip
         stats = found.get("input_blocks.3.1.proj_in", second_moments=True)
-        assert (stats.width, stats.count) == (128, 4 * 4 * 2 * 3)  # 4 x 4 positions, 2 steps, 3 samples for the fit
+        assert (stats.width, stats.count) == (
+            128,
+            4 * 4 * 2 * 3,
+        )  # 4 x 4 positions, 2 steps, 3 samples for the fit
         return NibbleQuantize.execute(sd15, "svdquant_r", 16, True, found).args
 
 
@@ -163,7 +197,9 @@ def test_sd15(sd15, packed, outputs):
         for block in ("input_blocks.1", "input_blocks.3", "middle_block", "output_blocks.1")
         for proj in ("proj_in", "proj_out")
     }
-    assert {n for n, m in names.items() if m.spec.spatial} >= {p for p in projections if not p.startswith("middle")}
+    assert {n for n, m in names.items() if m.spec.spatial} >= {
+        p for p in projections if not p.startswith("middle")
+    }
     assert not [n for n in names if "skip_connection" in n]
     assert "1x1 convolution" in report
     want, got = predicted(sd15), predicted(made)
@@ -176,8 +212,16 @@ def test_sd15(sd15, packed, outputs):
 KINDS = {
     "lora": {"lora_up.weight": (128, 4, 1, 1), "lora_down.weight": (4, 128, 1, 1)},
     "lora of a linear layer": {"lora_up.weight": (128, 4), "lora_down.weight": (4, 128)},
-    "tucker": {"lora_up.weight": (128, 4, 1, 1), "lora_down.weight": (4, 128, 1, 1), "lora_mid.weight": (4, 4, 1, 1)},
-    "dora": {"lora_up.weight": (128, 4, 1, 1), "lora_down.weight": (4, 128, 1, 1), "dora_scale": (128, 1, 1, 1)},
+    "tucker": {
+        "lora_up.weight": (128, 4, 1, 1),
+        "lora_down.weight": (4, 128, 1, 1),
+        "lora_mid.weight": (4, 4, 1, 1),
+    },
+    "dora": {
+        "lora_up.weight": (128, 4, 1, 1),
+        "lora_down.weight": (4, 128, 1, 1),
+        "dora_scale": (128, 1, 1, 1),
+    },
     "loha": {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128), "hada_w2_a": (128, 3), "hada_w2_b": (3, 128)},
     "lokr": {"lokr_w1": (8, 8), "lokr_w2": (16, 16, 1, 1)},
     "diff": {"diff": (128, 128, 1, 1)},
@@ -192,7 +236,13 @@ def test_adapters_of_convolutions(comfy, packed, kind):
 
     base, before = packed[0], packed_hash(packed[0])
     patched = load(
-        with_lora(base, {f"{PROJ}.{leaf}": randn(*shape).abs() if "dora" in leaf else randn(*shape) for leaf, shape in KINDS[kind].items()})
+        with_lora(
+            base,
+            {
+                f"{PROJ}.{leaf}": randn(*shape).abs() if "dora" in leaf else randn(*shape)
+                for leaf, shape in KINDS[kind].items()
+            },
+        )
     )
     layer = module(patched, PROJ)
     real = layer.layer().dequantize().view(128, 128, 1, 1)
@@ -220,5 +270,7 @@ def test_a_bypass_lora_acts_on_a_packed_convolution(comfy, packed):
     plain, beside = predicted(base), predicted(with_lora(base, file))
     got = predicted(bypassed)
     assert relative_error(plain, beside) > 1e-3
-    assert relative_error(beside - plain, got - plain) < 0.01  # a 4-bit code behind the layer may flip on the last bit
+    assert (
+        relative_error(beside - plain, got - plain) < 0.01
+    )  # a 4-bit code behind the layer may flip on the last bit
     load(base)

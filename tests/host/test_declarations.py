@@ -1,4 +1,5 @@
-"""Odd texts in `comfy_quant`: what ComfyUI takes is taken, and computes the same; what it fails on is refused by name."""
+"""Odd texts in `comfy_quant`: what ComfyUI takes is taken, and computes the same; what it fails on is refused
+by name."""
 
 import json
 
@@ -16,11 +17,23 @@ ON = INT8 | {"convrot": True}
 ODD = [
     # switches: on where Python calls the value true
     *({**INT8, "convrot": value} for value in (None, False, True, 0, 1, "", "false", "true", [], {}, 0.0)),
-    *({**conf, "full_precision_matrix_mult": value} for conf in (INT8, CONVROT) for value in (None, False, True, 0, 1, "false", "")),
+    *(
+        {**conf, "full_precision_matrix_mult": value}
+        for conf in (INT8, CONVROT)
+        for value in (None, False, True, 0, 1, "false", "")
+    ),
     INT8 | {"params": {"full_precision_matrix_mult": True}},
     # sizes: what int() makes of it
-    *({**conf, "convrot_groupsize": value} for conf in (ON, CONVROT) for value in (4, 16, 64, 256, "64", " 64 ", 64.0, 64.9)),
-    *({**conf, "convrot_groupsize": value} for conf in (ON, CONVROT) for value in (None, "", "big", [64], True, 0, -64, 2, 32, 128, 1024)),
+    *(
+        {**conf, "convrot_groupsize": value}
+        for conf in (ON, CONVROT)
+        for value in (4, 16, 64, 256, "64", " 64 ", 64.0, 64.9)
+    ),
+    *(
+        {**conf, "convrot_groupsize": value}
+        for conf in (ON, CONVROT)
+        for value in (None, "", "big", [64], True, 0, -64, 2, 32, 128, 1024)
+    ),
     INT8 | {"convrot": None, "convrot_groupsize": "never looked at"},
     # where options are looked for
     INT8 | {"params": {"convrot": True, "convrot_groupsize": 64}},
@@ -60,7 +73,9 @@ def by_comfyui(ops, held, x):
 def by_us(held, x):
     declaration = of_tensor(tuple(held["comfy_quant"].shape), "U8", lambda: held["comfy_quant"])
     names = {torch.int8: "I8", torch.float32: "F32", torch.uint8: "U8"}
-    stored = gather(declaration, {leaf: Stored(leaf, tuple(t.shape), names[t.dtype]) for leaf, t in held.items()})
+    stored = gather(
+        declaration, {leaf: Stored(leaf, tuple(t.shape), names[t.dtype]) for leaf, t in held.items()}
+    )
     spec = spec_of(declaration, stored)
     return QuantizedLayer("layer", spec, tensors_of(declaration, spec, held.get))(x)
 
@@ -77,8 +92,11 @@ def test_as_comfyui(comfy, conf):
         with pytest.raises((DeclarationError, LayoutError)):
             by_us(held, x)
         return
-    # ComfyUI 0.33 on a CPU quantizes x of 4-bit layers to 4 bits whatever the text says; cards and later versions do not.
-    four = conf["format"] == "convrot_w4a4" and (conf.get("full_precision_matrix_mult") or "int8" in json.dumps(conf))
+    # ComfyUI 0.33 on a CPU quantizes x of 4-bit layers to 4 bits whatever the text says; cards and later
+    # versions do not.
+    four = conf["format"] == "convrot_w4a4" and (
+        conf.get("full_precision_matrix_mult") or "int8" in json.dumps(conf)
+    )
     assert relative_error(wanted, by_us(held, x)) < (0.15 if four else 0.01)
 
 

@@ -1,6 +1,7 @@
-"""Dynamic VRAM is ComfyUI's other way of holding models: it casts weights by a protocol of its own, which packed layers do not take, so
-a Nibble model always has the plain patcher. Without a GPU the dynamic one gives way to the plain one by itself, and ComfyUI 0.33 does
-not start with --cpu and --enable-dynamic-vram; what can be seen here is which class is asked for."""
+"""Dynamic VRAM is ComfyUI's other way of holding models: it casts weights by a protocol of its own, which
+packed layers do not take, so a Nibble model always has the plain patcher. Without a GPU the dynamic one gives
+way to the plain one by itself, and ComfyUI 0.33 does not start with --cpu and --enable-dynamic-vram; what can
+be seen here is which class is asked for."""
 
 import pytest
 import torch

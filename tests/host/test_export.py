@@ -1,4 +1,5 @@
-"""Nibble Export Model and Nibble Inspect over HTTP; what they write loads with Nibble Load Diffusion Model and samples the same."""
+"""Nibble Export Model and Nibble Inspect over HTTP; what they write loads with Nibble Load Diffusion Model
+and samples the same."""
 
 import re
 from pathlib import Path
@@ -51,7 +52,11 @@ def test_export_and_load_again(server, method, to, lossy, exact):
     assert f"{exact} layers read back bit for bit" in said
     path = server.base / "output" / "diffusion_models" / name
     assert kind_of(path) == ("nibble" if to == "nibble" else "kitchen")
-    full, quantized, again = server.latents(outputs, "full_out"), server.latents(outputs, "out"), loaded(server, name)
+    full, quantized, again = (
+        server.latents(outputs, "full_out"),
+        server.latents(outputs, "out"),
+        loaded(server, name),
+    )
     if not lossy:
         assert torch.equal(again, quantized)
     # A layer that is replaced moves codes of all behind it: the error is another one of the same size.

@@ -24,10 +24,11 @@ _VIDEO = node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_si
 
 @dataclass(frozen=True)
 class Small:
-    """bound: of the distance to full precision, above svdquant_r's own and below what `rtn` leaves (the comment beside it).
+    """bound: of the distance to full precision, above svdquant_r's own and below what `rtn` leaves (the
+    comment beside it).
 
-    text, pooled: widths. gain: of the random weights; at 0.7 the blocks hardly matter to the latents. second_moments: without, a K of
-    2048 takes a tenth of the time.
+    text, pooled: widths. gain: of the random weights; at 0.7 the blocks hardly matter to the latents.
+    second_moments: without, a K of 2048 takes a tenth of the time.
     """
 
     family: str
@@ -46,12 +47,16 @@ CASES = {
     "flux2": Small(
         "flux2", flux2_shapes(1, 1, hidden=128, context=64), 13, 0.14, node("EmptyFlux2LatentImage", width=128, height=128, batch_size=1)
     ),  # 0.087; rtn 0.396
-    "chroma": Small("chroma", chroma_shapes(1, 1, hidden=128, inner=64, context=64), 10, 0.08, _PICTURE),  # 0.035; rtn 0.186
+    # 0.035; rtn 0.186.
+    "chroma": Small("chroma", chroma_shapes(1, 1, hidden=128, inner=64, context=64), 10, 0.08, _PICTURE),
     "sd3": Small("sd3", sd3_shapes(2, twice=1), 18, 0.18, _PICTURE, 4096, 2048),  # 0.121; rtn 0.253
-    "qwen_image": Small("qwen_image", qwen_image_shapes(1, hidden=128, context=64), 14, 0.07, _PICTURE),  # 0.040; rtn 0.126
-    "z_image": Small("z_image", z_image_shapes(1, hidden=256, context=64, refiners=1), 17, 0.2, _PICTURE),  # 0.138; rtn 0.296
+    # 0.040; rtn 0.126.
+    "qwen_image": Small("qwen_image", qwen_image_shapes(1, hidden=128, context=64), 14, 0.07, _PICTURE),
+    # 0.138; rtn 0.296.
+    "z_image": Small("z_image", z_image_shapes(1, hidden=256, context=64, refiners=1), 17, 0.2, _PICTURE),
     "wan": Small("wan", wan_shapes(), 11, 0.12, _VIDEO, 4096),  # 0.081; rtn 0.166
-    "wan_i2v": Small("wan", wan_shapes(channels=36, image=True), 13, 0.13, _VIDEO, 4096, image_tokens=7),  # 0.082; rtn 0.215
+    # 0.082; rtn 0.215.
+    "wan_i2v": Small("wan", wan_shapes(channels=36, image=True), 13, 0.13, _VIDEO, 4096, image_tokens=7),
     "wan_5B": Small("wan", wan_shapes(channels=48, out=48), 11, 0.13, _VIDEO, 4096),  # 0.084; rtn 0.223
     "wan_vace": Small("wan_vace", wan_shapes(vace=1), 23, 0.09, _VIDEO, 4096),  # 0.055; rtn 0.146
     "sdxl": Small(

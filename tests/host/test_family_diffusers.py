@@ -1,4 +1,5 @@
-"""The maps from diffusers' names against ComfyUI: its own conversion tables, and the same prediction from the same weights."""
+"""The maps from diffusers' names against ComfyUI: its own conversion tables, and the same prediction from the
+same weights."""
 
 import pytest
 import torch
@@ -19,8 +20,13 @@ def table_of(utils, case):
         return utils.mmdit_to_diffusers({"depth": 3})
     if kind == "z_image":
         return utils.z_image_to_diffusers({"n_layers": 2, "dim": hidden["x_embedder.weight"][0]})
-    depths = {"transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10]}
-    return utils.unet_to_diffusers({"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth_middle": 10} | depths)
+    depths = {
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    }
+    return utils.unet_to_diffusers(
+        {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth_middle": 10} | depths
+    )
 
 
 @pytest.mark.parametrize("case", ["flux dev", "sd3.5", "z_image", "sdxl"])
@@ -32,7 +38,9 @@ def test_the_map_is_comfyuis_own(comfy, case):
         edge = 0
         for other in stacked.keys:
             found = table[other] if isinstance(table[other], tuple) else (table[other],)
-            assert found[0].replace("_norm.weight", "_norm.scale") == key.replace("_norm.weight", "_norm.scale")
+            assert found[0].replace("_norm.weight", "_norm.scale") == key.replace(
+                "_norm.weight", "_norm.scale"
+            )
             if len(found) > 1 and found[1] is not None:
                 assert found[1][1] == edge
             assert (len(found) > 2) == stacked.swap_halves
@@ -60,7 +68,12 @@ _TEXT, _TIME = _noise(1, 7, 64), torch.tensor([0.7])
 
 
 def wan(theirs, ours):
-    x, text, seen, t = _noise(1, 36, 2, 8, 8), _noise(1, 512, 4096), _noise(1, 257, 1280), torch.tensor([700.0])
+    x, text, seen, t = (
+        _noise(1, 36, 2, 8, 8),
+        _noise(1, 512, 4096),
+        _noise(1, 257, 1280),
+        torch.tensor([700.0]),
+    )
     return (
         theirs(x, t, text, encoder_hidden_states_image=seen, return_dict=False)[0],
         ours(x, t, context=text, clip_fea=seen, transformer_options={}),
@@ -68,9 +81,21 @@ def wan(theirs, ours):
 
 
 def wan_vace(theirs, ours):
-    x, text, seen, t = _noise(1, 16, 2, 8, 8), _noise(1, 512, 4096), _noise(1, 96, 2, 8, 8), torch.tensor([700.0])
+    x, text, seen, t = (
+        _noise(1, 16, 2, 8, 8),
+        _noise(1, 512, 4096),
+        _noise(1, 96, 2, 8, 8),
+        torch.tensor([700.0]),
+    )
     return (
-        theirs(x, t, text, control_hidden_states=seen, control_hidden_states_scale=torch.ones(2), return_dict=False)[0],
+        theirs(
+            x,
+            t,
+            text,
+            control_hidden_states=seen,
+            control_hidden_states_scale=torch.ones(2),
+            return_dict=False,
+        )[0],
         ours(x, t, context=text, vace_context=seen[:, None], vace_strength=[1.0], transformer_options={}),
     )
 
@@ -78,7 +103,15 @@ def wan_vace(theirs, ours):
 def chroma(theirs, ours):
     x = _noise(1, 16, 8, 8)
     mask = torch.ones(1, 7 + 16, dtype=torch.bool)
-    out = theirs(_patches(x), _TEXT, timestep=_TIME, img_ids=_ids(4), txt_ids=torch.zeros(7, 3), attention_mask=mask, return_dict=False)
+    out = theirs(
+        _patches(x),
+        _TEXT,
+        timestep=_TIME,
+        img_ids=_ids(4),
+        txt_ids=torch.zeros(7, 3),
+        attention_mask=mask,
+        return_dict=False,
+    )
     return out[0], _patches(ours(x, _TIME, context=_TEXT, guidance=torch.zeros(1), transformer_options={}))
 
 
@@ -91,7 +124,9 @@ def qwen_image(theirs, ours):
 
 def sd3(theirs, ours):
     x, text, pooled, t = _noise(1, 16, 8, 8), _noise(1, 7, 4096), _noise(1, 2048), torch.tensor([700.0])
-    return theirs(x, text, pooled, t, return_dict=False)[0], ours(x, t, context=text, y=pooled, transformer_options={})
+    return theirs(x, text, pooled, t, return_dict=False)[0], ours(
+        x, t, context=text, y=pooled, transformer_options={}
+    )
 
 
 def flux2(theirs, ours):
@@ -100,16 +135,26 @@ def flux2(theirs, ours):
     ids, text_ids = torch.zeros(16, 4), torch.zeros(7, 4)
     ids[:, 1:3], text_ids[:, 3] = _ids(4)[:, 1:], torch.arange(7)
     tokens = x.flatten(2).mT
-    out = theirs(tokens, _TEXT, timestep=_TIME, img_ids=ids, txt_ids=text_ids, guidance=guidance, return_dict=False)[0]
+    out = theirs(
+        tokens, _TEXT, timestep=_TIME, img_ids=ids, txt_ids=text_ids, guidance=guidance, return_dict=False
+    )[0]
     return out, ours(x, _TIME, context=_TEXT, guidance=guidance, transformer_options={}).flatten(2).mT
 
 
-PREDICT = {"flux2 dev": flux2, "wan i2v": wan, "wan vace": wan_vace, "chroma": chroma, "qwen_image": qwen_image, "sd3.5": sd3}
+PREDICT = {
+    "flux2 dev": flux2,
+    "wan i2v": wan,
+    "wan vace": wan_vace,
+    "chroma": chroma,
+    "qwen_image": qwen_image,
+    "sd3.5": sd3,
+}
 
 
 @pytest.mark.parametrize("case", PREDICT)
 def test_the_same_weights_predict_the_same(comfy, monkeypatch, one_thread, case):
-    """Where ComfyUI has no table, or as well: names of equal shape that change places would not show in shapes."""
+    """Where ComfyUI has no table, or as well: names of equal shape that change places would not show in
+    shapes."""
     import comfy.model_detection as detection
 
     monkeypatch.setattr(detection, "detect_unet_config", widths_from_weights(detection.detect_unet_config))

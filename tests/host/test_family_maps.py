@@ -1,4 +1,5 @@
-"""Each family's map against ComfyUI's own model class: what ComfyUI makes of a checkpoint's shapes, on the meta device, and small models."""
+"""Each family's map against ComfyUI's own model class: what ComfyUI makes of a checkpoint's shapes, on the
+meta device, and small models."""
 
 import pytest
 import torch
@@ -26,7 +27,12 @@ _FLUX = {"img_in", "txt_in", "time_in.", "vector_in.", "final_layer."}
 _FLUX2 = {"img_in", "txt_in", "time_in.", "final_layer."}
 _WAN = {"text_embedding.", "time_embedding.", "head.head"}
 _SDXL = {"time_embed.", "label_emb.", "emb_layers.1"}
-_SDXL_SHAPES = {"down": (0, 0, 2, 2, 10, 10), "middle": 10, "up": (10, 10, 10, 2, 2, 2, 0, 0, 0), "widths": (1, 2, 4)}
+_SDXL_SHAPES = {
+    "down": (0, 0, 2, 2, 10, 10),
+    "middle": 10,
+    "up": (10, 10, 10, 2, 2, 2, 0, 0, 0),
+    "widths": (1, 2, 4),
+}
 _SD3 = {"context_embedder", "t_embedder.", "y_embedder.", "final_layer."}
 # name: (family, shapes, parts of the names of all linear layers that stay in 16 bit)
 CASES = {
@@ -56,12 +62,15 @@ CASES = {
     "sdxl": ("sdxl", sdxl_shapes(**_SDXL_SHAPES), _SDXL),
     "koala": ("sdxl", sdxl_shapes(), _SDXL),
 }  # fmt: skip
-EXTRA = {"pixart": {"csize_embedder", "ar_embedder", "pos_embed", "y_embedder"}}  # ComfyUI makes these whether a file has them or not
+EXTRA = {
+    "pixart": {"csize_embedder", "ar_embedder", "pos_embed", "y_embedder"}
+}  # ComfyUI makes these whether a file has them or not
 
 
 @pytest.fixture(scope="module")
 def comfyui_model(comfy):
-    """shapes -> (the model that ComfyUI detects in them, on `device`, its checkpoint on the meta device under the model's own names)."""
+    """shapes -> (the model that ComfyUI detects in them, on `device`, its checkpoint on the meta device under
+    the model's own names)."""
     import comfy.model_detection as detection
 
     def make(shapes, device="meta"):
@@ -98,7 +107,9 @@ def test_every_linear_layer_is_named_once_or_kept(comfyui_model, case):
     assert {n for n in linear if not _is_one_of(n, kept)} == set(layers)
     assert not any(_is_one_of(n, kept) for n in layers)
     # A shared input is a module of the same width, and shared by no layer that only looks alike.
-    assert all(network.get_submodule(layer.input).in_features == layer.in_features for layer in layers.values())
+    assert all(
+        network.get_submodule(layer.input).in_features == layer.in_features for layer in layers.values()
+    )
     assert all(layers[layer.input].input == layer.input for layer in layers.values())
     assert all(hasattr(network.get_submodule(layer.block), "forward") for layer in layers.values())
 
@@ -116,18 +127,35 @@ SMALL = {
     "chroma": (chroma_shapes(2, 2, hidden=128, inner=64, context=64), _IMAGE, _GUIDED),
     "pixart": (pixart_shapes(2), _noise(1, 4, 36, 36), {"context": _TEXT}),
     "sd3": (sd3_shapes(3, twice=2), _IMAGE, {"context": _TEXT, "y": _noise(1, 2048)}),
-    "qwen_image": (qwen_image_shapes(2, hidden=128, context=64), _VIDEO[:, :, :1], {"context": _noise(1, 10, 64)}),
-    "z_image": (z_image_shapes(2, hidden=256, context=64), _IMAGE, {"context": _noise(1, 10, 64), "num_tokens": 10}),
+    "qwen_image": (
+        qwen_image_shapes(2, hidden=128, context=64),
+        _VIDEO[:, :, :1],
+        {"context": _noise(1, 10, 64)},
+    ),
+    "z_image": (
+        z_image_shapes(2, hidden=256, context=64),
+        _IMAGE,
+        {"context": _noise(1, 10, 64), "num_tokens": 10},
+    ),
     "wan": (wan_shapes(2), _VIDEO, {"context": _TEXT}),
-    "wan i2v": (wan_shapes(2, channels=36, image=True), _noise(1, 36, 2, 8, 8), {"context": _TEXT, "clip_fea": _noise(1, 7, 1280)}),
-    "wan_vace": (wan_shapes(2, vace=2), _VIDEO, {"context": _TEXT, "vace_context": _noise(1, 1, 96, 2, 8, 8), "vace_strength": [1.0]}),
+    "wan i2v": (
+        wan_shapes(2, channels=36, image=True),
+        _noise(1, 36, 2, 8, 8),
+        {"context": _TEXT, "clip_fea": _noise(1, 7, 1280)},
+    ),
+    "wan_vace": (
+        wan_shapes(2, vace=2),
+        _VIDEO,
+        {"context": _TEXT, "vace_context": _noise(1, 1, 96, 2, 8, 8), "vace_strength": [1.0]},
+    ),
     "sdxl": (sdxl_shapes(), _noise(1, 4, 16, 16), {"context": _noise(1, 10, 2048), "y": _noise(1, 2816)}),
 }
 
 
 @pytest.mark.parametrize("case", SMALL)
 def test_a_forward_pass_is_as_the_family_says(comfyui_model, monkeypatch, one_thread, case):
-    """Which inputs are one tensor and which are not, which come out of a GELU, which see one row a picture, and the order of the blocks."""
+    """Which inputs are one tensor and which are not, which come out of a GELU, which see one row a picture,
+    and the order of the blocks."""
     import comfy.model_detection as detection
 
     monkeypatch.setattr(detection, "detect_unet_config", widths_from_weights(detection.detect_unet_config))
@@ -138,16 +166,23 @@ def test_a_forward_pass_is_as_the_family_says(comfyui_model, monkeypatch, one_th
     network.load_state_dict(state)
     family = detect({k: tuple(v.shape) for k, v in state.items()})
     assert family.name == case.split()[0]
-    seen, layers = {}, {layer.name: layer for layer in family.layers({k: tuple(v.shape) for k, v in state.items()})}
+    seen, layers = (
+        {},
+        {layer.name: layer for layer in family.layers({k: tuple(v.shape) for k, v in state.items()})},
+    )
     for name in layers:
-        network.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, args[0].clone()))
+        network.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, args[0].clone())
+        )
     with torch.inference_mode():
         out = network(x, torch.tensor([0.7]), transformer_options={}, **others)
     assert out.isfinite().all()
     assert set(seen) == set(layers)
     for layer in layers.values():
         for other in layers.values():
-            same = seen[layer.name].shape == seen[other.name].shape and torch.equal(seen[layer.name], seen[other.name])
+            same = seen[layer.name].shape == seen[other.name].shape and torch.equal(
+                seen[layer.name], seen[other.name]
+            )
             assert same == (layer.input == other.input), (layer.name, other.name)
         rows = seen[layer.name].reshape(-1, layer.in_features)
         assert layer.weight_only == (len(rows) == 1), layer.name
@@ -160,7 +195,8 @@ def test_a_forward_pass_is_as_the_family_says(comfyui_model, monkeypatch, one_th
 
 
 def test_wans_mlp_computes_its_gelu_once(comfy, one_thread):
-    """ComfyUI's MLP is a Sequential whose forward skips the GELU in it and computes its own: nothing may be left to the quantizer."""
+    """ComfyUI's MLP is a Sequential whose forward skips the GELU in it and computes its own: nothing may be
+    left to the quantizer."""
     shapes, method = wan_shapes(), by_name("rtn")
     state = random_state(shapes)
     done = quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, method.config)
@@ -169,5 +205,7 @@ def test_wans_mlp_computes_its_gelu_once(comfy, one_thread):
     model = patcher_of(layers, rest, "wan").model.diffusion_model
     x = _noise(1, 5, 128)
     with torch.inference_mode():
-        want = layers["blocks.0.ffn.2"](torch.nn.functional.gelu(layers["blocks.0.ffn.0"](x), approximate="tanh"))
+        want = layers["blocks.0.ffn.2"](
+            torch.nn.functional.gelu(layers["blocks.0.ffn.0"](x), approximate="tanh")
+        )
         assert relative_error(want, model.blocks[0].ffn(x)) < 1e-5

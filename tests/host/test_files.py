@@ -7,7 +7,9 @@ from safetensors.torch import load_file, save_file
 from comfyui_nibble.tests.host.inside import packed_hash
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_models/q", "diffusion_models/", "", "q", "deep/er/", "%date:yyyy%/x"])
+@pytest.mark.parametrize(
+    "prefix", ["diffusion_models/q", "diffusion_models/", "", "q", "deep/er/", "%date:yyyy%/x"]
+)
 def test_no_earlier_file_is_written_over(comfy, base, outputs, prefix):
     from comfyui_nibble.nodes.files import NibbleSaveModel
 
@@ -39,7 +41,10 @@ def test_a_nan_among_the_scales_is_an_error_at_load(comfy, base, outputs):
 
     path = NibbleSaveModel.execute(base, "q").args[0]
     damaged(path, lambda state: state["single_blocks.0.linear2.weight_scale"].view(-1)[7].fill_(float("nan")))
-    with pytest.raises(ValueError, match=r"q_00001_.safetensors: single_blocks.0.linear2.weight_scale: NaN or Inf\. The file is damaged"):
+    with pytest.raises(
+        ValueError,
+        match=r"q_00001_.safetensors: single_blocks.0.linear2.weight_scale: NaN or Inf\. The file is damaged",
+    ):
         load(path)
 
 
@@ -51,7 +56,10 @@ def test_every_tensor_is_compared_with_its_hash_where_it_is_asked_for(comfy, bas
     monkeypatch.setenv("NIBBLE_VERIFY", "1")
     assert packed_hash(load(path)) == packed_hash(base)
     damaged(path, lambda state: state["single_blocks.0.linear1.weight"].view(-1)[3].bitwise_xor_(1))
-    with pytest.raises(ValueError, match=r"1 of \d+ tensors are not what was written: single_blocks.0.linear1.weight\. Download it"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of \d+ tensors are not what was written: single_blocks.0.linear1.weight\. Download it",
+    ):
         load(path)
     monkeypatch.setenv("NIBBLE_VERIFY", "0")
     assert packed_hash(load(path)) != packed_hash(base)

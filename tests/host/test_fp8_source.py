@@ -14,11 +14,14 @@ from comfyui_nibble.tests.support import relative_error
 
 @pytest.mark.parametrize("old", [True, False])
 def test_scaled_fp8_is_a_source(server, tiny_state, old):
-    """ComfyUI holds such layers in fp8 with a scale; the fingerprint is that of the file, so calibrations serve node and command."""
+    """ComfyUI holds such layers in fp8 with a scale; the fingerprint is that of the file, so calibrations
+    serve node and command."""
     name = f"fp8_{'old' if old else 'new'}.safetensors"
     layer, state = "single_blocks.0.linear1", dict(tiny_state)
     scale = torch.tensor(0.0123)
-    state[f"{layer}.weight"] = (state[f"{layer}.weight"].float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    state[f"{layer}.weight"] = (
+        (state[f"{layer}.weight"].float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    )
     if old:
         state |= {f"{layer}.scale_weight": scale, "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
     else:
@@ -29,10 +32,17 @@ def test_scaled_fp8_is_a_source(server, tiny_state, old):
     graph = {
         "load": node("UNETLoader", unet_name=name, weight_dtype="default"),
         "quantize": node("NibbleQuantize", model=["load", 0], method="rtn", rank=0, gptq=False),
-        "save": node("NibbleSaveModel", model=["quantize", 0], filename_prefix=f"diffusion_models/{path.stem}"),
+        "save": node(
+            "NibbleSaveModel", model=["quantize", 0], filename_prefix=f"diffusion_models/{path.stem}"
+        ),
     }
     outputs = server.run(graph)
-    saved = PackFile(server.base / "output" / "diffusion_models" / re.search(r"(\S+\.safetensors)", outputs["save"]["text"][0])[1])
+    saved = PackFile(
+        server.base
+        / "output"
+        / "diffusion_models"
+        / re.search(r"(\S+\.safetensors)", outputs["save"]["text"][0])[1]
+    )
     assert saved.provenance["model"] == Checkpoint(path).fingerprint()
     assert not any(k.endswith(("comfy_quant", "weight_scale")) for k in saved.rest)
     assert relative_error(Checkpoint(path).get(f"{layer}.weight"), saved.layer(layer).dequantize()) < 0.2

@@ -1,4 +1,5 @@
-"""A GELU in front of a packed layer is computed in its quantizer where the whole Sequential is called, and nowhere twice or never."""
+"""A GELU in front of a packed layer is computed in its quantizer where the whole Sequential is called, and
+nowhere twice or never."""
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_names_and_kinds_of_the_modules_stay(base, full):
 
 
 def test_only_plain_gelus_are_left_to_the_layer_behind(base):
-    """One that inherits may read something else than a tensor: TRELLIS.2's feed-forwards hand sparse ones from layer to layer."""
+    """One that inherits may read something else than a tensor: TRELLIS.2's feed-forwards hand sparse ones
+    from layer to layer."""
     from comfyui_nibble.nodes.host.fused import Fused, fuse_gelu
 
     class SparseGELU(torch.nn.GELU):

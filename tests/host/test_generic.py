@@ -1,4 +1,5 @@
-"""A model that the pack has no map of (LTX-Video, small and random): calibrate, quantize, save, load and sample by the generic rules."""
+"""A model that the pack has no map of (LTX-Video, small and random): calibrate, quantize, save, load and
+sample by the generic rules."""
 
 import pytest
 import torch
@@ -45,18 +46,27 @@ def ltxv(server, comfy):
 
 def test_main_job(server, ltxv):
     assert detect(ltxv) is GENERIC
-    outputs, error, path = run_both(server, CASE, samples=4, steps=3, prefix="diffusion_models/ltxv", sample_steps=4)
+    outputs, error, path = run_both(
+        server, CASE, samples=4, steps=3, prefix="diffusion_models/ltxv", sample_steps=4
+    )
     assert error < 0.2
     pack = PackFile(path)
     assert pack.family == "generic"
     rests = {name.split(".", 2)[2] for name in pack.specs if name.startswith("transformer_blocks.")}
-    assert {name for name in pack.specs if not name.startswith("transformer_blocks.")} == {"adaln_single.linear"}  # shared modulation
-    assert rests == {f"attn{i}.{n}" for i in (1, 2) for n in ("to_q", "to_k", "to_v", "to_out.0")} | {"ff.net.0.proj", "ff.net.2"}
+    assert {name for name in pack.specs if not name.startswith("transformer_blocks.")} == {
+        "adaln_single.linear"
+    }  # shared modulation
+    assert rests == {f"attn{i}.{n}" for i in (1, 2) for n in ("to_q", "to_k", "to_v", "to_out.0")} | {
+        "ff.net.0.proj",
+        "ff.net.2",
+    }
     # q, k and v read one tensor; the text of all blocks is one tensor too.
     folder = next((server.base / "output" / "nibble_calibration").glob("generic-*"))
     seen = Calibration(folder).meta["observed"]
     assert seen["shared"]["transformer_blocks.1.attn1.to_v"] == "transformer_blocks.1.attn1.to_q"
-    assert {seen["shared"][f"transformer_blocks.{i}.attn2.to_v"] for i in range(3)} == {"transformer_blocks.0.attn2.to_k"}
+    assert {seen["shared"][f"transformer_blocks.{i}.attn2.to_v"] for i in range(3)} == {
+        "transformer_blocks.0.attn2.to_k"
+    }
     # A layer behind a GELU is found by what its input looks like.
     assert pack.specs["transformer_blocks.0.ff.net.2"].parts[0].activation.unsigned
     assert "Generic, SVDQuant with a Hadamard rotation" in outputs["report"]["text"][0]

@@ -19,14 +19,19 @@ H = 256
 
 @pytest.fixture(scope="module")
 def start(server):
-    """The quantized file, the latents of both models, and those of the quantized one with all that Guard can raise at 16 bit, which
-    are what its work is measured against: it leaves the modulation alone. One step: over more, flipped codes part the trajectories.
+    """The quantized file, the latents of both models, and those of the quantized one with all that Guard can
+    raise at 16 bit, which are what its work is measured against: it leaves the modulation alone. One step:
+    over more, flipped codes part the trajectories.
     """
-    outputs = server.run(quantize_graph(FLUX_TINY, prefix="diffusion_models/unguarded", sample_steps=1, **CALIBRATION))
+    outputs = server.run(
+        quantize_graph(FLUX_TINY, prefix="diffusion_models/unguarded", sample_steps=1, **CALIBRATION)
+    )
     full, quantized = server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent")
     name = saved_name(outputs)
     found = SimpleNamespace(full=full, quantized=quantized, name=name, pack=packed(server, name))
-    outputs = server.run(guard_graph(found, "diffusion_models/exact", quality_db=60.0, allow_w4a8=False, allow_w8a8=False))
+    outputs = server.run(
+        guard_graph(found, "diffusion_models/exact", quality_db=60.0, allow_w4a8=False, allow_w8a8=False)
+    )
     found.exact, found.exact_pack, found.exact_text = (
         server.latents(outputs, "out"),
         packed(server, saved_name(outputs)),
@@ -51,7 +56,13 @@ def guard_graph(start, prefix="diffusion_models/guarded", **options):
         del graph[name]
     return graph | {
         "packed": node("NibbleLoadDiffusionModel", model_name=start.name),
-        "guard": node("NibbleGuard", model=["load", 0], quantized=["packed", 0], calibration=["calibrate", 0], **(settings | options)),
+        "guard": node(
+            "NibbleGuard",
+            model=["load", 0],
+            quantized=["packed", 0],
+            calibration=["calibrate", 0],
+            **(settings | options),
+        ),
         "report": node("PreviewAny", source=["guard", 1]),
         "save": node("NibbleSaveModel", model=["guard", 0], filename_prefix=prefix),
         "sample": sampling(["guard", 0], ["prompt", 0], ["latent", 0], steps=1),
@@ -60,10 +71,13 @@ def guard_graph(start, prefix="diffusion_models/guarded", **options):
 
 
 def guard(server, start, **options):
-    """(report, file, relative error of the latents as in `start`); the saved file must sample the same latents."""
+    """(report, file, relative error of the latents as in `start`); the saved file must sample the same
+    latents."""
     outputs = server.run(guard_graph(start, **options))
     latents, name = server.latents(outputs, "out"), saved_name(outputs)
-    assert torch.equal(server.latents(server.run(load_graph(FLUX_TINY, name, sample_steps=1)), "out"), latents)
+    assert torch.equal(
+        server.latents(server.run(load_graph(FLUX_TINY, name, sample_steps=1)), "out"), latents
+    )
     text = outputs["report"]["text"][0]
     return text, packed(server, name), relative_error(start.exact, latents)
 
@@ -93,7 +107,9 @@ def test_quality_budget_is_reached(server, start):
     # Measured on the same tokens as by Nibble Quantize, so what stays has the row that it had.
     for name in set(start.pack.specs) - changed:
         assert after[name] == rows(start.pack)[name]
-        assert all(torch.equal(t, pack.layer(name).tensors[k]) for k, t in start.pack.layer(name).tensors.items())
+        assert all(
+            torch.equal(t, pack.layer(name).tensors[k]) for k, t in start.pack.layer(name).tensors.items()
+        )
 
 
 def test_sixteen_bit_is_the_original(start, tiny_state):
@@ -111,7 +127,9 @@ def test_sixteen_bit_is_the_original(start, tiny_state):
 
 @pytest.mark.parametrize(("unit", "mib"), [("layer", 0.4), ("block", 1.0)])
 def test_memory_budget_is_kept(server, start, unit, mib):
-    text, pack, error = guard(server, start, budget="memory (MiB)", memory_mib=mib, unit=unit, allow_w8a8=False)
+    text, pack, error = guard(
+        server, start, budget="memory (MiB)", memory_mib=mib, unit=unit, allow_w8a8=False
+    )
     names = set(start.pack.specs)
     extra = layer_bytes(pack, names) - layer_bytes(start.pack, names)
     assert 0 < extra <= mib * 2**20
@@ -122,30 +140,40 @@ def test_memory_budget_is_kept(server, start, unit, mib):
     if unit == "block":
         raised = pack.provenance["guard"][0]["raised"]
         blocks = {
-            rows(pack)[n]["block"]: {raised.get(m) for m, r in rows(pack).items() if r["block"] == rows(pack)[n]["block"]} for n in raised
+            rows(pack)[n]["block"]: {
+                raised.get(m) for m, r in rows(pack).items() if r["block"] == rows(pack)[n]["block"]
+            }
+            for n in raised
         }
         assert all(len(precisions - {None}) == 1 for precisions in blocks.values())
 
 
 def test_no_memory_still_gets_w4a8(server, start):
-    text, pack, error = guard(server, start, budget="memory (MiB)", memory_mib=0.0, allow_w8a8=False, allow_16_bit=False)
+    text, pack, error = guard(
+        server, start, budget="memory (MiB)", memory_mib=0.0, allow_w8a8=False, allow_16_bit=False
+    )
     names = set(start.pack.specs)
     assert layer_bytes(pack, names) == layer_bytes(start.pack, names)
     raised = pack.provenance["guard"][0]["raised"]
     assert set(raised.values()) == {"W4A8"}
     assert f"W4A8 costs no memory, only that: {len(raised)} of them." in text
     for name in raised:
-        assert all(torch.equal(t, pack.layer(name).tensors[k]) for k, t in start.pack.layer(name).tensors.items())
+        assert all(
+            torch.equal(t, pack.layer(name).tensors[k]) for k, t in start.pack.layer(name).tensors.items()
+        )
         assert rows(pack)[name]["sqnr_db"] > rows(start.pack)[name]["sqnr_db"]
     assert error < 0.6 * start.error  # 0.035 of 0.07
 
 
 def test_guarded_in_the_graph_and_again(server, start):
-    """Straight from Nibble Quantize, and a second Guard on the result: only what is below the new target changes once more."""
+    """Straight from Nibble Quantize, and a second Guard on the result: only what is below the new target
+    changes once more."""
     graph = guard_graph(start, quality_db=30.0)
     graph["quantize"] = quantize_graph(FLUX_TINY, **CALIBRATION)["quantize"]
     graph["guard"]["inputs"]["quantized"] = ["quantize", 0]
-    graph["again"] = node("NibbleGuard", **(graph["guard"]["inputs"] | {"quantized": ["guard", 0], "quality_db": 34.0}))
+    graph["again"] = node(
+        "NibbleGuard", **(graph["guard"]["inputs"] | {"quantized": ["guard", 0], "quality_db": 34.0})
+    )
     graph["save"]["inputs"]["model"] = ["again", 0]
     pack = packed(server, saved_name(server.run(graph)))
     first, second = pack.provenance["guard"]
@@ -158,7 +186,11 @@ def test_guarded_in_the_graph_and_again(server, start):
 def test_loras_and_sampling_patches_carry_over(server, start):
     """Put on before Guard, they do what they do behind it."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"double_blocks.0.img_attn.qkv": (3 * H, H), "double_blocks.0.txt_mlp.2": (H, 4 * H), "single_blocks.1.linear2": (H, 5 * H)}
+    shapes = {
+        "double_blocks.0.img_attn.qkv": (3 * H, H),
+        "double_blocks.0.txt_mlp.2": (H, 4 * H),
+        "single_blocks.1.linear2": (H, 5 * H),
+    }
     tensors = {}
     for name, (n, k) in shapes.items():
         key = f"diffusion_model.{name}"
@@ -169,12 +201,21 @@ def test_loras_and_sampling_patches_carry_over(server, start):
     save_file(tensors, server.base / "models" / "loras" / "guard.safetensors")
     results = []
     for before in (True, False):
-        graph = guard_graph(start, quality_db=30.0, allow_w4a8=False, allow_w8a8=False)  # linear2 of these becomes 16 bit
+        graph = guard_graph(
+            start, quality_db=30.0, allow_w4a8=False, allow_w8a8=False
+        )  # linear2 of these becomes 16 bit
         del graph["save"]
         source = "packed" if before else "guard"
-        graph["lora"] = node("LoraLoaderModelOnly", model=[source, 0], lora_name="guard.safetensors", strength_model=1.0)
-        graph["shifted"] = node("ModelSamplingFlux", model=["lora", 0], max_shift=4.0, base_shift=4.0, width=512, height=512)
-        (graph["guard"] if before else graph["sample"])["inputs"]["quantized" if before else "model"] = ["shifted", 0]
+        graph["lora"] = node(
+            "LoraLoaderModelOnly", model=[source, 0], lora_name="guard.safetensors", strength_model=1.0
+        )
+        graph["shifted"] = node(
+            "ModelSamplingFlux", model=["lora", 0], max_shift=4.0, base_shift=4.0, width=512, height=512
+        )
+        (graph["guard"] if before else graph["sample"])["inputs"]["quantized" if before else "model"] = [
+            "shifted",
+            0,
+        ]
         graph["unpatched"] = sampling([source, 0], ["prompt", 0], ["latent", 0])
         graph["unpatched_latent"] = node("SaveLatent", samples=["unpatched", 0], filename_prefix="unpatched")
         outputs = server.run(graph)
@@ -193,7 +234,8 @@ def refused(server, start, match, change=lambda graph: None, **options):
 
 def other_model(server, tiny_state):
     save_file(
-        {k: (v.float() * 1.01).bfloat16() for k, v in tiny_state.items()}, server.base / "models/diffusion_models/other_guard.safetensors"
+        {k: (v.float() * 1.01).bfloat16() for k, v in tiny_state.items()},
+        server.base / "models/diffusion_models/other_guard.safetensors",
     )
     return node("UNETLoader", unet_name="other_guard.safetensors", weight_dtype="default")
 
@@ -203,7 +245,12 @@ def test_calibration_of_another_model(server, start, tiny_state):
         graph["other"] = other_model(server, tiny_state)
         graph["calibrate"]["inputs"] |= {"model": ["other", 0], "samples": 2, "steps": 1}
 
-    refused(server, start, f"NibbleGuard: .*was made with model .*, this one is {start.pack.provenance['model']}", change)
+    refused(
+        server,
+        start,
+        f"NibbleGuard: .*was made with model .*, this one is {start.pack.provenance['model']}",
+        change,
+    )
 
 
 def test_another_full_precision_model(server, start, tiny_state):
@@ -211,7 +258,10 @@ def test_another_full_precision_model(server, start, tiny_state):
         graph["other"] = other_model(server, tiny_state)
         graph["guard"]["inputs"]["model"] = ["other", 0]
 
-    message = f"Nibble Guard: the quantized model was made from model {start.pack.provenance['model']}, the full-precision model is"
+    message = (
+        f"Nibble Guard: the quantized model was made from model {start.pack.provenance['model']}, the "
+        "full-precision model is"
+    )
     refused(server, start, message, change)
 
 
@@ -223,7 +273,9 @@ def test_models_at_the_wrong_input(server, start):
         graph["guard"]["inputs"]["model"] = ["packed", 0]
 
     refused(server, start, "the model at 'quantized' was not quantized by Nibble", full_twice)
-    refused(server, start, "this model is quantized already .* connect the full-precision model", quantized_twice)
+    refused(
+        server, start, "this model is quantized already .* connect the full-precision model", quantized_twice
+    )
 
 
 def test_no_precision_and_no_memory_below_zero(server, start):
@@ -236,19 +288,36 @@ def test_a_swap_with_another_model(server, start, tiny_state):
 
     def change(graph):
         graph["other"] = other_model(server, tiny_state)
-        graph["swapped"] = node("NibbleSwapBlocks", model_a=["packed", 0], model_b=["other", 0], blocks="single 1")
+        graph["swapped"] = node(
+            "NibbleSwapBlocks", model_a=["packed", 0], model_b=["other", 0], blocks="single 1"
+        )
         graph["guard"]["inputs"]["quantized"] = ["swapped", 0]
 
     ours = start.pack.provenance["model"]
-    refused(server, start, f"the quantized model was made from model (?!{ours})[0-9a-f]+, the full-precision model is {ours}", change)
+    refused(
+        server,
+        start,
+        f"the quantized model was made from model (?!{ours})[0-9a-f]+, the full-precision model is {ours}",
+        change,
+    )
 
 
 def test_bypass_lora_in_front(server, start):
-    tensors = {f"diffusion_model.double_blocks.0.img_attn.proj.lora_{x}.weight": torch.zeros(s) for x, s in (("A", (4, H)), ("B", (H, 4)))}
+    tensors = {
+        f"diffusion_model.double_blocks.0.img_attn.proj.lora_{x}.weight": torch.zeros(s)
+        for x, s in (("A", (4, H)), ("B", (H, 4)))
+    }
     save_file(tensors, server.base / "models" / "loras" / "bypass_guard.safetensors")
 
     def change(graph):
-        graph["bypass"] = node("LoraLoaderBypassModelOnly", model=["packed", 0], lora_name="bypass_guard.safetensors", strength_model=1.0)
+        graph["bypass"] = node(
+            "LoraLoaderBypassModelOnly",
+            model=["packed", 0],
+            lora_name="bypass_guard.safetensors",
+            strength_model=1.0,
+        )
         graph["guard"]["inputs"]["quantized"] = ["bypass", 0]
 
-    refused(server, start, r"the quantized model has injections \(bypass_lora\).* behind Nibble Guard", change)
+    refused(
+        server, start, r"the quantized model has injections \(bypass_lora\).* behind Nibble Guard", change
+    )

@@ -28,7 +28,9 @@ def no_triton(tmp_path, monkeypatch):
     """As on macOS, or on a CPU where nobody installed it."""
     (tmp_path / "without" / "triton").mkdir(parents=True)
     (tmp_path / "without" / "triton" / "__init__.py").write_text("raise ImportError('no Triton here')\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path / "without"), os.environ.get("PYTHONPATH", "")])
+    )
 
 
 def test_two_copies_in_a_folder_outside_of_ascii_without_triton(tmp_path, no_triton):

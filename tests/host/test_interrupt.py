@@ -51,11 +51,16 @@ def mark(path):
     with safe_open(path, "pt") as f:
         tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
     metadata.pop("nibble_xxh3", None)
-    save_file({k: t ^ 17 if k.endswith(".weight") and not t.is_floating_point() else t for k, t in tensors.items()}, path, metadata)
+    save_file(
+        {k: t ^ 17 if k.endswith(".weight") and not t.is_floating_point() else t for k, t in tensors.items()},
+        path,
+        metadata,
+    )
 
 
 def test_quantizing_again_after_an_interrupt(server):
-    """The file of a run that goes on where a stopped one was, against one before it; the stopped one wrote none."""
+    """The file of a run that goes on where a stopped one was, against one before it; the stopped one wrote
+    none."""
     save_random(server.base / "models" / "diffusion_models" / "pixart_4.safetensors", pixart_shapes(depth=4))
     graph = {
         "load": node("UNETLoader", unet_name="pixart_4.safetensors", weight_dtype="default"),
@@ -65,7 +70,8 @@ def test_quantizing_again_after_an_interrupt(server):
     folder, log = server.base / "output" / "diffusion_models", server.base / "server.log"
 
     def started():
-        """Queues the graph; returns its prompt id once the loader has written its line, after which there is only quantizing to do."""
+        """Queues the graph; returns its prompt id once the loader has written its line, after which there is
+        only quantizing to do."""
         start, prompt = log.stat().st_size, server.submit(graph)
         deadline = time.monotonic() + 60
         while b"model_type" not in log.read_bytes()[start:] and time.monotonic() < deadline:
@@ -94,5 +100,7 @@ def test_quantizing_again_after_an_interrupt(server):
     before, after = (PackFile(folder / f"stopped_0000{i}_.safetensors") for i in (1, 2))
     assert before.specs == after.specs
     for name in before.specs:
-        same = all(torch.equal(t, after.layer(name).tensors[key]) for key, t in before.layer(name).tensors.items())
+        same = all(
+            torch.equal(t, after.layer(name).tensors[key]) for key, t in before.layer(name).tensors.items()
+        )
         assert same == (name != marked)  # which was read, not made again

@@ -1,4 +1,5 @@
-"""ComfyUI after 0.33 computes a linear layer behind an activation itself under --fast fp16_accumulation, from the weight that it casts."""
+"""ComfyUI after 0.33 computes a linear layer behind an activation itself under --fast fp16_accumulation, from
+the weight that it casts."""
 
 import pytest
 import torch
@@ -50,7 +51,9 @@ def test_calibration_sees_the_inputs_of_all_layers(newer, wan, one_thread, tmp_p
     folder_paths.set_output_directory(str(tmp_path))
     prompts = [[torch.randn(1, 12, 4096, generator=torch.Generator().manual_seed(i)), {}] for i in range(2)]
     latent = {"samples": torch.zeros(1, 16, 1, 8, 8)}
-    done = NibbleCalibrate.execute(wan, {"positive0": prompts}, latent, "euler", "simple", 2, 1.0, 0, 2, 4.0, False).args[0]
+    done = NibbleCalibrate.execute(
+        wan, {"positive0": prompts}, latent, "euler", "simple", 2, 1.0, 0, 2, 4.0, False
+    ).args[0]
     assert newer == []
     assert done.get("blocks.0.ffn.2").count > 0
     assert torch.backends.cuda.matmul.allow_fp16_accumulation

@@ -6,7 +6,15 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.tests.codes import ROUNDING
-from comfyui_nibble.tests.host.graphs import FLUX_TINY, keep_codes, load_graph, node, quantize_graph, take_codes, took_codes
+from comfyui_nibble.tests.host.graphs import (
+    FLUX_TINY,
+    keep_codes,
+    load_graph,
+    node,
+    quantize_graph,
+    take_codes,
+    took_codes,
+)
 from comfyui_nibble.tests.host.server import GraphError
 from comfyui_nibble.tests.support import relative_error
 
@@ -15,7 +23,8 @@ H = 256
 
 @pytest.fixture(scope="module")
 def files(server, tiny_state):
-    """A packed file, the same weights dequantized as a full-precision file (with 16-bit activations), and LoRAs."""
+    """A packed file, the same weights dequantized as a full-precision file (with 16-bit activations), and
+    LoRAs."""
     server.run(quantize_graph(FLUX_TINY, method="svdquant_r", prefix="diffusion_models/lora"))
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g) * 0.12
@@ -26,7 +35,10 @@ def files(server, tiny_state):
         "single_blocks.1.linear2": (H, 5 * H),
         "single_blocks.0.modulation.lin": (3 * H, H),
     }.items():
-        bfl |= {f"diffusion_model.{name}.lora_A.weight": rand(8, k), f"diffusion_model.{name}.lora_B.weight": rand(n, 8)}
+        bfl |= {
+            f"diffusion_model.{name}.lora_A.weight": rand(8, k),
+            f"diffusion_model.{name}.lora_B.weight": rand(n, 8),
+        }
     diffusers = {}
     for name, (n, k) in {
         "transformer_blocks.0.attn.to_q": (H, H),
@@ -34,11 +46,19 @@ def files(server, tiny_state):
         "single_transformer_blocks.0.proj_mlp": (4 * H, H),
         "single_transformer_blocks.0.attn.to_k": (H, H),
     }.items():
-        diffusers |= {f"transformer.{name}.lora_A.weight": rand(8, k), f"transformer.{name}.lora_B.weight": rand(n, 8)}
+        diffusers |= {
+            f"transformer.{name}.lora_A.weight": rand(8, k),
+            f"transformer.{name}.lora_B.weight": rand(n, 8),
+        }
     dora = bfl | {"diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(3 * H, 1)}
     loha = {
         f"diffusion_model.single_blocks.1.linear2.hada_{k}": t
-        for k, t in {"w1_a": rand(H, 4), "w1_b": rand(4, 5 * H), "w2_a": rand(H, 4), "w2_b": rand(4, 5 * H)}.items()
+        for k, t in {
+            "w1_a": rand(H, 4),
+            "w1_b": rand(4, 5 * H),
+            "w2_a": rand(H, 4),
+            "w2_b": rand(4, 5 * H),
+        }.items()
     }
     for name, tensors in {"bfl": bfl, "diffusers": diffusers, "dora": dora, "loha": loha}.items():
         save_file(tensors, server.base / "models" / "loras" / f"{name}.safetensors")
@@ -46,7 +66,9 @@ def files(server, tiny_state):
 
 
 def lora(name, strength, model="load"):
-    return node("LoraLoaderModelOnly", model=[model, 0], lora_name=f"{name}.safetensors", strength_model=strength)
+    return node(
+        "LoraLoaderModelOnly", model=[model, 0], lora_name=f"{name}.safetensors", strength_model=strength
+    )
 
 
 def sample(server, graph):
@@ -71,9 +93,15 @@ def test_stock_loader_acts_as_on_the_full_model(server, files, style):
     path = server.base / "output" / "diffusion_models" / files
     before = path.read_bytes()
     # One step: over many, the two trajectories part for reasons that are not the LoRA's.
-    plain, patched = (lambda **extra: load_graph(FLUX_TINY, files, sample_steps=1, **extra)), {"model": lora(style, 1.0)}
+    plain, patched = (
+        (lambda **extra: load_graph(FLUX_TINY, files, sample_steps=1, **extra)),
+        {"model": lora(style, 1.0)},
+    )
     base, moved = sample(server, plain()), sample(server, plain(**patched))
-    full_base, full_moved = sample(server, in_full_precision(plain())), sample(server, in_full_precision(plain(**patched)))
+    full_base, full_moved = (
+        sample(server, in_full_precision(plain())),
+        sample(server, in_full_precision(plain(**patched))),
+    )
     effect, full_effect = moved - base, full_moved - full_base
     assert relative_error(full_base, full_moved) > 0.1
     # What is left is quantization noise, which differs between the two inputs: 0.97 and 0.93 measured.
@@ -88,23 +116,36 @@ def test_stacked_loras_with_opposite_strengths_cancel(server, files):
     plain = lambda **extra: load_graph(FLUX_TINY, files, sample_steps=1, **extra)
     base = sample(server, keep_codes(plain()))
     assert relative_error(base, sample(server, plain(model=lora("bfl", 0.8)))) > 0.1
-    assert relative_error(base, on_its_codes(server, plain(first=lora("bfl", 0.8), model=lora("bfl", -0.8, "first")))) < ROUNDING
+    assert (
+        relative_error(
+            base, on_its_codes(server, plain(first=lora("bfl", 0.8), model=lora("bfl", -0.8, "first")))
+        )
+        < ROUNDING
+    )
 
 
 def test_lora_and_base_in_one_graph_do_not_mix(server, files):
     graph = load_graph(FLUX_TINY, files, with_lora=lora("bfl", 1.0))
-    graph["sample_lora"] = {"class_type": "KSampler", "inputs": graph["sample"]["inputs"] | {"model": ["with_lora", 0]}}
+    graph["sample_lora"] = {
+        "class_type": "KSampler",
+        "inputs": graph["sample"]["inputs"] | {"model": ["with_lora", 0]},
+    }
     graph["out_lora"] = node("SaveLatent", samples=["sample_lora", 0], filename_prefix="both")
     outputs = server.run(graph)
     assert torch.equal(server.latents(outputs, "out"), sample(server, load_graph(FLUX_TINY, files)))
-    assert torch.equal(server.latents(outputs, "out_lora"), sample(server, load_graph(FLUX_TINY, files, model=lora("bfl", 1.0))))
+    assert torch.equal(
+        server.latents(outputs, "out_lora"),
+        sample(server, load_graph(FLUX_TINY, files, model=lora("bfl", 1.0))),
+    )
 
 
 @pytest.mark.parametrize("name", ["dora", "loha"])
 def test_other_adapters_act_as_on_the_full_model(server, files, name):
     plain = lambda **extra: load_graph(FLUX_TINY, files, sample_steps=1, **extra)
     effect = sample(server, plain(model=lora(name, 0.5))) - sample(server, plain())
-    full_effect = sample(server, in_full_precision(plain(model=lora(name, 0.5)))) - sample(server, in_full_precision(plain()))
+    full_effect = sample(server, in_full_precision(plain(model=lora(name, 0.5)))) - sample(
+        server, in_full_precision(plain())
+    )
     # 0.98 measured for both; what is left is quantization noise.
     assert torch.nn.functional.cosine_similarity(effect.flatten(), full_effect.flatten(), dim=0) > 0.9
     assert 0.85 < (effect * full_effect).sum() / full_effect.square().sum() < 1.15
@@ -121,7 +162,9 @@ def hooked(graph, name, strength=1.0, frames=()):
         if i:
             graph[f"frame{i}"]["inputs"]["prev_hook_kf"] = [f"frame{i - 1}", 0]
     if frames:
-        graph["scheduled"] = node("SetHookKeyframes", hooks=["hook", 0], hook_kf=[f"frame{len(frames) - 1}", 0])
+        graph["scheduled"] = node(
+            "SetHookKeyframes", hooks=["hook", 0], hook_kf=[f"frame{len(frames) - 1}", 0]
+        )
         graph["hooked"]["inputs"]["hooks"] = ["scheduled", 0]
     graph["sample"]["inputs"] |= {"positive": ["hooked", 0], "negative": ["hooked", 1]}
     return graph
@@ -129,15 +172,21 @@ def hooked(graph, name, strength=1.0, frames=()):
 
 def test_hook_lora_equals_the_loader(server, files):
     want = sample(server, keep_codes(load_graph(FLUX_TINY, files, model=lora("bfl", 0.8))))
-    assert relative_error(want, on_its_codes(server, hooked(load_graph(FLUX_TINY, files), "bfl", 0.8))) < ROUNDING
+    assert (
+        relative_error(want, on_its_codes(server, hooked(load_graph(FLUX_TINY, files), "bfl", 0.8)))
+        < ROUNDING
+    )
     assert relative_error(want, sample(server, load_graph(FLUX_TINY, files))) > 0.1
 
 
 def test_schedule_is_honoured(server, files):
-    """Off in the first half of the steps, on in the second: as two samplers in a row, and unlike on or off throughout."""
+    """Off in the first half of the steps, on in the second: as two samplers in a row, and unlike on or off
+    throughout."""
     steps, half = 8, node("KSamplerAdvanced")
     frames = [(0.0, 0.0), (1.0, 0.5)]
-    got = sample(server, keep_codes(hooked(load_graph(FLUX_TINY, files, sample_steps=steps), "bfl", 1.0, frames)))
+    got = sample(
+        server, keep_codes(hooked(load_graph(FLUX_TINY, files, sample_steps=steps), "bfl", 1.0, frames))
+    )
     shared = {
         k: v
         for k, v in load_graph(FLUX_TINY, files)["sample"]["inputs"].items()
@@ -197,20 +246,31 @@ def test_merge_from_a_quantized_model_sees_real_values(server, files):
 
 
 def test_lora_before_quantize_is_merged(server, files):
-    graph = quantize_graph(FLUX_TINY, method="svdquant", samples=4, steps=4, prefix="diffusion_models/merged", sample_steps=1)
+    graph = quantize_graph(
+        FLUX_TINY, method="svdquant", samples=4, steps=4, prefix="diffusion_models/merged", sample_steps=1
+    )
     graph["lora"] = lora("bfl", 1.0)
     for name in ("calibrate", "quantize", "full"):
         graph[name]["inputs"]["model"] = ["lora", 0]
     outputs = server.run(graph)
-    assert relative_error(server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent")) < 0.2
+    assert (
+        relative_error(server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent"))
+        < 0.2
+    )
     packed = nibble.PackFile(server.base / "output" / "diffusion_models" / "merged_00001_.safetensors")
-    assert packed.provenance["model"] != nibble.PackFile(server.base / "output" / "diffusion_models" / files).provenance["model"]
+    assert (
+        packed.provenance["model"]
+        != nibble.PackFile(server.base / "output" / "diffusion_models" / files).provenance["model"]
+    )
     assert packed.family == "flux"
 
 
 def test_save_refuses_a_lora_and_is_not_touched_by_one(server, files):
     graph = load_graph(
-        FLUX_TINY, files, model=lora("bfl", 1.0), save=node("NibbleSaveModel", model=["model", 0], filename_prefix="diffusion_models/no")
+        FLUX_TINY,
+        files,
+        model=lora("bfl", 1.0),
+        save=node("NibbleSaveModel", model=["model", 0], filename_prefix="diffusion_models/no"),
     )
     with pytest.raises(GraphError, match="4 layers carry LoRA patches"):
         server.run(graph)

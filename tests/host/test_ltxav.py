@@ -9,7 +9,13 @@ import torch
 from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.tests.host.inside import load, random_state
 
-CONFIG = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": 32, "cross_attention_dim": 128, "caption_channels": 64}
+CONFIG = {
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 128,
+    "caption_channels": 64,
+}
 CONFIG |= {"audio_num_attention_heads": 2, "audio_attention_head_dim": 32, "audio_cross_attention_dim": 64}
 CONFIG |= {
     "connector_num_attention_heads": 4,
@@ -25,7 +31,9 @@ def ltxav(comfy, one_thread):
     from comfy.ldm.lightricks.av_model import LTXAVModel
 
     network = LTXAVModel(**CONFIG, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
-    return comfy.sd.load_diffusion_model_state_dict(random_state(network), metadata={"config": json.dumps({"transformer": CONFIG})})
+    return comfy.sd.load_diffusion_model_state_dict(
+        random_state(network), metadata={"config": json.dumps({"transformer": CONFIG})}
+    )
 
 
 def latent(sound=4, seed=0):
@@ -54,7 +62,9 @@ def test_calibration(ltxav, outputs):
     assert {"transformer_blocks.1.ff.net.2", "transformer_blocks.1.audio_ff.net.2"} <= set(found.names)
     calls = found.trajectory()
     assert len(calls) == 6
-    assert [c.timestep for c in calls.calls[:3]] == sorted({c.timestep for c in calls.calls[:3]}, reverse=True)  # falls from step to step
+    assert [c.timestep for c in calls.calls[:3]] == sorted(
+        {c.timestep for c in calls.calls[:3]}, reverse=True
+    )  # falls from step to step
     (x, timestep), _ = calls.arguments(0)
     assert [t.shape for t in x] == [(1, 128, 2, 4, 4), (1, 8, 4, 16)]
     assert [float(t.max()) for t in timestep] == [calls.calls[0].timestep] * 2

@@ -11,7 +11,15 @@ from safetensors.torch import save_file
 from comfyui_nibble.quant_core.calibration.file import read_meta
 from comfyui_nibble.quant_core.evaluation.demo.outliers import add_outliers
 from comfyui_nibble.quant_core.formats.nibble import PackFile
-from comfyui_nibble.tests.host.graphs import FLUX_TINY, FLUX_WIDE, PIXART, load_graph, node, quantize_graph, sampling
+from comfyui_nibble.tests.host.graphs import (
+    FLUX_TINY,
+    FLUX_WIDE,
+    PIXART,
+    load_graph,
+    node,
+    quantize_graph,
+    sampling,
+)
 from comfyui_nibble.tests.support import relative_error
 
 
@@ -27,12 +35,20 @@ def run_both(server, case, **options):
     steps = options.get("sample_steps", 8)
     loaded = server.latents(server.run(load_graph(case, name, sample_steps=steps)), "out")
     assert torch.equal(loaded, quantized)
-    return outputs, relative_error(server.latents(outputs, "full_latent"), quantized), server.base / "output" / "diffusion_models" / name
+    return (
+        outputs,
+        relative_error(server.latents(outputs, "full_latent"), quantized),
+        server.base / "output" / "diffusion_models" / name,
+    )
 
 
-@pytest.mark.parametrize(("method", "distance"), [("svdquant_r", 0.15), ("svdquant", 0.2), ("splitquant", 0.2), ("convrot", 0.2)])
+@pytest.mark.parametrize(
+    ("method", "distance"), [("svdquant_r", 0.15), ("svdquant", 0.2), ("splitquant", 0.2), ("convrot", 0.2)]
+)
 def test_small_flux(server, method, distance):
-    outputs, error, path = run_both(server, FLUX_TINY, method=method, samples=8, steps=6, prefix=f"diffusion_models/{method}")
+    outputs, error, path = run_both(
+        server, FLUX_TINY, method=method, samples=8, steps=6, prefix=f"diffusion_models/{method}"
+    )
     assert error < distance
     report = outputs["report"]["text"][0]
     assert "16 layers" in report
@@ -52,16 +68,27 @@ def test_hard_outliers_tell_the_methods_apart(server, tiny_state):
     error = {}
     for method in ("svdquant_r", "rtn"):
         outputs = server.run(
-            quantize_graph(FLUX_TINY | {"model": "hard.safetensors"}, method=method, samples=8, steps=6, prefix="diffusion_models/hard")
+            quantize_graph(
+                FLUX_TINY | {"model": "hard.safetensors"},
+                method=method,
+                samples=8,
+                steps=6,
+                prefix="diffusion_models/hard",
+            )
         )
-        error[method] = relative_error(server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent"))
+        error[method] = relative_error(
+            server.latents(outputs, "full_latent"), server.latents(outputs, "quantized_latent")
+        )
     assert error["svdquant_r"] < 0.15
     assert error["rtn"] > 0.6
 
 
 def test_on_hopper_it_runs_as_w8a8_and_is_saved_as_it_was(server):
-    """Group-64 layers are requantized once at load: no further from full precision, and no byte of it reaches a file."""
-    outputs, error, path = run_both(server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/hopper")
+    """Group-64 layers are requantized once at load: no further from full precision, and no byte of it reaches
+    a file."""
+    outputs, error, path = run_both(
+        server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/hopper"
+    )
     graph = load_graph(FLUX_TINY, path.name, model=node("TestLoadOnHopper", model_name=path.name))
     graph["save"] = node("NibbleSaveModel", model=["model", 0], filename_prefix="diffusion_models/back")
     again = server.run(graph)
@@ -87,7 +114,9 @@ def test_full_width_flux(server, full_width_flux):
     assert error < 0.1
     pack = PackFile(path)
     rows = [row for row in pack.report if row["block"]]
-    bits = 8 * sum(row["nbytes"] for row in rows) / sum(row["in_features"] * row["out_features"] for row in rows)
+    bits = (
+        8 * sum(row["nbytes"] for row in rows) / sum(row["in_features"] * row["out_features"] for row in rows)
+    )
     assert bits < 4.6
     assert all(8 * row["nbytes"] < 4.6 * row["in_features"] * row["out_features"] for row in rows)
 
@@ -100,13 +129,19 @@ def test_data_free(server):
 
 
 def test_calibration_is_reused_and_interrupted_ones_go_on(server):
-    graph = quantize_graph(FLUX_TINY, method="rtn", samples=40, steps=20, seed=77, prefix="diffusion_models/x")
+    graph = quantize_graph(
+        FLUX_TINY, method="rtn", samples=40, steps=20, seed=77, prefix="diffusion_models/x"
+    )
     graph = {k: graph[k] for k in ("load", "prompts", "latent", "calibrate", "quantize", "report")}
     folder = server.base / "output" / "nibble_calibration"
     before = set(folder.iterdir()) if folder.exists() else set()
 
     def samples_done():
-        new = [p for f in set(folder.iterdir()) - before for p in f.glob("pass-*.safetensors")] if folder.exists() else []
+        new = (
+            [p for f in set(folder.iterdir()) - before for p in f.glob("pass-*.safetensors")]
+            if folder.exists()
+            else []
+        )
         return read_meta(new[0])["done"] if new else 0
 
     prompt = server.submit(graph)
@@ -129,21 +164,29 @@ def test_calibration_is_reused_and_interrupted_ones_go_on(server):
 def test_two_prompt_inputs_and_a_list_count_each_entry(server):
     graph = quantize_graph(FLUX_TINY, method="rtn", samples=3, steps=1, prefix="diffusion_models/y")
     graph["calibrate"]["inputs"]["conditioning.positive1"] = ["prompt", 0]
-    server.run({k: graph[k] for k in ("load", "prompts", "prompt", "latent", "calibrate", "quantize", "report")})
+    server.run(
+        {k: graph[k] for k in ("load", "prompts", "prompt", "latent", "calibrate", "quantize", "report")}
+    )
 
 
 def test_sampling_patches_before_quantize_stay(server):
     """ModelSamplingFlux before Nibble Quantize changes the sigmas of the quantized model too."""
     graph = quantize_graph(FLUX_TINY, method="convrot", samples=2, steps=1, prefix="diffusion_models/z")
-    graph["shifted"] = node("ModelSamplingFlux", model=["load", 0], max_shift=4.0, base_shift=4.0, width=512, height=512)
+    graph["shifted"] = node(
+        "ModelSamplingFlux", model=["load", 0], max_shift=4.0, base_shift=4.0, width=512, height=512
+    )
     graph["quantize"]["inputs"]["model"] = ["shifted", 0]
     graph["calibrate"]["inputs"]["model"] = ["shifted", 0]
     graph["full"]["inputs"]["model"] = ["shifted", 0]
     outputs = server.run(graph)
-    plain = server.run(quantize_graph(FLUX_TINY, method="convrot", samples=2, steps=1, prefix="diffusion_models/z"))
+    plain = server.run(
+        quantize_graph(FLUX_TINY, method="convrot", samples=2, steps=1, prefix="diffusion_models/z")
+    )
     quantized, full = server.latents(outputs, "quantized_latent"), server.latents(outputs, "full_latent")
     assert relative_error(full, quantized) < 0.25
-    assert relative_error(server.latents(plain, "quantized_latent"), quantized) > 1.5 * relative_error(full, quantized)
+    assert relative_error(server.latents(plain, "quantized_latent"), quantized) > 1.5 * relative_error(
+        full, quantized
+    )
 
 
 def test_model_made_afresh_is_the_same(server):

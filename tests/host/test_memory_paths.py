@@ -1,4 +1,5 @@
-"""The ways in which ComfyUI keeps a model in memory, with every kind of adapter: the latents are those of the full load."""
+"""The ways in which ComfyUI keeps a model in memory, with every kind of adapter: the latents are those of the
+full load."""
 
 import json
 import shutil
@@ -8,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from comfyui_nibble.tests.codes import ROUNDING
-from comfyui_nibble.tests.host.graphs import FLUX_TINY, keep_codes, load_graph, node, quantize_graph, take_codes, took_codes
+from comfyui_nibble.tests.host.graphs import (
+    FLUX_TINY,
+    keep_codes,
+    load_graph,
+    node,
+    quantize_graph,
+    take_codes,
+    took_codes,
+)
 from comfyui_nibble.tests.host.server import Server, find_comfyui
 from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, adapter, randn
 from comfyui_nibble.tests.host.test_lora import hooked, lora
@@ -29,7 +38,9 @@ def file(server):
         del graph[name]
     del graph["quantize"]["inputs"]["calibration"]
     server.run(graph)
-    several = lambda kind, seed=0: adapter(kind, QKV, seed) | adapter(kind, MLP, seed) | adapter(kind, MODULATION, seed)
+    several = lambda kind, seed=0: (
+        adapter(kind, QKV, seed) | adapter(kind, MLP, seed) | adapter(kind, MODULATION, seed)
+    )
     for name, tensors in {
         "lora": several("lora") | IN_16_BIT,
         "second": several("lora", 5) | adapter("rank 1", LINEAR2),
@@ -43,17 +54,27 @@ def file(server):
 
 
 def bypassed(name, strength):
-    return node("LoraLoaderBypassModelOnly", model=["load", 0], lora_name=f"{name}.safetensors", strength_model=strength)
+    return node(
+        "LoraLoaderBypassModelOnly",
+        model=["load", 0],
+        lora_name=f"{name}.safetensors",
+        strength_model=strength,
+    )
 
 
 ADAPTERS = {  # kind: a function of the file's name that makes a graph
     "none": lambda file: load_graph(FLUX_TINY, file, 2),
     **{
-        k: lambda file, k=k: load_graph(FLUX_TINY, file, 2, model=lora(f"paths_{k}", 0.8)) for k in ("lora", "dora", "lokr", "diff", "bias")
+        k: lambda file, k=k: load_graph(FLUX_TINY, file, 2, model=lora(f"paths_{k}", 0.8))
+        for k in ("lora", "dora", "lokr", "diff", "bias")
     },
-    "two": lambda file: load_graph(FLUX_TINY, file, 2, first=lora("paths_lora", 0.8), model=lora("paths_second", -0.5, "first")),
+    "two": lambda file: load_graph(
+        FLUX_TINY, file, 2, first=lora("paths_lora", 0.8), model=lora("paths_second", -0.5, "first")
+    ),
     "hook": lambda file: hooked(load_graph(FLUX_TINY, file, 2), "paths_lora", 0.8),
-    "hook beside a LoRA": lambda file: hooked(load_graph(FLUX_TINY, file, 2, model=lora("paths_second", 0.8)), "paths_lora", 0.8),
+    "hook beside a LoRA": lambda file: hooked(
+        load_graph(FLUX_TINY, file, 2, model=lora("paths_second", 0.8)), "paths_lora", 0.8
+    ),
     "bypass": lambda file: load_graph(FLUX_TINY, file, 2, model=bypassed("paths_lora", 0.8)),
 }
 PATHS = {
@@ -77,8 +98,12 @@ def small_card(graph, path):
 
 @pytest.fixture(scope="module")
 def full_loads(server, file):
-    """{adapter: latents of the stock sampler, which loads the model in full}; the codes are kept under the adapter's name."""
-    return {kind: server.latents(server.run(keep_codes(make(file), name=kind)), "out") for kind, make in ADAPTERS.items()}
+    """{adapter: latents of the stock sampler, which loads the model in full}; the codes are kept under the
+    adapter's name."""
+    return {
+        kind: server.latents(server.run(keep_codes(make(file), name=kind)), "out")
+        for kind, make in ADAPTERS.items()
+    }
 
 
 def test_the_adapters_do_something(full_loads):
@@ -110,12 +135,17 @@ def test_partial_loads_give_the_latents_of_the_full_load(server, file, full_load
 
 
 def test_offloading_on_two_streams(server, file, full_loads, tmp_path):
-    """--async-offload keeps room for layers under way, so other layers stay. --lowvram, --novram and --highvram cannot stand beside
+    """--async-offload keeps room for layers under way, so other layers stay. --lowvram, --novram and
+    --highvram cannot stand beside
     --cpu at all, and with --enable-dynamic-vram beside it ComfyUI 0.33 does not start."""
     other = Server(find_comfyui(), tmp_path, options=("--async-offload", "2", "--disable-dynamic-vram"))
-    shutil.copy(server.base / "output" / "diffusion_models" / file, tmp_path / "models" / "diffusion_models" / file)
+    shutil.copy(
+        server.base / "output" / "diffusion_models" / file, tmp_path / "models" / "diffusion_models" / file
+    )
     for name in ("lora", "second"):
-        shutil.copy(server.base / "models" / "loras" / f"paths_{name}.safetensors", tmp_path / "models" / "loras")
+        shutil.copy(
+            server.base / "models" / "loras" / f"paths_{name}.safetensors", tmp_path / "models" / "loras"
+        )
     with other:
         for kind in ("none", "lora", "hook beside a LoRA"):
             assert torch.equal(full_loads[kind], other.latents(other.run(ADAPTERS[kind](file)), "out"))

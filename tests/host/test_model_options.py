@@ -1,5 +1,5 @@
-"""What users set on a model besides LoRA: batches, guidance, patches of blocks and attention, ControlNet, shifted schedules, several
-models in one graph. The quantized model takes them as the full-precision one does."""
+"""What users set on a model besides LoRA: batches, guidance, patches of blocks and attention, ControlNet,
+shifted schedules, several models in one graph. The quantized model takes them as the full-precision one does."""
 
 import pytest
 import torch
@@ -7,7 +7,16 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 from comfyui_nibble.tests.codes import EDGE, ROUNDING
-from comfyui_nibble.tests.host.graphs import FLUX_TINY, PIXART, keep_codes, node, quantize_graph, sampling, take_codes, took_codes
+from comfyui_nibble.tests.host.graphs import (
+    FLUX_TINY,
+    PIXART,
+    keep_codes,
+    node,
+    quantize_graph,
+    sampling,
+    take_codes,
+    took_codes,
+)
 from comfyui_nibble.tests.support import relative_error
 
 FILES = {"svdquant": FLUX_TINY, "convrot": FLUX_TINY, "pixart": PIXART}
@@ -20,11 +29,25 @@ NEGATIVE = {
 
 @pytest.fixture(scope="module")
 def packed(server):
-    """{kind: loader node of a packed file}: two quantizations of the small FLUX and one of PixArt, without data."""
+    """{kind: loader node of a packed file}: two quantizations of the small FLUX and one of PixArt, without
+    data."""
     out = {}
     for kind, case in FILES.items():
-        graph = quantize_graph(case, method="svdquant" if kind == "svdquant" else "convrot", prefix=f"diffusion_models/options_{kind}")
-        for name in ("calibrate", "prompts", "prompt", "latent", "full", "full_latent", "quantized", "quantized_latent"):
+        graph = quantize_graph(
+            case,
+            method="svdquant" if kind == "svdquant" else "convrot",
+            prefix=f"diffusion_models/options_{kind}",
+        )
+        for name in (
+            "calibrate",
+            "prompts",
+            "prompt",
+            "latent",
+            "full",
+            "full_latent",
+            "quantized",
+            "quantized_latent",
+        ):
             del graph[name]
         del graph["quantize"]["inputs"]["calibration"]
         server.run(graph)
@@ -33,12 +56,16 @@ def packed(server):
 
 
 def branches(case, models, extra=None, steps=2, **samplers):
-    """A graph with `models` and `extra` nodes, and a sampler for each of `samplers`: its name to (model, other inputs of the sampler)."""
+    """A graph with `models` and `extra` nodes, and a sampler for each of `samplers`: its name to (model,
+    other inputs of the sampler)."""
     graph = {"latent": case["latent"], "prompt": case["prompt"], **models, **(extra or {})}
     for name, (model, inputs) in samplers.items():
         sampler = sampling([model, 0], ["prompt", 0], ["latent", 0], steps=steps)
         sampler["inputs"] |= inputs
-        graph |= {f"{name}_sampler": sampler, name: node("SaveLatent", samples=[f"{name}_sampler", 0], filename_prefix=name)}
+        graph |= {
+            f"{name}_sampler": sampler,
+            name: node("SaveLatent", samples=[f"{name}_sampler", 0], filename_prefix=name),
+        }
     return graph
 
 
@@ -59,7 +86,8 @@ def keeping(server, graph, *names):
 
 
 def taking(server, graph, name, positive, negative=""):
-    """Latents of the branch `name` on the codes kept under other names, each a code that the branch's own values round to."""
+    """Latents of the branch `name` on the codes kept under other names, each a code that the branch's own
+    values round to."""
     outputs = server.run(take_codes(graph, f"{name}_sampler", positive, negative))
     took_codes(outputs, f"{name}_sampler")
     return server.latents(outputs, name)
@@ -68,14 +96,20 @@ def taking(server, graph, name, positive, negative=""):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("kind", FILES)
 def test_image_of_a_batch_is_the_image_alone(server, packed, kind):
-    """Activations are quantized token by token, so that no image sees another: on the codes of the images alone the batch differs by
-    rounding, and its own values give those codes."""
+    """Activations are quantized token by token, so that no image sees another: on the codes of the images
+    alone the batch differs by rounding, and its own values give those codes."""
     case = FILES[kind]
-    case = case | {"latent": node(case["latent"]["class_type"], **(case["latent"]["inputs"] | {"batch_size": 3}))}
-    extra = {f"one{i}": node("LatentFromBatch", samples=["latent", 0], batch_index=i, length=1) for i in range(3)}  # keeps the noise
+    case = case | {
+        "latent": node(case["latent"]["class_type"], **(case["latent"]["inputs"] | {"batch_size": 3}))
+    }
+    extra = {
+        f"one{i}": node("LatentFromBatch", samples=["latent", 0], batch_index=i, length=1) for i in range(3)
+    }  # keeps the noise
     singles = {f"single{i}": ("load", {"latent_image": [f"one{i}", 0]}) for i in range(3)}
     alone = keeping(server, branches(case, {"load": packed[kind]}, extra, **singles), *singles)
-    together = taking(server, branches(case, {"load": packed[kind]}, batch=("load", {})), "batch", " ".join(singles))
+    together = taking(
+        server, branches(case, {"load": packed[kind]}, batch=("load", {})), "batch", " ".join(singles)
+    )
     assert together.shape[0] == 3
     assert relative_error(together[:1], together[1:2]) > 0.1
     for i in range(3):
@@ -85,8 +119,8 @@ def test_image_of_a_batch_is_the_image_alone(server, packed, kind):
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("kind", FILES)
 def test_guidance_is_linear_in_its_two_predictions(server, packed, kind):
-    """At one step the latents at cfg 4 follow from those of the prompt and of the negative prompt, each sampled alone, on the same
-    codes."""
+    """At one step the latents at cfg 4 follow from those of the prompt and of the negative prompt, each
+    sampled alone, on the same codes."""
     extra = {"negative": NEGATIVE["pixart" if kind == "pixart" else "flux"]}
     alone = {"positive": ("load", {}), "negative_alone": ("load", {"positive": ["negative", 0]})}
     guided = {"guided": ("load", {"negative": ["negative", 0], "cfg": 4.0})}
@@ -108,12 +142,18 @@ def test_guider_and_custom_sampler_are_the_stock_sampler(server, packed):
         "custom": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["latent", 0]),
         "out": node("SaveLatent", samples=["custom", 0], filename_prefix="custom"),
     }  # fmt: skip
-    graph = branches(FLUX_TINY, {"load": packed["svdquant"]}, extra, stock=("load", {"negative": ["negative", 0], "cfg": 4.0}))
+    graph = branches(
+        FLUX_TINY,
+        {"load": packed["svdquant"]},
+        extra,
+        stock=("load", {"negative": ["negative", 0], "cfg": 4.0}),
+    )
     stock, custom = latents(server, graph, "stock", "out")
     assert torch.equal(stock, custom)
 
 
-# patch: gain of the one that changes something. The attention override that changes nothing sums in another order.
+# patch: gain of the one that changes something. The attention override that changes nothing sums in another
+# order.
 PATCHES = {
     "double block": 0.7, "single block": 0.7, "attn1_patch": 4.0, "attn1_output_patch": 0.5, "attention override": 0.3,
     "function wrapper": 0.9,
@@ -132,15 +172,21 @@ def test_patches_act_as_on_the_full_model_and_stay_in_their_branch(server, packe
     }
     # The patched branches stand before the plain ones, which must not see them.
     runs = {f"of_{m}": (m, {}) for m in ("moved", "same", "load", "full_moved", "full")}
-    (alone,) = keeping(server, branches(FLUX_TINY, {"load": packed["svdquant"]}, steps=1, alone=("load", {})), "alone")
+    (alone,) = keeping(
+        server, branches(FLUX_TINY, {"load": packed["svdquant"]}, steps=1, alone=("load", {})), "alone"
+    )
     graph = take_codes(branches(FLUX_TINY, models, extra, steps=1, **runs), "of_same_sampler", "alone")
     outputs = server.run(graph)
     moved, same, plain, full_moved, full = (server.latents(outputs, name) for name in runs)
     assert torch.equal(plain, alone)
     took_codes(outputs, "of_same_sampler", EDGE if patch == "attention override" else 1e-9)
-    assert relative_error(plain, same) < ROUNDING if patch == "attention override" else torch.equal(plain, same)
+    assert (
+        relative_error(plain, same) < ROUNDING if patch == "attention override" else torch.equal(plain, same)
+    )
     assert relative_error(full, full_moved) > 0.1
-    assert cosine(moved - plain, full_moved - full) > 0.8  # 0.83 measured for attn1_patch, 0.94 for the next; quantization noise
+    assert (
+        cosine(moved - plain, full_moved - full) > 0.8
+    )  # 0.83 measured for attn1_patch, 0.94 for the next; quantization noise
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +197,10 @@ def control_net(server):
     shapes |= {"pos_embed_input.weight": (256, 64), "pos_embed_input.bias": (256,)}
     inputs = (3, 16, 16, 16, 16, 16, 16, 16)
     for i, channels in enumerate(inputs):
-        shapes |= {f"input_hint_block.{2 * i}.weight": (16, channels, 3, 3), f"input_hint_block.{2 * i}.bias": (16,)}
+        shapes |= {
+            f"input_hint_block.{2 * i}.weight": (16, channels, 3, 3),
+            f"input_hint_block.{2 * i}.bias": (16,),
+        }
     folder = server.base / "models" / "controlnet"
     folder.mkdir(exist_ok=True)
     save_file(random_state(shapes, gain=1.0), folder / "control.safetensors")
@@ -165,7 +214,12 @@ def test_control_net_acts_as_on_the_full_model(server, packed, control_net):
         "controlled": node("ControlNetApplyAdvanced", positive=["prompt", 0], negative=["prompt", 0], control_net=["net", 0], image=["picture", 0], strength=1.0, start_percent=0.0, end_percent=1.0),
     }  # fmt: skip
     under = {"positive": ["controlled", 0], "negative": ["controlled", 1]}
-    runs = {"moved": ("load", under), "plain": ("load", {}), "full_moved": ("full", under), "full_plain": ("full", {})}
+    runs = {
+        "moved": ("load", under),
+        "plain": ("load", {}),
+        "full_moved": ("full", under),
+        "full_plain": ("full", {}),
+    }
     graph = branches(FLUX_TINY, {"load": packed["svdquant"], "full": FULL}, extra, steps=1, **runs)
     moved, plain, full_moved, full = latents(server, graph, *runs)
     assert relative_error(full, full_moved) > 1
@@ -174,10 +228,19 @@ def test_control_net_acts_as_on_the_full_model(server, packed, control_net):
 
 def test_shifted_schedule_after_load(server, packed):
     """ModelSamplingFlux behind the loader: as on the full model. 0.88 measured, over four steps."""
-    shift = lambda model: node("ModelSamplingFlux", model=[model, 0], max_shift=4.0, base_shift=4.0, width=512, height=512)
+    shift = lambda model: node(
+        "ModelSamplingFlux", model=[model, 0], max_shift=4.0, base_shift=4.0, width=512, height=512
+    )
     models = {"load": packed["svdquant"], "full": FULL}
-    runs = {"moved": ("shifted", {}), "plain": ("load", {}), "full_moved": ("full_shifted", {}), "full_plain": ("full", {})}
-    graph = branches(FLUX_TINY, models, {"shifted": shift("load"), "full_shifted": shift("full")}, steps=4, **runs)
+    runs = {
+        "moved": ("shifted", {}),
+        "plain": ("load", {}),
+        "full_moved": ("full_shifted", {}),
+        "full_plain": ("full", {}),
+    }
+    graph = branches(
+        FLUX_TINY, models, {"shifted": shift("load"), "full_shifted": shift("full")}, steps=4, **runs
+    )
     moved, plain, full_moved, full = latents(server, graph, *runs)
     assert relative_error(full, full_moved) > 0.1
     assert cosine(moved - plain, full_moved - full) > 0.8
@@ -189,11 +252,17 @@ def test_models_of_one_graph_are_each_their_own(server, packed):
     graph = branches(FLUX_TINY, flux, a=("svdquant", {}), b=("convrot", {}), c=("svdquant", {"seed": 9}))
     other = branches(PIXART, {"pixart": packed["pixart"]}, d=("pixart", {}))
     graph |= {f"p_{k}" if k in ("latent", "prompt") else k: n for k, n in other.items()}
-    graph["d_sampler"]["inputs"] |= {"positive": ["p_prompt", 0], "negative": ["p_prompt", 0], "latent_image": ["p_latent", 0]}
+    graph["d_sampler"]["inputs"] |= {
+        "positive": ["p_prompt", 0],
+        "negative": ["p_prompt", 0],
+        "latent_image": ["p_latent", 0],
+    }
     together = latents(server, graph, *"abcd")
     for first, second in zip(together, latents(server, graph, *"abcd"), strict=True):
         assert torch.equal(first, second)
     assert relative_error(together[0], together[1]) > 0.01
     for (kind, name, inputs), got in zip((("svdquant", "a", {}), ("convrot", "b", {}), ("svdquant", "c", {"seed": 9}), ("pixart", "d", {})), together, strict=True):  # fmt: skip
-        (alone,) = latents(server, branches(FILES[kind], {"load": packed[kind]}, alone=("load", inputs)), "alone")
+        (alone,) = latents(
+            server, branches(FILES[kind], {"load": packed[kind]}, alone=("load", inputs)), "alone"
+        )
         assert torch.equal(alone, got), name

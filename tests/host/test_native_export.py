@@ -1,4 +1,5 @@
-"""A native export in a ComfyUI without this pack: Load Diffusion Model takes it, and computes what the pack does."""
+"""A native export in a ComfyUI without this pack: Load Diffusion Model takes it, and computes what the pack
+does."""
 
 import pytest
 
@@ -28,7 +29,9 @@ def export(source, destination, what=None):
     layers, rest = {n: own.layer(n) for n in own.specs}, {k: own.tensor(k) for k in own.rest}
     if what:
         layers, rest = replace.replaced(layers, rest, native.losses(own.specs), what)
-    native.save(destination, layers, rest, {"family": own.family, "provenance": own.provenance, "report": own.report})
+    native.save(
+        destination, layers, rest, {"family": own.family, "provenance": own.provenance, "report": own.report}
+    )
     return layers
 
 
@@ -36,7 +39,9 @@ def stock_latents(stock, name, steps=8):
     """(latents, what ComfyUI's log says of the load)."""
     log = stock.base / "server.log"
     start = log.stat().st_size
-    graph = load_graph(FLUX_TINY, name, steps) | {"load": node("UNETLoader", unet_name=name, weight_dtype="default")}
+    graph = load_graph(FLUX_TINY, name, steps) | {
+        "load": node("UNETLoader", unet_name=name, weight_dtype="default")
+    }
     latents = stock.latents(stock.run(graph), "out")
     return latents, log.read_bytes()[start:].decode(errors="replace")
 
@@ -46,9 +51,12 @@ def test_the_pack_is_not_there(stock):
 
 
 def test_method_native_runs_in_stock_comfyui(server, stock):
-    """One step, in fp32 on both sides, differs by codes that lie in the middle of two and fall on either side: 7e-5 and 2.4e-3 were seen.
-    Over eight steps that grows to the quantization error itself (0.06 and 0.09 off full precision here), so there only that is bounded."""
-    outputs, _, path = run_both(server, FLUX_TINY, method="native", samples=8, steps=6, prefix="diffusion_models/native")
+    """One step, in fp32 on both sides, differs by codes that lie in the middle of two and fall on either
+    side: 7e-5 and 2.4e-3 were seen. Over eight steps that grows to the quantization error itself (0.06 and
+    0.09 off full precision here), so there only that is bounded."""
+    outputs, _, path = run_both(
+        server, FLUX_TINY, method="native", samples=8, steps=6, prefix="diffusion_models/native"
+    )
     layers = export(path, stock.base / "models" / "diffusion_models" / "native.safetensors")
     formats = {native.format_of(layer.spec)[0] for layer in layers.values()}
     assert formats == set(native.FORMATS)
@@ -57,7 +65,9 @@ def test_method_native_runs_in_stock_comfyui(server, stock):
     assert "Detected mixed precision quantization" in log
     assert not any(word in log for word in ("unet missing", "unet unexpected", "left over keys", "WARNING"))
     stock_loader = node("UNETLoader", unet_name=FLUX_TINY["model"], weight_dtype="default")
-    full = server.latents(server.run(load_graph(FLUX_TINY, path.name, sample_steps=1) | {"load": stock_loader}), "out")
+    full = server.latents(
+        server.run(load_graph(FLUX_TINY, path.name, sample_steps=1) | {"load": stock_loader}), "out"
+    )
     assert_apart_by_flips(full, one, stocks)
     stocks, _ = stock_latents(stock, "native.safetensors")
     assert relative_error(server.latents(outputs, "full_latent"), stocks) < 0.15
@@ -65,7 +75,9 @@ def test_method_native_runs_in_stock_comfyui(server, stock):
 
 def test_svdquant_as_int8_and_16_bit(server, stock):
     """What is not native, replaced: as close to full precision as it was."""
-    outputs, error, path = run_both(server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/notnative")
+    outputs, error, path = run_both(
+        server, FLUX_TINY, method="svdquant", samples=8, steps=6, prefix="diffusion_models/notnative"
+    )
     full = server.latents(outputs, "full_latent")
     for what in replace.AS:
         name = f"{what.replace(' ', '')}.safetensors"
@@ -78,10 +90,21 @@ def test_svdquant_as_int8_and_16_bit(server, stock):
 def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
     """ComfyUI's modules of 4 and of 8 bits with its own loader, in this process."""
     method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
-    made = quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, method.configured(quality_db=16))
+    made = quantize_layers(
+        detect(shapes).layers(shapes),
+        tiny_state.__getitem__,
+        shapes,
+        method,
+        method.configured(quality_db=16),
+    )
     layers = {layer.name: layer for layer, _ in made}
     assert {layer.spec.parts[0].weight.bits for layer in layers.values()} == {4, 8}
-    native.save(tmp_path / "m.safetensors", layers, {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}, {})
+    native.save(
+        tmp_path / "m.safetensors",
+        layers,
+        {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers},
+        {},
+    )
     patcher, seen = comfy.sd.load_diffusion_model(str(tmp_path / "m.safetensors")), {}
     for name in layers:
         keep = lambda module, args, y, name=name: seen.update({name: (args[0].clone(), y.clone())})

@@ -1,7 +1,8 @@
-"""What a ComfyUI after 0.33 does differently with a model's patcher, played on the one at hand: new arguments, and patches that are no tensors.
+"""What a ComfyUI after 0.33 does differently with a model's patcher, played on the one at hand: new
+arguments, and patches that are no tensors.
 
-Read off Comfy-Org/ComfyUI up to version file 0.38: `fast_disk` of ModelPatcher, which `clone` hands on, and `("config", (bytes,))` for
-keys that end in `.config`, which `add_patches` makes an object patch of.
+Read off Comfy-Org/ComfyUI up to version file 0.38: `fast_disk` of ModelPatcher, which `clone` hands on, and
+`("config", (bytes,))` for keys that end in `.config`, which `add_patches` makes an object patch of.
 """
 
 import pytest
@@ -17,7 +18,8 @@ DIFFERENCE = {f"{QKV}.weight": ("diff", (randn(3 * H, H),))}
 
 @pytest.fixture
 def newer(comfy, monkeypatch):
-    """A function of a ModelPatcher method's name that gives it an argument `fast_disk`, and the list of the values it then gets."""
+    """A function of a ModelPatcher method's name that gives it an argument `fast_disk`, and the list of the
+    values it then gets."""
 
     def play(name):
         inner, seen = getattr(comfy.model_patcher.ModelPatcher, name), []
@@ -34,7 +36,9 @@ def newer(comfy, monkeypatch):
 
 CALLS = {  # of each method that NibblePatcher overrides: how a newer ComfyUI would call it
     "add_patches": lambda p: p.add_patches(DIFFERENCE, 1.0, 1.0, fast_disk=True),
-    "add_weight_wrapper": lambda p: p.add_weight_wrapper("diffusion_model.img_in.weight", lambda w: w, fast_disk=True),
+    "add_weight_wrapper": lambda p: p.add_weight_wrapper(
+        "diffusion_model.img_in.weight", lambda w: w, fast_disk=True
+    ),
     "set_injections": lambda p: p.set_injections("bypass_lora", [], fast_disk=True),
     "patch_weight_to_device": lambda p: p.patch_weight_to_device(f"{MLP}.bias", fast_disk=True),
     "get_key_patches": lambda p: p.get_key_patches("diffusion_model.", fast_disk=True),
@@ -64,7 +68,9 @@ def test_new_arguments_of_hooks_reach_comfyui(comfy, base, newer):
     seen, combined = newer("patch_hook_weight_to_device"), patcher.get_combined_hook_patches(group)
     counter = comfy.model_patcher.MemoryCounter(0)
     for key in (f"{MLP}.bias", f"{QKV}.weight"):
-        patcher.patch_hook_weight_to_device(group, combined, key, patcher.get_key_patches(), counter, fast_disk=True)
+        patcher.patch_hook_weight_to_device(
+            group, combined, key, patcher.get_key_patches(), counter, fast_disk=True
+        )
     assert seen == [True]  # the bias; a packed weight is never ModelPatcher's to patch
     patcher.cleanup()
     load(base)
@@ -143,9 +149,11 @@ def test_attention_preferences_of_a_lora_pass(comfy, configurable, one_thread, s
 def test_a_preference_does_not_make_another_models_lora_fit(comfy, configurable):
     key = "diffusion_model.double_blocks.0.comfy_attention.config"
     wrong = {
-        f"{MLP}.weight": comfy.lora.load_lora({f"{MLP}.lora_up.weight": randn(9, 4), f"{MLP}.lora_down.weight": randn(4, 9)}, {MLP: "w"})[
-            "w"
-        ]
+        f"{MLP}.weight": comfy.lora.load_lora(
+            {f"{MLP}.lora_up.weight": randn(9, 4), f"{MLP}.lora_down.weight": randn(4, 9)}, {MLP: "w"}
+        )["w"]
     }
-    with pytest.raises(RuntimeError, match="a LoRA of 9 x 9 on 256 x 1024 weights, made for another model, cannot be put"):
+    with pytest.raises(
+        RuntimeError, match="a LoRA of 9 x 9 on 256 x 1024 weights, made for another model, cannot be put"
+    ):
         configurable.clone().add_patches({key: ("config", (b"{}",))} | wrong)

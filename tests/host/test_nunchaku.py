@@ -1,4 +1,5 @@
-"""A nunchaku file of the small FLUX in ComfyUI: what was written and read computes what the model it was written from does."""
+"""A nunchaku file of the small FLUX in ComfyUI: what was written and read computes what the model it was
+written from does."""
 
 import pytest
 import torch
@@ -38,9 +39,11 @@ def test_written_and_read_is_the_same_model(written, full):
     again = {name: opened.layer(name) for name in opened.specs}
     patcher = patcher_of(again, {k: opened.tensor(k) for k in opened.rest})
     assert {n.removeprefix("diffusion_model.") for n, _ in patcher.packed_layers()} == set(layers)
-    # With the biases as the format rounds them, the two differ by nothing but the sums of branches filled up with zeros.
+    # With the biases as the format rounds them, the two differ by nothing but the sums of branches filled up
+    # with zeros.
     rounded = {
-        name: QuantizedLayer(name, layer.spec, layer.tensors | {"bias": again[name].tensors["bias"]}) for name, layer in layers.items()
+        name: QuantizedLayer(name, layer.spec, layer.tensors | {"bias": again[name].tensors["bias"]})
+        for name, layer in layers.items()
     }
     recorded = record(forward, patcher)
     assert_repeats(recorded, forward, patcher_of(rounded, rest))
@@ -50,11 +53,17 @@ def test_written_and_read_is_the_same_model(written, full):
 
 
 def test_a_file_with_zero_points_and_joined_low_ranks(comfy, tmp_path):
-    """A random file as another maker's: every layer has its place in ComfyUI's model and computes there what it does alone."""
+    """A random file as another maker's: every layer has its place in ComfyUI's model and computes there what
+    it does alone."""
     model = made.flux(hidden=256, single=2, context=128, pooled=128)
-    save_file({k: t.contiguous() for k, t in made.old_names(model.file).items()}, tmp_path / "random.safetensors")
+    save_file(
+        {k: t.contiguous() for k, t in made.old_names(model.file).items()}, tmp_path / "random.safetensors"
+    )
     opened = NunchakuFile(tmp_path / "random.safetensors")
-    layers, rest = {name: opened.layer(name) for name in opened.specs}, {k: opened.tensor(k) for k in opened.rest}
+    layers, rest = (
+        {name: opened.layer(name) for name in opened.specs},
+        {k: opened.tensor(k) for k in opened.rest},
+    )
     patcher, g = patcher_of(layers, rest), torch.Generator().manual_seed(0)
     assert forward(patcher).isfinite().all()
     modules = {name.removeprefix("diffusion_model."): module for name, module in patcher.packed_layers()}

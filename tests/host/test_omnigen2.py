@@ -1,4 +1,5 @@
-"""Omnigen2, small and random: 360 in-channels where it has 2520, neither of which 64 divides. Calibrated, quantized, saved, loaded, with LoRA."""
+"""Omnigen2, small and random: 360 in-channels where it has 2520, neither of which 64 divides. Calibrated,
+quantized, saved, loaded, with LoRA."""
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def test_main_job(omnigen2, packed):
               for leaf in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")}  # fmt: skip
     assert wanted <= set(layers)
     for name in wanted:
-        assert (layers[name].in_features, layers[name].out_features) == network.get_submodule(name).weight.shape[::-1]
+        assert (layers[name].in_features, layers[name].out_features) == network.get_submodule(
+            name
+        ).weight.shape[::-1]
         assert layers[name].spec.padding == (WHOLE - WIDTH if layers[name].in_features == WIDTH else 0)
     want, got = predicted(omnigen2), predicted(packed)
     assert relative_error(want, got) < 0.15
@@ -72,14 +75,20 @@ def test_main_job(omnigen2, packed):
 
 
 def test_lora(omnigen2, packed):
-    """A LoRA and a full difference of 360 channels on padded layers: beside W as ComfyUI merges them, the packed bytes unchanged."""
+    """A LoRA and a full difference of 360 channels on padded layers: beside W as ComfyUI merges them, the
+    packed bytes unchanged."""
     import comfy.lora
 
     up, down, before = randn(120, 4), randn(4, WIDTH), packed_hash(packed)
-    for file in ({f"{PADDED}.lora_up.weight": up, f"{PADDED}.lora_down.weight": down}, {f"{PADDED}.diff": up @ down * 0.1}):
+    for file in (
+        {f"{PADDED}.lora_up.weight": up, f"{PADDED}.lora_down.weight": down},
+        {f"{PADDED}.diff": up @ down * 0.1},
+    ):
         patched = load(with_lora(packed, file))
         layer = module(patched, PADDED)
-        merged = comfy.lora.calculate_weight(patched.patches[f"{PADDED}.weight"], layer.layer().dequantize(), PADDED)
+        merged = comfy.lora.calculate_weight(
+            patched.patches[f"{PADDED}.weight"], layer.layer().dequantize(), PADDED
+        )
         assert relative_error(merged, attached_weight(layer)) < 5e-7
         x = randn(5, WIDTH)
         want = layer.layer()(x) + x @ (merged - layer.layer().dequantize()).T
@@ -87,4 +96,6 @@ def test_lora(omnigen2, packed):
         assert packed_hash(patched) == before
     strong = {f"{PADDED}.lora_up.weight": up * 20, f"{PADDED}.lora_down.weight": down}
     effects = [predicted(with_lora(model, strong)) - predicted(model) for model in (omnigen2, packed)]
-    assert float(torch.nn.functional.cosine_similarity(*(e.flatten() for e in effects), dim=0)) > 0.9  # 0.935 measured
+    assert (
+        float(torch.nn.functional.cosine_similarity(*(e.flatten() for e in effects), dim=0)) > 0.9
+    )  # 0.935 measured

@@ -1,4 +1,5 @@
-"""Layers with an order of their own in ComfyUI: int32 tensors as parameters, adapters over the raw input, torch.compile."""
+"""Layers with an order of their own in ComfyUI: int32 tensors as parameters, adapters over the raw input,
+torch.compile."""
 
 from dataclasses import replace
 

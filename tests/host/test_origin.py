@@ -1,4 +1,5 @@
-"""What a model is, beside its weights, survives Nibble Quantize, saving, loading, saving again, the command and the export."""
+"""What a model is, beside its weights, survives Nibble Quantize, saving, loading, saving again, the command
+and the export."""
 
 import json
 
@@ -55,7 +56,9 @@ def command(*arguments):
 def facts(patcher):
     """All that a sampler reads of a model beside its weights."""
     model, schedule = patcher.model, patcher.model.model_sampling
-    network = {k: v for k, v in vars(model.diffusion_model).items() if isinstance(v, (bool, int, float, str, tuple))}
+    network = {
+        k: v for k, v in vars(model.diffusion_model).items() if isinstance(v, (bool, int, float, str, tuple))
+    }
     return {
         "class": type(model.model_config).__name__,
         "model": type(model).__name__,
@@ -73,7 +76,10 @@ SDXL = {
     "V_PREDICTION": {"v_pred": EMPTY},
     "V_PREDICTION, zero terminal SNR": {"v_pred": EMPTY, "ztsnr": EMPTY},
     "EDM": {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)},
-    "V_PREDICTION_EDM": {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.003)},
+    "V_PREDICTION_EDM": {
+        "edm_vpred.sigma_max": torch.tensor(120.0),
+        "edm_vpred.sigma_min": torch.tensor(0.003),
+    },
 }
 
 
@@ -84,8 +90,13 @@ def sdxl_state():
 
 @pytest.mark.parametrize("kind", SDXL)
 def test_prediction_of_an_sdxl_checkpoint(comfy, folder, sdxl_state, kind):
-    save_file({f"model.diffusion_model.{k}": v for k, v in sdxl_state.items()} | SDXL[kind], folder / "sdxl.safetensors")
-    model = comfy.sd.load_checkpoint_guess_config(str(folder / "sdxl.safetensors"), output_vae=False, output_clip=False)[0]
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in sdxl_state.items()} | SDXL[kind],
+        folder / "sdxl.safetensors",
+    )
+    model = comfy.sd.load_checkpoint_guess_config(
+        str(folder / "sdxl.safetensors"), output_vae=False, output_clip=False
+    )[0]
     want = facts(model)
     assert want["type"] == kind.partition(",")[0]
     made = quantized(model)
@@ -93,7 +104,10 @@ def test_prediction_of_an_sdxl_checkpoint(comfy, folder, sdxl_state, kind):
     again = saved(loaded(first), "again")
     command("quantize", folder / "sdxl.safetensors", folder / "command.safetensors", "--method", "rtn")
     command("convert", folder / "command.safetensors", folder / "copy.safetensors", "--to", "nibble")
-    for patcher in (made, *(loaded(p) for p in (first, again, folder / "command.safetensors", folder / "copy.safetensors"))):
+    for patcher in (
+        made,
+        *(loaded(p) for p in (first, again, folder / "command.safetensors", folder / "copy.safetensors")),
+    ):
         assert facts(patcher) == want
     for source in (first, folder / "command.safetensors"):
         native = folder / f"native_{len(str(source))}.safetensors"
@@ -138,13 +152,17 @@ def test_a_config_without_its_file_reaches_stock_comfyui(comfy, folder):
 def test_settings_that_a_node_has_changed_in_the_config_itself(comfy, folder, tiny_state):
     model = comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
     model.model.model_config.sampling_settings["shift"] = 2.5
-    model.model.model_sampling = comfy.model_base.model_sampling(model.model.model_config, model.model.model_type)
+    model.model.model_sampling = comfy.model_base.model_sampling(
+        model.model.model_config, model.model.model_type
+    )
     made = quantized(model)
     assert facts(made)["schedule"] == facts(loaded(saved(made)))["schedule"] == facts(model)["schedule"]
     assert made.model.model_sampling.shift == 2.5
 
 
-@pytest.mark.parametrize(("kind", "settings"), [("rtn", ()), ("native", ("--set", "quality_db=35")), ("svdquant", ("--rank", "8"))])
+@pytest.mark.parametrize(
+    ("kind", "settings"), [("rtn", ()), ("native", ("--set", "quality_db=35")), ("svdquant", ("--rank", "8"))]
+)
 def test_the_stock_loaders_stop_with_a_sentence(comfy, folder, kind, settings):
     """8 bits too, whose codes have the full shape under the name `weight`."""
     command("quantize", tiny_flux.CHECKPOINT, folder / "flux.safetensors", "--method", kind, *settings)
@@ -175,22 +193,38 @@ def flux_file(folder, full):
     return saved(quantized(full))
 
 
-@pytest.mark.parametrize("key", ["img_in.bias", "txt_in.weight", "single_blocks.0.norm.query_norm.weight", "final_layer.linear.bias"])
+@pytest.mark.parametrize(
+    "key",
+    ["img_in.bias", "txt_in.weight", "single_blocks.0.norm.query_norm.weight", "final_layer.linear.bias"],
+)
 @pytest.mark.parametrize("record", [True, False])
 def test_missing_tensors_are_listed(folder, flux_file, key, record):
     """With the record and without it, as files of 0.5 are."""
     from comfyui_nibble.nodes.host.frame import IncompleteModel
 
-    out = rewritten(flux_file, folder / "x.safetensors", lambda t: t.pop(key), lambda h: None if record else h.update(version=1, origin={}))
+    out = rewritten(
+        flux_file,
+        folder / "x.safetensors",
+        lambda t: t.pop(key),
+        lambda h: None if record else h.update(version=1, origin={}),
+    )
     if not record:
-        out = rewritten(out, folder / "y.safetensors", lambda t: [t.pop(k) for k in list(t) if k.startswith("model.diffusion_model.")])
+        out = rewritten(
+            out,
+            folder / "y.safetensors",
+            lambda t: [t.pop(k) for k in list(t) if k.startswith("model.diffusion_model.")],
+        )
     with pytest.raises(IncompleteModel, match=f"1 tensors of the model .Flux.*. are missing: {key}"):
         loaded(out)
 
 
 def test_unexpected_tensors_are_named(folder, flux_file, caplog):
     loaded(
-        rewritten(flux_file, folder / "x.safetensors", lambda t: t.update({"nobody.weight": torch.ones(2), "img_in.extra": torch.ones(2)}))
+        rewritten(
+            flux_file,
+            folder / "x.safetensors",
+            lambda t: t.update({"nobody.weight": torch.ones(2), "img_in.extra": torch.ones(2)}),
+        )
     )
     assert "2 tensors have no place in the model and are not used: img_in.extra, nobody.weight" in caplog.text
 
@@ -198,18 +232,28 @@ def test_unexpected_tensors_are_named(folder, flux_file, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class": "Flux9"}, r"x\.safetensors: a Flux9 model, and this ComfyUI has no class of that name\. Update ComfyUI"),
+        (
+            {"class": "Flux9"},
+            r"x\.safetensors: a Flux9 model, and this ComfyUI has no class of that name\. Update ComfyUI",
+        ),
         ({"model_type": "NEW"}, r"lacks or has an unknown 'NEW'"),
         ({"latent_format": "Flux9"}, r"its latent format is Flux9, which this ComfyUI does not have"),
         ({"model": "Other"}, r"a Other with prediction \w+; this ComfyUI makes a Flux"),
-        ({"unet_config": {"image_model": "flux", "unheard_of": 1}}, r"class Flux\w* could not make the model \(TypeError"),
+        (
+            {"unet_config": {"image_model": "flux", "unheard_of": 1}},
+            r"class Flux\w* could not make the model \(TypeError",
+        ),
     ],
 )
 def test_what_this_comfyui_does_not_have_is_said_by_name(folder, flux_file, change, message):
     from comfyui_nibble.nodes.host.frame import DetectionError
 
     with pytest.raises(DetectionError, match=message):
-        loaded(rewritten(flux_file, folder / "x.safetensors", header=lambda h: h["origin"]["host"].update(change)))
+        loaded(
+            rewritten(
+                flux_file, folder / "x.safetensors", header=lambda h: h["origin"]["host"].update(change)
+            )
+        )
 
 
 def test_files_of_earlier_versions_load_as_before(folder, flux_file):
@@ -226,7 +270,8 @@ def test_files_of_earlier_versions_load_as_before(folder, flux_file):
 
 
 def test_a_model_is_freed_with_its_last_reference(comfy, folder, flux_file):
-    """Without waiting for the garbage collector: a second model of 12 GB would not fit beside a first that nobody uses."""
+    """Without waiting for the garbage collector: a second model of 12 GB would not fit beside a first that
+    nobody uses."""
     import gc
     import weakref
 

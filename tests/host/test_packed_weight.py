@@ -1,4 +1,5 @@
-"""What a network that asks a packed layer for its weight's dtype and shape is told, and a model that asks (Hunyuan3D 2.1, small and random)."""
+"""What a network that asks a packed layer for its weight's dtype and shape is told, and a model that asks
+(Hunyuan3D 2.1, small and random)."""
 
 import copy
 
@@ -18,12 +19,19 @@ def test_answers_as_the_weight_it_stands_for(base, full):
             assert next(layer.parameters()).dtype == layer.weight.dtype == weight.dtype
             assert (layer.weight.shape, layer.weight.device) == (weight.shape, weight.device)
             codes = layer.state_dict()["weight"]
-            assert (type(codes), codes.dtype, codes.shape) == (torch.Tensor, torch.int8, dict(layer.spec.weight_shapes)["weight"])
+            assert (type(codes), codes.dtype, codes.shape) == (
+                torch.Tensor,
+                torch.int8,
+                dict(layer.spec.weight_shapes)["weight"],
+            )
     load(base)
 
 
 def test_first_parameter_of_a_block_is_a_float_too(base):
-    for block in (base.model.diffusion_model.double_blocks[0].img_attn, base.model.diffusion_model.single_blocks[0]):
+    for block in (
+        base.model.diffusion_model.double_blocks[0].img_attn,
+        base.model.diffusion_model.single_blocks[0],
+    ):
         assert next(block.parameters()).dtype.is_floating_point
 
 
@@ -49,7 +57,7 @@ def test_moves_keep_the_answers(base):
     assert relative_error(before, forward(base)) < 2e-3
 
 
-# -- Hunyuan3D 2.1: y.to(next(self.to_k.parameters()).dtype) in each cross-attention ---------------------------------------------
+# -- Hunyuan3D 2.1: y.to(next(self.to_k.parameters()).dtype) in each cross-attention
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +66,16 @@ def hunyuan3d(comfy, one_thread):
     import comfy.ops
     from comfy.ldm.hunyuan3dv2_1.hunyuandit import HunYuanDiTPlain
 
-    network = HunYuanDiTPlain(hidden_size=256, depth=2, guidance_cond_proj_dim=None, operations=comfy.ops.disable_weight_init)
+    network = HunYuanDiTPlain(
+        hidden_size=256, depth=2, guidance_cond_proj_dim=None, operations=comfy.ops.disable_weight_init
+    )
     return comfy.sd.load_diffusion_model_state_dict(random_state(network))
 
 
 @pytest.mark.parametrize("method", ["svdquant", "convrot"])
 def test_hunyuan3d(hunyuan3d, method):
-    """convrot has scales in fp32 and no other float tensor in to_k, svdquant has several in 16 bit. The network's own error says little:
-    its experts are chosen by what differs a little."""
+    """convrot has scales in fp32 and no other float tensor in to_k, svdquant has several in 16 bit. The
+    network's own error says little: its experts are chosen by what differs a little."""
     from comfyui_nibble.nodes.quantize import NibbleQuantize
 
     packed = load(NibbleQuantize.execute(hunyuan3d, method, 8, False).args[0])
@@ -75,6 +85,10 @@ def test_hunyuan3d(hunyuan3d, method):
     with torch.no_grad():
         assert packed.model.diffusion_model(x.to(dtype), torch.tensor([0.7]), text.to(dtype)).isfinite().all()
         hidden = torch.randn(1, 33, 256, generator=g).to(dtype)
-        want, got = (p.model.diffusion_model.blocks[0].attn2(hidden, text.double()) for p in (hunyuan3d, packed))
+        want, got = (
+            p.model.diffusion_model.blocks[0].attn2(hidden, text.double()) for p in (hunyuan3d, packed)
+        )
     assert got.dtype == want.dtype
-    assert relative_error(want, got) < 0.4  # 0.28 measured: four layers of Gaussian weights and inputs at 4 bits, without data
+    assert (
+        relative_error(want, got) < 0.4
+    )  # 0.28 measured: four layers of Gaussian weights and inputs at 4 bits, without data

@@ -1,4 +1,5 @@
-"""NibblePatcher in ComfyUI's own machinery: partial loads, hooks, bypass loaders, merges, and what it says of keys without a layer."""
+"""NibblePatcher in ComfyUI's own machinery: partial loads, hooks, bypass loaders, merges, and what it says of
+keys without a layer."""
 
 import logging
 
@@ -7,7 +8,18 @@ import torch
 
 from comfyui_nibble.tests.codes import assert_repeats, record
 from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, packed_hash
-from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, SHAPES, H, adapter, merged, randn, with_lora
+from comfyui_nibble.tests.host.test_adapters import (
+    LINEAR2,
+    MLP,
+    MODULATION,
+    QKV,
+    SHAPES,
+    H,
+    adapter,
+    merged,
+    randn,
+    with_lora,
+)
 from comfyui_nibble.tests.support import relative_error
 
 CPU = torch.device("cpu")
@@ -20,7 +32,7 @@ def lora_on(*keys, seed=0):
     return out
 
 
-# -- memory ------------------------------------------------------------------------------------------------------------
+# -- memory
 
 
 def held(patcher) -> int:
@@ -55,7 +67,9 @@ def test_partial_loads_and_unloads_change_nothing(comfy, base, kind):
         patched.partially_load(CPU, int(size * share))
         there = [m for m in patched.model.modules() if getattr(m, "comfy_patched_weights", False)]
         assert patched.model.model_lowvram
-        assert patched.loaded_size() == sum(comfy.model_management.module_size(m) for m in there) <= share * size
+        assert (
+            patched.loaded_size() == sum(comfy.model_management.module_size(m) for m in there) <= share * size
+        )
         assert_repeats(recorded, run, patched)
     patched.detach()
     for share in (0.2, 0.5, 0.8):  # more and more
@@ -77,7 +91,9 @@ def run(patcher):
     g = torch.Generator().manual_seed(0)
     x, context, pooled = (torch.randn(1, *s, generator=g) for s in ((16, 16, 16), (8, 128), (128,)))
     with torch.no_grad():
-        return patcher.model.diffusion_model(x, torch.full((1,), 0.7), context, pooled, guidance=torch.full((1,), 3.5))
+        return patcher.model.diffusion_model(
+            x, torch.full((1,), 0.7), context, pooled, guidance=torch.full((1,), 3.5)
+        )
 
 
 def test_clones_take_turns(base):
@@ -89,7 +105,7 @@ def test_clones_take_turns(base):
         assert torch.equal(forward((base, first, second)[i]), want[i])
 
 
-# -- hooks -------------------------------------------------------------------------------------------------------------
+# -- hooks
 
 
 def hooked(comfy, patcher, *groups):
@@ -105,9 +121,18 @@ def test_hook_lora_acts_while_its_conditioning_runs(comfy, base):
     with_branch = with_lora(base, lora_on(QKV, seed=9))
     plain, want = (record(forward, p) for p in (with_branch, with_lora(with_branch, lora_on(QKV, MLP), 0.8)))
     want_other = record(forward, with_lora(with_branch, lora_on(QKV, LINEAR2, seed=3), 0.8))
-    group, other = (comfy.hooks.create_hook_lora(t, 0.8, 0.0) for t in (lora_on(QKV, MLP), lora_on(QKV, LINEAR2, seed=3)))
+    group, other = (
+        comfy.hooks.create_hook_lora(t, 0.8, 0.0) for t in (lora_on(QKV, MLP), lora_on(QKV, LINEAR2, seed=3))
+    )
     patcher, before = hooked(comfy, with_branch, group, other), packed_hash(base)
-    for hooks, recorded in ((group, want), (other, want_other), (None, plain), (group, want), (other, want_other), (None, plain)):
+    for hooks, recorded in (
+        (group, want),
+        (other, want_other),
+        (None, plain),
+        (group, want),
+        (other, want_other),
+        (None, plain),
+    ):
         patcher.apply_hooks(hooks)
         assert_repeats(recorded, run, patcher)
         assert packed_hash(base) == before
@@ -123,7 +148,12 @@ def test_hooks_take_every_kind_of_adapter(comfy, base, kind):
     group = comfy.hooks.create_hook_lora(adapter(kind, MLP), 0.8, 0.0)
     patcher = hooked(comfy, base, group)
     patcher.apply_hooks(group)
-    assert relative_error(merged(with_lora(base, adapter(kind, MLP), 0.8), MLP), attached_weight(module(base, MLP))) < 5e-7
+    assert (
+        relative_error(
+            merged(with_lora(base, adapter(kind, MLP), 0.8), MLP), attached_weight(module(base, MLP))
+        )
+        < 5e-7
+    )
     patcher.cleanup()
 
 
@@ -142,29 +172,43 @@ def test_schedule_sets_the_strength_step_by_step(comfy, base):
         patcher.apply_hooks(group)
         difference = attached_weight(module(base, QKV)) - module(base, QKV).layer().dequantize()
         seen.append(
-            float((difference * (randn(768, 4) @ randn(4, H))).sum() / (randn(768, 4) @ randn(4, H)).square().sum()) / 0.5
+            float(
+                (difference * (randn(768, 4) @ randn(4, H))).sum()
+                / (randn(768, 4) @ randn(4, H)).square().sum()
+            )
+            / 0.5
         )  # alpha / rank
-    assert [round(s, 4) for s in seen] == sorted([0.25] * seen.count(seen[0]) + [1.0] * (8 - seen.count(seen[0])))
+    assert [round(s, 4) for s in seen] == sorted(
+        [0.25] * seen.count(seen[0]) + [1.0] * (8 - seen.count(seen[0]))
+    )
     assert round(seen[0], 4) == 0.25
     assert round(seen[-1], 4) == 1.0
     patcher.cleanup()
 
 
 def test_hook_that_would_do_nothing_is_an_error(comfy, base):
-    group = comfy.hooks.create_hook_lora({"lora_unet_input_blocks_1_attn.lora_up.weight": randn(4, 4)}, 1.0, 0.0)
+    group = comfy.hooks.create_hook_lora(
+        {"lora_unet_input_blocks_1_attn.lora_up.weight": randn(4, 4)}, 1.0, 0.0
+    )
     with pytest.raises(
-        RuntimeError, match=r"1 key and none has a layer in this model, so the hook would do nothing: lora_unet_input_blocks_1"
+        RuntimeError,
+        match=r"1 key and none has a layer in this model, so the hook would do nothing: "
+        r"lora_unet_input_blocks_1",
     ):
         hooked(comfy, base, group)
 
 
 def test_another_model_as_hook_is_refused(comfy, base, full):
-    group = comfy.hooks.create_hook_model_as_lora(comfy.hooks.get_patch_weights_from_model(full), None, 1.0, 0.0)
-    with pytest.raises(RuntimeError, match="another model as LoRA, which would be a second full-precision model"):
+    group = comfy.hooks.create_hook_model_as_lora(
+        comfy.hooks.get_patch_weights_from_model(full), None, 1.0, 0.0
+    )
+    with pytest.raises(
+        RuntimeError, match="another model as LoRA, which would be a second full-precision model"
+    ):
         hooked(comfy, base, group)
 
 
-# -- bypass loaders ----------------------------------------------------------------------------------------------------
+# -- bypass loaders
 
 
 def bypass(comfy, patcher, tensors, strength=1.0):
@@ -199,12 +243,13 @@ def test_bypass_loader_leaves_out_parts_of_fused_layers_and_says_so(comfy, base,
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Nibble")]
     assert len(lines) == 1
     assert (
-        "1 key for parts of fused layers are left out by the bypass loader: diffusion_model.double_blocks.0.img_attn.qkv.weight" in lines[0]
-    )
+        "1 key for parts of fused layers are left out by the bypass loader: "
+        "diffusion_model.double_blocks.0.img_attn.qkv.weight"
+    ) in lines[0]
     assert "LoraLoaderModelOnly" in lines[0]
 
 
-# -- merges ------------------------------------------------------------------------------------------------------------
+# -- merges
 
 
 def merge(into, other, ratio):
@@ -230,7 +275,10 @@ def test_packed_model_merges_into_a_full_one(base, full):
 
 def test_merging_into_a_packed_model_is_refused(base, full, tiny_packed):
     for other in (full, tiny_packed()):
-        with pytest.raises(RuntimeError, match="a merge with another model, which would be a second full-precision model beside this one"):
+        with pytest.raises(
+            RuntimeError,
+            match="a merge with another model, which would be a second full-precision model beside this one",
+        ):
             merge(base, other, 0.5)
 
 
@@ -243,7 +291,7 @@ def test_bias_difference_keeps_the_correction(base):
     assert torch.equal(module(base, MLP).bias, own)
 
 
-# -- what fits nothing -------------------------------------------------------------------------------------------------
+# -- what fits nothing
 
 
 def said(caplog):
@@ -273,7 +321,9 @@ def test_keys_without_a_layer_are_counted_once(comfy, base, full, caplog):
 
 def test_lora_of_another_architecture(base):
     with pytest.raises(
-        RuntimeError, match=r"2 keys and none has a layer in this model, so the LoRA was made for another one: lora_unet_input"
+        RuntimeError,
+        match=r"2 keys and none has a layer in this model, so the LoRA was made for another one: "
+        r"lora_unet_input",
     ):
         with_lora(base, {f"lora_unet_input_blocks_{i}_attn.lora_up.weight": randn(4, 4) for i in range(2)})
 
@@ -281,7 +331,10 @@ def test_lora_of_another_architecture(base):
 def test_lora_of_another_width_lists_the_first_misfits(base):
     wide = {}
     for i, (key, (n, k)) in enumerate(SHAPES.items()):
-        wide |= {f"{key}.lora_up.weight": randn(n, 4), f"{key}.lora_down.weight": randn(4, k * (1 if i == 1 else 2))}
+        wide |= {
+            f"{key}.lora_up.weight": randn(n, 4),
+            f"{key}.lora_down.weight": randn(4, k * (1 if i == 1 else 2)),
+        }
     with pytest.raises(RuntimeError) as caught:
         with_lora(base, wide)
     message = str(caught.value)
@@ -300,7 +353,10 @@ def test_misfit_on_a_layer_in_16_bit_is_an_error_too(base):
 def test_what_dense_adapters_cost_is_said(base):
     text = with_lora(base, adapter("diff", QKV) | adapter("lora", MLP)).lora_summary()
     assert "adapters on 2 packed layers" in text
-    assert f"1 of them as dense matrices in 16 bit, which cost as much as the layer in full precision: {QKV}" in text
+    assert (
+        f"1 of them as dense matrices in 16 bit, which cost as much as the layer in full precision: {QKV}"
+        in text
+    )
 
 
 def test_weight_wrappers_are_refused(base):

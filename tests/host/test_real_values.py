@@ -1,4 +1,5 @@
-"""Code that casts the weight of a packed layer itself, as ComfyUI after 0.33 does in places: the right numbers, or a refusal by name."""
+"""Code that casts the weight of a packed layer itself, as ComfyUI after 0.33 does in places: the right
+numbers, or a refusal by name."""
 
 import copy
 import gc
@@ -10,7 +11,16 @@ import torch
 from torch.nn.functional import linear, silu
 
 from comfyui_nibble.tests.host.inside import attached_weight, load, module
-from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, SHAPES, adapter, randn, with_lora
+from comfyui_nibble.tests.host.test_adapters import (
+    LINEAR2,
+    MLP,
+    MODULATION,
+    QKV,
+    SHAPES,
+    adapter,
+    randn,
+    with_lora,
+)
 from comfyui_nibble.tests.support import relative_error
 
 KINDS = (None, "lora", "lora and bias", "dora", "lokr", "diff")
@@ -31,8 +41,8 @@ def refusal(comfy):
 
 
 def as_fp16_accumulation(ops, layer, x, activation):
-    """How ComfyUI after 0.33 computes `linear_input_act` of a layer in fp16 under --fast fp16_accumulation: not by calling it, unless it
-    says that it wants none of that."""
+    """How ComfyUI after 0.33 computes `linear_input_act` of a layer in fp16 under --fast fp16_accumulation:
+    not by calling it, unless it says that it wants none of that."""
     if getattr(layer, "_full_precision_mm", False):
         return layer(activation(x))
     weight, bias, stream = ops.cast_bias_weight(layer, x, offloadable=True)
@@ -45,7 +55,8 @@ def as_fp16_accumulation(ops, layer, x, activation):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("key", [QKV, MLP, LINEAR2, MODULATION])
 def test_cast_weight_and_bias_are_those_that_the_layer_applies(ops, base, full, key, kind):
-    """Adapters are in the weight; the bias is the model's own, without the correction for shifted activations (0.2 to 0.4 of it)."""
+    """Adapters are in the weight; the bias is the model's own, without the correction for shifted activations
+    (0.2 to 0.4 of it)."""
     patched = load(base if kind is None else with_lora(base, adapter(kind, key)))
     layer, x = module(patched, key), randn(3, SHAPES[key][1])
     own = module(full, key).bias.float() + (randn(SHAPES[key][0]) if kind == "lora and bias" else 0)
@@ -94,7 +105,8 @@ def test_weight_cast_alone_gives_real_values_or_is_refused(ops, base, refusal, c
     assert torch.equal(cast(ops, layer.weight), layer.layer().dequantize())
     shifted = module(base, MLP)
     found = re.escape(
-        "double_blocks.0.img_mlp.2: something asked for its weight as torch.float32 and found packed codes (torch.int8, (256, 512))"
+        "double_blocks.0.img_mlp.2: something asked for its weight as torch.float32 and found packed codes "
+        "(torch.int8, (256, 512))"
     )
     with pytest.raises(refusal, match=found):
         cast(ops, shifted.weight)
@@ -115,12 +127,15 @@ def test_moves_and_copies_are_of_the_codes(base):
 def test_x_in_the_dtype_of_the_weight_is_x_and_in_that_of_its_codes_is_refused(base, refusal):
     layer, x = module(load(base), QKV), randn(2, 256)
     assert torch.equal(layer(x.to(layer.weight.dtype)), layer(x))
-    with pytest.raises(refusal, match=re.escape("double_blocks.0.img_attn.qkv: expected x in floats, found torch.int8")):
+    with pytest.raises(
+        refusal, match=re.escape("double_blocks.0.img_attn.qkv: expected x in floats, found torch.int8")
+    ):
         layer(x.to(layer.weight.data.dtype))
 
 
 def test_functions_of_others_act_on_real_values_and_are_seen(ops, base):
-    """A cast takes what another pack puts there; the packed layer itself, which cannot, says so. Emptied, the lists keep their own."""
+    """A cast takes what another pack puts there; the packed layer itself, which cannot, says so. Emptied, the
+    lists keep their own."""
     layer, x = module(load(base), QKV), randn(2, 256)
     layer.weight_function.append(lambda w: 2 * w)
     weight, _ = ops.cast_bias_weight(layer, x)
@@ -136,7 +151,9 @@ def test_functions_of_others_act_on_real_values_and_are_seen(ops, base):
 
 def test_layers_in_16_bit_are_cast_as_ever(ops, base, full):
     key = "diffusion_model.img_in"
-    for given, wanted in zip(*(ops.cast_bias_weight(module(load(m), key), randn(1, 64)) for m in (base, full)), strict=True):
+    for given, wanted in zip(
+        *(ops.cast_bias_weight(module(load(m), key), randn(1, 64)) for m in (base, full)), strict=True
+    ):
         assert torch.equal(given, wanted)
     load(base)
 

@@ -32,7 +32,9 @@ def test_calibration_of_another_model(server, tiny_state):
     graph["quantize"]["inputs"]["model"] = ["other", 0]
     ours = Checkpoint(models(server) / "tiny_flux.safetensors").fingerprint()
     theirs = Checkpoint(models(server) / "other.safetensors").fingerprint()
-    with pytest.raises(GraphError, match=f"NibbleQuantize: .*was made with model {ours}, this one is {theirs}"):
+    with pytest.raises(
+        GraphError, match=f"NibbleQuantize: .*was made with model {ours}, this one is {theirs}"
+    ):
         server.run(graph)
 
 
@@ -41,7 +43,9 @@ def test_nan_weight_names_the_layer(server, tiny_state):
     state["double_blocks.0.txt_mlp.0.weight"][0, 0] = float("inf")
     save_file(state, models(server) / "inf.safetensors")
     graph = quantize_graph(FLUX_TINY | {"model": "inf.safetensors"}, method="rtn", samples=1, steps=1)
-    with pytest.raises(GraphError, match=r"NaN or Inf at the input of layer double_blocks.0.*sample 0, step 0"):
+    with pytest.raises(
+        GraphError, match=r"NaN or Inf at the input of layer double_blocks.0.*sample 0, step 0"
+    ):
         server.run(graph)
     del graph["quantize"]["inputs"]["calibration"], graph["calibrate"]
     with pytest.raises(GraphError, match=r"layer double_blocks.0.txt_mlp.0: NaN or Inf in its weight"):
@@ -71,7 +75,9 @@ def test_broken_file_is_named(server, quantized, content, message):
 
 
 def test_full_precision_file_in_the_nibble_loader(server):
-    with pytest.raises(GraphError, match=r"tiny_flux.safetensors: not a quantized model that this pack knows"):
+    with pytest.raises(
+        GraphError, match=r"tiny_flux.safetensors: not a quantized model that this pack knows"
+    ):
         server.run(load_graph(FLUX_TINY, "tiny_flux.safetensors"))
 
 
@@ -114,10 +120,16 @@ def test_lora_that_fits_nothing(server, quantized):
         server.base / "models" / "loras" / "wide.safetensors",
     )
     graph = load_graph(
-        FLUX_TINY, quantized, model=node("LoraLoaderModelOnly", model=["load", 0], lora_name="wide.safetensors", strength_model=1.0)
+        FLUX_TINY,
+        quantized,
+        model=node(
+            "LoraLoaderModelOnly", model=["load", 0], lora_name="wide.safetensors", strength_model=1.0
+        ),
     )
     with pytest.raises(
-        GraphError, match=r"double_blocks.0.img_attn.qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights, made for another model"
+        GraphError,
+        match=r"double_blocks.0.img_attn.qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights, made for "
+        r"another model",
     ):
         server.run(graph)
 
@@ -130,7 +142,12 @@ def test_dit_is_for_diffusers(comfy, tmp_path):
     from comfyui_nibble.quant_core.cli.quantize import quantize_file
     from comfyui_nibble.quant_core.methods import METHODS
 
-    DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=32, num_layers=1, sample_size=8).save_pretrained(tmp_path / "dit")
+    DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=32, num_layers=1, sample_size=8
+    ).save_pretrained(tmp_path / "dit")
     quantize_file(tmp_path / "dit", tmp_path / "q.safetensors", METHODS["rtn"], METHODS["rtn"].config)
-    with pytest.raises(DetectionError, match=r"q.safetensors: a DiT model, which ComfyUI does not have. It runs in a diffusers pipeline"):
+    with pytest.raises(
+        DetectionError,
+        match=r"q.safetensors: a DiT model, which ComfyUI does not have. It runs in a diffusers pipeline",
+    ):
         load(tmp_path / "q.safetensors")

@@ -1,4 +1,5 @@
-"""Patches that only multiply a tensor, `(None,)` at strength 0: an exact gain on a packed layer, in every way ComfyUI holds a model."""
+"""Patches that only multiply a tensor, `(None,)` at strength 0: an exact gain on a packed layer, in every way
+ComfyUI holds a model."""
 
 import re
 
@@ -7,7 +8,17 @@ import torch
 
 from comfyui_nibble.tests.assets.synthetic import random_state, sdxl_shapes, wan_shapes
 from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module, packed_hash
-from comfyui_nibble.tests.host.test_adapters import LINEAR2, MLP, MODULATION, QKV, H, adapter, merged, randn, with_lora
+from comfyui_nibble.tests.host.test_adapters import (
+    LINEAR2,
+    MLP,
+    MODULATION,
+    QKV,
+    H,
+    adapter,
+    merged,
+    randn,
+    with_lora,
+)
 from comfyui_nibble.tests.host.test_patcher import CPU, hooked, run
 from comfyui_nibble.tests.support import relative_error
 
@@ -25,14 +36,19 @@ def scaled(patcher, factor, keys=LAYERS, leaves=("weight", "bias"), value=ONLY):
 
 
 def own_bias(m):
-    """The model's own bias of a packed module: the stored one, and the correction for shifted activations taken off it."""
+    """The model's own bias of a packed module: the stored one, and the correction for shifted activations
+    taken off it."""
     return m.convert_bias(m.bias.data.float())
 
 
-# -- the weight --------------------------------------------------------------------------------------------------------
+# -- the weight
 
 
-@pytest.mark.parametrize("value", [ONLY, ("diff", ONLY), ("diff", (torch.ones(2, 3),))], ids=["plain", "named", "tensor never looked at"])
+@pytest.mark.parametrize(
+    "value",
+    [ONLY, ("diff", ONLY), ("diff", (torch.ones(2, 3),))],
+    ids=["plain", "named", "tensor never looked at"],
+)
 @pytest.mark.parametrize("factor", [1.1, 0.0, -0.5, 3.0])
 def test_weight_is_comfyuis(base, factor, value):
     before = packed_hash(base)
@@ -59,8 +75,14 @@ def test_every_method_takes_it(packed, tiny_state, one_thread, method):
     model = packed(tiny_state, method, **METHODS[method])()
     keys = [k for k in LAYERS if model._packed(f"{k}.weight")]
     assert keys
-    with_loras = with_lora(with_lora(model, adapter("lora", QKV) | adapter("diff", MLP), 0.7), adapter("lokr", LINEAR2))
-    for patched in (scaled(model, 0.9, keys), scaled(with_loras, 0.9, keys), with_lora(scaled(model, 0.9, keys), adapter("dora", QKV))):
+    with_loras = with_lora(
+        with_lora(model, adapter("lora", QKV) | adapter("diff", MLP), 0.7), adapter("lokr", LINEAR2)
+    )
+    for patched in (
+        scaled(model, 0.9, keys),
+        scaled(with_loras, 0.9, keys),
+        with_lora(scaled(model, 0.9, keys), adapter("dora", QKV)),
+    ):
         load(patched)
         for key in keys:
             m = module(patched, key)
@@ -68,7 +90,10 @@ def test_every_method_takes_it(packed, tiny_state, one_thread, method):
                 assert relative_error(merged(patched, key), attached_weight(m)) < 5e-7
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "dora by in-channel", "loha", "lokr", "lokr, decomposed", "glora", "oft", "diff", "set"])
+@pytest.mark.parametrize(
+    "kind",
+    ["lora", "dora", "dora by in-channel", "loha", "lokr", "lokr, decomposed", "glora", "oft", "diff", "set"],
+)
 @pytest.mark.parametrize("first", [True, False], ids=["under", "over"])
 def test_order_among_adapters_counts(base, kind, first):
     """A DoRA's norms and a `set` see what was scaled before them; a scale after them takes them along."""
@@ -84,7 +109,9 @@ def test_order_among_adapters_counts(base, kind, first):
 def test_parts_of_a_layer(comfy, base, offset, dense, swap):
     """ComfyUI's function is for the difference alone, and there is none."""
     patched = with_lora(base, adapter("lokr", QKV) | adapter("lora", QKV, 3))
-    patched.add_patches({(f"{QKV}.weight", offset, comfy.utils.swap_scale_shift if swap else None): ONLY}, 0.0, 0.4)
+    patched.add_patches(
+        {(f"{QKV}.weight", offset, comfy.utils.swap_scale_shift if swap else None): ONLY}, 0.0, 0.4
+    )
     load(patched)
     assert relative_error(merged(patched, QKV), attached_weight(module(patched, QKV))) < 5e-7
 
@@ -117,7 +144,7 @@ def test_merge_that_takes_nothing_of_the_other_model_only_scales(base, full):
     assert torch.equal(forward(patched), forward(base))
 
 
-# -- the bias ----------------------------------------------------------------------------------------------------------
+# -- the bias
 
 
 def runs(comfy, patched):
@@ -136,9 +163,12 @@ def runs(comfy, patched):
     yield "back again", patched
 
 
-@pytest.mark.parametrize("scaled_leaves", [("weight", "bias"), ("weight",), ("bias",)], ids=["both", "weight", "bias"])
+@pytest.mark.parametrize(
+    "scaled_leaves", [("weight", "bias"), ("weight",), ("bias",)], ids=["both", "weight", "bias"]
+)
 def test_bias_is_scaled_without_its_correction_in_every_state(comfy, base, scaled_leaves):
-    """MLP's stored bias holds a correction for shifted activations, which belongs to the weight. Its difference comes first, then 0.6."""
+    """MLP's stored bias holds a correction for shifted activations, which belongs to the weight. Its
+    difference comes first, then 0.6."""
     from comfyui_nibble.nodes.host.real_values import RealValues
 
     m = module(load(base), MLP)
@@ -202,18 +232,26 @@ def test_clones_with_and_without_take_turns(base):
     want = [forward(p) for p in (base, half, double)]
     for i in (2, 0, 1, 0, 2, 1):
         assert torch.equal(forward((base, half, double)[i]), want[i])
-    assert relative_error(2.0 * module(base, QKV).layer().dequantize(), attached_weight(module(load(double), QKV))) < 5e-7
+    assert (
+        relative_error(
+            2.0 * module(base, QKV).layer().dequantize(), attached_weight(module(load(double), QKV))
+        )
+        < 5e-7
+    )
     load(base)
 
 
 def test_all_tensors_of_a_block_by_pattern(base):
-    """ComfyUI_essentials' FluxBlocksBuster: every key of the state dict that a pattern finds, quantization data among them."""
+    """ComfyUI_essentials' FluxBlocksBuster: every key of the state dict that a pattern finds, quantization
+    data among them."""
     patched, pattern = base.clone(), re.compile(r"double_blocks\.0\.")
     keys = [k for k in base.model_state_dict() if pattern.search(k)]
     assert any(k.endswith("weight_scale") for k in keys)
     for k in keys:
         assert patched.add_patches({k: ONLY}, 0.0, 0.7) == [k]
-    assert not any(k.endswith(("weight_scale", "proj_up", "proj_down", "smooth_factor")) for k in patched.patches)
+    assert not any(
+        k.endswith(("weight_scale", "proj_up", "proj_down", "smooth_factor")) for k in patched.patches
+    )
     load(patched)
     for name, m in base.packed_layers():
         factor = 0.7 if pattern.search(name) else 1.0
@@ -224,7 +262,9 @@ def test_all_tensors_of_a_block_by_pattern(base):
 def test_real_patch_of_quantization_data_is_refused(base):
     key = f"{QKV}.weight_scale"
     scale = module(base, QKV).weight_scale
-    with pytest.raises(RuntimeError, match=rf"{key}: a patch of quantization data cannot be put on this quantized model"):
+    with pytest.raises(
+        RuntimeError, match=rf"{key}: a patch of quantization data cannot be put on this quantized model"
+    ):
         base.clone().add_patches({key: ("diff", (torch.zeros_like(scale),))})
 
 
@@ -236,7 +276,7 @@ def test_nothing_to_add_at_a_strength_is_an_error_at_once(base, key, value, stre
         base.clone().add_patches({key: value}, strength)
 
 
-# -- nodes -------------------------------------------------------------------------------------------------------------
+# -- nodes
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +286,11 @@ def unet(packed, one_thread):
 
 def unet_forward(patcher):
     g = torch.Generator().manual_seed(0)
-    x, context, label = torch.randn(1, 4, 16, 16, generator=g), torch.randn(1, 77, 2048, generator=g), torch.randn(1, 2816, generator=g)
+    x, context, label = (
+        torch.randn(1, 4, 16, 16, generator=g),
+        torch.randn(1, 77, 2048, generator=g),
+        torch.randn(1, 2816, generator=g),
+    )
     with torch.no_grad():
         return load(patcher).model.diffusion_model(x, torch.tensor([500.0]), context=context, y=label)
 
@@ -279,7 +323,9 @@ def test_blocks_of_wan(packed, one_thread):
     for key in keys:
         m = module(patched, key)
         assert relative_error(merged(patched, key), attached_weight(m)) < 5e-7
-        assert relative_error(0.75 * true[key], own_bias(m)) < (1e-6 if m.bias.dtype == torch.float32 else 2**-8)  # rounding to bf16
+        assert relative_error(0.75 * true[key], own_bias(m)) < (
+            1e-6 if m.bias.dtype == torch.float32 else 2**-8
+        )  # rounding to bf16
     load(model)
 
 
@@ -293,13 +339,19 @@ def test_scales_in_32_bit_are_counted(base):
 
 
 def test_bake_writes_the_gain_into_scales_and_bias(base):
-    """The file's scales are in 16 bit: 2^-8. The model that is baked keeps its own bias, which the patches are computed on a copy of."""
+    """The file's scales are in 16 bit: 2^-8. The model that is baked keeps its own bias, which the patches
+    are computed on a copy of."""
     from comfyui_nibble.nodes.bake import NibbleBakeLora
 
     true = own_bias(module(load(base), MLP)).clone()
     patched = scaled(with_lora(base, {f"{MLP}.diff_b": randn(H)}), 0.6, (MLP, QKV))
     baked = NibbleBakeLora.execute(patched, 0).args[0]
     for key in (MLP, QKV):
-        assert relative_error(0.6 * module(base, key).layer().dequantize(), attached_weight(module(baked, key))) < 2**-8
-    assert relative_error((true + randn(H)) * 0.6, own_bias(module(baked, MLP))) < 0.01  # its correction is of the rounded scales
+        assert (
+            relative_error(0.6 * module(base, key).layer().dequantize(), attached_weight(module(baked, key)))
+            < 2**-8
+        )
+    assert (
+        relative_error((true + randn(H)) * 0.6, own_bias(module(baked, MLP))) < 0.01
+    )  # its correction is of the rounded scales
     assert torch.equal(own_bias(module(load(base), MLP)), true)

@@ -1,4 +1,5 @@
-"""What is on the MODEL in front of Nibble Quantize: it is in the weights that are quantized, or refused by name before any work."""
+"""What is on the MODEL in front of Nibble Quantize: it is in the weights that are quantized, or refused by
+name before any work."""
 
 import logging
 
@@ -6,7 +7,18 @@ import pytest
 import torch
 
 from comfyui_nibble.tests.host.inside import forward, sample
-from comfyui_nibble.tests.host.test_adapters import KINDS, LINEAR2, MLP, MODULATION, QKV, SHAPES, H, adapter, randn, with_lora
+from comfyui_nibble.tests.host.test_adapters import (
+    KINDS,
+    LINEAR2,
+    MLP,
+    MODULATION,
+    QKV,
+    SHAPES,
+    H,
+    adapter,
+    randn,
+    with_lora,
+)
 from comfyui_nibble.tests.support import relative_error
 
 PREFIX = "diffusion_model."
@@ -64,7 +76,7 @@ def codes(patcher):
     return {name: m.weight.detach() for name, m in patcher.packed_layers()}
 
 
-# -- patches -------------------------------------------------------------------------------------------------------------
+# -- patches
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,10 +109,12 @@ def test_another_model_as_lora_counts(full, source_of):
     assert relative_error((weight(source_of(full), QKV) + target) / 2, weight(source_of(patched), QKV)) < 1e-6
 
 
-# -- bypass loaders ----------------------------------------------------------------------------------------------------
+# -- bypass loaders
 
 
-@pytest.mark.parametrize("kind", ["lora", "rank 1", "lora and bias", "loha", "lokr", "lokr, decomposed", "lokr, both decomposed"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "rank 1", "lora and bias", "loha", "lokr", "lokr, decomposed", "lokr, both decomposed"]
+)
 def test_a_bypass_lora_is_the_merged_one(full, source_of, kind):
     tensors = adapter(kind, QKV) | adapter(kind, LINEAR2, seed=1) | adapter(kind, MODULATION, seed=2)
     loaded, bypass = (source_of(load(full, tensors, -0.7)) for load in (with_lora, bypassed))
@@ -113,28 +127,45 @@ def test_a_bypass_lora_is_the_merged_one(full, source_of, kind):
 
 def test_a_bypass_lora_on_layers_in_16_bit(full, source_of):
     tensors = {f"{FINAL}.lora_up.weight": randn(64, 4), f"{FINAL}.lora_down.weight": randn(4, H)}
-    assert relative_error(weight(source_of(with_lora(full, tensors)), FINAL), weight(source_of(bypassed(full, tensors)), FINAL)) < 1e-6
+    assert (
+        relative_error(
+            weight(source_of(with_lora(full, tensors)), FINAL),
+            weight(source_of(bypassed(full, tensors)), FINAL),
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["dora", "lokr with dora"])
 def test_magnitudes_that_a_bypass_leaves_out_stay_out(comfy, full, tiny_state, source_of, kind):
     """What is quantized is what the model in front of the node draws."""
     bypass = bypassed(full, adapter(kind, QKV))
-    assert relative_error(weight(source_of(with_lora(full, adapter(kind, QKV))), QKV), weight(source_of(bypass), QKV)) > 0.1
-    state = {k: t.float() for k, t in tiny_state.items()} | {f"{QKV.removeprefix(PREFIX)}.weight": weight(source_of(bypass), QKV)}
+    assert (
+        relative_error(
+            weight(source_of(with_lora(full, adapter(kind, QKV))), QKV), weight(source_of(bypass), QKV)
+        )
+        > 0.1
+    )
+    state = {k: t.float() for k, t in tiny_state.items()} | {
+        f"{QKV.removeprefix(PREFIX)}.weight": weight(source_of(bypass), QKV)
+    }
     assert relative_error(forward(bypass), forward(comfy.sd.load_diffusion_model_state_dict(state))) < 1e-5
 
 
 def test_bypass_loaders_and_others_add_up(full, source_of):
     both = bypassed(with_lora(full, adapter("dora", QKV)), adapter("lora", QKV, seed=5), 0.5)
-    want = weight(source_of(with_lora(with_lora(full, adapter("dora", QKV)), adapter("lora", QKV, seed=5), 0.5)), QKV)
+    want = weight(
+        source_of(with_lora(with_lora(full, adapter("dora", QKV)), adapter("lora", QKV, seed=5), 0.5)), QKV
+    )
     assert relative_error(want, weight(source_of(both), QKV)) < 1e-6
 
 
 def test_of_two_bypass_loaders_the_second_counts_as_in_comfyui(full, source_of):
     second = bypassed(bypassed(full, adapter("lora", QKV)), adapter("lora", MLP))
     assert torch.equal(weight(source_of(second), QKV), weight(source_of(full), QKV))
-    assert torch.equal(weight(source_of(second), MLP), weight(source_of(bypassed(full, adapter("lora", MLP))), MLP))
+    assert torch.equal(
+        weight(source_of(second), MLP), weight(source_of(bypassed(full, adapter("lora", MLP))), MLP)
+    )
 
 
 def test_a_calibration_made_before_the_first_run_serves_after_it(comfy, tiny_state, source_of):
@@ -144,19 +175,23 @@ def test_a_calibration_made_before_the_first_run_serves_after_it(comfy, tiny_sta
     before = source_of(bypass).fingerprint()
     sample(bypass, 1)
     assert source_of(bypass).fingerprint() == before
-    assert source_of(held).fingerprint() not in (before, source_of(bypassed(held, adapter("lora", QKV), 0.9)).fingerprint())
+    assert source_of(held).fingerprint() not in (
+        before,
+        source_of(bypassed(held, adapter("lora", QKV), 0.9)).fingerprint(),
+    )
 
 
 def test_the_node_quantizes_a_bypass_lora(full, monkeypatch, tmp_path):
     tensors = adapter("lora", QKV) | adapter("lokr", LINEAR2)
     loaded, bypass, plain = (
-        codes(quantize(m, monkeypatch, tmp_path)) for m in (with_lora(full, tensors), bypassed(full, tensors), full.clone())
+        codes(quantize(m, monkeypatch, tmp_path))
+        for m in (with_lora(full, tensors), bypassed(full, tensors), full.clone())
     )
     assert all(torch.equal(loaded[name], bypass[name]) for name in loaded)
     assert {name for name in plain if not torch.equal(plain[name], bypass[name])} == {QKV, LINEAR2}
 
 
-# -- what cannot count -------------------------------------------------------------------------------------------------
+# -- what cannot count
 
 
 def injected(model):
@@ -179,7 +214,8 @@ def replaced_layer(model):
 
 
 UNCOUNTED = {
-    injected: r"this model has injections on motion, which act on its own layers.*Put the node that makes them behind the quantized model",
+    injected: r"this model has injections on motion, which act on its own layers.*Put the node that makes them "
+        r"behind the quantized model",
     wrapped_weight: rf"weight wrappers on {QKV}.weight, which",
     replaced_method: rf"object patches on {PREFIX}single_blocks.0.forward, {PREFIX}single_blocks.1.forward, which",
     replaced_layer: rf"object patches on {PREFIX}img_in, which",
@@ -212,7 +248,17 @@ def test_what_acts_on_the_models_own_layers_is_refused(full, put_on, refused, id
     prompt = [[torch.zeros(1, 8, 128), {"pooled_output": torch.zeros(1, 128)}]]
     with pytest.raises(refused, match=UNCOUNTED[put_on]):
         NibbleCalibrate.execute(
-            model, {"positive0": prompt}, {"samples": torch.zeros(1, 16, 16, 16)}, "euler", "simple", 1, 1.0, 1, 1, 4.0, False
+            model,
+            {"positive0": prompt},
+            {"samples": torch.zeros(1, 16, 16, 16)},
+            "euler",
+            "simple",
+            1,
+            1.0,
+            1,
+            1,
+            4.0,
+            False,
         )
 
 
@@ -246,8 +292,14 @@ def test_a_bypass_lora_of_another_model_is_refused(full, source_of, misfit):
 def test_patches_of_no_known_kind_are_refused(full, source_of, misfit):
     for value, message in (
         (("conjugate", (randn(*SHAPES[QKV]),)), "a patch of the unknown kind 'conjugate'"),
-        (("model_as_lora", (randn(H, H),)), "the difference to another model, whose weight is 256 x 256, on 768 x 256 weights"),
-        ([(randn(H, H), lambda w, **kwargs: w)], "a merge with another model, whose weight is 256 x 256, on 768 x 256 weights"),
+        (
+            ("model_as_lora", (randn(H, H),)),
+            "the difference to another model, whose weight is 256 x 256, on 768 x 256 weights",
+        ),
+        (
+            [(randn(H, H), lambda w, **kwargs: w)],
+            "a merge with another model, whose weight is 256 x 256, on 768 x 256 weights",
+        ),
         ((None,), "a full difference without a tensor"),
     ):
         patched = full.clone()
@@ -271,4 +323,7 @@ def test_a_lora_that_misses_the_first_layer_alone_is_merged_but_for_it(full, sou
 
 def test_a_new_shape_that_is_the_layers_own_is_none(full, source_of):
     same = adapter("lora", QKV) | {f"{QKV}.reshape_weight": torch.tensor(SHAPES[QKV])}
-    assert torch.equal(weight(source_of(with_lora(full, same)), QKV), weight(source_of(with_lora(full, adapter("lora", QKV))), QKV))
+    assert torch.equal(
+        weight(source_of(with_lora(full, same)), QKV),
+        weight(source_of(with_lora(full, adapter("lora", QKV))), QKV),
+    )

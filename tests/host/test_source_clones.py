@@ -1,5 +1,5 @@
-"""Several clones of one model: what one of them has put on the modules that they share, wrapped blocks, injections, hooks, LoRAs, is not
-read as part of another, of a source and of a quantized model alike."""
+"""Several clones of one model: what one of them has put on the modules that they share, wrapped blocks,
+injections, hooks, LoRAs, is not read as part of another, of a source and of a quantized model alike."""
 
 import inspect
 
@@ -52,7 +52,9 @@ def inserted(patcher):
     blocks, motion = patcher.model.diffusion_model.single_blocks, torch.nn.Linear(3, 3)
     inject = lambda p: blocks.register_module("motion", motion)
     clone = patcher.clone()
-    clone.set_injections("motion", [PatcherInjection(inject=inject, eject=lambda p: blocks.__delattr__("motion"))])
+    clone.set_injections(
+        "motion", [PatcherInjection(inject=inject, eject=lambda p: blocks.__delattr__("motion"))]
+    )
     return load(clone)
 
 
@@ -113,7 +115,10 @@ def test_a_source_is_the_model_without_what_another_clone_has_left(full, source_
     before = {key: source_of(full).get(key).clone() for key in source_of(full).keys}
     fingerprint = source_of(full).fingerprint()
     held = LEFT[left](full)
-    state = lambda: [(list(m.named_modules()), list(m.state_dict()), [c.forward for c in m.modules()]) for m in [full.model]]
+    state = lambda: [
+        (list(m.named_modules()), list(m.state_dict()), [c.forward for c in m.modules()])
+        for m in [full.model]
+    ]
     left_so = state()
     source = source_of(full)
     assert state() == left_so  # reading is no change of the model that ComfyUI holds
@@ -126,8 +131,16 @@ def test_a_source_is_the_model_without_what_another_clone_has_left(full, source_
 
 
 @pytest.mark.parametrize("wrap", [Wrap, compiled])
-def test_blocks_that_a_node_has_compiled_are_their_own_weights(full, source_of, wrap, monkeypatch, tmp_path, caplog):  # noqa: F811
-    """Before and after the first run of the compiled model, which is the one in front of the node; the log says that it is not compiled."""
+def test_blocks_that_a_node_has_compiled_are_their_own_weights(
+    full,
+    source_of,  # noqa: F811
+    wrap,
+    monkeypatch,
+    tmp_path,
+    caplog,
+):
+    """Before and after the first run of the compiled model, which is the one in front of the node; the log
+    says that it is not compiled."""
     plain = packed_hash(quantize(full, monkeypatch, tmp_path))
     model = wrapped(full, wrap)
     for run in range(2):
@@ -156,10 +169,17 @@ def calibrated(model, folder, monkeypatch) -> Calibration:
 
     monkeypatch.setattr(folder_paths, "output_directory", str(folder))
     g = torch.Generator().manual_seed(1)
-    prompt = [[torch.randn(1, 8, 128, generator=g), {"pooled_output": torch.randn(1, 128, generator=g), "guidance": 3.5}]]
+    prompt = [
+        [
+            torch.randn(1, 8, 128, generator=g),
+            {"pooled_output": torch.randn(1, 128, generator=g), "guidance": 3.5},
+        ]
+    ]
     latent = {"samples": torch.zeros(1, 16, 16, 16)}
     with torch.inference_mode():
-        return NibbleCalibrate.execute(model, {"positive0": prompt}, latent, "euler", "simple", 2, 1.0, 1, 2, 4.0, True).args[0]
+        return NibbleCalibrate.execute(
+            model, {"positive0": prompt}, latent, "euler", "simple", 2, 1.0, 1, 2, 4.0, True
+        ).args[0]
 
 
 def through_the_node(patcher):
@@ -171,7 +191,9 @@ def through_the_node(patcher):
     return clone
 
 
-@pytest.mark.parametrize("compile_", [through_the_node, lambda m: wrapped(m, compiled)], ids=["network", "blocks"])
+@pytest.mark.parametrize(
+    "compile_", [through_the_node, lambda m: wrapped(m, compiled)], ids=["network", "blocks"]
+)
 def test_a_compiled_model_is_calibrated_as_it_is_without(full, compile_, tmp_path, monkeypatch):
     """Graphs that were compiled before the hooks came would not call them."""
     model = compile_(full)
@@ -191,10 +213,12 @@ def test_the_quantized_model_is_compiled_where_the_source_was(full, monkeypatch,
     assert torch.equal(sample(made), want)
     (wrapper,) = made.wrappers["apply_model"]["torch.compile"]
     held = inspect.getclosurevars(wrapper).nonlocals["compiled_module_dict"]
-    assert {name: module._orig_mod for name, module in held.items()} == {"diffusion_model": made.model.diffusion_model}
+    assert {name: module._orig_mod for name, module in held.items()} == {
+        "diffusion_model": made.model.diffusion_model
+    }
 
 
-# -- settings that are carried -----------------------------------------------------------------------------------------
+# -- settings that are carried
 
 
 def test_settings_of_the_network_stay_in_force(full, monkeypatch, tmp_path):
@@ -211,7 +235,9 @@ def test_methods_of_the_model_ask_the_new_one(full, monkeypatch, tmp_path):
     import types
 
     model = full.clone()
-    model.add_object_patch("memory_required", types.MethodType(lambda self, *args, **kwargs: id(self), full.model))
+    model.add_object_patch(
+        "memory_required", types.MethodType(lambda self, *args, **kwargs: id(self), full.model)
+    )
     model.add_object_patch("manual_cast_dtype", torch.bfloat16)
     made = quantize(model, monkeypatch, tmp_path)
     assert made.object_patches["memory_required"]() == id(made.model) != id(full.model)
@@ -226,7 +252,7 @@ def test_attachments_of_other_packs_come_along(full, monkeypatch, tmp_path):
     assert made.attachments["nibble"]["family"] == "flux"
 
 
-# -- quantized models --------------------------------------------------------------------------------------------------
+# -- quantized models
 
 
 @pytest.fixture
@@ -244,7 +270,9 @@ PUT_ON = {
 
 @pytest.mark.parametrize("on_loading", [False, True], ids=["sampled", "loaded"])
 @pytest.mark.parametrize("kind", PUT_ON)
-def test_a_quantized_model_is_saved_without_what_a_clone_has_left(quantized, kind, on_loading, tmp_path, monkeypatch):
+def test_a_quantized_model_is_saved_without_what_a_clone_has_left(
+    quantized, kind, on_loading, tmp_path, monkeypatch
+):
     """loaded: where the run broke off before ComfyUI's clean-up."""
     import folder_paths
 
@@ -263,7 +291,9 @@ def test_a_quantized_model_is_saved_without_what_a_clone_has_left(quantized, kin
         assert all(torch.equal(a[leaf], b[leaf]) for leaf in a)
 
 
-def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(quantized, full, tmp_path, monkeypatch):
+def test_the_compiled_model_itself_is_saved_swapped_exported_and_rebuilt(
+    quantized, full, tmp_path, monkeypatch
+):
     import folder_paths
 
     from comfyui_nibble.nodes.export import NibbleExportModel
@@ -296,7 +326,9 @@ def test_a_lora_is_baked_from_a_wrapped_model(quantized):
         with_lora(quantized, adapter("lora and bias", QKV) | adapter("lora", LINEAR2)),
         quantized.model.state_dict()[f"{QKV}.bias"],
     )
-    want, got = (NibbleBakeLora.execute(m, 0).args[0].model.state_dict() for m in (patched, load(wrapped(patched))))
+    want, got = (
+        NibbleBakeLora.execute(m, 0).args[0].model.state_dict() for m in (patched, load(wrapped(patched)))
+    )
     assert want.keys() == got.keys()
     assert all(torch.equal(want[key], got[key]) for key in want)
     assert not torch.equal(want[f"{QKV}.bias"], bias)

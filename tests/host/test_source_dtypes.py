@@ -1,4 +1,5 @@
-"""Models that ComfyUI holds in any float dtype, biases and norms too, as sources; and LoRAs on those in 8 bits."""
+"""Models that ComfyUI holds in any float dtype, biases and norms too, as sources; and LoRAs on those in 8
+bits."""
 
 import pytest
 import torch
@@ -40,10 +41,15 @@ def test_every_tensor_of_a_source_has_arithmetic(tiny_state, source_of, dtype): 
         assert torch.equal(source.get(key).double(), state[key].double())
 
 
-@pytest.mark.parametrize("options", [*({"dtype": d} for d in DTYPES), {"dtype": FP8[0], "fp8_optimizations": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"dtype": d} for d in DTYPES), {"dtype": FP8[0], "fp8_optimizations": True}], ids=str
+)
 def test_a_model_in_any_float_dtype_is_quantized(comfy, tiny_state, monkeypatch, tmp_path, options):
     """To what the model in that dtype draws: 8-bit weights are the source's own, not an error of ours."""
-    model, rounded = held(tiny_state, **options), {k: t.to(options["dtype"]).float() for k, t in tiny_state.items()}
+    model, rounded = (
+        held(tiny_state, **options),
+        {k: t.to(options["dtype"]).float() for k, t in tiny_state.items()},
+    )
     made = quantize(model, monkeypatch, tmp_path)
     # 0.247 to 0.255 measured for all of them, of rounding to nearest in 4 bits.
     assert relative_error(forward(held(rounded)), forward(made)) < 0.3

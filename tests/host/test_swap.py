@@ -1,4 +1,5 @@
-"""Nibble Swap Blocks: the result against files that hold the same layers, and what is shared, carried over and refused."""
+"""Nibble Swap Blocks: the result against files that hold the same layers, and what is shared, carried over
+and refused."""
 
 from collections import Counter
 
@@ -15,7 +16,11 @@ from comfyui_nibble.tests.support import relative_error
 
 H = 256
 FULL = node("UNETLoader", unet_name="tiny_flux.safetensors", weight_dtype="default")
-DOUBLE = [f"double_blocks.0.{s}_{leaf}" for s in ("img", "txt") for leaf in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
+DOUBLE = [
+    f"double_blocks.0.{s}_{leaf}"
+    for s in ("img", "txt")
+    for leaf in ("mod.lin", "attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+]
 SINGLE = [f"single_blocks.{i}.{leaf}" for i in range(2) for leaf in ("linear1", "linear2", "modulation.lin")]
 
 
@@ -32,7 +37,9 @@ def files(server):
     for name, method in (("svd", "svdquant_r"), ("rot", "convrot")):
         graph = quantize_graph(FLUX_TINY, method=method, prefix=f"diffusion_models/swap_{name}")
         server.run({k: graph[k] for k in ("load", "prompts", "latent", "calibrate", "quantize", "save")})
-    return {name: nibble.PackFile(folder(server) / f"swap_{name}_00001_.safetensors") for name in ("svd", "rot")}
+    return {
+        name: nibble.PackFile(folder(server) / f"swap_{name}_00001_.safetensors") for name in ("svd", "rot")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +92,8 @@ def plain(server, model, **extra):
 
 
 def composed(server, name, of, tiny_state):
-    """A packed file written by hand: of(layer) says which PackFile a layer comes from, None for full precision."""
+    """A packed file written by hand: of(layer) says which PackFile a layer comes from, None for full
+    precision."""
     layers, rest = {}, {k: t for k, t in tiny_state.items() if k.rpartition(".")[0] not in DOUBLE + SINGLE}
     for layer in DOUBLE + SINGLE:
         if (file := of(layer)) is None:
@@ -128,14 +136,17 @@ def test_result_is_what_a_file_with_these_layers_gives(server, files, tiny_state
 
 @pytest.mark.parametrize("blocks", ["*img_mlp.2", "*txt_mlp.2", "*mlp.0"])
 def test_one_quantized_layer_of_an_mlp_moves_the_full_model_little(server, blocks):
-    """By 0.0048, 0.0017 and 0.0072 (measured); with a GELU too many in front of mlp.2 by 0.203 and 0.032, without one by 1.06 and 0.43."""
+    """By 0.0048, 0.0017 and 0.0072 (measured); with a GELU too many in front of mlp.2 by 0.203 and 0.032,
+    without one by 1.06 and 0.43."""
     assert 0 < relative_error(plain(server, FULL), latents(server, swapped(FULL, SVD, blocks))) < 0.01
 
 
 def test_error_falls_with_each_part_that_comes_from_full_precision(server):
     full = plain(server, FULL)
     parts = ["single 1", "single 1; double 0", "single 0-1; double 0"]
-    errors = [relative_error(full, plain(server, ROT))] + [relative_error(full, latents(server, swapped(ROT, FULL, p))) for p in parts]
+    errors = [relative_error(full, plain(server, ROT))] + [
+        relative_error(full, latents(server, swapped(ROT, FULL, p))) for p in parts
+    ]
     # 0.205, 0.182, 0.070 and 0 measured: most of it is the double block's.
     assert errors == sorted(errors, reverse=True)
     assert 0 < errors[2] < 0.5 * errors[1] < 0.5 * errors[0]
@@ -149,7 +160,9 @@ def test_report(server, files, tiny_state):
     # ComfyUI holds 16-bit tensors in fp32 on a CPU.
     full = sum(4 * t.numel() for t in tiny_state.values())
     size = lambda names: sum(files["svd"].layer(n).nbytes for n in names)
-    floats = lambda names: sum(4 * tiny_state[f"{n}.{leaf}"].numel() for n in names for leaf in ("weight", "bias"))
+    floats = lambda names: sum(
+        4 * tiny_state[f"{n}.{leaf}"].numel() for n in names for leaf in ("weight", "bias")
+    )
     result = full - floats(SINGLE) + size(SINGLE)
     assert lines[:3] == [
         f"FLUX.1: A with double 0; img_in of B, {mib(result)}",
@@ -157,10 +170,15 @@ def test_report(server, files, tiny_state):
         f"B: full precision, {mib(full)}",
     ]
     kinds = Counter(files["svd"].specs[n].describe() for n in SINGLE)
-    assert lines[3] == f"From A: 6 layers{''.join(f', {count} {kind}' for kind, count in kinds.most_common())}; 18 other tensors"
+    assert lines[3] == (
+        f"From A: 6 layers{''.join(f', {count} {kind}' for kind, count in kinds.most_common())}; 18 "
+        "other tensors"
+    )
     # img_in's weight and bias, and the scales of the block's four norms.
     assert lines[4:6] == ["From B: 10 layers, 10 full precision; 6 other tensors", ""]
-    assert lines[6:] == [f"{n:29}  full precision instead of {files['svd'].specs[n].describe()}" for n in DOUBLE]
+    assert lines[6:] == [
+        f"{n:29}  full precision instead of {files['svd'].specs[n].describe()}" for n in DOUBLE
+    ]
 
 
 def test_saved_and_loaded_it_is_the_same(server, files):
@@ -175,7 +193,9 @@ def test_saved_and_loaded_it_is_the_same(server, files):
     # The fingerprint of the full-precision model is the one that its quantization was made with.
     assert saved.provenance["b"] == {"model": files["svd"].provenance["model"], "method": "full precision"}
     assert saved.provenance["settings"] == {"blocks": "single 0"}
-    assert [r for r in saved.report if r["name"] in kept] == [r for r in files["svd"].report if r["name"] in kept]
+    assert [r for r in saved.report if r["name"] in kept] == [
+        r for r in files["svd"].report if r["name"] in kept
+    ]
     assert sorted(describe(path)["left in 16 bit"]) == sorted(set(DOUBLE + SINGLE) - set(kept))
 
 
@@ -207,7 +227,11 @@ def test_memory_is_shared_with_both(server, files):
     with_a, with_b = (set(outputs[f"text_{x}"]["text"][0].splitlines()) for x in ("a", "b"))
     keys = lambda file, names: {f"{n}.{leaf}" for n in names for leaf in file.specs[n].shapes()}
     # 16-bit linear layers as well: ComfyUI runs them on a CPU in the fp32 in which it already holds them.
-    linear = {f"{n}.{leaf}" for n in ("img_in", "txt_in", "time_in.in_layer", "final_layer.linear") for leaf in ("weight", "bias")}
+    linear = {
+        f"{n}.{leaf}"
+        for n in ("img_in", "txt_in", "time_in.in_layer", "final_layer.linear")
+        for leaf in ("weight", "bias")
+    }
     assert keys(files["svd"], SINGLE) | linear <= with_a
     assert keys(files["rot"], DOUBLE) <= with_b
     assert not any(k.startswith("double") for k in with_a)
@@ -232,7 +256,11 @@ def test_loras_stay_on_what_is_taken(server, loras, a, b):
 def test_a_model_that_is_loaded_with_a_lora_gives_its_own_weights(server, loras):
     """The LoRA's weights stand in the place of the model's own when the swap reads it."""
     graph = swapped(
-        FULL, SVD, "single 0", with_lora=lora("single", "a"), first=sampling(["with_lora", 0], ["prompt", 0], ["latent", 0], steps=1)
+        FULL,
+        SVD,
+        "single 0",
+        with_lora=lora("single", "a"),
+        first=sampling(["with_lora", 0], ["prompt", 0], ["latent", 0], steps=1),
     )
     graph["wait"] = node("TestAfter", model=["a", 0], samples=["first", 0])
     graph["swap"]["inputs"]["model_a"] = ["wait", 0]
@@ -240,7 +268,9 @@ def test_a_model_that_is_loaded_with_a_lora_gives_its_own_weights(server, loras)
 
 
 def test_sampling_settings_come_from_a(server):
-    shift = lambda x: node("ModelSamplingFlux", model=[x, 0], max_shift=4.0, base_shift=4.0, width=512, height=512)
+    shift = lambda x: node(
+        "ModelSamplingFlux", model=[x, 0], max_shift=4.0, base_shift=4.0, width=512, height=512
+    )
     graph = swapped(SVD, ROT, "double 0", shifted=shift("a"))
     graph["swap"]["inputs"]["model_a"] = ["shifted", 0]
     got = latents(server, graph)
@@ -272,38 +302,61 @@ def test_fp8_models_of_comfyui(server, tiny_state):
 @pytest.mark.parametrize(
     ("name", "shapes", "message"),
     [
-        ("pixart.safetensors", None, r"model_b is PixArt-alpha and PixArt-Sigma, blocks 1, hidden width 1152. .*img_in.weight: 256 x 64 in model_a, missing in model_b"),
+        ("pixart.safetensors", None, 
+            r"model_b is PixArt-alpha and PixArt-Sigma, blocks 1, hidden width 1152. .*img_in.weight: 256 "
+            r"x 64 in model_a, missing in model_b"),
         ("swap_deep.safetensors", flux_shapes(2, 2, H, 64, 64, False), r"model_b is FLUX.1, double_blocks 2, single_blocks 2, hidden width 256"),
-        ("swap_wide.safetensors", flux_shapes(1, 2, 2 * H, 64, 64, False), r"model_b is FLUX.1, double_blocks 1, single_blocks 2, hidden width 512. .*img_in.weight: 256 x 64 in model_a, 512 x 64 in model_b"),
+        ("swap_wide.safetensors", flux_shapes(1, 2, 2 * H, 64, 64, False), 
+            r"model_b is FLUX.1, double_blocks 1, single_blocks 2, hidden width 512. .*img_in.weight: 256 "
+            r"x 64 in model_a, 512 x 64 in model_b"),
     ],
 )  # fmt: skip
 def test_other_architectures_are_refused(server, name, shapes, message):
     if shapes is not None:
         save_random(server.base / "models" / "diffusion_models" / name, shapes)
     other = node("UNETLoader", unet_name=name, weight_dtype="default")
-    start = r"NibbleSwapBlocks: Nibble Swap Blocks: the models differ in architecture. model_a is FLUX.1, double_blocks 1, single_blocks 2, hidden width 256; "
+    start = (
+        r"NibbleSwapBlocks: Nibble Swap Blocks: the models differ in architecture. model_a is FLUX.1, "
+        r"double_blocks 1, single_blocks 2, hidden width 256; "
+    )
     with pytest.raises(GraphError, match=start + message):
         server.run(swapped(SVD, other, "all"))
 
 
 def test_two_full_precision_models_are_refused(server):
-    with pytest.raises(GraphError, match="neither model is quantized by Nibble. Connect at least one from Nibble Quantize"):
+    with pytest.raises(
+        GraphError, match="neither model is quantized by Nibble. Connect at least one from Nibble Quantize"
+    ):
         server.run(swapped(FULL, FULL, "all"))
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_bypass_loras_are_refused(server, loras, side):
     graph = swapped(FULL, SVD, "all") | {"bypass": lora("single", "a", "LoraLoaderBypassModelOnly")}
-    graph["swap"]["inputs"] = {"model_a": ["b", 0], "model_b": ["b", 0], "blocks": "all", f"model_{side}": ["bypass", 0]}
-    with pytest.raises(GraphError, match=rf"model_{side} has injections \(bypass_lora\).* behind Nibble Swap Blocks"):
+    graph["swap"]["inputs"] = {
+        "model_a": ["b", 0],
+        "model_b": ["b", 0],
+        "blocks": "all",
+        f"model_{side}": ["bypass", 0],
+    }
+    with pytest.raises(
+        GraphError, match=rf"model_{side} has injections \(bypass_lora\).* behind Nibble Swap Blocks"
+    ):
         server.run(graph)
 
 
 @pytest.mark.parametrize(
     ("blocks", "message"),
     [
-        ("", r"Nibble Swap Blocks, blocks: no blocks are chosen, the text is empty. This model has double 0 \(in each: img_attn"),
-        ("double 0-1", r"'double 0-1': there is no block 1 in double_blocks. This model has double 0 .*; single 0-1 "),
+        (
+            "",
+            r"Nibble Swap Blocks, blocks: no blocks are chosen, the text is empty. This model has double 0 "
+            r"\(in each: img_attn",
+        ),
+        (
+            "double 0-1",
+            r"'double 0-1': there is no block 1 in double_blocks. This model has double 0 .*; single 0-1 ",
+        ),
         ("*.atn", r"'\*.atn' matches no module"),
     ],
 )

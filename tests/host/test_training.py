@@ -29,10 +29,18 @@ def calibration(model, one_thread, tmp_path_factory):
 
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
     g = torch.Generator().manual_seed(1)
-    prompt = [[torch.randn(1, 8, 128, generator=g), {"pooled_output": torch.randn(1, 128, generator=g), "guidance": 3.5}] for _ in range(2)]
+    prompt = [
+        [
+            torch.randn(1, 8, 128, generator=g),
+            {"pooled_output": torch.randn(1, 128, generator=g), "guidance": 3.5},
+        ]
+        for _ in range(2)
+    ]
     latent = {"samples": torch.zeros(1, 16, 16, 16)}
     with torch.inference_mode():
-        made = NibbleCalibrate.execute(model, {"positive0": prompt}, latent, "euler", "simple", STEPS, 1.0, 1, SAMPLES, 4.0, False)
+        made = NibbleCalibrate.execute(
+            model, {"positive0": prompt}, latent, "euler", "simple", STEPS, 1.0, 1, SAMPLES, 4.0, False
+        )
     return made.args[0]
 
 
@@ -84,7 +92,8 @@ def test_trained_model_samples(model, calibration, trained):
 
 
 def test_the_full_model_is_as_it_was(comfy, model, trained):
-    """Training replaces tensors of inference mode for its own time only: the same objects stand in the network again."""
+    """Training replaces tensors of inference mode for its own time only: the same objects stand in the
+    network again."""
     before, _, _ = trained
     assert not comfy.model_management.in_training
     after = dict(model.model.named_parameters())
@@ -117,7 +126,10 @@ def test_interrupted_training_goes_on(comfy, model, calibration, trained, monkey
 
         return train, seen
 
-    for at, done in ((2, 2), (3, 3)):  # the second block; two blocks are left then, and the first run of blocks is the third
+    for at, done in (
+        (2, 2),
+        (3, 3),
+    ):  # the second block; two blocks are left then, and the first run of blocks is the third
         train, seen = stopping(at)
         monkeypatch.setattr(trainer, "train", train)
         with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -1,4 +1,5 @@
-"""Keys of a LoRA file without a layer: found whatever the log shows, with ComfyUI's own lines as the caller asked for them."""
+"""Keys of a LoRA file without a layer: found whatever the log shows, with ComfyUI's own lines as the caller
+asked for them."""
 
 import logging
 from collections.abc import Mapping
@@ -9,10 +10,14 @@ import torch
 from comfyui_nibble.tests.host.test_adapters import MLP, QKV, H, adapter, randn, with_lora
 
 STRAY = {"lora_unet_x.lora_down.weight": randn(4, 9), "lora_unet_x.lora_up.weight": randn(9, 4)}
-REFUSAL = "2 keys and none has a layer in this model, so the LoRA was made for another one: lora_unet_x.lora_down"
+REFUSAL = (
+    "2 keys and none has a layer in this model, so the LoRA was made for another one: lora_unet_x.lora_down"
+)
 
 
-@pytest.fixture(params=[logging.DEBUG, logging.ERROR, logging.CRITICAL + 1], ids=["debug", "error", "nothing"])
+@pytest.fixture(
+    params=[logging.DEBUG, logging.ERROR, logging.CRITICAL + 1], ids=["debug", "error", "nothing"]
+)
 def level(request):
     """Whatever the log shows."""
     root = logging.getLogger()
@@ -49,10 +54,17 @@ def missing_of(comfy, tensors, targets, **options):
     return sorted(unmatched.keys_of(loaded))
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora and bias", "dora", "loha", "lokr, both decomposed", "glora", "oft", "diff", "set"])
+@pytest.mark.parametrize(
+    "kind", ["lora", "lora and bias", "dora", "loha", "lokr, both decomposed", "glora", "oft", "diff", "set"]
+)
 def test_the_keys_are_those_that_comfyui_logs(comfy, kind, caplog):
     tensors = adapter(kind, QKV) | adapter(kind, MLP) | {f"{QKV}.unknown": randn(1), "w.diff": randn(2)}
-    for targets in ({QKV: f"{QKV}.weight"}, {QKV: f"{QKV}.weight", MLP: f"{MLP}.weight"}, {"other": "other.weight"}, {}):
+    for targets in (
+        {QKV: f"{QKV}.weight"},
+        {QKV: f"{QKV}.weight", MLP: f"{MLP}.weight"},
+        {"other": "other.weight"},
+        {},
+    ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             missing = missing_of(comfy, tensors, targets)
@@ -71,7 +83,9 @@ def test_comfyuis_lines_appear_as_the_caller_asks(comfy, caplog):
 
 def test_tensors_that_comfyui_looks_at_in_vain_are_not_used(comfy):
     """OFT blocks of two dimensions: neither of its two adapters for such blocks takes them."""
-    assert missing_of(comfy, {f"{QKV}.oft_blocks": randn(4, 4)}, {QKV: f"{QKV}.weight"}) == [f"{QKV}.oft_blocks"]
+    assert missing_of(comfy, {f"{QKV}.oft_blocks": randn(4, 4)}, {QKV: f"{QKV}.weight"}) == [
+        f"{QKV}.oft_blocks"
+    ]
 
 
 def test_any_mapping_is_read_by_its_own_methods(comfy):
@@ -93,7 +107,8 @@ def test_any_mapping_is_read_by_its_own_methods(comfy):
 
 
 def test_a_newer_loader_is_called_with_what_it_is_given(comfy, monkeypatch):
-    """Read off ComfyUI after 0.38: attention preferences are keys ending in `.config`, patches that are no tensors. New arguments pass."""
+    """Read off ComfyUI after 0.38: attention preferences are keys ending in `.config`, patches that are no
+    tensors. New arguments pass."""
     from comfyui_nibble.nodes.host import unmatched
 
     def newer(lora, to_load, log_missing=True, *, fast_disk=False):
@@ -104,5 +119,8 @@ def test_a_newer_loader_is_called_with_what_it_is_given(comfy, monkeypatch):
 
     monkeypatch.setattr(comfy.lora, "load_lora", newer)
     unmatched.observe()
-    tensors = {f"{QKV}.diff": randn(3 * H, H), "a.comfy_attention.config": torch.zeros(2, dtype=torch.uint8)} | STRAY
+    tensors = {
+        f"{QKV}.diff": randn(3 * H, H),
+        "a.comfy_attention.config": torch.zeros(2, dtype=torch.uint8),
+    } | STRAY
     assert missing_of(comfy, tensors, {QKV: f"{QKV}.weight"}, fast_disk=True) == sorted(STRAY)

@@ -1,4 +1,5 @@
-"""The example workflows: each graph, its API twin and its picture; run small in a real ComfyUI, opened in its real frontend."""
+"""The example workflows: each graph, its API twin and its picture; run small in a real ComfyUI, opened in its
+real frontend."""
 
 import json
 import re
@@ -106,23 +107,38 @@ def test_graph_and_twin_agree(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_overlaps_and_every_node_is_in_a_group(name):
     graph, title_bar = workflow(name), 30
-    boxes = [(x, y - title_bar, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in graph["nodes"])]
+    boxes = [
+        (x, y - title_bar, x + w, y + h) for (x, y), (w, h) in ((n["pos"], n["size"]) for n in graph["nodes"])
+    ]
     for a, b in combinations(boxes, 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
     assert [g["title"] for g in graph["groups"]] == GROUPS[name]
     groups = [(x, y, x + w, y + h) for x, y, w, h in (g["bounding"] for g in graph["groups"])]
     for n, box in zip(graph["nodes"], boxes, strict=True):
-        inside = [g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]]
+        inside = [
+            g for g in groups if g[0] <= box[0] and g[1] <= box[1] and box[2] <= g[2] and box[3] <= g[3]
+        ]
         assert len(inside) == (n["type"] not in UI_ONLY_NODES), n["type"]
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("flux") and "Calibrate" in GROUPS[n]])
 @pytest.mark.parametrize(
-    "kind", ["UNETLoader", "DualCLIPLoader", "NibbleCalibrationPrompts", "FluxGuidance", "EmptySD3LatentImage", "NibbleCalibrate"]
+    "kind",
+    [
+        "UNETLoader",
+        "DualCLIPLoader",
+        "NibbleCalibrationPrompts",
+        "FluxGuidance",
+        "EmptySD3LatentImage",
+        "NibbleCalibrate",
+    ],
 )
 def test_calibrates_as_flux_4bit(name, kind):
     """So that a finished calibration serves all; small values hide a difference from the runs below."""
-    values = lambda name: [{k: v for k, v in n["inputs"].items() if not isinstance(v, list)} for n in of_kind(twin(name), kind).values()]
+    values = lambda name: [
+        {k: v for k, v in n["inputs"].items() if not isinstance(v, list)}
+        for n in of_kind(twin(name), kind).values()
+    ]
     assert values(name) == values("flux_4bit")
 
 
@@ -132,9 +148,14 @@ def test_notes_say_how_often_the_network_runs():
     text = note("flux_splitquant_trained")
     for config in STAGES:
         assert f"{config.steps} steps of {config.calls} inputs" in text
-    assert f"{sum(config.steps * config.calls for config in STAGES)} of the whole network with gradients" in text
+    assert (
+        f"{sum(config.steps * config.calls for config in STAGES)} of the whole network with gradients" in text
+    )
     # Before, after and at the start, after each eighth and at the end; and twice to carry all inputs along.
-    judgings = sum(3 + config.steps // (config.steps // WINDOWS) + (config.steps % (config.steps // WINDOWS) > 0) for config in STAGES)
+    judgings = sum(
+        3 + config.steps // (config.steps // WINDOWS) + (config.steps % (config.steps // WINDOWS) > 0)
+        for config in STAGES
+    )
     assert f"{judgings * CALLS // 4 + 2 * CALLS * len(STAGES)} without" in text
     replays = gains.SAMPLES * gains.STEPS
     layers = len(with_choice(plan))
@@ -151,9 +172,14 @@ def test_notes_say_what_calibration_takes(name):
     values = node["inputs"]
     runs = f"{values['samples']} runs of {values['steps']} steps"
     assert (f"{n} rounds of {runs}" if (n := rounds(values["memory_gb"])) > 1 else f": {runs}") in text
-    for single in re.findall(r"rounds, ([\d.]+) a single one|\*memory_gb\* of ([\d.]+) makes a single round", text):
+    for single in re.findall(
+        r"rounds, ([\d.]+) a single one|\*memory_gb\* of ([\d.]+) makes a single round", text
+    ):
         assert rounds(float("".join(single))) == 1
-    gigabytes = [sum(InputStatistics.nbytes(i.width, i.blocks) for i in inputs_of(layers, width)) / 1e9 for width in (HESSIAN_WIDTH, 0)]
+    gigabytes = [
+        sum(InputStatistics.nbytes(i.width, i.blocks) for i in inputs_of(layers, width)) / 1e9
+        for width in (HESSIAN_WIDTH, 0)
+    ]
     said = re.search(r"About ([\d.]+) GB of statistics in \S+, ([\d.]+) GB with \*second_moments\* off", text)
     assert [float(n) for n in said.groups()] == pytest.approx(gigabytes, rel=0.05)
 
@@ -200,7 +226,10 @@ def models(server, comfy):
     g = torch.Generator().manual_seed(0)
     for n in of_kind(twin("flux_4bit_two_loras"), "LoraLoader").values():
         lora = {}
-        for layer, rows, columns in (("double_blocks.0.img_attn.qkv", 3 * H, H), ("single_blocks.0.linear2", H, 5 * H)):
+        for layer, rows, columns in (
+            ("double_blocks.0.img_attn.qkv", 3 * H, H),
+            ("single_blocks.0.linear2", H, 5 * H),
+        ):
             lora[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(4, columns, generator=g) * 0.12
             lora[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=g) * 0.12
         save_file(lora, folder / "loras" / n["inputs"]["lora_name"])
@@ -211,7 +240,14 @@ def wan_vae_shapes():
     """Wan 2.1's, whose width ComfyUI reads off the file: 8 channels instead of 96."""
     from comfy.ldm.wan.vae import WanVAE
 
-    made = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
+    made = WanVAE(
+        dim=8,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+    )
     return {key: tuple(t.shape) for key, t in made.state_dict().items()}
 
 
@@ -219,21 +255,29 @@ def save_nunchaku(path, shapes):
     """The random FLUX of `shapes` by SVDQuant without data, in nunchaku's format."""
     state, method = random_state(shapes), by_name("svdquant")
     config = method.configured(rank=32, gptq=False, iterations=0)
-    made = [layer for layer, _ in quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, config)]
+    made = [
+        layer
+        for layer, _ in quantize_layers(
+            detect(shapes).layers(shapes), state.__getitem__, shapes, method, config
+        )
+    ]
     layers = {layer.name: layer for layer in made}
-    nunchaku.save(path, layers, {k: t for k, t in state.items() if k.rpartition(".")[0] not in layers}, "flux", {})
+    nunchaku.save(
+        path, layers, {k: t for k, t in state.items() if k.rpartition(".")[0] not in layers}, "flux", {}
+    )
 
 
 @pytest.fixture(scope="module")
 def flux_4bit(server, models):
-    """What running the first workflow gave. Others start from the file that it saves, and one from its calibration."""
+    """What running the first workflow gave. Others start from the file that it saves, and one from its
+    calibration."""
     graph = shrunk(twin("flux_4bit"), 128)
     return graph, server.run(graph)
 
 
 def shrunk(graph, pixels, **more):
-    """The graph for small models: other text encoders, small pictures, few steps, `more` {kind of node: {input: value}}. Nothing else is
-    touched."""
+    """The graph for small models: other text encoders, small pictures, few steps, `more` {kind of node:
+    {input: value}}. Nothing else is touched."""
     small = {
         "NibbleCalibrationPrompts": {"count": 4},
         "NibbleCalibrate": {"steps": 2, "samples": 4},
@@ -286,7 +330,9 @@ def pictures_are(server, outputs, nodes, pixels):
 
 def saved_name(graph, outputs, save=None):
     """Of the file that Nibble Save Model wrote; save: its key, where there are several."""
-    return re.search(r"(\S+\.safetensors)", outputs[save or next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0])[1]
+    return re.search(
+        r"(\S+\.safetensors)", outputs[save or next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0]
+    )[1]
 
 
 def packs_of(server, graph, outputs):
@@ -312,7 +358,8 @@ def with_latents(graph):
 
 # PixArt's position embedding needs 272 pixels or more.
 @pytest.mark.parametrize(
-    ("name", "pixels", "layers"), [("flux_4bit", 128, 13), ("pixart_4bit", 288, 8), ("wan_4bit", 64, 11), ("sdxl_4bit", 128, 74)]
+    ("name", "pixels", "layers"),
+    [("flux_4bit", 128, 13), ("pixart_4bit", 288, 8), ("wan_4bit", 64, 11), ("sdxl_4bit", 128, 74)],
 )
 def test_twin_runs(server, models, request, name, pixels, layers):
     if name == "flux_4bit":
@@ -345,7 +392,9 @@ def test_two_loras_run(server, flux_4bit):
     before = path.read_bytes()
 
     def sampled(*off):
-        without = {key: graph[key] | {"inputs": graph[key]["inputs"] | {"strength_model": 0.0}} for key in off}
+        without = {
+            key: graph[key] | {"inputs": graph[key]["inputs"] | {"strength_model": 0.0}} for key in off
+        }
         outputs = server.run(graph | without)
         pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
         return server.latents(outputs, "latents_LoraLoader")
@@ -360,7 +409,9 @@ def test_find_blocks_runs(server, flux_4bit):
     graph = with_latents(shrunk(twin("flux_find_blocks"), 128))
     folder = server.base / "output" / "nibble_calibration"
     # Nibble Guard keeps what it measured beside the calibration.
-    calibrations = lambda: {p: p.stat().st_mtime_ns for p in folder.rglob("*") if not p.name.endswith(".guard.json")}
+    calibrations = lambda: {
+        p: p.stat().st_mtime_ns for p in folder.rglob("*") if not p.name.endswith(".guard.json")
+    }
     before = calibrations()
     outputs = server.run(graph)
     assert calibrations() == before  # the first workflow's was read, and no other was made
@@ -383,14 +434,20 @@ def test_find_blocks_runs(server, flux_4bit):
     # The saved file in place of Guard samples the same.
     guard = next(iter(of_kind(graph, "NibbleGuard")))
     ends = ("SaveImage", "SaveLatent", "PreviewAny", "NibbleSaveModel")
-    again = {key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends}
+    again = {
+        key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends
+    }
     again[guard] = node("NibbleLoadDiffusionModel", model_name=name)
     assert torch.equal(server.latents(server.run(again), "latents_NibbleGuard"), guarded)
 
 
 def run_on_calibration_of(server, first, name):
     """(graph, outputs) of a workflow that reads the calibration of `first` and makes no other."""
-    made = lambda: {p for p in (server.base / "output" / "nibble_calibration").iterdir() if p.is_dir() and p.suffix != ".training"}
+    made = lambda: {
+        p
+        for p in (server.base / "output" / "nibble_calibration").iterdir()
+        if p.is_dir() and p.suffix != ".training"
+    }
     before, graph = made(), with_latents(shrunk(twin(name), 128))
     outputs = server.run(graph)
     assert made() == before
@@ -419,7 +476,8 @@ def test_three_methods_run(server, three_methods):
     errors = {method: relative_error(of("UNETLoader"), of(method)) for method in packs}
     assert 0 < errors["svdquant_r"] < errors["splitquant"] < errors["robuq"]  # 0.0081, 0.0121, 0.0193
     bits = {
-        method: {part.weight.bits for s in pack.specs.values() if not s.weight_only for part in s.parts} for method, pack in packs.items()
+        method: {part.weight.bits for s in pack.specs.values() if not s.weight_only for part in s.parts}
+        for method, pack in packs.items()
     }
     assert bits == {"svdquant_r": {4}, "splitquant": {4}, "robuq": {2}}
 
@@ -435,7 +493,9 @@ def test_splitquant_trained_runs(server, flux_4bit, three_methods):
     [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
     assert len(re.findall(r" trained \+\d", report)) == 10 * len(STAGES)  # all but the modulation
     # Against the same method untrained, of the other workflow: one prompt and one seed.
-    full, untrained = (server.latents(three_methods[1], f"latents_{maker}") for maker in ("UNETLoader", "splitquant"))
+    full, untrained = (
+        server.latents(three_methods[1], f"latents_{maker}") for maker in ("UNETLoader", "splitquant")
+    )
     trained = server.latents(outputs, "latents_splitquant")
     assert torch.equal(server.latents(outputs, "latents_UNETLoader"), full)
     assert 0 < relative_error(full, trained) < relative_error(full, untrained)  # 0.0095 of 0.0121
@@ -447,7 +507,11 @@ def test_robuq_budget_runs(server, flux_4bit):
     allocation = pack.provenance["allocation"]
     assert allocation["budget"] == "3 activation bits on average"
     assert allocation["gains"] is True
-    of = {name: (spec.parts[0], spec.out_features * spec.in_features) for name, spec in pack.specs.items() if not spec.weight_only}
+    of = {
+        name: (spec.parts[0], spec.out_features * spec.in_features)
+        for name, spec in pack.specs.items()
+        if not spec.weight_only
+    }
     assert len(of) == 10
     assert {part.weight.bits for part, _ in of.values()} == {2}
     mean = sum(part.activation.bits * n for part, n in of.values()) / sum(n for _, n in of.values())
@@ -455,32 +519,47 @@ def test_robuq_budget_runs(server, flux_4bit):
 
     [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
     assert "Layer noise is weighted by gains" in report
-    assert float(re.search(r"^ *allocated +([\d.]+) activation bits", report, re.MULTILINE)[1]) == pytest.approx(mean, abs=0.006)
+    assert float(
+        re.search(r"^ *allocated +([\d.]+) activation bits", report, re.MULTILINE)[1]
+    ) == pytest.approx(mean, abs=0.006)
     [plot] = of_kind(graph, "PreviewImage")
     assert min(size_of(server, outputs, plot)) > 400
-    full, reduced = (server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "NibbleAllocateBits"))
+    full, reduced = (
+        server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "NibbleAllocateBits")
+    )
     assert relative_error(full, reduced) > 0
 
 
 @pytest.fixture(scope="module")
 def page(server, models, flux_4bit):
-    """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in page.errors."""
+    """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in
+    page.errors."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("no chromium on the PATH: apt install chromium")
     # Else the list of templates opens over the graph.
     server.post("/settings", {"Comfy.TutorialCompleted": True})
-    quiet = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
+    quiet = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet, "--disable-sync"])
         page = browser.new_page(viewport={"width": 1600, "height": 950})
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         local = (server.url + "/", "data:", "blob:")
-        page.route("**/*", lambda route: route.continue_() if route.request.url.startswith(local) else route.abort())
+        page.route(
+            "**/*", lambda route: route.continue_() if route.request.url.startswith(local) else route.abort()
+        )
         page.goto(server.url + "/")
         # KSampler comes with ComfyUI: the pack's own nodes are for the tests to look for.
-        page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler", timeout=120_000)
+        page.wait_for_function(
+            "() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler", timeout=120_000
+        )
         page.wait_for_timeout(2000)  # the first, empty graph is opened after the nodes are registered
         yield page
         browser.close()

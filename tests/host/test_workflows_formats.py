@@ -1,4 +1,5 @@
-"""The example workflows about other formats: a nunchaku file that is loaded, and an export that stock ComfyUI loads; run small."""
+"""The example workflows about other formats: a nunchaku file that is loaded, and an export that stock ComfyUI
+loads; run small."""
 
 import json
 import re
@@ -19,7 +20,9 @@ models = test_workflows.models  # the fixture
 
 def test_nunchaku_runs(server, models):
     graph = with_latents(shrunk(twin("flux_nunchaku"), 128))
-    [loader], [lora], [inspect] = (of_kind(graph, kind) for kind in ("NibbleLoadDiffusionModel", "LoraLoader", "NibbleInspect"))
+    [loader], [lora], [inspect] = (
+        of_kind(graph, kind) for kind in ("NibbleLoadDiffusionModel", "LoraLoader", "NibbleInspect")
+    )
     bare = {lora: graph[lora] | {"inputs": graph[lora]["inputs"] | {"strength_model": 0.0}}}
     full = {loader: node("UNETLoader", unet_name="flux1-dev.safetensors", weight_dtype="default")}
 
@@ -28,7 +31,14 @@ def test_nunchaku_runs(server, models):
         pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
         return server.latents(outputs, "latents_LoraLoader"), outputs
 
-    back = node("NibbleExportModel", model=[loader, 0], format="nunchaku", filename_prefix="back", lossy=False, replacement="int8")
+    back = node(
+        "NibbleExportModel",
+        model=[loader, 0],
+        format="nunchaku",
+        filename_prefix="back",
+        lossy=False,
+        replacement="int8",
+    )
     with_lora, outputs = sampled({"back": back})
     assert "13 layers read back bit for bit" in outputs["back"]["text"][0]
     assert "kind: nunchaku SVDQuant INT4" in outputs[inspect]["text"][0]
@@ -50,7 +60,9 @@ def test_export_native_runs(server, models):
     assert "13 layers read back bit for bit" in written
     name = re.search(r"(flux1-dev-native\S+\.safetensors)", written)[1]
     with safe_open(server.base / "output" / "diffusion_models" / name, "pt") as file:
-        assert {layer["format"] for layer in json.loads(file.metadata()[HEADER])["layers"].values()} <= set(native.FORMATS)
+        assert {layer["format"] for layer in json.loads(file.metadata()[HEADER])["layers"].values()} <= set(
+            native.FORMATS
+        )
 
     [quantize] = of_kind(graph, "NibbleQuantize")
     ends = ("SaveImage", "PreviewAny", "NibbleExportModel")
@@ -60,5 +72,7 @@ def test_export_native_runs(server, models):
     ours = loaded(node("NibbleLoadDiffusionModel", model_name=name))
     full, quantized = (server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "native"))
     assert torch.equal(ours, quantized)
-    assert 0 < relative_error(full, quantized) < 0.002  # 0.0010: of the random layers none reaches 20 dB at 4 bits
+    assert (
+        0 < relative_error(full, quantized) < 0.002
+    )  # 0.0010: of the random layers none reaches 20 dB at 4 bits
     assert_apart_by_flips(full, quantized, stock)  # comfy-kitchen's own arithmetic

@@ -6,12 +6,15 @@ import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")  # of the interpreter
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning"
+    )  # of the interpreter
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _rounding_of_gpus():
-    """The interpreter of Triton 3.6 rounds twice in an fma and truncates to bf16; GPUs round once, to nearest."""
+    """The interpreter of Triton 3.6 rounds twice in an fma and truncates to bf16; GPUs round once, to
+    nearest."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

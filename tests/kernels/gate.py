@@ -1,4 +1,5 @@
-"""Compiles Triton kernels for any card without one, and reads what came out. Runs in processes of its own (see `pool`).
+"""Compiles Triton kernels for any card without one, and reads what came out. Runs in processes of its own
+(see `pool`).
 
 The tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
 """
@@ -15,8 +16,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the gate checks. `instructions`: tensor-core instructions of the final code and their count. `waits`: how many groups of
-    wgmma each wait within an innermost loop of int8 wgmma leaves running.
+    """What the gate checks. `instructions`: tensor-core instructions of the final code and their count.
+    `waits`: how many groups of wgmma each wait within an innermost loop of int8 wgmma leaves running.
     """
 
     text: str
@@ -28,9 +29,12 @@ class Compiled:
     waits: tuple[int, ...] = ()
 
 
-def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, arch, options: dict) -> Compiled:
-    """signature: {argument: type}: "i32", "fp32", "bf16*" for a pointer (aligned to 16 bytes, as torch allocates them), "i32:16" for
-    a multiple of 16, or a tuple of these. constants: {argument: value}; "tl.float16" stands for Triton's. arch: 89, "gfx942".
+def compile_kernel(
+    module: str, kernel: str, signature: dict, constants: dict, arch, options: dict
+) -> Compiled:
+    """signature: {argument: type}: "i32", "fp32", "bf16*" for a pointer (aligned to 16 bytes, as torch
+    allocates them), "i32:16" for a multiple of 16, or a tuple of these. constants: {argument: value};
+    "tl.float16" stands for Triton's. arch: 89, "gfx942".
     """
     import importlib
 
@@ -46,7 +50,9 @@ def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, a
     names = fn.arg_names
     kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if isinstance(kinds[n], str) and kinds[n].endswith((":16", "*"))
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if isinstance(kinds[n], str) and kinds[n].endswith((":16", "*"))
     }
     kinds = {n: _triton_type(k) for n, k in kinds.items()}
     constants = {(names.index(n),): _constant(v) for n, v in constants.items()}
@@ -59,7 +65,13 @@ def compile_kernel(module: str, kernel: str, signature: dict, constants: dict, a
         return _read_cubin(built)
     code = built.asm["amdgcn"]
     number = lambda what: int(re.search(rf"\.{what}:\s*(\d+)", code).group(1))
-    return Compiled(code, built.metadata.shared, number("vgpr_count"), number("vgpr_spill_count"), _count(r"\bv_(?:mfma|wmma)\w*", code))
+    return Compiled(
+        code,
+        built.metadata.shared,
+        number("vgpr_count"),
+        number("vgpr_spill_count"),
+        _count(r"\bv_(?:mfma|wmma)\w*", code),
+    )
 
 
 def _triton_type(kind):
@@ -72,7 +84,11 @@ def _constant(value):
     import triton.language as tl
 
     # Triton's dtypes do not survive the way into another process.
-    return getattr(tl, value.removeprefix("tl.")) if isinstance(value, str) and value.startswith("tl.") else value
+    return (
+        getattr(tl, value.removeprefix("tl."))
+        if isinstance(value, str) and value.startswith("tl.")
+        else value
+    )
 
 
 def _read_cubin(built) -> Compiled:
@@ -83,26 +99,44 @@ def _read_cubin(built) -> Compiled:
         f.write(built.asm["cubin"])
         f.flush()
         usage = subprocess.run([tools / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True)
-        sass = subprocess.run([tools / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr).groups())
+        sass = subprocess.run(
+            [tools / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack, local = map(
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
+    )
     spills = stack + local + len(re.findall(r"\bSTL\b", sass))
     products = _count(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|QMMA|OMMA|UTC\w*MMA)[\w.]*", sass)
-    fences, wgmmas = len(re.findall(r"WARPGROUP\.ARRIVE", sass)), sum(n for k, n in products.items() if "GMMA" in k)
+    fences, wgmmas = (
+        len(re.findall(r"WARPGROUP\.ARRIVE", sass)),
+        sum(n for k, n in products.items() if "GMMA" in k),
+    )
     # ptxas puts a fence in front of every single wgmma of a chain it had to serialise.
     serialized = bool(wgmmas) and fences >= wgmmas > 1
-    return Compiled(built.asm["ptx"], built.metadata.shared, registers, spills, products, serialized, waits_in_loops(sass))
+    return Compiled(
+        built.asm["ptx"], built.metadata.shared, registers, spills, products, serialized, waits_in_loops(sass)
+    )
 
 
 def waits_in_loops(sass: str) -> tuple[int, ...]:
-    """`Compiled.waits` of disassembled code. A loop is what lies between a label and a branch back to it, unless the kernel ends
-    there: polling a barrier for the second time is moved behind the end and comes back from there."""
+    """`Compiled.waits` of disassembled code. A loop is what lies between a label and a branch back to it,
+    unless the kernel ends there: polling a barrier for the second time is moved behind the end and comes back
+    from there."""
     lines = sass.splitlines()
     labels = {m.group(1): i for i, line in enumerate(lines) if (m := re.match(r"(\.L_\w+):", line))}
-    jumps = [(labels.get(m.group(1), i), i) for i, line in enumerate(lines) if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))]
+    jumps = [
+        (labels.get(m.group(1), i), i)
+        for i, line in enumerate(lines)
+        if (m := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line))
+    ]
     bodies = {(start, end): "\n".join(lines[start:end]) for start, end in jumps if start < end}
     loops = [span for span, body in bodies.items() if "IGMMA" in body and not re.search(r"\bEXIT\b", body)]
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return tuple(int(n, 16) for span in inner for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", bodies[span]))
+    return tuple(
+        int(n, 16)
+        for span in inner
+        for n in re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", bodies[span])
+    )
 
 
 def _count(pattern: str, text: str) -> dict:

@@ -17,8 +17,14 @@ from comfyui_nibble.tests.support import relative_error
 G64_ACT, G64_WEIGHT = ActivationSpec(), WeightSpec()
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
 UNSIGNED = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
-LIMIT = {torch.float16: 5e-4, torch.bfloat16: 6e-3}  # error of an output: its own rounding and that of the low rank
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # what a rounding moves a value by, relative, at most
+LIMIT = {
+    torch.float16: 5e-4,
+    torch.bfloat16: 6e-3,
+}  # error of an output: its own rounding and that of the low rank
+UNIT = {
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}  # what a rounding moves a value by, relative, at most
 
 
 def spec_of(k, n, act=G64_ACT, weight=G64_WEIGHT, bias=True, **kwargs):
@@ -51,7 +57,10 @@ def random_tensors(spec, seed=0, codes=None, dtype=torch.float32):
 def _packed(rows, part, codes, g):
     top = 2 ** (part.weight.bits - 1)
     shape = (rows, part.width)
-    return pack(torch.randint(-top, top, shape, generator=g) if codes is None else torch.full(shape, codes), part.weight.bits)
+    return pack(
+        torch.randint(-top, top, shape, generator=g) if codes is None else torch.full(shape, codes),
+        part.weight.bits,
+    )
 
 
 def inputs(m, k, dtype=torch.float32, seed=1):
@@ -59,7 +68,8 @@ def inputs(m, k, dtype=torch.float32, seed=1):
 
 
 def output_error(y, x, spec, tensors, lora=()):
-    """|y - naive| over |naive| or, where the terms cancel, over the largest of them: y is rounded once, each low-rank term before."""
+    """|y - naive| over |naive| or, where the terms cancel, over the largest of them: y is rounded once, each
+    low-rank term before."""
     want = naive.quant_linear(x, spec, tensors, lora).double()
     terms = [want] + [x.float() @ down.float().T @ up.float().T for down, up, _ in lora]
     for i, p in enumerate(spec.parts if spec.rank else ()):
@@ -75,7 +85,9 @@ def kernels_codes():
 
     def quantize(x, spec, tensors, target, step, *rest):
         out, scale = real(x, spec, tensors, target, step, *rest)
-        natural = out.unflatten(1, (step.planes, -1)).transpose(1, 2).flatten(1) if step.planes else unpack(out, 4)
+        natural = (
+            out.unflatten(1, (step.planes, -1)).transpose(1, 2).flatten(1) if step.planes else unpack(out, 4)
+        )
         codes.calls += natural.split([part.width for part in step.parts], 1)
         return out, scale
 
@@ -84,10 +96,11 @@ def kernels_codes():
 
 
 def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
-    """The layer in the interpreter against naive on the codes of the kernels' quantizer, each a code that naive's own value rounds to.
+    """The layer in the interpreter against naive on the codes of the kernels' quantizer, each a code that
+    naive's own value rounds to.
 
-    roundings: how many roundings to the dtype of x part the values of the two before the codes: each moves a value and its scale by UNIT
-    of the largest value, and the output by LIMIT.
+    roundings: how many roundings to the dtype of x part the values of the two before the codes: each moves a
+    value and its scale by UNIT of the largest value, and the output by LIMIT.
     """
     with kernels_codes() as codes:
         y = quant_linear(x, spec, tensors, lora, before, interpreter())

@@ -1,6 +1,8 @@
-"""Every kernel that a card would run compiles for it: the expected tensor-core instruction, no spills, shared memory that fits.
+"""Every kernel that a card would run compiles for it: the expected tensor-core instruction, no spills, shared
+memory that fits.
 
-What is compiled comes from `plan.lower` and `tuning.candidates`, as at run time, so a new tile or card is gated by being there.
+What is compiled comes from `plan.lower` and `tuning.candidates`, as at run time, so a new tile or card is
+gated by being there.
 """
 
 import re
@@ -16,9 +18,15 @@ from comfyui_nibble.tests.kernels import gate
 
 KERNELS = "comfyui_nibble.kernels"
 CUDA, HIP = (80, 86, 89, 90, 100, 120), ("gfx942", "gfx950", "gfx1100", "gfx1201")
-TARGETS = {a: Target("cuda", a, triton_version()) for a in CUDA} | {a: Target("hip", a, triton_version()) for a in HIP}
+TARGETS = {a: Target("cuda", a, triton_version()) for a in CUDA} | {
+    a: Target("hip", a, triton_version()) for a in HIP
+}
 
-TOKEN, CHANNEL, GROUPED = ActivationSpec(granularity="token"), WeightSpec(granularity="channel"), ActivationSpec()
+TOKEN, CHANNEL, GROUPED = (
+    ActivationSpec(granularity="token"),
+    WeightSpec(granularity="channel"),
+    ActivationSpec(),
+)
 UNSIGNED = ActivationSpec(unsigned=True, shift=0.171875)
 PART = lambda start, stop, act=TOKEN, weight=CHANNEL: PartSpec(start, stop, weight, act, rank=32)
 LAYERS = {
@@ -33,17 +41,24 @@ EIGHT = ActivationSpec(bits=8, granularity="token"), WeightSpec(8, "channel")
 HOPPER_LAYERS = LAYERS | {"W8A8 slices": tuple(PART(768 * i, 768 * (i + 1), *EIGHT) for i in range(4))}
 
 GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i8*") | dict.fromkeys(("sx_ptr",), "fp32*")
-GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"ends": ("i32",) * 8, "M": "i32", "ld_sx": "i32"}
+GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {
+    "ends": ("i32",) * 8,
+    "M": "i32",
+    "ld_sx": "i32",
+}
 GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
 GEMM_HALF = GEMM | dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr"), "fp16*")
 
 
 def candidate(arch, layer, index):
-    """(problem, tile) of one candidate of a layer's launch, None where there are fewer. Index -1: the default at 64 tokens."""
+    """(problem, tile) of one candidate of a layer's launch, None where there are fewer. Index -1: the default
+    at 64 tokens."""
     parts, target = HOPPER_LAYERS[layer], TARGETS[arch]
     step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
     tokens = 4608 if index >= 0 else 64
-    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, tokens, 3072, step.row_bytes, step.block)
+    problem = tuning.Problem(
+        step.kernel, step.planes, step.scales, step.swap, tokens, 3072, step.row_bytes, step.block
+    )
     tiles = tuning.candidates(target, problem)
     return (problem, tiles[max(index, 0)]) if index < len(tiles) else None
 
@@ -64,7 +79,9 @@ def hopper_case(layer, index, rank, has_bias, accumulate, dtype):
 
     problem, tile = candidate(90, layer, index)
     tiles = {"x_desc": tile.bm, "w_desc": tile.bn}
-    signature = GEMM | {name: f"tensordesc<i8[{rows}, {tile.bk}],{tile_layout(tile.bk)!r}>" for name, rows in tiles.items()}
+    signature = GEMM | {
+        name: f"tensordesc<i8[{rows}, {tile.bk}],{tile_layout(tile.bk)!r}>" for name, rows in tiles.items()
+    }
     signature |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), f"{dtype}*")
     return signature, hopper_constants(problem, tile, rank, has_bias, accumulate), {"num_warps": tile.warps}
 
@@ -84,7 +101,11 @@ SETTINGS = {
     "RobuQ": (0, 64, 0, False, False, 3, False, 4),
     "RobuQ A1": (0, 64, 0, False, False, 1, False, 4),
 }
-TURING_GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i32*") | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*") | {"sx_ptr": "fp32*"}
+TURING_GEMM = (
+    dict.fromkeys(("x_ptr", "w_ptr"), "i32*")
+    | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*")
+    | {"sx_ptr": "fp32*"}
+)
 TURING_GEMM |= {k: GEMM[k] for k in ("ends", "M", "N", "KB", "ldx", "ldw", "ldy", "ld_sx", "ld_sw")}
 WEIGHT_ONLY = dict.fromkeys(("x_ptr", "sw_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"w_ptr": "i8*", "M": "i32"}
 WEIGHT_ONLY |= dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw"), "i32:16")
@@ -97,7 +118,10 @@ def quantizer_case(arch, name):
     rank, rotation, *rest = SETTINGS[name]
     rank = rank if rank <= tuning.low_rank_limit(target, rotation) else 0
     tile = tuning.quantizer_tile(target, rank, rotation)
-    return constants(target, tile, torch.bfloat16, rank, rotation, *rest), {"num_warps": tile.warps, "num_stages": tile.stages}
+    return constants(target, tile, torch.bfloat16, rank, rotation, *rest), {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 def weight_only_case(arch, rows):
@@ -110,8 +134,17 @@ def weight_only_case(arch, rows):
 CANDIDATES = [(a, layer, i) for a in TARGETS for layer in LAYERS for i in range(-1, 12)]
 PRODUCTS = [case for case in CANDIDATES if (found := candidate(*case)) and not found[1].gluon]
 # layer, index, rank, has_bias, accumulate, dtype: with everything a launch may have, and with the least.
-GLUON = [(layer, i) for layer in HOPPER_LAYERS for i in range(12) if (found := candidate(90, layer, i)) and found[1].gluon]
-GLUON = [(*case, *kind) for case in GLUON for kind in ((32, True, False, "bf16"), (32, True, True, "fp16"), (0, False, False, "bf16"))]
+GLUON = [
+    (layer, i)
+    for layer in HOPPER_LAYERS
+    for i in range(12)
+    if (found := candidate(90, layer, i)) and found[1].gluon
+]
+GLUON = [
+    (*case, *kind)
+    for case in GLUON
+    for kind in ((32, True, False, "bf16"), (32, True, True, "fp16"), (0, False, False, "bf16"))
+]
 QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
 
@@ -119,26 +152,63 @@ WEIGHT_ONLIES = [(a, rows) for a in TARGETS for rows in (1, 64)]
 def submit(pool, test, case):
     if test == "test_product":
         kernel, constants, options = product_case(*case)
-        return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.triton", kernel, GEMM, constants, case[0], options)
+        return pool.submit(
+            gate.compile_kernel, f"{KERNELS}.quant_linear.triton", kernel, GEMM, constants, case[0], options
+        )
     if test == "test_sums_of_fp16_launches":
         kernel, constants, options = product_case(*case, "ternary A4", 0)
         signature, constants = GEMM_HALF | {"y_ptr": "fp32*"}, constants | {"ACCUMULATE": True}
-        return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.triton", kernel, signature, constants, case[0], options)
+        return pool.submit(
+            gate.compile_kernel,
+            f"{KERNELS}.quant_linear.triton",
+            kernel,
+            signature,
+            constants,
+            case[0],
+            options,
+        )
     if test == "test_hopper":
         return pool.submit(
-            gate.compile_kernel, f"{KERNELS}.quant_linear.hopper", "gemm_wgmma", *hopper_case(*case)[:2], 90, hopper_case(*case)[2]
+            gate.compile_kernel,
+            f"{KERNELS}.quant_linear.hopper",
+            "gemm_wgmma",
+            *hopper_case(*case)[:2],
+            90,
+            hopper_case(*case)[2],
         )
     if test == "test_turing":
         constants, options = turing_case(*case)
-        return pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.turing", "gemm_m8n8k32", TURING_GEMM, constants, 75, options)
+        return pool.submit(
+            gate.compile_kernel,
+            f"{KERNELS}.quant_linear.turing",
+            "gemm_m8n8k32",
+            TURING_GEMM,
+            constants,
+            75,
+            options,
+        )
     if test == "test_quantizer":
         constants, options = quantizer_case(*case)
         constants["ROT_DTYPE"] = {"bf16": "tl.bfloat16", "fp16": "tl.float16"}[str(constants["ROT_DTYPE"])]
         return pool.submit(
-            gate.compile_kernel, f"{KERNELS}.quant_activation.triton", "quantize_kernel", QUANTIZER, constants, case[0], options
+            gate.compile_kernel,
+            f"{KERNELS}.quant_activation.triton",
+            "quantize_kernel",
+            QUANTIZER,
+            constants,
+            case[0],
+            options,
         )
     constants, options = weight_only_case(*case)
-    return pool.submit(gate.compile_kernel, f"{KERNELS}.weight_only.triton", "weight_only_kernel", WEIGHT_ONLY, constants, case[0], options)
+    return pool.submit(
+        gate.compile_kernel,
+        f"{KERNELS}.weight_only.triton",
+        "weight_only_kernel",
+        WEIGHT_ONLY,
+        constants,
+        case[0],
+        options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +216,18 @@ def compiled(request):
     """{case: Future of Compiled} of the tests that were selected, on two processes."""
     with gate.pool() as pool:
         selected = [i for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
-        yield {case: submit(pool, i.originalname, case) for i in selected if (case := tuple(i.callspec.params.values()))}
+        yield {
+            case: submit(pool, i.originalname, case)
+            for i in selected
+            if (case := tuple(i.callspec.params.values()))
+        }
 
 
 def check(result, arch, product):
     if product:
-        assert [n for n in result.instructions if re.match(product, n)], f"expected {product}, found {result.instructions}"
+        assert [n for n in result.instructions if re.match(product, n)], (
+            f"expected {product}, found {result.instructions}"
+        )
     assert result.spills == 0, f"{result.spills} bytes or registers spilled"
     assert result.shared <= TARGETS[arch].shared_bytes
     assert not result.serialized, "ptxas serialised the wgmmas"
@@ -163,7 +239,9 @@ def turing_case(layer, index):
     target = Target("cuda", 75, triton_version())
     parts = LAYERS[layer]
     step = plan.lower(LinearSpec(parts[-1].stop, 3072, parts), target)[0]
-    problem = tuning.Problem(step.kernel, step.planes, step.scales, step.swap, 4608, 3072, step.row_bytes, step.block)
+    problem = tuning.Problem(
+        step.kernel, step.planes, step.scales, step.swap, 4608, 3072, step.row_bytes, step.block
+    )
     tile = tuning.candidates(target, problem)[index]
     return turing_constants(problem, tile, True, True, False), {"num_warps": tile.warps}
 
@@ -188,7 +266,8 @@ def test_product(compiled, arch, layer, index):
 
 @pytest.mark.parametrize("arch", [80, 89, 120, *HIP])
 def test_sums_of_fp16_launches(compiled, arch):
-    """In fp32 between the launches of a layer that takes several; Hopper's own kernel spills 0.3 kB in two of its tiles so."""
+    """In fp32 between the launches of a layer that takes several; Hopper's own kernel spills 0.3 kB in two of
+    its tiles so."""
     check(compiled[arch,].result(), arch, expected_product(arch, "ternary A4"))
 
 
@@ -196,7 +275,8 @@ def test_sums_of_fp16_launches(compiled, arch):
 def test_hopper(compiled, layer, index, rank, has_bias, accumulate, dtype):
     result = compiled[layer, index, rank, has_bias, accumulate, dtype].result()
     check(result, 90, expected_product(90, layer))
-    # Every wait of the main loop leaves a wgmma running. Nothing but a wgmma may write its sums, or ptxas waits for all of them.
+    # Every wait of the main loop leaves a wgmma running. Nothing but a wgmma may write its sums, or ptxas
+    # waits for all of them.
     assert result.waits
     assert min(result.waits) >= 1
 
@@ -222,7 +302,9 @@ def test_waits_are_those_of_the_innermost_loops_with_products():
     assert gate.waits_in_loops(textwrap.dedent(sass)) == (1, 2)
 
 
-@pytest.mark.parametrize(("layer", "index"), [("channel", 0), ("channel", 1), ("slices", 0), ("group", 0), ("group unsigned", 0)])
+@pytest.mark.parametrize(
+    ("layer", "index"), [("channel", 0), ("channel", 1), ("slices", 0), ("group", 0), ("group unsigned", 0)]
+)
 def test_turing(compiled, layer, index):
     result = compiled[layer, index].result()
     assert set(result.instructions) == {"IMMA.8832.U4.S4" if layer == "group unsigned" else "IMMA.8832.S4.S4"}

@@ -1,4 +1,5 @@
-"""Which path a layer takes and why, what is refused, and what torch.compile and the operators' checks make of it."""
+"""Which path a layer takes and why, what is refused, and what torch.compile and the operators' checks make of
+it."""
 
 import re
 import warnings
@@ -15,7 +16,15 @@ from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import eager, op
 from comfyui_nibble.kernels.target import Target, interpreter, kernel_target, target_of
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
-from comfyui_nibble.tests.kernels.layers import CHANNEL, TOKEN, UNSIGNED, inputs, random_tensors, side_by_side, spec_of
+from comfyui_nibble.tests.kernels.layers import (
+    CHANNEL,
+    TOKEN,
+    UNSIGNED,
+    inputs,
+    random_tensors,
+    side_by_side,
+    spec_of,
+)
 
 HALF, BF16 = torch.float16, torch.bfloat16
 TARGETS = {
@@ -113,7 +122,9 @@ def test_layers_that_do_not_fit_x_are_refused():
     tensors = random_tensors(spec)
     with pytest.raises(ValueError, match=r"the layer has 192 in-channels, x has the shape \(2, 191\)"):
         quant_linear(inputs(2, 191), spec, tensors)
-    with pytest.raises(ValueError, match="x is on meta, the layer's weight on cpu: move the layer to the device of x"):
+    with pytest.raises(
+        ValueError, match="x is on meta, the layer's weight on cpu: move the layer to the device of x"
+    ):
         quant_linear(inputs(2, 192).to("meta"), spec, tensors)
     with pytest.raises(ValueError, match="x is on cpu, the layer's weight on meta"):
         quant_linear(inputs(2, 192), spec, {k: t.to("meta") for k, t in tensors.items()})
@@ -121,7 +132,11 @@ def test_layers_that_do_not_fit_x_are_refused():
 
 @pytest.mark.parametrize(
     ("layer", "target", "rows", "dtype"),
-    [("W4A4", interpreter(), 5, torch.float32), ("W4A4", TARGETS["sm_75"], 5, BF16), ("W4", interpreter(), ROW_LIMIT + 1, HALF)],
+    [
+        ("W4A4", interpreter(), 5, torch.float32),
+        ("W4A4", TARGETS["sm_75"], 5, BF16),
+        ("W4", interpreter(), ROW_LIMIT + 1, HALF),
+    ],
     ids=["fp32", "bf16 on Turing", "weights only, many rows"],
 )
 def test_x_that_no_kernel_takes_goes_the_eager_way(layer, target, rows, dtype):
@@ -151,8 +166,12 @@ class Layer(torch.nn.Module):
         self.modulation = inputs(1, spec.in_features, HALF, 3)
 
     def forward(self, x):
-        before = Gelu() if self.spec.weight_only else LayerNormModulate(self.modulation.sin(), self.modulation)
-        return torch.relu(quant_linear(self.first(x), self.spec, self.tensors, self.lora, before, self.target))
+        before = (
+            Gelu() if self.spec.weight_only else LayerNormModulate(self.modulation.sin(), self.modulation)
+        )
+        return torch.relu(
+            quant_linear(self.first(x), self.spec, self.tensors, self.lora, before, self.target)
+        )
 
 
 def compiled(module):
@@ -168,13 +187,17 @@ def compiled(module):
     return torch.compile(module, fullgraph=True, backend=backend), graphs
 
 
-TWO_PARTS = side_by_side(48, (64, ActivationSpec(), WeightSpec()), (128, UNSIGNED, WeightSpec()), smooth=True, rank=8)
+TWO_PARTS = side_by_side(
+    48, (64, ActivationSpec(), WeightSpec()), (128, UNSIGNED, WeightSpec()), smooth=True, rank=8
+)
 LEARNED = spec_of(256, 48, TOKEN, CHANNEL, smooth=True, kronecker=(8, 16))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "spec", [TWO_PARTS, SPECS["W4A4"], SPECS["W4"], LEARNED], ids=["two parts", "one part", "weights only", "learned transform"]
+    "spec",
+    [TWO_PARTS, SPECS["W4A4"], SPECS["W4"], LEARNED],
+    ids=["two parts", "one part", "weights only", "learned transform"],
 )
 def test_compiled_layer_is_one_operator_and_gives_the_same(spec):
     module, x = Layer(spec), inputs(10, 32, HALF).view(2, 5, 32)
@@ -191,7 +214,11 @@ def test_compiled_layer_is_one_operator_and_gives_the_same(spec):
 def test_compiled_code_is_shared_by_equal_specs_only():
     run, graphs = compiled(lambda module, x: module(x))
     x = inputs(3, 32, HALF)
-    modules = [Layer(TWO_PARTS, 0), Layer(parse(TWO_PARTS.text), 1), Layer(replace(TWO_PARTS, parts=SPECS["W4A4"].parts), 2)]
+    modules = [
+        Layer(TWO_PARTS, 0),
+        Layer(parse(TWO_PARTS.text), 1),
+        Layer(replace(TWO_PARTS, parts=SPECS["W4A4"].parts), 2),
+    ]
     for module, count in zip(modules, (1, 1, 2), strict=True):
         assert torch.equal(run(module, x), module(x))
         assert len(graphs) == count
@@ -200,7 +227,9 @@ def test_compiled_code_is_shared_by_equal_specs_only():
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call")  # to the cached Hadamard matrix
 @pytest.mark.parametrize(
-    "spec", [TWO_PARTS, SPECS["W4"], spec_of(192, 48, rotation=64), LEARNED], ids=["two parts", "weights only", "rotation", "learned"]
+    "spec",
+    [TWO_PARTS, SPECS["W4"], spec_of(192, 48, rotation=64), LEARNED],
+    ids=["two parts", "weights only", "rotation", "learned"],
 )
 def test_compiled_eager_path_gives_the_same(spec):
     k = spec.in_features
@@ -226,7 +255,18 @@ def test_lora_merged_in_compiled_code(target):
 def test_operators_keep_to_their_schemas():
     for spec in (TWO_PARTS, SPECS["W4"], LEARNED):
         tensors, x = random_tensors(spec, dtype=HALF), inputs(5, spec.in_features, HALF)
-        parts = [tensors.get(name) for name in ("weight", "weight_scale", "smooth_factor", "proj_down", "proj_up", "bias", "transform")]
+        parts = [
+            tensors.get(name)
+            for name in (
+                "weight",
+                "weight_scale",
+                "smooth_factor",
+                "proj_down",
+                "proj_up",
+                "bias",
+                "transform",
+            )
+        ]
         lora = [inputs(4, spec.in_features, HALF)], [inputs(16, 4, HALF)], [8]
         torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *lora, *NOTHING))
 
@@ -234,12 +274,55 @@ def test_operators_keep_to_their_schemas():
 def test_kernels_write_where_their_schemas_say():
     spec, checks = SPECS["W4A4"], ("test_schema", "test_faketensor")
     tensors, x = random_tensors(spec, dtype=HALF), inputs(5, 192, HALF)
-    codes, scale, low = torch.empty(5, 192, dtype=torch.int8), torch.empty(3, 5), torch.empty(5, 8, dtype=HALF)
-    quantize = (x, codes, scale, low, None, tensors["proj_down"], None, None, 192, 1, 2, 4, False, True, 0, 0.0, 1.0, 0, 0.0)
+    codes, scale, low = (
+        torch.empty(5, 192, dtype=torch.int8),
+        torch.empty(3, 5),
+        torch.empty(5, 8, dtype=HALF),
+    )
+    quantize = (
+        x,
+        codes,
+        scale,
+        low,
+        None,
+        tensors["proj_down"],
+        None,
+        None,
+        192,
+        1,
+        2,
+        4,
+        False,
+        True,
+        0,
+        0.0,
+        1.0,
+        0,
+        0.0,
+    )
     torch.library.opcheck(ops.quantize_activation.default, quantize, test_utils=checks)
     ops.quantize_activation(*quantize)
     factors = inputs(1, 8 * 8 + 16 * 16)[0]
-    learned = (x[:, :128], codes[:, :128], scale[:1], None, factors, None, None, 1, 1, 8, 16, False, 2, 4, False, 1.0, 0, 0.0)
+    learned = (
+        x[:, :128],
+        codes[:, :128],
+        scale[:1],
+        None,
+        factors,
+        None,
+        None,
+        1,
+        1,
+        8,
+        16,
+        False,
+        2,
+        4,
+        False,
+        1.0,
+        0,
+        0.0,
+    )
     torch.library.opcheck(ops.quantize_kronecker.default, learned, test_utils=checks)
     sides = (
         codes,
@@ -251,7 +334,9 @@ def test_kernels_write_where_their_schemas_say():
         tensors["bias"],
         torch.zeros(5, 48, dtype=HALF),
     )
-    torch.library.opcheck(ops.gemm.default, (*sides, "gemm_int8", 2, plan.GROUP, False, 32, [96], True, True), test_utils=checks)
+    torch.library.opcheck(
+        ops.gemm.default, (*sides, "gemm_int8", 2, plan.GROUP, False, 32, [96], True, True), test_utils=checks
+    )
     only = x, tensors["weight"], tensors["weight_scale"], None, torch.empty(5, 48, dtype=HALF), 4, 64
     torch.library.opcheck(ops.weight_only.default, only, test_utils=checks)
 
@@ -259,5 +344,7 @@ def test_kernels_write_where_their_schemas_say():
 def test_scales_of_the_wrong_shape_are_named():
     spec = spec_of(128, 16)
     tensors = random_tensors(spec)
-    with pytest.raises(ValueError, match=re.escape("weight_scale should have the shape (2, 16) for W4A4 g64, found (16, 2)")):
+    with pytest.raises(
+        ValueError, match=re.escape("weight_scale should have the shape (2, 16) for W4A4 g64, found (16, 2)")
+    ):
         quant_linear(torch.randn(3, 128), spec, tensors | {"weight_scale": tensors["weight_scale"].T})

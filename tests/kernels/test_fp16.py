@@ -1,4 +1,5 @@
-"""Large activations in fp16: what full precision keeps finite stays finite, what leaves the range is Inf there and nowhere else."""
+"""Large activations in fp16: what full precision keeps finite stays finite, what leaves the range is Inf
+there and nowhere else."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,11 +20,19 @@ from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics, hessian_blocks
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.tests.codes import taken
-from comfyui_nibble.tests.kernels.layers import CHANNEL, TOKEN, UNSIGNED, kernels_codes, random_tensors, side_by_side
+from comfyui_nibble.tests.kernels.layers import (
+    CHANNEL,
+    TOKEN,
+    UNSIGNED,
+    kernels_codes,
+    random_tensors,
+    side_by_side,
+)
 from comfyui_nibble.tests.support import outlier_tokens
 
 K, N, TOKENS, LARGEST = 256, 96, 32, 65504.0
-# Of a finite output against float32 on the same codes: roundings of y, of the low rank, and of scales where kernels rotate in bf16.
+# Of a finite output against float32 on the same codes: roundings of y, of the low rank, and of scales where
+# kernels rotate in bf16.
 LIMIT = 2e-3
 PATHS = {"eager": None, "interpreter": interpreter()}
 KINDS = {
@@ -40,7 +49,9 @@ def fitted(method, kind):
     """(full-precision weight and bias, the layer), fp16, at activations of about 1 with outliers of 40."""
     g, parts, weight_only = torch.Generator().manual_seed(1), KINDS[kind], kind == "weight-only"
     layer = Layer("b.0.l", "b.0", K, N, parts, "b.0.l", weight_only=weight_only)
-    tokens = lambda count, seed: torch.cat([outlier_tokens(count, p.stop - p.start, seed, p.after_gelu) for p in parts], 1)
+    tokens = lambda count, seed: torch.cat(
+        [outlier_tokens(count, p.stop - p.start, seed, p.after_gelu) for p in parts], 1
+    )
     statistics = InputStatistics.empty("b.0.l", K, hessian_blocks([(p.start, p.stop) for p in parts], 3072))
     statistics.update(tokens(2048, 0))
     statistics.hold_out(tokens(512, 9), torch.rand(512, dtype=torch.float64, generator=g), 0.5)
@@ -50,7 +61,8 @@ def fitted(method, kind):
 
 
 def large(kind):
-    """x (TOKENS, K) fp16: "dense" up to 2e4 or 6e4, 6e4 in one channel of 64, or "all" channels at 6e4 with any signs."""
+    """x (TOKENS, K) fp16: "dense" up to 2e4 or 6e4, 6e4 in one channel of 64, or "all" channels at 6e4 with
+    any signs."""
     g = torch.Generator().manual_seed(5)
     if kind == "one channel of 64":
         x = torch.randn(TOKENS, K, generator=g)
@@ -62,9 +74,12 @@ def large(kind):
 
 
 def outputs(x, layer, path, lora=()):
-    """(y in fp16, float32's on the same codes): kernels rotate and transform in another order than torch, so that a few codes differ."""
+    """(y in fp16, float32's on the same codes): kernels rotate and transform in another order than torch, so
+    that a few codes differ."""
     if path == "eager":
-        return quant_linear(x, layer.spec, layer.tensors, lora), naive.quant_linear(x, layer.spec, layer.tensors, lora)
+        return quant_linear(x, layer.spec, layer.tensors, lora), naive.quant_linear(
+            x, layer.spec, layer.tensors, lora
+        )
     with kernels_codes() as codes:
         y = quant_linear(x, layer.spec, layer.tensors, lora, target=PATHS[path])
     with taken(codes) if codes.calls else nullcontext():
@@ -72,7 +87,8 @@ def outputs(x, layer, path, lora=()):
 
 
 def check(y, want) -> float:
-    """y is fp16's version of want: finite within LIMIT, Inf where want is beyond fp16's range. Returns by how much one value may be off."""
+    """y is fp16's version of want: finite within LIMIT, Inf where want is beyond fp16's range. Returns by how
+    much one value may be off."""
     margin = 8 * LIMIT * float(want.square().mean().sqrt())
     assert not y.isnan().any()
     inf = y.isinf()
@@ -111,7 +127,13 @@ def test_lora_beside_a_layer(path, first):
     """Columns of a LoRA's down that sum far above 1."""
     _, _, layer = fitted("svdquant", "plain")
     g = torch.Generator().manual_seed(2)
-    lora = [((30 * torch.randn(8, K, generator=g)).half(), (1e-3 * torch.randn(N - first, 8, generator=g)).half(), first)]
+    lora = [
+        (
+            (30 * torch.randn(8, K, generator=g)).half(),
+            (1e-3 * torch.randn(N - first, 8, generator=g)).half(),
+            first,
+        )
+    ]
     x = large("dense 2e4")
     assert (x @ lora[0][0].T).isinf().any()
     check(*outputs(x, layer, path, lora))
@@ -136,8 +158,15 @@ def test_sums_that_leave_the_range_on_their_way(path):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("rank", [0, 8])
 def test_a_transform_that_torch_applies(path, rank):
-    """Scales of groups, which the quantizer does not take behind a learned transform: x is some 64 times as large behind it."""
-    spec = side_by_side(N, (128, ActivationSpec(), WeightSpec()), (128, ActivationSpec(), WeightSpec()), kronecker=(8, 8), rank=rank)
+    """Scales of groups, which the quantizer does not take behind a learned transform: x is some 64 times as
+    large behind it."""
+    spec = side_by_side(
+        N,
+        (128, ActivationSpec(), WeightSpec()),
+        (128, ActivationSpec(), WeightSpec()),
+        kronecker=(8, 8),
+        rank=rank,
+    )
     tensors = random_tensors(spec, seed=4)
     tensors["weight_scale"] = tensors["weight_scale"] * 1e-4
     if rank:
@@ -146,7 +175,13 @@ def test_a_transform_that_torch_applies(path, rank):
     layer = QuantizedLayer("l", spec, tensors)
     assert str(choose(spec, interpreter())).count("transform in the quantizer") == 1
     check(*outputs(x, layer, path))
-    lora = [((30 * torch.randn(8, K, generator=torch.Generator().manual_seed(2))).half(), torch.full((N, 8), 1e-3).half(), 0)]
+    lora = [
+        (
+            (30 * torch.randn(8, K, generator=torch.Generator().manual_seed(2))).half(),
+            torch.full((N, 8), 1e-3).half(),
+            0,
+        )
+    ]
     check(*outputs(x, layer, path, lora))
 
 
@@ -162,7 +197,11 @@ def test_small_activations_are_as_they_were(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "spec", [side_by_side(N, (256, TOKEN, CHANNEL), rank=8), side_by_side(N, (256, UNSIGNED, WeightSpec()), smooth=True)]
+    "spec",
+    [
+        side_by_side(N, (256, TOKEN, CHANNEL), rank=8),
+        side_by_side(N, (256, UNSIGNED, WeightSpec()), smooth=True),
+    ],
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_what_is_not_finite_stays_in_its_token(spec, value):
@@ -178,7 +217,8 @@ def test_what_is_not_finite_stays_in_its_token(spec, value):
 
 def test_row_powers():
     found = row_power(
-        torch.tensor([[0.0, 256.0], [257.0, 1.0], [0.0, 1e-9], [1e9, torch.nan]]), torch.tensor([[1.0], [1.0], [513.0], [1.0]])
+        torch.tensor([[0.0, 256.0], [257.0, 1.0], [0.0, 1e-9], [1e9, torch.nan]]),
+        torch.tensor([[1.0], [1.0], [513.0], [1.0]]),
     )
     assert found[:3].flatten().tolist() == [1.0, 2.0, 4.0]
     assert found[3].isnan()
@@ -225,5 +265,7 @@ def test_powers_are_kept_until_a_tensor_changes(monkeypatch):
 
 def test_torch_compile_takes_the_eager_path_in_one_graph():
     _, _, layer = fitted("svdquant", "two parts")
-    run = torch.compile(lambda x: eager.quant_linear(x, layer.spec, layer.tensors), backend="eager", fullgraph=True)
+    run = torch.compile(
+        lambda x: eager.quant_linear(x, layer.spec, layer.tensors), backend="eager", fullgraph=True
+    )
     assert torch.equal(run(large("dense 6e4")), quant_linear(large("dense 6e4"), layer.spec, layer.tensors))

@@ -1,7 +1,8 @@
 """Block-scaled fp4 in the interpreter against `naive`.
 
-The interpreter has no `tl.dot_scaled` of nvfp4: it runs the product's other branch, which decodes both sides and multiplies in fp32.
-That the instruction itself is there is the compile gate's business (test_fp4_gate.py).
+The interpreter has no `tl.dot_scaled` of nvfp4: it runs the product's other branch, which decodes both sides
+and multiplies in fp32. That the instruction itself is there is the compile gate's business
+(test_fp4_gate.py).
 """
 
 import pytest
@@ -23,7 +24,8 @@ FORMATS = ("nvfp4", "nvfp4 given", "mxfp4")
 
 
 def quantized(x, kind, scale=None):
-    """(codes, scales, scale or None) by `naive`. `scale`: the second level of nvfp4, one for each token by default."""
+    """(codes, scales, scale or None) by `naive`. `scale`: the second level of nvfp4, one for each token by
+    default."""
     if kind == "mxfp4":
         return (*naive.quantize_mxfp4(x), None)
     return naive.quantize_nvfp4(x, naive.token_scale(x) if scale is None else scale)
@@ -34,7 +36,10 @@ def run_quantizer(x, kind, smooth=None, down=None, given=None):
     tokens, width = x.shape
     codes = torch.empty(tokens, width // 2, dtype=torch.uint8)
     block, dtype = (32, torch.uint8) if kind == "mxfp4" else (16, torch.float8_e4m3fn)
-    scales, token_scale = torch.empty(tokens, width // block, dtype=torch.uint8).view(dtype), torch.empty(tokens)
+    scales, token_scale = (
+        torch.empty(tokens, width // block, dtype=torch.uint8).view(dtype),
+        torch.empty(tokens),
+    )
     low = None if down is None else torch.empty(tokens, down.shape[1], dtype=x.dtype)
     ops.quantize_fp4(x, codes, scales, token_scale, low, smooth, down, given)
     return codes, scales, token_scale, low
@@ -66,15 +71,17 @@ def test_quantizer_equals_naive_bit_for_bit(m, blocks, rank, smooth, kind, dtype
     want = quantized(tx, kind, given)
     assert torch.equal(codes, want[0])
     assert same_bits(scales, want[1])
-    expected = torch.ones(m, 1) if kind == "mxfp4" else want[2].expand(m, 1) if given is None else given.expand(m, 1)
+    expected = (
+        torch.ones(m, 1) if kind == "mxfp4" else want[2].expand(m, 1) if given is None else given.expand(m, 1)
+    )
     assert torch.equal(token_scale, expected[:, 0])
     if rank:
         assert relative_error(x.double() @ down.double(), low) < LIMIT[dtype]
 
 
 def test_every_rounding():
-    """Each number of fp16 from 2^-8 on as the largest of its blocks: at a tensor's scale of 1 every tie of e4m3, and below it fractions
-    that meet every tie of e2m1."""
+    """Each number of fp16 from 2^-8 on as the largest of its blocks: at a tensor's scale of 1 every tie of
+    e4m3, and below it fractions that meet every tie of e2m1."""
     values = torch.arange(0x1C00, 0x7C00, dtype=torch.int16).view(HALF).reshape(-1, 4)
     x = torch.zeros(len(values), 64, dtype=HALF)
     for i, factor in enumerate((1.0, -1 / 3, 0.6, 0.3, -0.15, 0.05)):
@@ -87,7 +94,8 @@ def test_every_rounding():
 
 
 def random_weight(n, k, kind, seed):
-    """(codes, scales, scale): any codes, scales from 0 on; nvfp4 with a scale of the tensor or one for each out-channel."""
+    """(codes, scales, scale): any codes, scales from 0 on; nvfp4 with a scale of the tensor or one for each
+    out-channel."""
     g = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 256, (n, k // 2), generator=g, dtype=torch.uint8)
     if kind == "mxfp4":
@@ -121,7 +129,9 @@ def test_product_equals_naive(m, n, blocks, rank, smooth, bias, kind, dtype, see
     k = 64 * blocks
     x, (codes, scales, scale) = inputs(m, k, dtype, seed), random_weight(n, k, kind, seed)
     factor = (0.5 + inputs(1, k, seed=seed + 2)[0].abs()).to(dtype) if smooth else None
-    down, up = (inputs(k, rank, dtype, seed + 3) / 8, inputs(n, rank, dtype, seed + 4)) if rank else (None, None)
+    down, up = (
+        (inputs(k, rank, dtype, seed + 3) / 8, inputs(n, rank, dtype, seed + 4)) if rank else (None, None)
+    )
     offset = inputs(1, n, dtype, seed + 5)[0] if bias else None
     given = torch.tensor([1e-3]) if kind == "nvfp4 given" else None
     settings = ((codes, scales, scale), kind, factor, down, up, offset, given)
@@ -157,9 +167,13 @@ def test_extremes(kind):
     codes, scales, token_scale, _ = run_quantizer(x, kind, given=given)
     tx = naive.dequantize(*quantized(x.float(), kind, given))
     want = naive.linear(tx, weight[0], weight[1], None if weight[2] is None else weight[2][:, None])
-    assert_close(run_linear(x, weight, kind, given=given, dtype=torch.float32).double(), want, rtol=1e-6, atol=0)
+    assert_close(
+        run_linear(x, weight, kind, given=given, dtype=torch.float32).double(), want, rtol=1e-6, atol=0
+    )
     if kind == "nvfp4":
-        assert_close(naive.dequantize(codes, scales, token_scale[:, None]).float(), x.float(), rtol=1e-6, atol=0)
+        assert_close(
+            naive.dequantize(codes, scales, token_scale[:, None]).float(), x.float(), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -176,7 +190,9 @@ def test_nan_stays_in_its_token(kind, rank, value):
     others = torch.arange(35) != 7
     assert torch.equal(y[others], whole[others])
     _, scales, token_scale, _ = run_quantizer(x, kind, given=given)
-    assert token_scale.isnan().tolist() == (~others).tolist()  # whatever the tensor cores make of a block's NaN
+    assert (
+        token_scale.isnan().tolist() == (~others).tolist()
+    )  # whatever the tensor cores make of a block's NaN
     assert naive.decode_scales(scales)[7, 70 // naive.block_of(scales)].isnan()
 
 
@@ -237,7 +253,11 @@ def test_who_is_refused():
 def test_fake_versions():
     with FakeTensorMode():
         x, codes = torch.empty(4, 64, dtype=HALF), torch.empty(4, 32, dtype=torch.uint8)
-        scales, token_scale, y = torch.empty(4, 2, dtype=torch.uint8), torch.empty(4), torch.empty(4, 8, dtype=HALF)
+        scales, token_scale, y = (
+            torch.empty(4, 2, dtype=torch.uint8),
+            torch.empty(4),
+            torch.empty(4, 8, dtype=HALF),
+        )
         assert ops.quantize_fp4(x, codes, scales, token_scale, None, None, None, None) is None
         weight = torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 2, dtype=torch.uint8)
         assert ops.gemm_fp4(codes, scales, token_scale, *weight, None, None, None, None, y) is None

@@ -12,7 +12,28 @@ from comfyui_nibble.tests.support import outlier_tokens
 
 def test_e2m1_by_hand():
     """Halves go to the even code, whose last bit is 0: 0, 1, 2 and 4."""
-    given = [0.0, 0.25, 0.26, 0.5, 0.75, 1.25, 1.75, 2.5, 2.51, 3.5, 4.9, 5.0, 5.01, 6.0, 1e9, torch.inf, -0.0, -0.25, -2.5, -9.0]
+    given = [
+        0.0,
+        0.25,
+        0.26,
+        0.5,
+        0.75,
+        1.25,
+        1.75,
+        2.5,
+        2.51,
+        3.5,
+        4.9,
+        5.0,
+        5.01,
+        6.0,
+        1e9,
+        torch.inf,
+        -0.0,
+        -0.25,
+        -2.5,
+        -9.0,
+    ]
     codes = [0, 0, 1, 1, 2, 2, 4, 4, 5, 6, 6, 6, 7, 7, 7, 7, 8, 8, 12, 15]
     assert naive.encode_e2m1(torch.tensor(given)).tolist() == codes
     values = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -64,7 +85,8 @@ def test_linear_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nvfp4_is_comfy_kitchens(dtype):
-    """Its scales lie in blocks of 128 x 4, its codes with the even channel in the high nibble unless it is told otherwise."""
+    """Its scales lie in blocks of 128 x 4, its codes with the even channel in the high nibble unless it is
+    told otherwise."""
     x = outlier_tokens(150, 320, seed=1).to(dtype)
     x[3] = 0
     x[:, 48:64] *= 1e-5

@@ -68,7 +68,9 @@ def branch(spec, rank, rows, first, dtype=HALF, seed=7):
     dtype=DTYPES,
     seed=st.integers(0, 2**31),
 )
-def test_equals_naive_for_any_layer(m, n, groups, tail, rank, weight_bits, act, grouped, smooth, bias, dtype, seed):
+def test_equals_naive_for_any_layer(
+    m, n, groups, tail, rank, weight_bits, act, grouped, smooth, bias, dtype, seed
+):
     assume(m * n >= 32 or not rank)  # below, one output's rounding of the low rank may reach the limit
     act = act if grouped[0] else replace(act, granularity="token")
     weight = WeightSpec(weight_bits, "group" if grouped[1] else "channel")
@@ -92,7 +94,12 @@ def test_equals_naive_for_any_parts(m, n, widths, bits, rank, grouped, unsigned,
     first = ActivationSpec(bits[1], "group" if grouped[0] else "token")
     last = replace(UNSIGNED, granularity=first.granularity) if unsigned else first
     acts = [first] * (len(widths) - 1) + [last]
-    check(m, side_by_side(n, *((w, a, weight) for w, a in zip(widths, acts, strict=True)), smooth=True, rank=rank), BF16, seed=seed)
+    check(
+        m,
+        side_by_side(n, *((w, a, weight) for w, a in zip(widths, acts, strict=True)), smooth=True, rank=rank),
+        BF16,
+        seed=seed,
+    )
 
 
 SLICES = {
@@ -115,7 +122,8 @@ def test_slices(name, rank):
 
 
 def test_an_8_bit_slice_among_4_bit_ones():
-    """8-bit codes of x are one launch with the others where all go as int8, and a launch of their own beside native INT4."""
+    """8-bit codes of x are one launch with the others where all go as int8, and a launch of their own beside
+    native INT4."""
     wide = ActivationSpec(bits=8, granularity="token")
     spec = side_by_side(48, (64, TOKEN, CHANNEL), (64, wide, CHANNEL), (128, TOKEN, CHANNEL), rank=8)
     (one,) = plan.lower(spec, interpreter())
@@ -127,7 +135,9 @@ def test_an_8_bit_slice_among_4_bit_ones():
 
 
 def test_an_8_bit_weight_slice_is_a_launch_of_its_own():
-    spec = side_by_side(48, (64, TOKEN, CHANNEL), (64, TOKEN, WeightSpec(8, "channel")), (64, TOKEN, CHANNEL), rank=8)
+    spec = side_by_side(
+        48, (64, TOKEN, CHANNEL), (64, TOKEN, WeightSpec(8, "channel")), (64, TOKEN, CHANNEL), rank=8
+    )
     assert [(g.planes, g.column) for g in plan.lower(spec, interpreter())] == [(2, 0), (1, 32), (2, 96)]
     check(33, spec)
 
@@ -137,7 +147,9 @@ PARTS = {
     "rtn": side_by_side(48, (64, TOKEN, CHANNEL), (192, TOKEN, CHANNEL)),
     "rank 70": side_by_side(48, *[(64, TOKEN, CHANNEL)] * 3, rank=70),
     "group and channel": side_by_side(48, (64, G64_ACT, G64_WEIGHT), (192, TOKEN, CHANNEL), rank=8),
-    "mixed scales": side_by_side(48, (64, TOKEN, G64_WEIGHT), (128, TOKEN, G64_WEIGHT), (64, G64_ACT, CHANNEL), rank=70),
+    "mixed scales": side_by_side(
+        48, (64, TOKEN, G64_WEIGHT), (128, TOKEN, G64_WEIGHT), (64, G64_ACT, CHANNEL), rank=70
+    ),
 }
 
 
@@ -169,21 +181,29 @@ def test_lora_branches_with_row_offsets(name):
 
 def test_lora_in_another_dtype():
     spec = spec_of(128, 48, rank=8)
-    lora, tensors, x = [branch(spec, 4, 16, 16, torch.float32)], random_tensors(spec, dtype=BF16), inputs(9, 128, BF16)
+    lora, tensors, x = (
+        [branch(spec, 4, 16, 16, torch.float32)],
+        random_tensors(spec, dtype=BF16),
+        inputs(9, 128, BF16),
+    )
     assert output_error(run(x, spec, tensors, lora), x, spec, tensors, lora) < LIMIT[BF16]
 
 
 @pytest.mark.arithmetic
 @pytest.mark.parametrize("rotation", [2, 16, 128, 256])
 def test_rotation(rotation):
-    """The sums of a rotation are in fp32, in another order than naive's; of two fp16 values many lie on the edge of two codes."""
+    """The sums of a rotation are in fp32, in another order than naive's; of two fp16 values many lie on the
+    edge of two codes."""
     spec = spec_of(512, 48, TOKEN, CHANNEL, rotation=rotation)
     check_on_equal_codes(inputs(33, 512, HALF), spec, random_tensors(spec, dtype=HALF))
 
 
 @pytest.mark.parametrize(("codes", "bits"), [(-8, 4), (7, 4), (0, 4), (-128, 8), (127, 8), (-2, 2), (1, 2)])
 def test_extreme_codes(codes, bits):
-    for act, weight in ((ActivationSpec(bits=8, granularity="token"), WeightSpec(bits, "channel")), (ACT8, WeightSpec(bits))):
+    for act, weight in (
+        (ActivationSpec(bits=8, granularity="token"), WeightSpec(bits, "channel")),
+        (ACT8, WeightSpec(bits)),
+    ):
         spec = spec_of(192, 40, act, weight, bias=False)
         tensors, x = random_tensors(spec, codes=codes, dtype=BF16), torch.ones(3, 192, dtype=BF16)
         x[1], x[2] = -1, 0
@@ -194,20 +214,31 @@ def test_extreme_codes(codes, bits):
 
 @pytest.mark.arithmetic
 def test_before_is_fused_or_called():
-    """Two runs of the quantizer cannot share a LayerNorm, a low rank above the limit needs the normed x itself. In the quantizer what
-    stands before is in fp32, as a module of its own it rounds to bf16."""
-    for spec in (spec_of(192, 40, rank=8), spec_of(192, 40, rank=80), PARTS["svdquant"], spec_of(192, 40, act=None)):
+    """Two runs of the quantizer cannot share a LayerNorm, a low rank above the limit needs the normed x
+    itself. In the quantizer what stands before is in fp32, as a module of its own it rounds to bf16."""
+    for spec in (
+        spec_of(192, 40, rank=8),
+        spec_of(192, 40, rank=80),
+        PARTS["svdquant"],
+        spec_of(192, 40, act=None),
+    ):
         x, k = inputs(12, spec.in_features, BF16), spec.in_features
         tensors = random_tensors(spec, dtype=BF16)
         for before in (Gelu(), LayerNormModulate(inputs(3, k, BF16, 2) / 4, inputs(3, k, BF16, 3) / 4)):
             if spec.weight_only:
-                assert output_error(run(x, spec, tensors, before=before), before(x), spec, tensors) < LIMIT[BF16]
+                assert (
+                    output_error(run(x, spec, tensors, before=before), before(x), spec, tensors) < LIMIT[BF16]
+                )
             else:
-                check_on_equal_codes(x, spec, tensors, before=before, roundings=1 if isinstance(before, Gelu) else 2)
+                check_on_equal_codes(
+                    x, spec, tensors, before=before, roundings=1 if isinstance(before, Gelu) else 2
+                )
 
 
 @pytest.mark.parametrize(
-    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["rtn"], spec_of(128, 24, act=None, rank=8)], ids=str
+    "spec",
+    [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["rtn"], spec_of(128, 24, act=None, rank=8)],
+    ids=str,
 )
 def test_no_tokens(spec):
     y = run(inputs(0, spec.in_features, HALF), spec, random_tensors(spec, dtype=HALF))
@@ -215,7 +246,9 @@ def test_no_tokens(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["mixed scales"], spec_of(128, 24, act=None)], ids=str
+    "spec",
+    [spec_of(128, 24, rank=8), spec_of(128, 24, rank=80), PARTS["mixed scales"], spec_of(128, 24, act=None)],
+    ids=str,
 )
 def test_any_strides_and_dimensions(spec):
     k, tensors = spec.in_features, random_tensors(spec, dtype=HALF)
@@ -225,7 +258,9 @@ def test_any_strides_and_dimensions(spec):
     assert torch.equal(run(x.T.contiguous().T, spec, tensors), want)
     assert torch.equal(run(x.view(2, 3, 3, k), spec, tensors), want.view(2, 3, 3, -1))
     assert torch.equal(run(x[0], spec, tensors), want[0])
-    turned = run(x.view(2, 9, k).transpose(0, 1), spec, tensors)  # rows in another order, of which torch.mm takes several at a time
+    turned = run(
+        x.view(2, 9, k).transpose(0, 1), spec, tensors
+    )  # rows in another order, of which torch.mm takes several at a time
     assert relative_error(want.view(2, 9, -1).transpose(0, 1), turned) < LIMIT[HALF]
 
 
@@ -263,7 +298,11 @@ def test_weight_only(m, n, quads, bits, grouped, rank, smooth, dtype, seed):
 
 
 def test_weight_only_parts_add_up():
-    spec = LinearSpec(192, 40, (PartSpec(0, 64, rank=3, activation=None), PartSpec(64, 192, WEIGHT8, None, rotation=64, rank=3)))
+    spec = LinearSpec(
+        192,
+        40,
+        (PartSpec(0, 64, rank=3, activation=None), PartSpec(64, 192, WEIGHT8, None, rotation=64, rank=3)),
+    )
     tensors, x = random_tensors(spec, dtype=BF16), inputs(5, 192, BF16)
     assert output_error(run(x, spec, tensors), x, spec, tensors) < 2 * LIMIT[BF16]
 
@@ -282,7 +321,18 @@ def product(codes, scale, tensors, low=None, **changed):
         **changed,
     }
     up = None if low is None else tensors["proj_up"]
-    ops.gemm(codes, scale, tensors["weight"], tensors["weight_scale"], low, up, tensors["bias"], y, *chosen.values(), False)
+    ops.gemm(
+        codes,
+        scale,
+        tensors["weight"],
+        tensors["weight_scale"],
+        low,
+        up,
+        tensors["bias"],
+        y,
+        *chosen.values(),
+        False,
+    )
     return y
 
 

@@ -1,4 +1,5 @@
-"""Launches of Hopper's Gluon kernel, without a card: what they pass, carried out step by step in torch, is the product.
+"""Launches of Hopper's Gluon kernel, without a card: what they pass, carried out step by step in torch, is
+the product.
 
 Its code is compiled by test_compile_gate; its output is compared by `nibble bench` before it is timed.
 """
@@ -64,7 +65,10 @@ class Kernel:
                             part = total[m0 : m0 + bm, n0 : n0 + bn]
                             part += (tile.float() @ weights.float().T)[: part.shape[0], : part.shape[1]]
             gain = 0.0625 if planes == 2 else 1.0
-            scale_x, scale_w = sx[segment * a["ld_sx"] :][: a["M"]], sw[segment * a["ld_sw"] :][: a["N"]] * gain
+            scale_x, scale_w = (
+                sx[segment * a["ld_sx"] :][: a["M"]],
+                sw[segment * a["ld_sw"] :][: a["N"]] * gain,
+            )
             out += total * scale_w * scale_x[:, None]
             first = last
         if c["BR"]:
@@ -78,7 +82,8 @@ class Kernel:
 
 @pytest.fixture
 def hopper_launch(monkeypatch):
-    """A function (planes, ends, accumulate, offset) -> (what the launch wrote, what is right), for a tile in Gluon."""
+    """A function (planes, ends, accumulate, offset) -> (what the launch wrote, what is right), for a tile in
+    Gluon."""
     monkeypatch.setattr(launch, "kernel_target", lambda device: HOPPER)
     monkeypatch.setattr(hopper, "gemm_wgmma", Kernel())
 
@@ -91,7 +96,9 @@ def hopper_launch(monkeypatch):
         g = torch.Generator().manual_seed(planes)
         top = 8 if planes == 2 else 128
         w, x = (torch.randint(-top, top, (rows, planes * row_bytes), generator=g) for rows in (N, M))
-        weight = torch.full((N, row_bytes + 64), 77, dtype=torch.int8)[:, 32 + offset : 32 + offset + row_bytes]  # a part of a wider layer
+        weight = torch.full((N, row_bytes + 64), 77, dtype=torch.int8)[
+            :, 32 + offset : 32 + offset + row_bytes
+        ]  # a part of a wider layer
         weight.copy_(pack(w, 8 // planes))
         codes = torch.cat([x[:, p::planes] for p in range(planes)], 1).to(torch.int8)
         segments = len(ends) if scales == SLICE else 1
@@ -99,12 +106,34 @@ def hopper_launch(monkeypatch):
         low, up, bias = (torch.randn(*shape, generator=g) for shape in ((M, R), (N, R), (N,)))
         y = torch.randn(M, N, generator=g)
         want = y.double() if accumulate else torch.zeros(M, N, dtype=torch.float64)
-        for s, (start, stop) in enumerate(zip((0, *ends), ends, strict=False) if scales == SLICE else [(0, row_bytes)]):
+        for s, (start, stop) in enumerate(
+            zip((0, *ends), ends, strict=False) if scales == SLICE else [(0, row_bytes)]
+        ):
             part = slice(planes * start, planes * stop)
-            want += x[:, part].double() @ w[:, part].double().T * weight_scale[s].double() * scale[s].double()[:, None]
+            want += (
+                x[:, part].double()
+                @ w[:, part].double().T
+                * weight_scale[s].double()
+                * scale[s].double()[:, None]
+            )
         want += low.double() @ up.double().T + bias.double()
         launch.gemm(
-            codes, scale, weight, weight_scale, low, up, bias, y, "gemm_int8", planes, scales, planes == 2, block, ends, False, accumulate
+            codes,
+            scale,
+            weight,
+            weight_scale,
+            low,
+            up,
+            bias,
+            y,
+            "gemm_int8",
+            planes,
+            scales,
+            planes == 2,
+            block,
+            ends,
+            False,
+            accumulate,
         )
         return y, want
 
@@ -112,7 +141,9 @@ def hopper_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize(("planes", "ends"), [(2, (160,)), (2, (64, 128, 320, 384)), (1, (208,)), (1, (128, 384))])
+@pytest.mark.parametrize(
+    ("planes", "ends"), [(2, (160,)), (2, (64, 128, 320, 384)), (1, (208,)), (1, (128, 384))]
+)
 def test_arguments_of_a_launch_give_the_product(hopper_launch, planes, ends, accumulate):
     y, want = hopper_launch(planes, ends, accumulate)
     assert ((y - want).norm() / want.norm()) < 1e-6
@@ -133,7 +164,11 @@ def test_candidates_in_gluon_come_last_and_only_for_hopper():
     assert kinds == sorted(kinds)
     assert any(kinds)
     assert not kinds[0]
-    for other in (replace(HOPPER, triton=(3, 5)), replace(HOPPER, triton=None), *(replace(HOPPER, arch=a) for a in (80, 89, 100, 120))):
+    for other in (
+        replace(HOPPER, triton=(3, 5)),
+        replace(HOPPER, triton=None),
+        *(replace(HOPPER, arch=a) for a in (80, 89, 100, 120)),
+    ):
         assert not any(t.gluon for t in tuning.candidates(other, problem))
     for change in ({"planes": 4}, {"scales": 2, "block": 32}, {"tokens": 64}, {"row_bytes": 1528}):
         assert not any(t.gluon for t in tuning.candidates(HOPPER, replace(problem, **change)))
@@ -144,7 +179,10 @@ def test_candidates_in_gluon_come_last_and_only_for_hopper():
 
 def test_cache_keeps_the_flag_and_reads_files_from_before_it(tmp_path):
     path = tmp_path / "tiles.json"
-    old = '{"fields": ["bm", "bn", "bk", "warps", "stages", "group_m", "rank_block"], "tiles": {"k": [128, 256, 64, 8, 6, 8, 32]}}'
+    old = (
+        '{"fields": ["bm", "bn", "bk", "warps", "stages", "group_m", "rank_block"], "tiles": {"k": [128, '
+        "256, 64, 8, 6, 8, 32]}}"
+    )
     path.write_text(old)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -152,4 +190,6 @@ def test_cache_keeps_the_flag_and_reads_files_from_before_it(tmp_path):
         save(tuning.TileCache(path), {"g": replace(plain, gluon=True)})
         assert tuning.TileCache(path).tiles == {"k": plain, "g": replace(plain, gluon=True)}
     assert not plain.gluon
-    assert replace(plain, gluon=True) in tuning.candidates(HOPPER, tuning.Problem("gemm_int8", 2, CHANNEL, True, 4608, 3072, 1536))
+    assert replace(plain, gluon=True) in tuning.candidates(
+        HOPPER, tuning.Problem("gemm_int8", 2, CHANNEL, True, 4608, 3072, 1536)
+    )

@@ -1,4 +1,5 @@
-"""The pack runs wherever it lies: ComfyUI imports a custom node under the path of its folder, with whatever letters that has."""
+"""The pack runs wherever it lies: ComfyUI imports a custom node under the path of its folder, with whatever
+letters that has."""
 
 import json
 import os
@@ -9,7 +10,8 @@ import pytest
 
 from comfyui_nibble.tests.support import copy_of_the_pack
 
-# Each folder is imported as ComfyUI's `load_custom_node` does, then runs one layer through its operators in Triton's interpreter.
+# Each folder is imported as ComfyUI's `load_custom_node` does, then runs one layer through its operators in
+# Triton's interpreter.
 RUN = """
 import importlib.util, json, os, sys
 import torch
@@ -38,7 +40,9 @@ print(json.dumps(found))
 """
 
 
-FOLDERS = [f"{name}/custom_nodes/ComfyUI-Nibble" for name in ("AI绘画", "ü", "Модели и узлы", "1.2 (copy)", "🎨")]
+FOLDERS = [
+    f"{name}/custom_nodes/ComfyUI-Nibble" for name in ("AI绘画", "ü", "Модели и узлы", "1.2 (copy)", "🎨")
+]
 # In one folder, names that differ in one letter outside of ASCII or in what is no letter at all.
 FOLDERS += [f"custom_nodes/Nibble{name}" for name in ("ü", "ö", "_", "-")]
 
@@ -49,7 +53,9 @@ def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("packs")
     folders = [str(copy_of_the_pack(root / name)) for name in FOLDERS]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": "", "PYTHONUTF8": "1"}
-    done = subprocess.run([sys.executable, "-c", RUN, *folders], capture_output=True, encoding="utf-8", env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *folders], capture_output=True, encoding="utf-8", env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(FOLDERS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 

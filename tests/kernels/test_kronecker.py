@@ -1,7 +1,8 @@
-"""The activation quantizer with a learned Kronecker transform, in Triton's interpreter, against `naive.quantize_activation`.
+"""The activation quantizer with a learned Kronecker transform, in Triton's interpreter, against
+`naive.quantize_activation`.
 
-The products take fp16 scaled to its range. Next to the fp32 specification some codes are a step off, where a value was about to round
-either way: 0.06 % of 4-bit codes and 1 % of 8-bit codes for orthogonal factors.
+The products take fp16 scaled to its range. Next to the fp32 specification some codes are a step off, where a
+value was about to round either way: 0.06 % of 4-bit codes and 1 % of 8-bit codes for orthogonal factors.
 """
 
 import pytest
@@ -25,14 +26,18 @@ FOUR = ActivationSpec(4, "token")
 def layer_of(sizes, slices, act=FOUR, parts=1, smooth=True, per_slice=False):
     width = sizes[0] * sizes[1] * slices
     weight = WeightSpec(4, "channel")
-    part = lambda i: PartSpec(i * width, (i + 1) * width, weight, act, smooth=smooth, kronecker=sizes, per_slice=per_slice)
+    part = lambda i: PartSpec(
+        i * width, (i + 1) * width, weight, act, smooth=smooth, kronecker=sizes, per_slice=per_slice
+    )
     return LinearSpec(parts * width, 8, tuple(map(part, range(parts))))
 
 
 def factors_of(spec, gain=1.0, seed=0):
     """Orthogonal factors times `gain`, flat as the layer holds them."""
     pairs = [(part, i) for part in spec.parts for i in range(part.pairs)]
-    return torch.cat([gain * start_factor(p, seed + 7 * i + p).flatten() for part, i in pairs for p in part.kronecker])
+    return torch.cat(
+        [gain * start_factor(p, seed + 7 * i + p).flatten() for part, i in pairs for p in part.kronecker]
+    )
 
 
 def run(x, spec, transform, smooth=None, planes=2, before=None):
@@ -46,7 +51,11 @@ def run(x, spec, transform, smooth=None, planes=2, before=None):
         x, codes, scale, smooth, transform, mod_scale, mod_shift, count, part.width // (p1 * p2), p1, p2, part.per_slice, planes, act.bits,
         act.unsigned, act.clip, kind, eps,
     )  # fmt: skip
-    codes = codes.unflatten(1, (planes, -1)).transpose(1, 2).flatten(1) if planes else unpack(codes, 4, act.unsigned)
+    codes = (
+        codes.unflatten(1, (planes, -1)).transpose(1, 2).flatten(1)
+        if planes
+        else unpack(codes, 4, act.unsigned)
+    )
     return codes.short(), scale.T
 
 
@@ -54,7 +63,11 @@ def expected(x, spec, transform, smooth=None):
     out = []
     for part, factors in zip(spec.parts, spec.factors({"transform": transform}), strict=True):
         columns = slice(part.start, part.stop)
-        out.append(quantizers.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float(), factors))
+        out.append(
+            quantizers.quantize_activation(
+                x[:, columns], part, None if smooth is None else smooth[columns].float(), factors
+            )
+        )
     return torch.cat([codes.short() for codes, _ in out], 1), torch.cat([scale for _, scale in out], 1)
 
 
@@ -72,8 +85,17 @@ def tokens(m, k, dtype, seed=1):
     return (inputs(m, k, seed=seed) * size).to(dtype), size[0].sqrt()
 
 
-# The sizes of FLUX and PixArt: 3072, 1152, 4608 and 12288 channels in 1, 4 or 16 slices. Tails: 7 tokens are two programs and a third.
-SIZES = [((24, 32), 4), ((16, 18), 4), ((32, 36), 1), ((8, 9), 16), ((48, 64), 1), ((12, 16), 3), ((16, 16), 2)]
+# The sizes of FLUX and PixArt: 3072, 1152, 4608 and 12288 channels in 1, 4 or 16 slices. Tails: 7 tokens are
+# two programs and a third.
+SIZES = [
+    ((24, 32), 4),
+    ((16, 18), 4),
+    ((32, 36), 1),
+    ((8, 9), 16),
+    ((48, 64), 1),
+    ((12, 16), 3),
+    ((16, 16), 2),
+]
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
@@ -130,14 +152,17 @@ def test_parts_and_slices_read_their_own_factors(slices, per_slice):
     for parts in (1, 3):
         spec = layer_of((16, 18), slices, parts=parts, per_slice=per_slice)
         x, smooth = tokens(5, spec.in_features, HALF)
-        transform = torch.cat([f + 0.3 * inputs(1, f.numel(), seed=i)[0] for i, f in enumerate(factors_of(spec).split(9))])  # no two alike
+        transform = torch.cat(
+            [f + 0.3 * inputs(1, f.numel(), seed=i)[0] for i, f in enumerate(factors_of(spec).split(9))]
+        )  # no two alike
         assert transform.numel() == spec.shapes()["transform"][0]
         for planes in (0, 2):
             check(run(x, spec, transform, smooth, planes), expected(x, spec, transform, smooth))
 
 
 def test_factors_of_any_size_and_dtype():
-    """Powers of two bring x / s and the factors into the range of fp16, whatever it was; fp16 alone would be 0 or infinite."""
+    """Powers of two bring x / s and the factors into the range of fp16, whatever it was; fp16 alone would be
+    0 or infinite."""
     spec = layer_of((16, 18), 2, smooth=False)
     x = inputs(5, spec.in_features)
     for size, gain in ((1e-20, 1e-6), (1e15, 1e5), (1e30, 1.0), (1e-30, 1e9)):
@@ -161,11 +186,19 @@ def test_one_channel_far_above_the_others():
 def test_rows_of_a_wider_tensor():
     spec = layer_of((16, 16), 2)
     wide, smooth = tokens(5, 1280, HALF)
-    x, transform, codes, scale = wide[:, 512:1024], factors_of(spec), torch.zeros(5, 1024, dtype=torch.int8), torch.empty(1, 5)
+    x, transform, codes, scale = (
+        wide[:, 512:1024],
+        factors_of(spec),
+        torch.zeros(5, 1024, dtype=torch.int8),
+        torch.empty(1, 5),
+    )
     ops.quantize_kronecker(
         x, codes[:, 256:], scale, smooth[512:1024], transform, None, None, 1, 2, 16, 16, False, 2, 4, False, 1.0, *NOTHING[:1], 0.0
     )  # fmt: skip
-    check((torch.stack([codes[:, 256:512], codes[:, 768:]], 2).flatten(1).short(), scale.T), expected(x, spec, transform, smooth[512:1024]))
+    check(
+        (torch.stack([codes[:, 256:512], codes[:, 768:]], 2).flatten(1).short(), scale.T),
+        expected(x, spec, transform, smooth[512:1024]),
+    )
     assert not codes[:, :256].any()
     assert not codes[:, 512:768].any()
 
@@ -173,11 +206,18 @@ def test_rows_of_a_wider_tensor():
 def test_fused_gelu_and_layernorm():
     spec = layer_of((16, 18), 4)
     x, smooth = tokens(9, spec.in_features, BF16)
-    modulation = LayerNormModulate(0.3 * inputs(3, spec.in_features, BF16, 11), 0.3 * inputs(3, spec.in_features, BF16, 12))
+    modulation = LayerNormModulate(
+        0.3 * inputs(3, spec.in_features, BF16, 11), 0.3 * inputs(3, spec.in_features, BF16, 12)
+    )
     transform = factors_of(spec)
     for before, raised in ((Gelu(), x.clamp(-6, 6)), (modulation, x + 40)):
-        got, want = run(raised, spec, transform, smooth, before=before), expected(before(raised), spec, transform, smooth)
-        steps = (got[0] - want[0]).abs()  # an input that rounds another way to bf16 moves a token's whole slice a little
+        got, want = (
+            run(raised, spec, transform, smooth, before=before),
+            expected(before(raised), spec, transform, smooth),
+        )
+        steps = (
+            got[0] - want[0]
+        ).abs()  # an input that rounds another way to bf16 moves a token's whole slice a little
         assert int(steps.max()) <= 1
         assert float((steps > 0).float().mean()) < 0.01
         assert float((got[1] / want[1] - 1).abs().max()) < 0.01

@@ -1,4 +1,5 @@
-"""The activation quantizer with a learned transform compiles for every card: 16-bit tensor cores, no spills, shared memory that fits.
+"""The activation quantizer with a learned transform compiles for every card: 16-bit tensor cores, no spills,
+shared memory that fits.
 
 What dispatch refuses for a card is not compiled; `test_dispatch` has the reasons.
 """
@@ -40,13 +41,17 @@ def case_of(arch, name):
     p1, p2, slices, per_slice, prologue, bits = SETTINGS[name]
     width = p1 * p2 * slices
     act = ActivationSpec(bits, "token")
-    part = PartSpec(0, width, WeightSpec(4, "channel"), act, smooth=True, kronecker=(p1, p2), per_slice=per_slice)
+    part = PartSpec(
+        0, width, WeightSpec(4, "channel"), act, smooth=True, kronecker=(p1, p2), per_slice=per_slice
+    )
     choice = dispatch.choose(LinearSpec(width, 3072, (part,)), TARGETS[arch])
     if choice.path == "eager" or dispatch.FUSED in dict(choice.refused):
         return None
     tile = tuning.kronecker_tile(TARGETS[arch], p1, p2, slices, per_slice)
     planes = 0 if arch in NATIVE_INT4 and bits <= 4 else 2
-    return tile, kronecker_constants(TARGETS[arch], tile, p1, p2, slices, per_slice, prologue, True, bits, False, planes)
+    return tile, kronecker_constants(
+        TARGETS[arch], tile, p1, p2, slices, per_slice, prologue, True, bits, False, planes
+    )
 
 
 CASES = [(arch, name) for arch in TARGETS for name in SETTINGS if case_of(arch, name)]
@@ -56,12 +61,25 @@ CASES = [(arch, name) for arch in TARGETS for name in SETTINGS if case_of(arch, 
 def compiled(request):
     """{case: Future of Compiled} of the tests that were selected, on two processes."""
     with gate.pool() as pool:
-        selected = [i.callspec for i in request.session.items if i.path == request.path and hasattr(i, "callspec")]
+        selected = [
+            i.callspec for i in request.session.items if i.path == request.path and hasattr(i, "callspec")
+        ]
         jobs = {}
         for case in (tuple(c.params.values()) for c in selected):
             tile, constants = case_of(*case)
-            module, options = f"{KERNELS}.quant_activation.kronecker", {"num_warps": tile.warps, "num_stages": 1}
-            jobs[case] = pool.submit(gate.compile_kernel, module, "quantize_kronecker_kernel", QUANTIZER, constants, case[0], options)
+            module, options = (
+                f"{KERNELS}.quant_activation.kronecker",
+                {"num_warps": tile.warps, "num_stages": 1},
+            )
+            jobs[case] = pool.submit(
+                gate.compile_kernel,
+                module,
+                "quantize_kronecker_kernel",
+                QUANTIZER,
+                constants,
+                case[0],
+                options,
+            )
         yield jobs
 
 

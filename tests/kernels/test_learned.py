@@ -1,4 +1,5 @@
-"""Layers with learned Kronecker transforms: in the quantizer where a kernel takes them, else torch transforms x for the kernels."""
+"""Layers with learned Kronecker transforms: in the quantizer where a kernel takes them, else torch transforms
+x for the kernels."""
 
 from dataclasses import replace
 
@@ -55,8 +56,16 @@ def lora_of(spec):
 def test_eager_agrees_with_the_specification(name):
     spec = SPECS[name]
     tensors, x, lora = tensors_of(spec), inputs(33, spec.in_features), lora_of(spec)
-    assert relative_error(naive.quant_linear(x, spec, tensors, lora), quant_linear(x, spec, tensors, lora)) < 1e-5
-    assert relative_error(naive.quant_linear(Gelu()(x), spec, tensors), quant_linear(x, spec, tensors, before=Gelu())) < 1e-5
+    assert (
+        relative_error(naive.quant_linear(x, spec, tensors, lora), quant_linear(x, spec, tensors, lora))
+        < 1e-5
+    )
+    assert (
+        relative_error(
+            naive.quant_linear(Gelu()(x), spec, tensors), quant_linear(x, spec, tensors, before=Gelu())
+        )
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -83,7 +92,10 @@ def test_layernorm_in_front(name):
     """In the quantizer for one part; of several each sees only its own channels, so torch computes it."""
     spec = SPECS[name]
     tensors, x = tensors_of(spec), inputs(12, spec.in_features, torch.bfloat16)
-    before = LayerNormModulate(0.3 * inputs(2, spec.in_features, torch.bfloat16, 5), 0.3 * inputs(2, spec.in_features, torch.bfloat16, 6))
+    before = LayerNormModulate(
+        0.3 * inputs(2, spec.in_features, torch.bfloat16, 5),
+        0.3 * inputs(2, spec.in_features, torch.bfloat16, 6),
+    )
     assert before.fits(spec) == (name == "shared")
     check_on_equal_codes(x, spec, tensors, before=before, roundings=3)
 
@@ -106,7 +118,9 @@ def one_part(sizes, slices, **kwargs):
     return LinearSpec(width, 96, (PartSpec(0, width, CHANNEL, TOKEN, kronecker=sizes, **kwargs),))
 
 
-@pytest.mark.parametrize(("arch", "path"), [(89, "int4 tensor cores"), (90, "int8 tensor cores"), ("gfx942", "int8 tensor cores")])
+@pytest.mark.parametrize(
+    ("arch", "path"), [(89, "int4 tensor cores"), (90, "int8 tensor cores"), ("gfx942", "int8 tensor cores")]
+)
 def test_transform_is_in_the_quantizer(arch, path):
     for spec in (SPECS["shared"], SPECS["per slice"], SPECS["beside a plain part"], one_part((24, 32), 4)):
         choice = choose(spec, card(arch))
@@ -120,14 +134,34 @@ def test_transform_is_in_the_quantizer(arch, path):
         (SPECS["group scales"], 120, "one activation scale each 64 channels"),
         (SPECS["weight-only"], 89, "weight-only layer"),
         (SPECS["shared"], 75, "Triton has no 16-bit tensor-core product for sm_75"),
-        (SPECS["rows of 9"], 89, "slices of 16 x 9 channels, odd rows of which two codes of one byte would be in two"),
+        (
+            SPECS["rows of 9"],
+            89,
+            "slices of 16 x 9 channels, odd rows of which two codes of one byte would be in two",
+        ),
         (SPECS["rows of 9"], 90, None),
         (one_part((48, 64), 4), 86, None),
         (one_part((96, 128), 1), 86, None),
-        (one_part((48, 64), 8), 90, "8 slices of 64 x 64 after padding, above 128 a side or 16384 values a token"),
-        (one_part((8, 136), 1), 90, "1 slices of 16 x 256 after padding, above 128 a side or 16384 values a token"),
-        (one_part((48, 64), 4, per_slice=True), 90, "4 slices of 64 x 64 after padding, above 128 a side or 8192 values a token"),
-        (one_part((64, 128), 1), "gfx942", "1 slices of 64 x 128 after padding, above 64 a side or 16384 values a token"),
+        (
+            one_part((48, 64), 8),
+            90,
+            "8 slices of 64 x 64 after padding, above 128 a side or 16384 values a token",
+        ),
+        (
+            one_part((8, 136), 1),
+            90,
+            "1 slices of 16 x 256 after padding, above 128 a side or 16384 values a token",
+        ),
+        (
+            one_part((48, 64), 4, per_slice=True),
+            90,
+            "4 slices of 64 x 64 after padding, above 128 a side or 8192 values a token",
+        ),
+        (
+            one_part((64, 128), 1),
+            "gfx942",
+            "1 slices of 64 x 128 after padding, above 64 a side or 16384 values a token",
+        ),
         (one_part((32, 32), 16), 130, None),
     ],
 )
@@ -141,4 +175,7 @@ def test_reason_why_torch_transforms(spec, arch, reason):
 
 def test_shared_memory_of_the_card_is_counted():
     spec = one_part((96, 128), 1)
-    assert dict(choose(spec, interpreter()).refused)[FUSED] == "slices of 96 x 128 channels take 96 KiB of shared memory, the CPU has 64"
+    assert (
+        dict(choose(spec, interpreter()).refused)[FUSED]
+        == "slices of 96 x 128 channels take 96 KiB of shared memory, the CPU has 64"
+    )

@@ -12,7 +12,10 @@ INT8 = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
 S4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.s4.s4.s32"
 U4 = "mma.sync.aligned.m16n8k64.row.col.satfinite.s32.u4.s4.s32"
 OPERANDS = "{ %r1, %r2, %r3, %r4 }, { %r5, %r6, %r7, %r8 }, { %r9, %r10 }, { %r1, %r2, %r3, %r4 };"
-PTX = f"\tldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r5}}, [%r0];\n\t{INT8} {OPERANDS}\n\t{INT8} {OPERANDS}\n\tret;\n"
+PTX = (
+    f"\tldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r5}}, [%r0];\n\t{INT8} {OPERANDS}\n\t{INT8} "
+    f"{OPERANDS}\n\tret;\n"
+)
 
 
 @pytest.mark.parametrize(("name", "instruction"), [("gemm_s4s4", S4), ("gemm_u4s4", U4)])
@@ -29,7 +32,9 @@ def test_other_kernels_are_left_alone(name):
 
 @pytest.mark.parametrize("ptx", ["ret;", PTX.replace("m16n8k32", "m16n8k16"), PTX.replace("s8.s8", "u8.s8")])
 def test_a_kernel_without_the_instruction_is_refused(ptx):
-    with pytest.raises(native_int4.NoInt4Error, match=f"gemm_s4s4: expected {INT8} in the PTX of this Triton, found none"):
+    with pytest.raises(
+        native_int4.NoInt4Error, match=f"gemm_s4s4: expected {INT8} in the PTX of this Triton, found none"
+    ):
         native_int4.rewrite(ptx, "gemm_s4s4")
 
 
@@ -88,8 +93,12 @@ def test_an_existing_hook_runs_first(hook):
 
 
 def test_key_and_hash_for_the_compilation_cache(hook):
-    """Triton 3.9 asks the hook for both by a call without arguments. They follow our source and the other hook's."""
+    """Triton 3.9 asks the hook for both by a call without arguments. They follow our source and the other
+    hook's."""
     key, digest = hook(None)()
     assert key == Path(native_int4.__file__).read_text()
     assert digest == hashlib.sha256(key.encode()).hexdigest()
-    assert hook(lambda: ("other", "abc"))() == (key + "other", hashlib.sha256((digest + "abc").encode()).hexdigest())
+    assert hook(lambda: ("other", "abc"))() == (
+        key + "other",
+        hashlib.sha256((digest + "abc").encode()).hexdigest(),
+    )

@@ -25,17 +25,36 @@ def by_hand(x, spec, tensors):
         if part.smooth:
             tx = tx / tensors["smooth_factor"][part.start : part.stop].double()
         if part.activation:
-            act, top = part.activation, (2**part.activation.bits - 1 if part.activation.unsigned else 2 ** (part.activation.bits - 1) - 1)
+            act, top = (
+                part.activation,
+                (
+                    2**part.activation.bits - 1
+                    if part.activation.unsigned
+                    else 2 ** (part.activation.bits - 1) - 1
+                ),
+            )
             top = max(top, 1)
             width = {"group": act.group, "token": part.width, "tensor": part.width}[act.granularity]
             for k in range(0, part.width, width):
                 piece = tx[:, k : k + width]
-                scale = piece.abs().amax(1, keepdim=True) if act.granularity != "tensor" else tx.abs().max().expand(len(tx), 1)
+                scale = (
+                    piece.abs().amax(1, keepdim=True)
+                    if act.granularity != "tensor"
+                    else tx.abs().max().expand(len(tx), 1)
+                )
                 scale = scale.clamp(min=1e-10) / top
-                codes = torch.where(piece < 0, -1, 1) if act.bits == 1 else (piece / scale).round().clamp(0 if act.unsigned else -top, top)
+                codes = (
+                    torch.where(piece < 0, -1, 1)
+                    if act.bits == 1
+                    else (piece / scale).round().clamp(0 if act.unsigned else -top, top)
+                )
                 tx[:, k : k + width] = codes * scale
         codes = unpack(tensors["weight"][:, column : column + part.bytes_per_row], part.weight.bits).double()
-        scales = tensors["weight_scale"][row : row + part.scale_rows].double().repeat_interleave(part.width // part.scale_rows, 0)
+        scales = (
+            tensors["weight_scale"][row : row + part.scale_rows]
+            .double()
+            .repeat_interleave(part.width // part.scale_rows, 0)
+        )
         y += tx @ (codes * scales.T).T
         if part.rank:
             y += (
@@ -72,7 +91,9 @@ def test_naive_equals_the_formula_in_float64(name):
     spec = SPECS[name]
     tensors = random_tensors(spec)
     x = torch.randn(33, spec.in_features, generator=torch.Generator().manual_seed(1))
-    assert layer_error(by_hand(x, spec, tensors), naive.quant_linear(x, spec, tensors), x, spec, tensors) < 1e-6
+    assert (
+        layer_error(by_hand(x, spec, tensors), naive.quant_linear(x, spec, tensors), x, spec, tensors) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -80,8 +101,14 @@ def test_eager_equals_naive(name):
     spec = SPECS[name]
     tensors = random_tensors(spec)
     x = torch.randn(33, spec.in_features, generator=torch.Generator().manual_seed(1))
-    lora = [(torch.randn(4, spec.in_features), torch.randn(16, 4), 8), (torch.randn(2, spec.in_features), torch.randn(48, 2), 0)]
-    assert relative_error(naive.quant_linear(x, spec, tensors, lora), eager.quant_linear(x, spec, tensors, lora)) < 1e-6
+    lora = [
+        (torch.randn(4, spec.in_features), torch.randn(16, 4), 8),
+        (torch.randn(2, spec.in_features), torch.randn(48, 2), 0),
+    ]
+    assert (
+        relative_error(naive.quant_linear(x, spec, tensors, lora), eager.quant_linear(x, spec, tensors, lora))
+        < 1e-6
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,7 +125,13 @@ def test_eager_equals_naive(name):
 )
 def test_eager_equals_naive_for_any_shape(m, n, groups, rotation, smooth, rank, act, weight, seed):
     spec = spec_of(
-        64 * groups, n, ActivationSpec(granularity=act), WeightSpec(granularity=weight), smooth=smooth, rotation=rotation, rank=rank
+        64 * groups,
+        n,
+        ActivationSpec(granularity=act),
+        WeightSpec(granularity=weight),
+        smooth=smooth,
+        rotation=rotation,
+        rank=rank,
     )
     tensors = random_tensors(spec, seed)
     x = torch.randn(m, spec.in_features, generator=torch.Generator().manual_seed(seed))
@@ -113,7 +146,9 @@ def test_extreme_codes_rows_and_outliers(codes):
     x[0] = 0
     x[1, 5] = 1e6
     x[2] = 1.0
-    assert layer_error(by_hand(x, spec, tensors), naive.quant_linear(x, spec, tensors), x, spec, tensors) < 1e-6
+    assert (
+        layer_error(by_hand(x, spec, tensors), naive.quant_linear(x, spec, tensors), x, spec, tensors) < 1e-6
+    )
     assert relative_error(naive.quant_linear(x, spec, tensors), eager.quant_linear(x, spec, tensors)) < 1e-6
 
 

@@ -37,7 +37,8 @@ def smoothing(k, dtype, seed=2):
 
 
 def run(x, part, planes, smooth=None, down=None, before=None):
-    """The operator on all slices of x, one PartSpec for each: codes (M, K) in the order of channels, scales (M, segments), low."""
+    """The operator on all slices of x, one PartSpec for each: codes (M, K) in the order of channels, scales
+    (M, segments), low."""
     act, count, grouped = part.activation, x.shape[1] // part.width, part.activation.granularity == "group"
     codes = torch.full((x.shape[0], x.shape[1] if planes else x.shape[1] // 2), 99, dtype=torch.int8)
     scale = torch.full((x.shape[1] // 64 if grouped else count, x.shape[0]), 99.0)
@@ -47,7 +48,11 @@ def run(x, part, planes, smooth=None, down=None, before=None):
         x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits, act.unsigned, grouped,
         part.rotation, act.shift, act.clip, kind, eps,
     )  # fmt: skip
-    codes = codes.unflatten(1, (planes, -1)).transpose(1, 2).flatten(1) if planes else unpack(codes, 4, act.unsigned)
+    codes = (
+        codes.unflatten(1, (planes, -1)).transpose(1, 2).flatten(1)
+        if planes
+        else unpack(codes, 4, act.unsigned)
+    )
     return codes.short(), scale.T, low
 
 
@@ -56,7 +61,9 @@ def expected(x, part, smooth=None):
     codes, scales = [], []
     for start in range(0, x.shape[1], part.width):
         columns = slice(start, start + part.width)
-        c, s = quantizers.quantize_activation(x[:, columns], part, None if smooth is None else smooth[columns].float())
+        c, s = quantizers.quantize_activation(
+            x[:, columns], part, None if smooth is None else smooth[columns].float()
+        )
         codes.append(c.short())
         scales.append(s)
     return torch.cat(codes, 1), torch.cat(scales, 1)
@@ -70,7 +77,8 @@ def assert_equal(x, part, planes, smooth=None):
 
 
 def assert_close(got, want, share, scale_error):
-    """Codes differ by one step in less than `share` of the places, scales by less than `scale_error` of themselves."""
+    """Codes differ by one step in less than `share` of the places, scales by less than `scale_error` of
+    themselves."""
     (codes, scale, *_), (want_codes, want_scale) = got, want
     assert float((scale / want_scale - 1).abs().max()) < scale_error
     steps = (codes - want_codes).abs()
@@ -80,7 +88,11 @@ def assert_close(got, want, share, scale_error):
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("smooth", [False, True], ids=["", "smooth"])
-@pytest.mark.parametrize("act", [SIGNS, *SIGNED, SHIFTED, *CLIPPED], ids=lambda a: f"{'u' if a.unsigned else 's'}{a.bits} clip {a.clip}")
+@pytest.mark.parametrize(
+    "act",
+    [SIGNS, *SIGNED, SHIFTED, *CLIPPED],
+    ids=lambda a: f"{'u' if a.unsigned else 's'}{a.bits} clip {a.clip}",
+)
 def test_equals_the_specification_bit_for_bit(act, smooth, dtype):
     for planes in (0, 1, 2, 4) if act.bits <= 4 else (1, 2, 4):
         for rows, width, chosen in ((15, 192, act), (33, 100, token(act))):
@@ -107,7 +119,8 @@ def test_equals_the_specification_for_any_shape(rows, quads, count, grouped, smo
 
 
 def test_rows_of_a_wider_tensor_and_the_right_part_of_a_buffer():
-    """Both as the layer launches it: x a slice of columns, the codes of the second part behind those of the first, in two planes."""
+    """Both as the layer launches it: x a slice of columns, the codes of the second part behind those of the
+    first, in two planes."""
     wide, part = inputs(5, 320, HALF), part_of(64, SIGNED[2])
     x, codes, scale = wide[:, 192:320], torch.zeros(5, 256, dtype=torch.int8), torch.empty(2, 5)
     ops.quantize_activation(
@@ -129,7 +142,11 @@ def test_rotation_of_exact_values(rotation):
 
 @pytest.mark.parametrize("rotation", [2, 4, 8, 16, 32, 64, 128, 256])
 def test_rotation_after_smoothing_rounds_to_bf16(rotation):
-    x, part, factors = inputs(33, 512, BF16), part_of(256, SIGNED[2], rotation=rotation, smooth=True), smoothing(512, BF16)
+    x, part, factors = (
+        inputs(33, 512, BF16),
+        part_of(256, SIGNED[2], rotation=rotation, smooth=True),
+        smoothing(512, BF16),
+    )
     assert_close(run(x, part, 2, factors), expected(x, part, factors), share=0.01, scale_error=0.01)
 
 
@@ -143,7 +160,11 @@ def test_rotation_with_a_tail():
 @pytest.mark.parametrize("rank", [1, 17, 64])
 def test_low_rank_is_the_product_of_the_raw_x(rank, dtype):
     for width, count, act in ((192, 1, SIGNED[2]), (64, 3, SIGNED[2]), (100, 2, token(SHIFTED))):
-        x, down, factors = inputs(33, width * count, dtype), inputs(width * count, rank, dtype, 5), smoothing(width * count, dtype)
+        x, down, factors = (
+            inputs(33, width * count, dtype),
+            inputs(width * count, rank, dtype, 5),
+            smoothing(width * count, dtype),
+        )
         part = part_of(width, act, smooth=True, rank=rank)
         codes, _, low = run(x, part, 2, factors, down)
         parts = zip(x.double().split(width, 1), down.double().split(width), strict=True)
@@ -169,7 +190,11 @@ def test_fused_gelu_equals_gelu_before(grouped, dtype):
 def test_fused_layernorm_equals_layernorm_before(batches, dtype):
     for width, count, act in ((192, 1, SIGNED[2]), (64, 3, SIGNED[2]), (100, 2, token(SIGNED[2]))):
         x = 3 * inputs(33, width * count, dtype) + 40  # a mean far above the spread
-        before, part, down = modulation(batches, width * count, dtype), part_of(width, act, rank=8), inputs(width * count, 8, dtype, 3)
+        before, part, down = (
+            modulation(batches, width * count, dtype),
+            part_of(width, act, rank=8),
+            inputs(width * count, 8, dtype, 3),
+        )
         codes, scale, low = run(x, part, 1, down=down, before=before)
         plain = before(x)
         assert_close((codes, scale), expected(plain, part), share=0.005, scale_error=0.01)
@@ -184,7 +209,12 @@ def test_nan_stays_in_its_token(act, before):
     x[20, 70] = torch.nan
     codes, scale, _ = run(x, part_of(192, act), 2, before=before)
     lost = torch.zeros_like(scale, dtype=torch.bool)
-    lost[20, (1 if act.granularity == "group" else 0) if not isinstance(before, LayerNormModulate) else slice(None)] = True
+    lost[
+        20,
+        (1 if act.granularity == "group" else 0)
+        if not isinstance(before, LayerNormModulate)
+        else slice(None),
+    ] = True
     assert torch.equal(scale.isnan(), lost)
     x[20] = 0
     whole = torch.arange(33) != 20
@@ -205,7 +235,8 @@ def test_zero_and_outlier_rows():
 
 
 def test_one_bit_of_what_underflows_in_the_division():
-    """-2e-45 / 1.5 is a zero in fp32 and so counts as positive on both sides; a value of x keeps its sign at any scale."""
+    """-2e-45 / 1.5 is a zero in fp32 and so counts as positive on both sides; a value of x keeps its sign at
+    any scale."""
     x = inputs(3, 128, BF16)
     x[0, :5] = torch.tensor([0.0, -0.0, -1e-39, 1e-39, -2e-45])
     for act in (SIGNS, token(SIGNS)):

@@ -18,7 +18,11 @@ from comfyui_nibble.quant_core.evaluation.bench.tune import save
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.tests.kernels.layers import side_by_side
 
-CARDS = [Target("cuda", a, triton) for triton in ((3, 6), (3, 9)) for a in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130)]
+CARDS = [
+    Target("cuda", a, triton)
+    for triton in ((3, 6), (3, 9))
+    for a in (75, 80, 86, 87, 89, 90, 100, 103, 120, 121, 130)
+]
 CARDS += [Target("hip", a, (3, 6)) for a in ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201")]
 ADA, HOPPER = Target("cuda", 89, (3, 6), "NVIDIA L4"), Target("cuda", 90, (3, 6))
 PROBLEM = Problem("gemm_s4s4", 0, plan.CHANNEL, False, 4608, 3072, 1536)
@@ -41,10 +45,14 @@ def problems(spec, target, tokens):
 )
 def test_every_tile_fits_its_card_and_its_problem(target, widths, bits, grouped, tokens):
     act = ActivationSpec(bits[1], "group" if grouped[0] else "token")
-    spec = side_by_side(3072, *((w, act, WeightSpec(bits[0], "group" if grouped[1] else "channel")) for w in widths))
+    spec = side_by_side(
+        3072, *((w, act, WeightSpec(bits[0], "group" if grouped[1] else "channel")) for w in widths)
+    )
     assume(choose(spec, target).path != "eager")
     for problem in problems(spec, target, tokens):
-        tiles = [tuning.interpreter_tile(problem)] if target.interpreted else tuning.candidates(target, problem)
+        tiles = (
+            [tuning.interpreter_tile(problem)] if target.interpreted else tuning.candidates(target, problem)
+        )
         assert len(set(tiles)) == len(tiles) >= 1
         for tile in tiles:
             assert tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn) * tile.stages <= target.shared_bytes
@@ -58,20 +66,44 @@ def test_every_tile_fits_its_card_and_its_problem(target, widths, bits, grouped,
 def test_few_tokens_take_low_tiles():
     for target in (t for t in CARDS if t.arch != 75):
         problem = next(
-            problems(side_by_side(3072, (3072, ActivationSpec(granularity="token"), WeightSpec(granularity="channel"))), target, 64)
+            problems(
+                side_by_side(
+                    3072, (3072, ActivationSpec(granularity="token"), WeightSpec(granularity="channel"))
+                ),
+                target,
+                64,
+            )
         )
         assert all(t.bm <= 64 for t in tuning.candidates(target, problem))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "bucket"), [(1, 16), (16, 16), (17, 32), (4096, 4096), (4097, 8192), (4500, 8192), (4608, 8192), (8192, 8192), (8193, 16384)]
+    ("tokens", "bucket"),
+    [
+        (1, 16),
+        (16, 16),
+        (17, 32),
+        (4096, 4096),
+        (4097, 8192),
+        (4500, 8192),
+        (4608, 8192),
+        (8192, 8192),
+        (8193, 16384),
+    ],
 )
 def test_tokens_share_a_key_up_to_a_power_of_two(tokens, bucket):
     assert replace(PROBLEM, tokens=tokens).key == f"gemm_s4s4/0/0/{bucket}x3072x1536/0"
 
 
 def test_everything_else_has_a_key_of_its_own():
-    others = [{"kernel": "gemm_u4s4"}, {"planes": 2}, {"scales": plan.SLICE}, {"channels": 3073}, {"row_bytes": 1535}, {"block": 32}]
+    others = [
+        {"kernel": "gemm_u4s4"},
+        {"planes": 2},
+        {"scales": plan.SLICE},
+        {"channels": 3073},
+        {"row_bytes": 1535},
+        {"block": 32},
+    ]
     assert len({PROBLEM.key, *(replace(PROBLEM, **change).key for change in others)}) == 7
 
 
@@ -121,7 +153,8 @@ CORRUPT = {
     "a list": "[]",
     "no tiles": "{" + FIELDS + "}",
     "no fields": '{"tiles": {"k": [64, 64, 64, 4, 3, 8, 32]}}',
-    "an unknown field": '{"fields": ["bm", "bn", "bk", "warps", "stages", "group_m", "clusters"], "tiles": {"k": [64, 64, 64, 4, 3, 8, 32]}}',
+    "an unknown field": '{"fields": ["bm", "bn", "bk", "warps", "stages", "group_m", "clusters"], "tiles": {"k": [64, 64, '
+    "64, 4, 3, 8, 32]}}",
     "a missing field": '{"fields": ["bm", "bn", "bk", "warps"], "tiles": {"k": [64, 64, 64, 4]}}',
     "too few values": "{" + FIELDS + ', "tiles": {"k": [64, 64, 64]}}',
     "tiles in a list": "{" + FIELDS + ', "tiles": [[64, 64, 64, 4, 3, 8, 32]]}',
@@ -136,16 +169,23 @@ CORRUPT = {
 def test_corrupt_file_warns_and_is_replaced(cache, text):
     cache.parent.mkdir()
     cache.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.warns(UserWarning, match=rf"{re.escape(str(cache))}: not a table of tiles \(.*\); the shipped defaults are used"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"{re.escape(str(cache))}: not a table of tiles \(.*\); the shipped defaults are used",
+    ):
         assert tuning.gemm_tile(ADA, PROBLEM) == DEFAULT
     save(tuning.cache_for(ADA), {PROBLEM.key: OTHER})
-    assert json.loads(cache.read_text())["tiles"] == {PROBLEM.key: [OTHER.bm, OTHER.bn, OTHER.bk, OTHER.warps, OTHER.stages, 8, 32, False]}
+    assert json.loads(cache.read_text())["tiles"] == {
+        PROBLEM.key: [OTHER.bm, OTHER.bn, OTHER.bk, OTHER.warps, OTHER.stages, 8, 32, False]
+    }
     assert TileCache(cache).tiles == {PROBLEM.key: OTHER}
 
 
 def test_fields_are_read_by_name(cache):
     cache.parent.mkdir()
-    cache.write_text('{"fields": ["stages", "warps", "bk", "bn", "bm"], "tiles": {"k": [3, 8, 64, 256, 128]}}')
+    cache.write_text(
+        '{"fields": ["stages", "warps", "bk", "bn", "bm"], "tiles": {"k": [3, 8, 64, 256, 128]}}'
+    )
     assert TileCache(cache).get("k") == Tile(128, 256, 64, 8, 3)
 
 

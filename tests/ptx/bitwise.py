@@ -48,7 +48,9 @@ def _funnel_shift(instruction: Instruction) -> Operation:
     def apply(low, high, amount):
         amount = amount & 31 if "wrap" in way else np.minimum(amount, 32)
         both = high.astype(np.uint64) << 32 | low
-        return (_shift_left(both, amount) >> 32 if "l" in way else both >> amount.astype(np.uint64)).astype(np.uint32)
+        return (_shift_left(both, amount) >> 32 if "l" in way else both >> amount.astype(np.uint64)).astype(
+            np.uint32
+        )
 
     return Operation(("u32", "u32", "u32"), apply)
 
@@ -59,7 +61,8 @@ def _low_ones(length, dtype):
 
 
 def _extract_field(x, position, length):
-    """bfe: a signed field's sign fills what lies above it; a field that leaves the word takes the word's top bit for its sign."""
+    """bfe: a signed field's sign fills what lies above it; a field that leaves the word takes the word's top
+    bit for its sign."""
     unsigned = x.view(UNSIGNED[_width(x)])
     position, length = np.broadcast_arrays(position & 0xFF, length & 0xFF)
     mask = _low_ones(np.minimum(length, _width(x)), unsigned.dtype)
@@ -88,7 +91,8 @@ def _field(arity: int, function):
 
 
 def _permute(instruction: Instruction) -> Operation:
-    """prmt: each nibble of the selector picks one of the eight bytes of {b, a}; its top bit asks for the byte's sign instead."""
+    """prmt: each nibble of the selector picks one of the eight bytes of {b, a}; its top bit asks for the
+    byte's sign instead."""
     instruction.modifiers()
 
     def apply(a, b, selector):

@@ -60,7 +60,9 @@ def _set_predicate(instruction: Instruction) -> Operation:
 
 def _select(instruction: Instruction) -> Operation:
     instruction.modifiers()
-    return Operation((instruction.type, instruction.type, "pred"), lambda x, y, chosen: np.where(chosen, x, y))
+    return Operation(
+        (instruction.type, instruction.type, "pred"), lambda x, y, chosen: np.where(chosen, x, y)
+    )
 
 
 BUILDERS = {"setp": _set_predicate, "selp": _select}

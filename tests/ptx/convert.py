@@ -59,7 +59,8 @@ def _convert(instruction: Instruction) -> Operation:
 def _clipped(values, dtype):
     """Into the range of an integer type; a NaN, which no comparison holds for, becomes 0.
 
-    The ends are set apart from the rest because float64 has no 2^63 - 1, which would be rounded out of the range.
+    The ends are set apart from the rest because float64 has no 2^63 - 1, which would be rounded out of the
+    range.
     """
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     inside = np.where((values > low) & (values < high), values, 0).astype(dtype)

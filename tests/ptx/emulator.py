@@ -24,21 +24,28 @@ def _param_bits(value, kind: str, name: str, memory: GlobalMemory) -> int:
 
 
 def _bind(program: Program, args: list, memory: GlobalMemory) -> dict[str, int]:
-    """The value of each parameter. Triton appends pointers to scratch memory, which a caller leaves out: they are null."""
+    """The value of each parameter. Triton appends pointers to scratch memory, which a caller leaves out: they
+    are null."""
     if len(args) > len(program.params):
-        raise EmulationError(f"{len(args)} arguments for the {len(program.params)} parameters of {program.name}")
+        raise EmulationError(
+            f"{len(args)} arguments for the {len(program.params)} parameters of {program.name}"
+        )
     for name, kind in program.params[len(args) :]:
         if kind not in ("u64", "b64"):
             raise EmulationError(f"{name}: no argument, and it is no pointer but {kind}")
     values = [*args, *[0] * (len(program.params) - len(args))]
-    return {name: _param_bits(v, kind, name, memory) for (name, kind), v in zip(program.params, values, strict=True)}
+    return {
+        name: _param_bits(v, kind, name, memory)
+        for (name, kind), v in zip(program.params, values, strict=True)
+    }
 
 
 def run(ptx: str, grid: tuple, args: list, shared_bytes: int) -> dict[str, int]:
-    """Run the first kernel of `ptx`, CTA after CTA, and return how often each opcode ran (once a CTA, not once a thread).
+    """Run the first kernel of `ptx`, CTA after CTA, and return how often each opcode ran (once a CTA, not
+    once a thread).
 
-    `args` are ints, floats and C-contiguous numpy arrays; arrays are the kernel's buffers and are written in place. Missing
-    trailing pointers are null. `shared_bytes` is the size of shared memory, static or dynamic.
+    `args` are ints, floats and C-contiguous numpy arrays; arrays are the kernel's buffers and are written in
+    place. Missing trailing pointers are null. `shared_bytes` is the size of shared memory, static or dynamic.
     """
     program, memory, counts = parse(ptx), GlobalMemory(), Counter()
     params = _bind(program, args, memory)

@@ -1,7 +1,7 @@
 """Float arithmetic of f32, f16, bf16 and the packed pairs of the last two.
 
-Each result is rounded once, to the nearest. Approximate instructions give the correctly rounded value, where a GPU may be a few
-units off in the last place. NaNs are NaNs, but not always with the GPU's bits.
+Each result is rounded once, to the nearest. Approximate instructions give the correctly rounded value, where
+a GPU may be a few units off in the last place. NaNs are NaNs, but not always with the GPU's bits.
 """
 
 import numpy as np
@@ -73,7 +73,9 @@ def _sign_bits(function):
         flags = instruction.modifiers("ftz")
         form = FLOATS[instruction.type]
         if flags and instruction.type == "f32":
-            return Operation(("f32",), lambda x: function(form.encode(flush(form.decode(x))), np.uint32(form.sign)))
+            return Operation(
+                ("f32",), lambda x: function(form.encode(flush(form.decode(x))), np.uint32(form.sign))
+            )
         return Operation((instruction.type,), lambda x: function(x, x.dtype.type(form.sign)))
 
     return build

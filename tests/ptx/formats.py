@@ -7,7 +7,9 @@ import numpy as np
 
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
-INTEGERS = {f"{kind}{bits}": SIGNED[bits] if kind == "s" else UNSIGNED[bits] for kind in "bus" for bits in UNSIGNED}
+INTEGERS = {
+    f"{kind}{bits}": SIGNED[bits] if kind == "s" else UNSIGNED[bits] for kind in "bus" for bits in UNSIGNED
+}
 
 # How a register of each type is handed to an operation: floats as their bits, which FloatFormat decodes.
 RAW = {
@@ -38,7 +40,8 @@ class FloatFormat:
         return sum(1 << (bits * (i + 1) - 1) for i in range(self.count))
 
     def decode(self, bits: np.ndarray) -> np.ndarray:
-        """(threads, count) floats: float32 for f32, whose numpy arithmetic is IEEE's, float64 for the 16-bit types."""
+        """(threads, count) floats: float32 for f32, whose numpy arithmetic is IEEE's, float64 for the 16-bit
+        types."""
         return self.read(np.ascontiguousarray(bits)[:, None].view(self.raw))
 
     def encode(self, values: np.ndarray) -> np.ndarray:
@@ -80,8 +83,8 @@ def _round_bf16(values):
 def odd_float32(values: np.ndarray) -> np.ndarray:
     """float64 to float32; an inexact value goes to whichever neighbour has an odd last bit.
 
-    Rounding that result to fewer bits is then right: rounding to the nearest twice would not be, since the first rounding can
-    land on the second one's tie.
+    Rounding that result to fewer bits is then right: rounding to the nearest twice would not be, since the
+    first rounding can land on the second one's tie.
     """
     near = np.ascontiguousarray(values.astype(np.float32))
     back = near.astype(np.float64)
@@ -92,9 +95,11 @@ def odd_float32(values: np.ndarray) -> np.ndarray:
 
 
 def fused_multiply_add(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """x * y + z in float64, rounded to odd, so that the rounding to f32, bf16 or f16 that follows is the only one.
+    """x * y + z in float64, rounded to odd, so that the rounding to f32, bf16 or f16 that follows is the only
+    one.
 
-    The product of two f32 is exact in float64; the sum's error is known exactly (two-sum) and says which way to go.
+    The product of two f32 is exact in float64; the sum's error is known exactly (two-sum) and says which way
+    to go.
     """
     product, z = x.astype(np.float64) * y, z.astype(np.float64)
     total = product + z

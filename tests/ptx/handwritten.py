@@ -25,8 +25,13 @@ _KERNEL = """
 
 
 def kernel(body: str, params=(), threads: int = 32) -> str:
-    """A kernel with registers %p, %h (16 bits), %r (32 bits) and %d (64 bits). `params` are pairs of type and name."""
-    return _KERNEL % {"params": ", ".join(f".param .{kind} {name}" for kind, name in params), "threads": threads, "body": body}
+    """A kernel with registers %p, %h (16 bits), %r (32 bits) and %d (64 bits). `params` are pairs of type and
+    name."""
+    return _KERNEL % {
+        "params": ", ".join(f".param .{kind} {name}" for kind, name in params),
+        "threads": threads,
+        "body": body,
+    }
 
 
 def _bits(array: np.ndarray) -> int:
@@ -44,9 +49,11 @@ def _column(array: np.ndarray, name: str, pointer: str, move: str) -> str:
 
 
 def compute(code: str, *sources: np.ndarray, results: int = 1, dtype=np.uint32) -> np.ndarray:
-    """What each thread computes. Source i, (threads,) or (threads, n), is in registers %a, %b, %c ... with numbers from 0.
+    """What each thread computes. Source i, (threads,) or (threads, n), is in registers %a, %b, %c ... with
+    numbers from 0.
 
-    The code leaves the results in %y0, %y1 ...; they come back as (threads, results), or (threads,) for a single one.
+    The code leaves the results in %y0, %y1 ...; they come back as (threads, results), or (threads,) for a
+    single one.
     """
     sources = [np.ascontiguousarray(s).reshape(len(s), -1) for s in sources]
     out = np.zeros((len(sources[0]), results), dtype)

@@ -9,13 +9,29 @@ from comfyui_nibble.tests.ptx import bitwise, compare, convert, floats, integer,
 from comfyui_nibble.tests.ptx.errors import DivergentBranch, EmulationError, UndefinedRegister
 from comfyui_nibble.tests.ptx.formats import FLOATS, RAW, UNSIGNED
 from comfyui_nibble.tests.ptx.memory import POISON, GlobalMemory, SharedMemory
-from comfyui_nibble.tests.ptx.parser import Address, Immediate, Instruction, Program, Register, Special, Symbol, flatten
+from comfyui_nibble.tests.ptx.parser import (
+    Address,
+    Immediate,
+    Instruction,
+    Program,
+    Register,
+    Special,
+    Symbol,
+    flatten,
+)
 
 # A kernel that runs longer is taken for an endless loop.
 STEP_LIMIT = 5_000_000
 
 # With all threads in step there is nothing to wait for.
-BARRIERS = {"bar.sync", "barrier.sync", "barrier.sync.aligned", "barrier.cta.sync", "barrier.cta.sync.aligned", "bar.warp.sync"}
+BARRIERS = {
+    "bar.sync",
+    "barrier.sync",
+    "barrier.sync.aligned",
+    "barrier.cta.sync",
+    "barrier.cta.sync.aligned",
+    "bar.warp.sync",
+}
 FENCES = {"membar.cta", "membar.gl", "fence.acq_rel.cta", "fence.acq_rel.gpu", "fence.sc.cta", "fence.sc.gpu"}
 
 GENERAL = {**convert.BUILDERS, **compare.BUILDERS, **warp.BUILDERS, **tensor.BUILDERS}
@@ -32,7 +48,9 @@ def _constant(value: int, kind: str) -> np.ndarray:
 
 def _compute(instruction: Instruction):
     """A step that reads the sources, computes, and writes the destinations."""
-    table = GENERAL if instruction.head in GENERAL else floats.BUILDERS if instruction.type in FLOATS else INTEGER
+    table = (
+        GENERAL if instruction.head in GENERAL else floats.BUILDERS if instruction.type in FLOATS else INTEGER
+    )
     if instruction.head not in table:
         raise instruction.unsupported()
     operation = table[instruction.head](instruction)
@@ -43,11 +61,16 @@ def _compute(instruction: Instruction):
     def step(cta: "Cta", active):
         if operation.convergent:
             cta.need_all(active, instruction.head)
-        values = [cta.read(s, kind, operation.take_undefined) for s, kind in zip(sources, operation.inputs, strict=True)]
+        values = [
+            cta.read(s, kind, operation.take_undefined)
+            for s, kind in zip(sources, operation.inputs, strict=True)
+        ]
         if operation.convergent:
             values = [cta.spread(v) for v in values]
         results = operation.function(*values)
-        for target, result in zip(targets, results if isinstance(results, tuple) else (results,), strict=False):
+        for target, result in zip(
+            targets, results if isinstance(results, tuple) else (results,), strict=False
+        ):
             cta.write(target, result, active)
 
     return step
@@ -75,12 +98,21 @@ def build(instruction: Instruction):
 
 
 class Cta:
-    """The state of one CTA. A register is an array with one value a thread, of an unsigned type or, for a predicate, bool.
+    """The state of one CTA. A register is an array with one value a thread, of an unsigned type or, for a
+    predicate, bool.
 
     Arrays are never changed in place, so a move may share them.
     """
 
-    def __init__(self, program: Program, params: dict[str, int], memory: GlobalMemory, shared_bytes: int, ctaid: tuple, grid: tuple):
+    def __init__(
+        self,
+        program: Program,
+        params: dict[str, int],
+        memory: GlobalMemory,
+        shared_bytes: int,
+        ctaid: tuple,
+        grid: tuple,
+    ):
         self.program, self.params, self.memory = program, params, memory
         self.shared = SharedMemory(shared_bytes)
         self.copies = transfer.AsyncCopies(self.shared)
@@ -136,7 +168,9 @@ class Cta:
 
     def _taken(self, active, instruction: Instruction) -> bool:
         if active is not None and active.any():
-            raise DivergentBranch(f"{instruction.text}: taken by {int(active.sum())} of {self.program.threads} threads")
+            raise DivergentBranch(
+                f"{instruction.text}: taken by {int(active.sum())} of {self.program.threads} threads"
+            )
         return active is None
 
     def need_all(self, active, what: str):
@@ -149,7 +183,8 @@ class Cta:
         return value if len(value) == self.program.threads else np.repeat(value, self.program.threads)
 
     def read(self, operand, kind: str, take_undefined: bool = False) -> np.ndarray:
-        """An operand as an array of numpy type RAW[kind], of length one for a constant. A wider register gives its low bits."""
+        """An operand as an array of numpy type RAW[kind], of length one for a constant. A wider register
+        gives its low bits."""
         if isinstance(operand, Register):
             value = self.registers.get(operand.name)
             if value is None and not take_undefined:
@@ -173,7 +208,8 @@ class Cta:
         return value.view(dtype)
 
     def write(self, target, value: np.ndarray, active):
-        """Set a register. A narrower value is extended by its own sign; threads left out keep the old value, or poison."""
+        """Set a register. A narrower value is extended by its own sign; threads left out keep the old value,
+        or poison."""
         if target == Symbol("_"):
             return
         value = self.spread(self._fitted(target, value))
@@ -186,7 +222,9 @@ class Cta:
         """What a register holds that was never written."""
         if register.bits == 1:
             return np.ones(self.program.threads, bool)
-        return np.full(self.program.threads * register.bits // 8, POISON, np.uint8).view(UNSIGNED[register.bits])
+        return np.full(self.program.threads * register.bits // 8, POISON, np.uint8).view(
+            UNSIGNED[register.bits]
+        )
 
     @staticmethod
     def _fitted(target: Register, value: np.ndarray) -> np.ndarray:
@@ -195,7 +233,11 @@ class Cta:
         if target.bits == 1:
             return value
         unsigned = UNSIGNED[target.bits]
-        return np.ascontiguousarray(value).view(unsigned) if 8 * value.itemsize == target.bits else value.astype(unsigned)
+        return (
+            np.ascontiguousarray(value).view(unsigned)
+            if 8 * value.itemsize == target.bits
+            else value.astype(unsigned)
+        )
 
     def addresses(self, address: Address, space: str) -> np.ndarray:
         """Each thread's address, as int64."""

@@ -6,7 +6,8 @@ import numpy as np
 
 from comfyui_nibble.tests.ptx.errors import MemoryFault
 
-# Fills what was never written. As a float it is huge (bf16 and f32 1.3e36), as an integer large, as int4 codes 7 and -5: it shows.
+# Fills what was never written. As a float it is huge (bf16 and f32 1.3e36), as an integer large, as int4
+# codes 7 and -5: it shows.
 POISON = 0x7B
 
 # Addresses above 2^32 show arithmetic that loses the upper half of a pointer.
@@ -79,7 +80,9 @@ class GlobalMemory:
         size = data.shape[1]
         for buffer, lanes in self._owners(addresses, size, size, "global store"):
             if not buffer.writable:
-                raise MemoryFault(f"global store of {size} bytes into {buffer.name}, whose array is read-only")
+                raise MemoryFault(
+                    f"global store of {size} bytes into {buffer.name}, whose array is read-only"
+                )
             buffer.data[self._places(buffer, addresses[lanes], size)] = data[lanes]
 
     @staticmethod
@@ -107,7 +110,10 @@ class GlobalMemory:
         near = min(self.buffers, key=lambda b: b.distance(address, size))
         side = "begins {} bytes before it" if address < near.address else "reaches {} bytes past its end"
         where = side.format(near.distance(address, size))
-        return f"{message}; the nearest is {near.name} ({len(near.data)} bytes at {near.address:#x}), and the access {where}"
+        return (
+            f"{message}; the nearest is {near.name} ({len(near.data)} bytes at {near.address:#x}), and the "
+            f"access {where}"
+        )
 
 
 class SharedMemory:
@@ -134,4 +140,7 @@ class SharedMemory:
         wrong = (addresses < 0) | (addresses + size > len(self.data))
         if wrong.any():
             address = int(addresses[wrong][0])
-            raise MemoryFault(f"{what} of {size} bytes at {address:#x} is outside the {len(self.data)} bytes of shared memory")
+            raise MemoryFault(
+                f"{what} of {size} bytes at {address:#x} is outside the {len(self.data)} bytes of shared "
+                "memory"
+            )

@@ -13,8 +13,8 @@ _SHARED = re.compile(r"\.shared\s+(?:\.align\s+\d+\s+)?\.\w+\s+([\w$]+)\s*\[")
 _PARAM = re.compile(r"\.param\s+\.(\w+)\s(?:.*\s)?([\w$]+)$", re.DOTALL)
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _LINE_DIRECTIVE = re.compile(r"^\s*\.(?:loc|file)\b[^\n]*", re.MULTILINE)
-# What can begin at a statement's start: a scope's brace, a label, or a statement up to its semicolon. A brace within a statement
-# holds a vector operand.
+# What can begin at a statement's start: a scope's brace, a label, or a statement up to its semicolon. A brace
+# within a statement holds a vector operand.
 _PIECE = re.compile(r"\s*(?:(?P<brace>[{}])|(?P<label>[\w$%]+):(?!:)|(?P<statement>[^;{}\s][^;]*);)")
 _INSTRUCTION = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 _ADDRESS = re.compile(r"([^+\s]+)\s*(?:\+\s*(-?\w+))?")
@@ -25,7 +25,8 @@ _SPECIAL = re.compile(r"%(?:tid|ntid|ctaid|nctaid|laneid|warpid)(?:\.[xyz])?")
 
 @dataclass(frozen=True)
 class Register:
-    """A register; a predicate has one bit. The name of one declared in an inner scope ends in the scope's number."""
+    """A register; a predicate has one bit. The name of one declared in an inner scope ends in the scope's
+    number."""
 
     name: str
     bits: int
@@ -71,7 +72,8 @@ def flatten(operands) -> tuple:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: `opcode` is the whole dotted name, `guard` the predicate register and whether it is negated."""
+    """One instruction: `opcode` is the whole dotted name, `guard` the predicate register and whether it is
+    negated."""
 
     opcode: str
     operands: tuple[Operand, ...]
@@ -93,7 +95,9 @@ class Instruction:
         return self.parts[-1] if self.parts else ""
 
     def unsupported(self, why: str = "") -> NotImplementedError:
-        return NotImplementedError(f"PTX instruction {self.opcode} (line {self.line}: {self.text}){': ' * bool(why)}{why}")
+        return NotImplementedError(
+            f"PTX instruction {self.opcode} (line {self.line}: {self.text}){': ' * bool(why)}{why}"
+        )
 
     def modifiers(self, *allowed: str, types: int = 1) -> set[str]:
         """The parts before the last `types` ones; one that is not in `allowed` raises."""
@@ -279,4 +283,11 @@ def parse(ptx: str) -> Program:
         raise NotImplementedError(f"several shared variables: {', '.join(sorted(shared))}")
     body = _Body()
     body.read(text, entry.end())
-    return Program(entry[1], _params(entry[2]), _threads(entry[3]), next(iter(shared), None), tuple(body.instructions), body.labels)
+    return Program(
+        entry[1],
+        _params(entry[2]),
+        _threads(entry[3]),
+        next(iter(shared), None),
+        tuple(body.instructions),
+        body.labels,
+    )

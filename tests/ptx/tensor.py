@@ -1,16 +1,16 @@
 """mma.sync: the tensor-core product of one warp.
 
-Which thread holds which element follows the PTX ISA, section "Warp-level Matrix Instructions", parts "Matrix Fragments for
-mma.m16n8k64", "... mma.m16n8k32", "... mma.m16n8k16", "... mma.m16n8k8" and "... mma.m8n8k32". Their tables share one pattern.
-With group = lane / 4, thread = lane % 4 and n elements in a 32-bit register:
+Which thread holds which element follows the PTX ISA, section "Warp-level Matrix Instructions", parts "Matrix
+Fragments for mma.m16n8k64", "... mma.m16n8k32", "... mma.m16n8k16", "... mma.m16n8k8" and "... mma.m8n8k32".
+Their tables share one pattern. With group = lane / 4, thread = lane % 4 and n elements in a 32-bit register:
 
-- A: registers alternate between row `group` and row `group + 8` (only `group` with 8 rows); the columns of a register are
-  `thread * n` and the n - 1 after it, and 4 n further in the second pair of registers.
+- A: registers alternate between row `group` and row `group + 8` (only `group` with 8 rows); the columns of a
+  register are `thread * n` and the n - 1 after it, and 4 n further in the second pair of registers.
 - B: the same with rows for columns; the column is `group`.
 - C and D: rows `group`, and `group + 8` from the third register on; columns `thread * 2` and the next.
 
-Integer products are exact. Float products are exact too, and their sum is taken in float64 and rounded once to f32; a GPU adds
-in an order and precision of its own, so float results agree only up to the last bits.
+Integer products are exact. Float products are exact too, and their sum is taken in float64 and rounded once
+to f32; a GPU adds in an order and precision of its own, so float results agree only up to the last bits.
 """
 
 from functools import cache
@@ -46,7 +46,8 @@ def _halves_of(registers):
     return np.ascontiguousarray(registers)[..., None].view(np.uint16)
 
 
-# From 32-bit registers to their elements as floats, the lowest first, along a new last axis (or two, for nibbles in bytes).
+# From 32-bit registers to their elements as floats, the lowest first, along a new last axis (or two, for
+# nibbles in bytes).
 _DECODE = {
     "s4": lambda r: _SIGNED_NIBBLES[_bytes_of(r)],
     "u4": lambda r: _UNSIGNED_NIBBLES[_bytes_of(r)],

@@ -33,7 +33,9 @@ def test_global_access_within_the_buffer():
     ],
 )
 def test_global_access_outside_names_address_and_buffer(offset, message):
-    with pytest.raises(MemoryFault, match=f"global load of 4 bytes at 0x.* outside any buffer; the {message}"):
+    with pytest.raises(
+        MemoryFault, match=f"global load of 4 bytes at 0x.* outside any buffer; the {message}"
+    ):
         access(offset)
     with pytest.raises(MemoryFault, match="global store"):
         access(offset, code="st.global.b32 [%d1], %r1;")
@@ -72,7 +74,10 @@ def test_loads_extend_and_stores_truncate():
     code = "ld.param.u64 %d0, [p0]; cvt.u64.u32 %d1, %r15; add.s64 %d0, %d0, %d1; ld.global.{} %y0, [%d0];"
     assert (compute(code.format("s8"), a, dtype=np.int32) == a).all()
     assert (compute(code.format("b8"), a, dtype=np.int32) == a.view(np.uint8)).all()
-    narrow = "shl.b32 %r0, %r15, 1; st.shared.v2.b8 [%r0], {%a0, %a0}; ld.shared.b16 %h0, [%r0]; cvt.u32.u16 %y0, %h0;"
+    narrow = (
+        "shl.b32 %r0, %r15, 1; st.shared.v2.b8 [%r0], {%a0, %a0}; ld.shared.b16 %h0, [%r0]; cvt.u32.u16 "
+        "%y0, %h0;"
+    )
     found = compute(narrow, LANES + 256)
     assert (found == LANES * 0x101).all()
 
@@ -80,7 +85,10 @@ def test_loads_extend_and_stores_truncate():
 def test_shared_memory_is_poisoned_and_bounded():
     assert (compute("mov.b32 %r0, buffer; ld.shared.b32 %y0, [%r0+128];", LANES) == POISON_WORD).all()
     compute(f"ld.shared.b32 %y0, [buffer+{SHARED_BYTES - 4}];", LANES)
-    for code in (f"ld.shared.b32 %y0, [buffer+{SHARED_BYTES}];", "st.shared.b32 [%r15+-4], %a0; mov.b32 %y0, 0;"):
+    for code in (
+        f"ld.shared.b32 %y0, [buffer+{SHARED_BYTES}];",
+        "st.shared.b32 [%r15+-4], %a0; mov.b32 %y0, 0;",
+    ):
         with pytest.raises(MemoryFault, match="shared|aligned"):
             compute(code, LANES)
 
@@ -98,19 +106,26 @@ def test_cp_async_fills_with_zeros():
     """The first threads read nothing, the next ones half, the rest all 16 bytes."""
     a = np.random.default_rng(0).integers(1, 2**32, (32, 4), dtype=np.uint32)
     amount = np.repeat(np.array([0, 8, 16, 16], np.uint32), 8)
-    found = compute(COPY + "cp.async.wait_group 0; ld.shared.v4.b32 {%y0, %y1, %y2, %y3}, [%r0];", a, amount, results=4)
+    found = compute(
+        COPY + "cp.async.wait_group 0; ld.shared.v4.b32 {%y0, %y1, %y2, %y3}, [%r0];", a, amount, results=4
+    )
     np.testing.assert_array_equal(found, np.where(np.arange(4) * 4 < amount[:, None], a, 0))
 
 
 def test_cp_async_that_reads_nothing_may_point_anywhere():
     a, amount = np.ones((32, 4), np.uint32), np.zeros(32, np.uint32)
-    code = COPY.replace("mad.wide.u32 %d1, %r15, 16, %d0", "mov.b64 %d1, 0") + "cp.async.wait_all; ld.shared.b32 %y0, [%r0];"
+    code = (
+        COPY.replace("mad.wide.u32 %d1, %r15, 16, %d0", "mov.b64 %d1, 0")
+        + "cp.async.wait_all; ld.shared.b32 %y0, [%r0];"
+    )
     assert (compute(code, a, amount) == 0).all()
 
 
 def test_cp_async_lands_when_it_is_waited_for():
     a, amount = np.ones((32, 4), np.uint32), np.full(32, 16, np.uint32)
-    early = "cp.async.wait_group 1; ld.shared.b32 %y0, [%r0]; cp.async.wait_group 0; ld.shared.b32 %y1, [%r0];"
+    early = (
+        "cp.async.wait_group 1; ld.shared.b32 %y0, [%r0]; cp.async.wait_group 0; ld.shared.b32 %y1, [%r0];"
+    )
     assert (compute(COPY + early, a, amount, results=2) == [POISON_WORD, 1]).all()
 
 
@@ -137,7 +152,10 @@ def test_divergent_branch():
 
 def test_predication_keeps_what_the_others_had():
     found = compute(
-        "setp.lt.u32 %p0, %a0, 8; mov.b32 %y0, 7; @%p0 mov.b32 %y0, %a0; @!%p0 mov.b32 %y1, 1; @%p0 mov.b32 %y1, 2;", LANES, results=2
+        "setp.lt.u32 %p0, %a0, 8; mov.b32 %y0, 7; @%p0 mov.b32 %y0, %a0; @!%p0 mov.b32 %y1, 1; @%p0 "
+        "mov.b32 %y1, 2;",
+        LANES,
+        results=2,
     )
     np.testing.assert_array_equal(found[:, 0], np.where(LANES < 8, LANES, 7))
     np.testing.assert_array_equal(found[:, 1], np.where(LANES < 8, 2, 1))
@@ -157,11 +175,19 @@ def test_undefined_register():
 
 def test_bytes_that_nothing_uses_may_be_undefined():
     """LLVM puts words together with prmt from registers that it never wrote."""
-    assert (compute("prmt.b32 %y0, %a0, %r7, 0x4100U; and.b32 %y0, %y0, 0xFFFF;", LANES) == LANES * 0x101).all()
+    assert (
+        compute("prmt.b32 %y0, %a0, %r7, 0x4100U; and.b32 %y0, %y0, 0xFFFF;", LANES) == LANES * 0x101
+    ).all()
 
 
 @pytest.mark.parametrize(
-    "code", ["frobnicate.b32 %y0, %a0;", "add.sat.s32 %y0, %a0, %a0;", "add.rz.f32 %y0, %a0, %a0;", "ld.local.b32 %y0, [0];"]
+    "code",
+    [
+        "frobnicate.b32 %y0, %a0;",
+        "add.sat.s32 %y0, %a0, %a0;",
+        "add.rz.f32 %y0, %a0, %a0;",
+        "ld.local.b32 %y0, [0];",
+    ],
 )
 def test_unknown_instructions_are_named(code):
     with pytest.raises(NotImplementedError, match=code.split()[0]):
@@ -181,13 +207,16 @@ def test_inline_assembly_has_registers_of_its_own():
         """
     outer = ".reg .b32 t; mov.b32 t, 99;" + block % (4, 0) + block % (8, 1) + "mov.b32 %y2, t;"
     found = compute(outer, LANES * 77, results=3)
-    np.testing.assert_array_equal(found, np.stack([LANES * 77 << 4 & 0xF0F0, LANES * 77 << 8 & 0xF0F0, LANES * 0 + 99], 1))
+    np.testing.assert_array_equal(
+        found, np.stack([LANES * 77 << 4 & 0xF0F0, LANES * 77 << 8 & 0xF0F0, LANES * 0 + 99], 1)
+    )
     with pytest.raises(NotImplementedError, match="reading Symbol.name='t'"):
         compute("{ .reg .b32 t; mov.b32 t, 1; } mov.b32 %y0, t;", LANES)
 
 
 def test_grid_and_parameters():
-    """Every CTA adds its place, once with a float and a negative integer; the pointer that Triton appends is null."""
+    """Every CTA adds its place, once with a float and a negative integer; the pointer that Triton appends is
+    null."""
     body = """
         ld.param.u64 %d0, [out]; ld.param.b32 %r0, [scale]; ld.param.b32 %r1, [shift]; ld.param.u64 %d2, [scratch];
         mov.u32 %r2, %ctaid.x; mov.u32 %r3, %ctaid.y; mov.u32 %r4, %nctaid.x; mad.lo.s32 %r5, %r3, %r4, %r2;

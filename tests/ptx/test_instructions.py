@@ -47,7 +47,9 @@ def test_lop3_random_table_is_bit_arithmetic():
     np.testing.assert_array_equal(found, (a & ~c) | (b & c))
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("u32", np.uint32), ("s32", np.uint32), ("u64", np.uint64), ("s64", np.uint64)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("u32", np.uint32), ("s32", np.uint32), ("u64", np.uint64), ("s64", np.uint64)]
+)
 def test_bfe_against_the_pseudocode(kind, dtype):
     rng, width = np.random.default_rng(7), 8 * np.dtype(dtype).itemsize
     a = words(8, dtype)
@@ -63,7 +65,9 @@ def test_bfi_against_the_pseudocode():
     rng, a, b = np.random.default_rng(9), words(10), words(11)
     position, length = (rng.integers(0, 40, THREADS).astype(np.uint32) for _ in "pl")
     found = compute("bfi.b32 %y0, %a0, %b0, %c0, %e0;", a, b, position, length)
-    for x, y, p, n, d in zip(a.tolist(), b.tolist(), position.tolist(), length.tolist(), found.tolist(), strict=True):
+    for x, y, p, n, d in zip(
+        a.tolist(), b.tolist(), position.tolist(), length.tolist(), found.tolist(), strict=True
+    ):
         taken = {p + i: x >> i & 1 for i in range(n) if p + i < 32}
         assert d == sum(taken.get(i, y >> i & 1) << i for i in range(32)), (x, y, p, n)
 
@@ -128,22 +132,45 @@ def test_f16_conversions():
 def test_float_to_integer_rounds_and_saturates():
     a = floats(0.5, 1.5, 2.5, -0.5, -1.5, 3e9, -3e9, np.nan)
     top, bottom = 2**31 - 1, -(2**31)
-    assert compute("cvt.rni.s32.f32 %y0, %a0;", a, dtype=np.int32)[:8].tolist() == [0, 2, 2, 0, -2, top, bottom, 0]
-    assert compute("cvt.rzi.s32.f32 %y0, %a0;", a, dtype=np.int32)[:8].tolist() == [0, 1, 2, 0, -1, top, bottom, 0]
+    assert compute("cvt.rni.s32.f32 %y0, %a0;", a, dtype=np.int32)[:8].tolist() == [
+        0,
+        2,
+        2,
+        0,
+        -2,
+        top,
+        bottom,
+        0,
+    ]
+    assert compute("cvt.rzi.s32.f32 %y0, %a0;", a, dtype=np.int32)[:8].tolist() == [
+        0,
+        1,
+        2,
+        0,
+        -1,
+        top,
+        bottom,
+        0,
+    ]
     assert compute("cvt.rmi.f32.f32 %y0, %a0;", a, dtype=np.float32)[:5].tolist() == [0, 1, 2, -1, -2]
     a = words(17, np.int32)
-    np.testing.assert_array_equal(compute("cvt.rn.f32.s32 %y0, %a0;", a, dtype=np.float32), a.astype(np.float32))
+    np.testing.assert_array_equal(
+        compute("cvt.rn.f32.s32 %y0, %a0;", a, dtype=np.float32), a.astype(np.float32)
+    )
 
 
 def test_integer_conversions_take_low_bits_and_extend():
     a = words(18)
     assert (compute("cvt.s32.s8 %y0, %a0;", a, dtype=np.int32) == a.astype(np.uint8).view(np.int8)).all()
     assert (compute("cvt.u32.u16 %y0, %a0;", a) == (a & 0xFFFF)).all()
-    assert (compute("cvt.sat.s8.s32 %y0, %a0;", a, dtype=np.int32) == np.clip(a.view(np.int32), -128, 127)).all()
+    assert (
+        compute("cvt.sat.s8.s32 %y0, %a0;", a, dtype=np.int32) == np.clip(a.view(np.int32), -128, 127)
+    ).all()
 
 
 def test_fma_rounds_once():
-    """1 + 2^-23 plus a product just below half a unit: rounding the sum to float64 first would make it a tie, and round it up."""
+    """1 + 2^-23 plus a product just below half a unit: rounding the sum to float64 first would make it a tie,
+    and round it up."""
     x, y, z = floats(2**-24 * (1 + 2**-23)), floats(1 - 2**-23), floats(1 + 2**-23)
     naive = (x.astype(np.float64) * y + z).astype(np.float32)
     assert naive[0] == np.float32(1 + 2**-22)
@@ -168,7 +195,9 @@ def test_packed_halves():
         selp.b32 %y0, 1, 0, %p0;
         selp.b32 %y1, 1, 0, %p1;"""
     np.testing.assert_array_equal(compute(chosen, *packed, results=2), x > y)
-    np.testing.assert_array_equal(compute("neg.f16x2 %y0, %a0;", packed[0]).view(np.float16).reshape(32, 2), -x)
+    np.testing.assert_array_equal(
+        compute("neg.f16x2 %y0, %a0;", packed[0]).view(np.float16).reshape(32, 2), -x
+    )
 
 
 def test_extremes_of_nans_and_zeros():
@@ -182,7 +211,16 @@ def test_extremes_of_nans_and_zeros():
 
 def test_float_comparisons_with_nan():
     x, y = floats(1, np.nan), floats(2, 2)
-    truth = {"lt": [1, 0], "ge": [0, 0], "ltu": [1, 1], "geu": [0, 1], "nan": [0, 1], "num": [1, 0], "ne": [1, 0], "neu": [1, 1]}
+    truth = {
+        "lt": [1, 0],
+        "ge": [0, 0],
+        "ltu": [1, 1],
+        "geu": [0, 1],
+        "nan": [0, 1],
+        "num": [1, 0],
+        "ne": [1, 0],
+        "neu": [1, 1],
+    }
     for name, expected in truth.items():
         found = compute(f"setp.{name}.f32 %p0, %a0, %b0; selp.b32 %y0, 1, 0, %p0;", x, y)
         assert found[:2].tolist() == expected, name
@@ -190,13 +228,21 @@ def test_float_comparisons_with_nan():
 
 def test_setp_combines_with_a_predicate():
     a = np.arange(32, dtype=np.uint32)
-    code = "setp.lt.u32 %p0, %a0, 20; setp.gt.and.u32 %p1|%p2, %a0, 10, %p0; selp.b32 %y0, 1, 0, %p1; selp.b32 %y1, 1, 0, %p2;"
-    np.testing.assert_array_equal(compute(code, a, results=2), np.stack([(a < 20) & (a > 10), (a < 20) & ~(a > 10)], 1))
+    code = (
+        "setp.lt.u32 %p0, %a0, 20; setp.gt.and.u32 %p1|%p2, %a0, 10, %p0; selp.b32 %y0, 1, 0, %p1; "
+        "selp.b32 %y1, 1, 0, %p2;"
+    )
+    np.testing.assert_array_equal(
+        compute(code, a, results=2), np.stack([(a < 20) & (a > 10), (a < 20) & ~(a > 10)], 1)
+    )
 
 
 def test_vector_moves():
     a = words(20, count=32)
-    code = "mov.b32 {%h0, %h1}, %a0; mov.b32 %y0, {%h1, %h0}; mov.b64 %d0, {%a0, %y0}; shr.u64 %d0, %d0, 32; cvt.u32.u64 %y1, %d0;"
+    code = (
+        "mov.b32 {%h0, %h1}, %a0; mov.b32 %y0, {%h1, %h0}; mov.b64 %d0, {%a0, %y0}; shr.u64 %d0, %d0, 32; "
+        "cvt.u32.u64 %y1, %d0;"
+    )
     found = compute(code, a, results=2)
     assert (found == (a >> 16 | a << 16)[:, None]).all()
 

@@ -1,7 +1,8 @@
-"""The INT4 kernels' own PTX, run instruction by instruction: exact against integers, and wrong where the rewrite is taken away.
+"""The INT4 kernels' own PTX, run instruction by instruction: exact against integers, and wrong where the
+rewrite is taken away.
 
-Scales are powers of two and everything added is a small integer over 16, so the true result has at most 24 bits and rounds to 16 in
-one way only: every output must be equal bit for bit.
+Scales are powers of two and everything added is a small integer over 16, so the true result has at most 24
+bits and rounds to 16 in one way only: every output must be equal bit for bit.
 """
 
 from itertools import pairwise
@@ -22,7 +23,11 @@ TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="ch
 UNSIGNED = ActivationSpec(unsigned=True, shift=0.171875)
 PARTS = {
     "channel": (PartSpec(0, K, CHANNEL, TOKEN),),
-    "slices": (PartSpec(0, 128, CHANNEL, TOKEN), PartSpec(128, 192, CHANNEL, TOKEN), PartSpec(192, K, CHANNEL, TOKEN)),
+    "slices": (
+        PartSpec(0, 128, CHANNEL, TOKEN),
+        PartSpec(128, 192, CHANNEL, TOKEN),
+        PartSpec(192, K, CHANNEL, TOKEN),
+    ),
     "group": (PartSpec(0, K),),
     "group unsigned": (PartSpec(0, K, WeightSpec(), UNSIGNED),),
 }
@@ -36,7 +41,9 @@ class Case:
         self.rng = np.random.default_rng(seed)
         self.layer, self.target, self.parts = layer, Target("cuda", arch, triton_version()), PARTS[layer]
         (self.step,) = plan.lower(LinearSpec(K, N, self.parts), self.target)
-        self.problem = tuning.Problem(self.step.kernel, 0, self.step.scales, False, M, N, K // 2, self.step.block)
+        self.problem = tuning.Problem(
+            self.step.kernel, 0, self.step.scales, False, M, N, K // 2, self.step.block
+        )
         self.tile = tuning.candidates(self.target, self.problem)[0]
         low, high = (0, 16) if layer == "group unsigned" else (-8, 8)
         self.x, self.w = self.rng.integers(low, high, (M, K)), self.rng.integers(-8, 8, (N, K))
@@ -45,7 +52,10 @@ class Case:
             edges = list(range(0, K + 1, 64))
         self.sx, self.sw = self.powers(len(edges) - 1, M), self.powers(len(edges) - 1, N) / 16
         self.low, self.up, self.bias = self.integers(M, R), self.integers(N, R), self.integers(N)
-        product = sum((self.x[:, a:b] @ self.w[:, a:b].T) * np.outer(self.sx[s], self.sw[s]) for s, (a, b) in enumerate(pairwise(edges)))
+        product = sum(
+            (self.x[:, a:b] @ self.w[:, a:b].T) * np.outer(self.sx[s], self.sw[s])
+            for s, (a, b) in enumerate(pairwise(edges))
+        )
         self.plain = product + self.bias
         self.exact = self.plain + self.low @ self.up.T
 
@@ -89,7 +99,13 @@ def compiled():
             fixed = constants(case.target, case.problem, case.tile, True, R, True, False)
             options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
             jobs[arch, layer] = pool.submit(
-                gate.compile_kernel, f"{KERNELS}.quant_linear.triton", case.step.kernel, GEMM, fixed, arch, options
+                gate.compile_kernel,
+                f"{KERNELS}.quant_linear.triton",
+                case.step.kernel,
+                GEMM,
+                fixed,
+                arch,
+                options,
             )
         for layer in PARTS:
             case = Case(75, layer)

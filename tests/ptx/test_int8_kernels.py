@@ -1,6 +1,8 @@
-"""The int8 kernel's own PTX with packed weights: its inline unpacking, its planes, and Hopper's orientation, on sm_80 and exact.
+"""The int8 kernel's own PTX with packed weights: its inline unpacking, its planes, and Hopper's orientation,
+on sm_80 and exact.
 
-The interpreter takes the portable unpacking and no PTX emulator of ours runs wgmma; compiled for sm_80 the same source uses mma.sync.
+The interpreter takes the portable unpacking and no PTX emulator of ours runs wgmma; compiled for sm_80 the
+same source uses mma.sync.
 """
 
 from itertools import pairwise
@@ -16,8 +18,15 @@ from comfyui_nibble.tests.ptx.emulator import run
 from comfyui_nibble.tests.ptx.test_int4_kernels import bf16
 
 M, N, K, R = 70, 144, 384, 16
-CASES = [(bits, scales, swap) for bits in (2, 4, 8) for scales in (plan.CHANNEL, plan.SLICE, plan.GROUP) for swap in (False, True)]
-CASES = [c for c in CASES if c[:2] != (2, plan.GROUP)]  # a group would be 16 bytes, below what an int8 product takes
+CASES = [
+    (bits, scales, swap)
+    for bits in (2, 4, 8)
+    for scales in (plan.CHANNEL, plan.SLICE, plan.GROUP)
+    for swap in (False, True)
+]
+CASES = [
+    c for c in CASES if c[:2] != (2, plan.GROUP)
+]  # a group would be 16 bytes, below what an int8 product takes
 
 
 def problem_of(bits, scales, swap):
@@ -42,7 +51,9 @@ def compiled():
             problem = problem_of(*case)
             fixed = constants(target, problem, tile_of(problem), True, R, True, False)
             options = {"num_warps": 4, "num_stages": 2}
-            jobs[case] = pool.submit(gate.compile_kernel, f"{KERNELS}.quant_linear.triton", "gemm_int8", GEMM, fixed, 80, options)
+            jobs[case] = pool.submit(
+                gate.compile_kernel, f"{KERNELS}.quant_linear.triton", "gemm_int8", GEMM, fixed, 80, options
+            )
         yield jobs
 
 
@@ -63,7 +74,9 @@ def test_int8_kernel_is_exact(compiled, case):
 
     fields = (w & (2**bits - 1)).astype(np.uint8).reshape(N, -1, planes)
     packed = sum(fields[:, :, i] << (bits * i) for i in range(planes)).astype(np.uint8)
-    in_planes = np.ascontiguousarray(x.reshape(M, -1, planes).transpose(0, 2, 1).reshape(M, K).astype(np.int8))
+    in_planes = np.ascontiguousarray(
+        x.reshape(M, -1, planes).transpose(0, 2, 1).reshape(M, K).astype(np.int8)
+    )
     ends = [e // planes for e in edges[1:]] if scales == plan.SLICE else []
     y = np.zeros((M, N), np.uint16)
     args = [

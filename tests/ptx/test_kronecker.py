@@ -1,4 +1,5 @@
-"""The PTX of the activation quantizer with a learned transform against the specification: fp16 products, transposes, packed codes."""
+"""The PTX of the activation quantizer with a learned transform against the specification: fp16 products,
+transposes, packed codes."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ CASES = {
     "1 bit": ((16, 16), 4, False, 1),
     "8 bit": ((24, 32), 2, False, 8),
 }
-SETTINGS = [(80, "3072 in 4"), (89, "3072 in 4"), (89, "1152 in 4"), (80, "a transform each"), (89, "1 bit"), (80, "8 bit")]
+SETTINGS = [
+    (80, "3072 in 4"),
+    (89, "3072 in 4"),
+    (89, "1152 in 4"),
+    (80, "a transform each"),
+    (89, "1 bit"),
+    (80, "8 bit"),
+]
 
 
 def case_of(arch, name):
@@ -35,7 +43,12 @@ def case_of(arch, name):
     spec = layer_of(sizes, slices, ActivationSpec(width, "token"), per_slice=per_slice)
     target, planes = Target("cuda", arch, triton_version()), 2 if width == 8 else 0
     tile = tuning.kronecker_tile(target, *sizes, slices, per_slice)
-    return spec, tile, kronecker_constants(target, tile, *sizes, slices, per_slice, 0, True, width, False, planes), planes
+    return (
+        spec,
+        tile,
+        kronecker_constants(target, tile, *sizes, slices, per_slice, 0, True, width, False, planes),
+        planes,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +57,13 @@ def compiled():
         jobs = {}
         for case in SETTINGS:
             _, tile, fixed, _ = case_of(*case)
-            module, options = f"{KERNELS}.quant_activation.kronecker", {"num_warps": tile.warps, "num_stages": 1}
-            jobs[case] = pool.submit(gate.compile_kernel, module, "quantize_kronecker_kernel", QUANTIZER, fixed, case[0], options)
+            module, options = (
+                f"{KERNELS}.quant_activation.kronecker",
+                {"num_warps": tile.warps, "num_stages": 1},
+            )
+            jobs[case] = pool.submit(
+                gate.compile_kernel, module, "quantize_kronecker_kernel", QUANTIZER, fixed, case[0], options
+            )
         yield jobs
 
 
@@ -55,7 +73,11 @@ def test_codes_and_scales(compiled, case):
     kernel, k = compiled[case].result(), spec.in_features
     x, smooth = tokens(M, k, torch.bfloat16)
     transform, act = factors_of(spec), spec.parts[0].activation
-    codes, scale, none = np.zeros((M, k if planes else k // 2), np.int8), np.zeros((1, M), np.float32), np.zeros(8, np.uint16)
+    codes, scale, none = (
+        np.zeros((M, k if planes else k // 2), np.int8),
+        np.zeros((1, M), np.float32),
+        np.zeros(8, np.uint16),
+    )
     args = [
         bits(x), smooth.numpy(), transform.numpy(), none, none, codes, scale, M, M, k, codes.shape[1], k // 2, 0,
         np.float32(act.clip), np.float32(0),

@@ -1,4 +1,5 @@
-"""The activation quantizer's own PTX against the specification: what the interpreter cannot show, as bf16 products and approximations."""
+"""The activation quantizer's own PTX against the specification: what the interpreter cannot show, as bf16
+products and approximations."""
 
 import numpy as np
 import pytest
@@ -16,8 +17,12 @@ from comfyui_nibble.tests.ptx.emulator import run
 M, K, R = 40, 512, 32
 PARTS = {
     "SVDQuant": PartSpec(0, K, smooth=True, rank=R),
-    "SVDQuant unsigned": PartSpec(0, K, activation=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=R),
-    "ConvRot": PartSpec(0, K, WeightSpec(granularity="channel"), ActivationSpec(granularity="token"), rotation=256),
+    "SVDQuant unsigned": PartSpec(
+        0, K, activation=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=R
+    ),
+    "ConvRot": PartSpec(
+        0, K, WeightSpec(granularity="channel"), ActivationSpec(granularity="token"), rotation=256
+    ),
 }
 CASES = [(arch, name) for arch in (80, 89) for name in PARTS]
 
@@ -28,7 +33,20 @@ def setting(arch, name):
     part, target = PARTS[name], Target("cuda", arch, triton_version())
     act, tile = part.activation, tuning.quantizer_tile(target, part.rank, part.rotation)
     grouped = act.granularity == "group"
-    fixed = constants(target, tile, torch.bfloat16, part.rank, part.rotation, 0, part.smooth, grouped, act.bits, act.unsigned, 0, act.shift)
+    fixed = constants(
+        target,
+        tile,
+        torch.bfloat16,
+        part.rank,
+        part.rotation,
+        0,
+        part.smooth,
+        grouped,
+        act.bits,
+        act.unsigned,
+        0,
+        act.shift,
+    )
     fixed["ROT_DTYPE"] = "tl.bfloat16"
     return part, tile, fixed, {"num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -40,7 +58,13 @@ def compiled():
         for arch, name in CASES:
             _, _, fixed, options = setting(arch, name)
             jobs[arch, name] = pool.submit(
-                gate.compile_kernel, f"{KERNELS}.quant_activation.triton", "quantize_kernel", QUANTIZER, fixed, arch, options
+                gate.compile_kernel,
+                f"{KERNELS}.quant_activation.triton",
+                "quantize_kernel",
+                QUANTIZER,
+                fixed,
+                arch,
+                options,
             )
         yield jobs
 
@@ -58,7 +82,11 @@ def test_codes_scales_and_low_rank(compiled, arch, name):
     smooth = (torch.rand(K, generator=g) + 0.5).bfloat16()
     down = (torch.randn(K, R, generator=g) / K**0.5).bfloat16()
     segments = K // 64 if part.activation.granularity == "group" else 1
-    codes, scale, low = np.zeros((M, K // 2), np.int8), np.zeros((segments, M), np.float32), np.zeros((M, R), np.uint16)
+    codes, scale, low = (
+        np.zeros((M, K // 2), np.int8),
+        np.zeros((segments, M), np.float32),
+        np.zeros((M, R), np.uint16),
+    )
     none = np.zeros(8, np.uint16)
     rank = part.rank
     args = [

@@ -1,4 +1,5 @@
-"""mma and ldmatrix against the fragment tables of the PTX ISA, written out element by element as the tables have them."""
+"""mma and ldmatrix against the fragment tables of the PTX ISA, written out element by element as the tables
+have them."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,20 +30,42 @@ def _two_rows(first: int, period: int):
 
 TABLES = {
     ("m16n8k64", 4): Table(
-        16, 64, 32, _two_rows(8, 16), lambda t, i: t * 8 + i % 8 + 32 * (i >= 16), 16, lambda t, i: t * 8 + i % 8 + 32 * (i >= 8)
+        16,
+        64,
+        32,
+        _two_rows(8, 16),
+        lambda t, i: t * 8 + i % 8 + 32 * (i >= 16),
+        16,
+        lambda t, i: t * 8 + i % 8 + 32 * (i >= 8),
     ),
-    ("m16n8k32", 4): Table(16, 32, 16, _two_rows(8, 16), lambda t, i: t * 8 + i % 8, 8, lambda t, i: t * 8 + i),
+    ("m16n8k32", 4): Table(
+        16, 32, 16, _two_rows(8, 16), lambda t, i: t * 8 + i % 8, 8, lambda t, i: t * 8 + i
+    ),
     ("m8n8k32", 4): Table(8, 32, 8, lambda g, i: g, lambda t, i: t * 8 + i, 8, lambda t, i: t * 8 + i),
     ("m16n8k32", 8): Table(
-        16, 32, 16, _two_rows(4, 8), lambda t, i: t * 4 + i % 4 + 16 * (i >= 8), 8, lambda t, i: t * 4 + i % 4 + 16 * (i >= 4)
+        16,
+        32,
+        16,
+        _two_rows(4, 8),
+        lambda t, i: t * 4 + i % 4 + 16 * (i >= 8),
+        8,
+        lambda t, i: t * 4 + i % 4 + 16 * (i >= 4),
     ),
     ("m16n8k16", 8): Table(16, 16, 8, _two_rows(4, 8), lambda t, i: t * 4 + i % 4, 4, lambda t, i: t * 4 + i),
     ("m8n8k16", 8): Table(8, 16, 4, lambda g, i: g, lambda t, i: t * 4 + i, 4, lambda t, i: t * 4 + i),
     ("m16n8k16", 16): Table(
-        16, 16, 8, _two_rows(2, 4), lambda t, i: t * 2 + i % 2 + 8 * (i >= 4), 4, lambda t, i: t * 2 + i % 2 + 8 * (i >= 2)
+        16,
+        16,
+        8,
+        _two_rows(2, 4),
+        lambda t, i: t * 2 + i % 2 + 8 * (i >= 4),
+        4,
+        lambda t, i: t * 2 + i % 2 + 8 * (i >= 2),
     ),
     ("m16n8k8", 16): Table(16, 8, 4, _two_rows(2, 4), lambda t, i: t * 2 + i % 2, 2, lambda t, i: t * 2 + i),
-    ("m16n8k8", 32): Table(16, 8, 4, _two_rows(1, 2), lambda t, i: t + 4 * (i >= 2), 2, lambda t, i: t + 4 * i),
+    ("m16n8k8", 32): Table(
+        16, 8, 4, _two_rows(1, 2), lambda t, i: t + 4 * (i >= 2), 2, lambda t, i: t + 4 * i
+    ),
 }
 LANES = [(lane // 4, lane % 4) for lane in range(32)]
 BITS = {"s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "tf32": 32}
@@ -58,16 +81,24 @@ def registers(elements: np.ndarray, bits: int) -> np.ndarray:
 def patterns(values: np.ndarray, kind: str) -> np.ndarray:
     """The bits of values that the type holds exactly."""
     if kind in ("f16", "tf32"):
-        return values.astype(np.float16).view(np.uint16) if kind == "f16" else values.astype(np.float32).view(np.uint32)
+        return (
+            values.astype(np.float16).view(np.uint16)
+            if kind == "f16"
+            else values.astype(np.float32).view(np.uint32)
+        )
     if kind == "bf16":
         return values.astype(np.float32).view(np.uint32) >> 16
     return values.astype(np.int64) & (1 << BITS[kind]) - 1
 
 
-def multiply(opcode: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, a_kind: str, b_kind: str, guard: str = "") -> np.ndarray:
+def multiply(
+    opcode: str, a: np.ndarray, b: np.ndarray, c: np.ndarray, a_kind: str, b_kind: str, guard: str = ""
+) -> np.ndarray:
     """D of one warp, through fragments built from the table."""
     table = TABLES[opcode.split(".")[3], BITS[a_kind]]
-    fa = np.array([[a[table.a_row(g, i), table.a_column(t, i)] for i in range(table.a_count)] for g, t in LANES])
+    fa = np.array(
+        [[a[table.a_row(g, i), table.a_column(t, i)] for i in range(table.a_count)] for g, t in LANES]
+    )
     fb = np.array([[b[table.b_row(t, i), g] for i in range(table.b_count)] for g, t in LANES])
     ra, rb = registers(patterns(fa, a_kind), BITS[a_kind]), registers(patterns(fb, b_kind), BITS[b_kind])
     places = [[(g + 8 * (i >= 2), t * 2 + i % 2) for i in range(table.rows // 4)] for g, t in LANES]
@@ -132,14 +163,23 @@ def test_satfinite_clamps_where_the_plain_form_wraps(sign):
     assert (multiply(opcode.format(""), a, b, c, "s4", "s4") == wrapped).all()
 
 
-FLOAT_CASES = [("m16n8k16", "bf16"), ("m16n8k16", "f16"), ("m16n8k8", "f16"), ("m16n8k8", "bf16"), ("m16n8k8", "tf32")]
+FLOAT_CASES = [
+    ("m16n8k16", "bf16"),
+    ("m16n8k16", "f16"),
+    ("m16n8k8", "f16"),
+    ("m16n8k8", "bf16"),
+    ("m16n8k8", "tf32"),
+]
 
 
 @pytest.mark.parametrize(("shape", "kind"), FLOAT_CASES)
 def test_float_products(shape, kind):
     """Multiples of 1/8 up to 16, whose products and sums are exact in f32."""
     table, rng = TABLES[shape, BITS[kind]], np.random.default_rng(4)
-    a, b = rng.integers(-128, 128, (table.rows, table.inner)) / 8, rng.integers(-128, 128, (table.inner, 8)) / 8
+    a, b = (
+        rng.integers(-128, 128, (table.rows, table.inner)) / 8,
+        rng.integers(-128, 128, (table.inner, 8)) / 8,
+    )
     c = rng.integers(-1000, 1000, (table.rows, 8)).astype(np.float32)
     opcode = f"mma.sync.aligned.{shape}.row.col.f32.{kind}.{kind}.f32"
     np.testing.assert_array_equal(multiply(opcode, a, b, c, kind, kind), a @ b + c)

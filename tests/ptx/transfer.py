@@ -11,7 +11,24 @@ from comfyui_nibble.tests.ptx.parser import Instruction, flatten
 from comfyui_nibble.tests.ptx.warp import WARP
 
 # Caching, ordering and scope change nothing where one CTA runs at a time.
-_CACHING = {"nc", "ca", "cg", "cs", "cv", "lu", "wb", "wt", "volatile", "weak", "relaxed", "acquire", "release", "cta", "gpu", "sys"}
+_CACHING = {
+    "nc",
+    "ca",
+    "cg",
+    "cs",
+    "cv",
+    "lu",
+    "wb",
+    "wt",
+    "volatile",
+    "weak",
+    "relaxed",
+    "acquire",
+    "release",
+    "cta",
+    "gpu",
+    "sys",
+}
 _SPACES = {"param": "param", "global": "global", "shared": "shared", "shared::cta": "shared"}
 
 
@@ -35,7 +52,12 @@ def _access(instruction: Instruction) -> _Access:
     others = [p for p in instruction.parts[:-1] if not _caching(p)]
     spaces = [_SPACES[p] for p in others if p in _SPACES]
     counts = [int(p[1:]) for p in others if p in ("v2", "v4")]
-    if len(spaces) != 1 or len(spaces) + len(counts) != len(others) or instruction.type not in RAW or instruction.type == "pred":
+    if (
+        len(spaces) != 1
+        or len(spaces) + len(counts) != len(others)
+        or instruction.type not in RAW
+        or instruction.type == "pred"
+    ):
         raise instruction.unsupported()
     return _Access(spaces[0], counts[0] if counts else 1, np.dtype(RAW[instruction.type]))
 
@@ -96,8 +118,8 @@ def _store(instruction: Instruction):
 class AsyncCopies:
     """The cp.async of one CTA that have not landed.
 
-    A copy lands only when it is waited for: the latest moment that the ISA allows, so that code which reads too early gets
-    what shared memory held before.
+    A copy lands only when it is waited for: the latest moment that the ISA allows, so that code which reads
+    too early gets what shared memory held before.
     """
 
     def __init__(self, shared: SharedMemory):
@@ -129,9 +151,13 @@ def _copy(instruction: Instruction):
         return _for_all(instruction, lambda copies: copies.wait(instruction.operands[0].value))
     if instruction.opcode == "cp.async.wait_all":
         return _for_all(instruction, lambda copies: (copies.commit(), copies.wait(0)))
-    flags = instruction.modifiers("async", "ca", "cg", "shared", "shared::cta", "global", "L2::128B", "L2::256B", "L2::cache_hint")
+    flags = instruction.modifiers(
+        "async", "ca", "cg", "shared", "shared::cta", "global", "L2::128B", "L2::256B", "L2::cache_hint"
+    )
     # A cache policy comes last.
-    to, source, size, *amount = instruction.operands[:-1] if "L2::cache_hint" in flags else instruction.operands
+    to, source, size, *amount = (
+        instruction.operands[:-1] if "L2::cache_hint" in flags else instruction.operands
+    )
     if size.value not in ((16,) if "cg" in flags else (4, 8, 16)) or len(amount) > 1:
         raise instruction.unsupported()
     return _start_copy(to, source, size.value, amount[0] if amount else size)
@@ -165,11 +191,14 @@ def _start_copy(to, source, size: int, amount):
 def _load_matrices(instruction: Instruction):
     """ldmatrix: 8x8 matrices of 16-bit elements from rows of 16 bytes.
 
-    After the PTX ISA, section "Warp-level matrix load instruction: ldmatrix": lane 8 j + i gives the address of row i of
-    matrix j; lane l receives from each matrix elements 2 (l % 4) and the next of row l / 4, or of that column with .trans.
+    After the PTX ISA, section "Warp-level matrix load instruction: ldmatrix": lane 8 j + i gives the address
+    of row i of matrix j; lane l receives from each matrix elements 2 (l % 4) and the next of row l / 4, or of
+    that column with .trans.
     """
     counts = {"x1": 1, "x2": 2, "x4": 4}
-    flags = instruction.modifiers("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta")
+    flags = instruction.modifiers(
+        "sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta"
+    )
     found = [counts[f] for f in flags if f in counts]
     targets = flatten(instruction.operands[:1])
     if instruction.type != "b16" or "m8n8" not in flags or len(found) != 1 or len(targets) != found[0]:

@@ -25,7 +25,8 @@ def _check_members(mask: np.ndarray):
 
 
 def _source_lane(mode: str, lane, step, clamp):
-    """Which lane each lane reads, and whether that lies in its segment; after the pseudocode of "shfl.sync" in the PTX ISA."""
+    """Which lane each lane reads, and whether that lies in its segment; after the pseudocode of "shfl.sync"
+    in the PTX ISA."""
     segment = clamp >> 8 & 0x1F
     first = lane & segment
     last = first | (clamp & 0x1F & ~segment)

@@ -23,7 +23,14 @@ from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
 METHODS = {"svdquant": False, "robuq": True, "splitquant": False, "convrot": False}  # and whether in base 3
 INDEX = "model.safetensors.index.json"
-OWN = ("nibble", "nibble_calibration", "nibble_export", "_quantization_metadata", "quantization_config", "provenance")
+OWN = (
+    "nibble",
+    "nibble_calibration",
+    "nibble_export",
+    "_quantization_metadata",
+    "quantization_config",
+    "provenance",
+)
 ODD = (
     None, True, False, -1, 0, 1, 2, 3, 7, 63, 65, 1000, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
     "4", "1e5", "\x1b[2J\x1b[31m", "a\nb\rc", "../../../etc/passwd", "/etc/passwd", "C:\\x", "nul\0byte", "\ud800", "\u202e", "y" * 5000,
@@ -53,7 +60,11 @@ def sound(folder: Path) -> dict[str, Path]:
     """{kind: file or folder} of sound files, all but the calibration of one small FLUX."""
     g = torch.Generator().manual_seed(0)
     state = random_state(flux_shapes(hidden=128, context=64, pooled=64))
-    made = {"full": folder / "full.safetensors", "shards": folder / "shards", "calibration": folder / "calibration.safetensors"}
+    made = {
+        "full": folder / "full.safetensors",
+        "shards": folder / "shards",
+        "calibration": folder / "calibration.safetensors",
+    }
     save_file(state, made["full"], metadata={"format": "pt", "config": "{}"})
     _save_shards(made["shards"], state)
     for method, base3 in METHODS.items():
@@ -72,10 +83,25 @@ def sound(folder: Path) -> dict[str, Path]:
         s.hold_out(torch.randn(8, width, generator=g), torch.rand(8, generator=g, dtype=torch.float64), 0.5)
     recorder = Recorder()
     for step in range(2):
-        recorder.add(0, 1, step, 0.5, True, (torch.randn(2, 3, generator=g),), {"guidance": 3.5, "y": {"c": torch.ones(1)}})
+        recorder.add(
+            0,
+            1,
+            step,
+            0.5,
+            True,
+            (torch.randn(2, 3, generator=g),),
+            {"guidance": 3.5, "y": {"c": torch.ones(1)}},
+        )
     names = list(statistics)
     seen = {"order": names, "shared": {names[1]: names[0]}, "rows": dict.fromkeys(names, 16)}
-    meta = {"model": Checkpoint(made["full"]).fingerprint(), "samples": 2, "done": 2, "passes": 1, "seed": 0, "observed": seen}
+    meta = {
+        "model": Checkpoint(made["full"]).fingerprint(),
+        "samples": 2,
+        "done": 2,
+        "passes": 1,
+        "seed": 0,
+        "observed": seen,
+    }
     save(made["calibration"], statistics, meta, recorder)
     return made
 
@@ -98,15 +124,19 @@ def damaged(kind: str, source: Path, folder: Path, seed: int) -> Damaged:
     done = []
     for _ in range(draw.choice((1, 1, 1, 1, 2, 3))):
         target = path if path.is_file() else draw.choice(sorted(p for p in path.iterdir() if p.is_file()))
-        change = draw.choice((_index, _index, _cut, _bit)) if target.suffix == ".json" else draw.choice(_CHANGES)
+        change = (
+            draw.choice((_index, _index, _cut, _bit)) if target.suffix == ".json" else draw.choice(_CHANGES)
+        )
         try:
             done.append(f"{change.__name__.strip('_')}: {change(target, draw)}")
         except Exception:
-            done.append(f"{change.__name__.strip('_')}: not possible")  # the file is damaged too much by the one before
+            done.append(
+                f"{change.__name__.strip('_')}: not possible"
+            )  # the file is damaged too much by the one before
     return Damaged(path, kind, "; ".join(done))
 
 
-# -- files of bytes ------------------------------------------------------------------------------------------------------------
+# -- files of bytes
 
 
 def _parts(path):
@@ -151,12 +181,14 @@ def _append(path, draw):
 
 def _length(path, draw):
     raw = path.read_bytes()
-    length = draw.choice((0, 1, 2, 2**31, 2**63, 2**64 - 1, len(raw), struct.unpack("<Q", raw[:8])[0] + draw.choice((-1, 1))))
+    length = draw.choice(
+        (0, 1, 2, 2**31, 2**63, 2**64 - 1, len(raw), struct.unpack("<Q", raw[:8])[0] + draw.choice((-1, 1)))
+    )
     path.write_bytes(struct.pack("<Q", length) + raw[8:])
     return f"{length}"
 
 
-# -- tensors -------------------------------------------------------------------------------------------------------------------
+# -- tensors
 
 
 def _entry(header, draw):
@@ -167,7 +199,13 @@ def _numbers(path, draw):
     """NaN, Inf or other values in a tensor of floats."""
     header, data = _parts(path)
     formats = {"F32": "f", "F64": "d", "F16": "e", "BF16": None}
-    key = draw.choice(sorted(k for k, v in header.items() if k != "__metadata__" and v["dtype"] in formats and v["data_offsets"][1]))
+    key = draw.choice(
+        sorted(
+            k
+            for k, v in header.items()
+            if k != "__metadata__" and v["dtype"] in formats and v["data_offsets"][1]
+        )
+    )
     start, stop = header[key]["data_offsets"]
     value = draw.choice((float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 60000.0))
     form = formats[header[key]["dtype"]]
@@ -191,9 +229,34 @@ def _without(path, draw):
 
 def _more(path, draw):
     tensors, metadata = load_file(path), _parts(path)[0].get("__metadata__")
-    key = draw.choice(sorted(tensors)).rpartition(".")[0] + draw.choice(("", ".weight", ".x", ".weight_scale", ".comfy_quant", ".qweight"))
-    key = draw.choice((key, "../../up", "/abs", "\x1b[2J", "a\nb", "z" * 3000, "", "model.diffusion_model.x", "nibble_beside.y", "a|b"))
-    dtype = draw.choice((torch.uint8, torch.int8, torch.float32, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64))
+    key = draw.choice(sorted(tensors)).rpartition(".")[0] + draw.choice(
+        ("", ".weight", ".x", ".weight_scale", ".comfy_quant", ".qweight")
+    )
+    key = draw.choice(
+        (
+            key,
+            "../../up",
+            "/abs",
+            "\x1b[2J",
+            "a\nb",
+            "z" * 3000,
+            "",
+            "model.diffusion_model.x",
+            "nibble_beside.y",
+            "a|b",
+        )
+    )
+    dtype = draw.choice(
+        (
+            torch.uint8,
+            torch.int8,
+            torch.float32,
+            torch.int64,
+            torch.bool,
+            torch.float8_e4m3fn,
+            torch.complex64,
+        )
+    )
     tensors[key] = torch.zeros(draw.choice(((), (0,), (1,), (64, 64), (1, 0, 5), (1,) * 70)), dtype=dtype)
     save_file(tensors, path, metadata=metadata)
     return f"{key[:40]!r}"
@@ -211,7 +274,9 @@ def _retyped(path, draw):
         total = 1
         for n in entry["shape"]:
             total *= n
-        entry["shape"] = draw.choice(([total], [1, total], [total, 1], entry["shape"][::-1], [*entry["shape"], 1]))
+        entry["shape"] = draw.choice(
+            ([total], [1, total], [total, 1], entry["shape"][::-1], [*entry["shape"], 1])
+        )
     _write(path, header, data)
     return f"{key} is {entry['dtype']} {entry['shape'][:6]}"
 
@@ -219,12 +284,24 @@ def _retyped(path, draw):
 def _renamed(path, draw):
     header, data = _parts(path)
     key = _entry(header, draw)
-    new = draw.choice(("../" * 5 + "x.weight", "/x", key + "\x1b[1m", key + "\n", "n" * 4000, key.upper(), key + ".weight", "", key[1:]))
+    new = draw.choice(
+        (
+            "../" * 5 + "x.weight",
+            "/x",
+            key + "\x1b[1m",
+            key + "\n",
+            "n" * 4000,
+            key.upper(),
+            key + ".weight",
+            "",
+            key[1:],
+        )
+    )
     _write(path, {new if k == key else k: v for k, v in header.items()}, data)
     return f"{key} to {new[:40]!r}"
 
 
-# -- what the header says ------------------------------------------------------------------------------------------------------
+# -- what the header says
 
 
 def _places(value, at=()):
@@ -235,7 +312,8 @@ def _places(value, at=()):
 
 
 def _edited(value, draw):
-    """(text of `value` with one place changed, what). A place is drawn by its depth first, so that lists of thousands leave room for others."""
+    """(text of `value` with one place changed, what). A place is drawn by its depth first, so that lists of
+    thousands leave room for others."""
     places = [p for p in _places(value) if p]
     depth = draw.choice(sorted({len(p) for p in places}))
     *outer, last = draw.choice([p for p in places if len(p) == depth])
@@ -253,7 +331,11 @@ def _edited(value, draw):
         what = f"{where} is gone"
     elif kind in ("raw", "twice"):
         what = draw.choice(sorted(RAW)) if kind == "raw" else "twice"
-        raw = RAW[what] if kind == "raw" else f'{json.dumps(holder[last])}, "{last}": {json.dumps(draw.choice(ODD[:20]))}'
+        raw = (
+            RAW[what]
+            if kind == "raw"
+            else f'{json.dumps(holder[last])}, "{last}": {json.dumps(draw.choice(ODD[:20]))}'
+        )
         holder[last] = "@@"
         what = f"{where}: {what}"
     elif kind == "rename" and isinstance(holder, dict):
@@ -299,7 +381,9 @@ def _entries(path, draw):
     """Header entries that do not belong there."""
     header, data = _parts(path)
     name = draw.choice((*OWN, "config", "modelspec.title", "\x1b[5m", "k" * 3000))
-    text = draw.choice(("", "{}", "[]", "null", "{", "1", '{"layers": {"x": {}}}', "\x1b[2Jx", "t" * 100_000, "[" * 50_000))
+    text = draw.choice(
+        ("", "{}", "[]", "null", "{", "1", '{"layers": {"x": {}}}', "\x1b[2Jx", "t" * 100_000, "[" * 50_000)
+    )
     header.setdefault("__metadata__", {})[name] = text
     _write(path, header, data)
     return f"{name[:30]!r} = {text[:30]!r}"
@@ -313,7 +397,11 @@ def _declared(path, draw):
         return _said(path, draw)
     start, stop = header[key := draw.choice(keys)]["data_offsets"]
     text, what = _edited(json.loads(data[start:stop]), draw)
-    _write(path, header, data[:start] + text.encode(errors="surrogatepass")[: stop - start].ljust(stop - start) + data[stop:])
+    _write(
+        path,
+        header,
+        data[:start] + text.encode(errors="surrogatepass")[: stop - start].ljust(stop - start) + data[stop:],
+    )
     return f"{key}: {what}"
 
 
@@ -323,7 +411,9 @@ def _large(path, draw):
     count = draw.choice((20_000, 200_000))
     what = draw.choice(("tensors", "entries", "own", "shape"))
     if what == "tensors":
-        header |= {f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [len(data)] * 2} for i in range(count)}
+        header |= {
+            f"t{i}": {"dtype": "U8", "shape": [0], "data_offsets": [len(data)] * 2} for i in range(count)
+        }
     elif what == "entries":
         header.setdefault("__metadata__", {}).update({f"k{i}": "" for i in range(count)})
     elif what == "shape":

@@ -1,4 +1,5 @@
-"""Commands in processes of their own, started from one that has imported everything: milliseconds each, so that many can be killed."""
+"""Commands in processes of their own, started from one that has imported everything: milliseconds each, so
+that many can be killed."""
 
 import json
 import multiprocessing
@@ -46,7 +47,9 @@ class Run:
 
     def __init__(self, arguments: list, log: Path, **options):
         self.log = Path(log)
-        self.process = context().Process(target=_main, args=([str(a) for a in arguments], str(self.log)), kwargs=options)
+        self.process = context().Process(
+            target=_main, args=([str(a) for a in arguments], str(self.log)), kwargs=options
+        )
         self.process.start()
 
     def wait(self, seconds: float | None = None) -> Ended | None:
@@ -61,8 +64,8 @@ class Run:
 
 
 def run(arguments: list, log: Path, **options) -> Ended:
-    """The same to its end. largest: bytes that its files may have; without_check: the room is not looked at before the work;
-    stop_after: pieces of work after which it is interrupted."""
+    """The same to its end. largest: bytes that its files may have; without_check: the room is not looked at
+    before the work; stop_after: pieces of work after which it is interrupted."""
     return Run(arguments, log, **options).wait(600)
 
 
@@ -76,7 +79,9 @@ def _main(arguments, log, largest=None, without_check=False, stop_after=None):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the command has its own: Python says where it was
+    signal.signal(
+        signal.SIGINT, lambda *_: os._exit(130)
+    )  # until the command has its own: Python says where it was
     if largest is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if without_check:
@@ -86,7 +91,9 @@ def _main(arguments, log, largest=None, without_check=False, stop_after=None):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if hasattr(small, arguments[0]):
-        commands.app = lambda: getattr(small, arguments[0])(*arguments[1:])  # with the command's handling of signals and errors
+        commands.app = lambda: getattr(small, arguments[0])(
+            *arguments[1:]
+        )  # with the command's handling of signals and errors
     sys.argv = ["nibble", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     commands.main()
@@ -110,7 +117,8 @@ def moments(number: int, seconds: float, seed: int) -> list[float]:
 
 
 def contents(folder: Path) -> dict:
-    """{name: what is in it} of all files below, but for what runs of the same work differ in: how long each layer took, and when."""
+    """{name: what is in it} of all files below, but for what runs of the same work differ in: how long each
+    layer took, and when."""
     return {str(p.relative_to(folder)): _what(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -119,9 +127,14 @@ def _what(path):
         return path.read_bytes()
     with safe_open(path, "pt") as f:
         tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        metadata = {k: json.loads(v) if v[:1] == "{" else v for k, v in (f.metadata() or {}).items() if k != "nibble_xxh3"}
+        metadata = {
+            k: json.loads(v) if v[:1] == "{" else v
+            for k, v in (f.metadata() or {}).items()
+            if k != "nibble_xxh3"
+        }
     for row in metadata.get("nibble", {}).get("report", ()):
         row.pop("seconds", None)
     return metadata, {
-        k: (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes()) for k, t in tensors.items()
+        k: (t.dtype, tuple(t.shape), t.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for k, t in tensors.items()
     }

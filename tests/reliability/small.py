@@ -1,4 +1,5 @@
-"""Long work on small things, for processes that are killed: functions of strings, that `runs` calls by their names."""
+"""Long work on small things, for processes that are killed: functions of strings, that `runs` calls by their
+names."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Random graphs over HTTP for as long as one likes, some interrupted, and what the server holds of them afterwards."""
+"""Random graphs over HTTP for as long as one likes, some interrupted, and what the server holds of them
+afterwards."""
 
 import json
 import random
@@ -30,7 +31,8 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Held:
-    """What the server's process holds after /free. anonymous: bytes of private memory; files: of ours that are mapped."""
+    """What the server's process holds after /free. anonymous: bytes of private memory; files: of ours that
+    are mapped."""
 
     anonymous: int
     descriptors: int
@@ -40,8 +42,8 @@ class Held:
 
 @dataclass
 class Soak:
-    """Figures of a run. latents: {graph: what it sampled first}, which all later runs of the graph must give bit for bit. seconds: that
-    each kind of graph took when it was last run to its end."""
+    """Figures of a run. latents: {graph: what it sampled first}, which all later runs of the graph must give
+    bit for bit. seconds: that each kind of graph took when it was last run to its end."""
 
     graphs: dict = field(default_factory=dict)
     interrupted: int = 0
@@ -57,11 +59,15 @@ class Soak:
         first, last = self.held[0], self.held[-1]
         mib = [h.anonymous / 2**20 for h in self.held]
         return (
-            f"{sum(self.graphs.values())} graphs in {seconds:.0f} s: {', '.join(f'{k} {n}' for k, n in sorted(self.graphs.items()))}\n"
-            f"{self.interrupted} interrupted, {self.refused} refused as they should be, {len(self.unexpected)} unexpected errors\n"
+            f"{sum(self.graphs.values())} graphs in {seconds:.0f} s: "
+            f"{', '.join(f'{k} {n}' for k, n in sorted(self.graphs.items()))}\n"
+            f"{self.interrupted} interrupted, {self.refused} refused as they should be, "
+            f"{len(self.unexpected)} unexpected errors\n"
             f"{self.repeated} latents the same as those of the graph before, bit for bit\n"
-            f"RssAnon after /free {' '.join(f'{m:.1f}' for m in mib)} MiB; descriptors {first.descriptors} -> "
-            f"{last.descriptors}, maps {first.maps} -> {last.maps}, mapped model files {first.files} -> {last.files}"
+            f"RssAnon after /free {' '.join(f'{m:.1f}' for m in mib)} MiB; descriptors {first.descriptors} "
+            "-> "
+            f"{last.descriptors}, maps {first.maps} -> {last.maps}, mapped model files {first.files} -> "
+            f"{last.files}"
         )
 
 
@@ -69,8 +75,13 @@ def prepare(server):
     """Writes the LoRAs and the two quantized files that the graphs load; returns the files' names."""
     g = torch.Generator().manual_seed(0)
     rand = lambda *shape: torch.randn(*shape, generator=g) * 0.05
-    pair = lambda name, n, k, rank, a="lora_A", b="lora_B": {f"{name}.{a}.weight": rand(rank, k), f"{name}.{b}.weight": rand(n, rank)}
-    bfl = pair("diffusion_model.double_blocks.0.img_attn.qkv", 3 * H, H, 8) | pair("diffusion_model.single_blocks.1.linear2", H, 5 * H, 8)
+    pair = lambda name, n, k, rank, a="lora_A", b="lora_B": {
+        f"{name}.{a}.weight": rand(rank, k),
+        f"{name}.{b}.weight": rand(n, rank),
+    }
+    bfl = pair("diffusion_model.double_blocks.0.img_attn.qkv", 3 * H, H, 8) | pair(
+        "diffusion_model.single_blocks.1.linear2", H, 5 * H, 8
+    )
     tensors = {
         "bfl": bfl,
         "diffusers": pair("transformer.transformer_blocks.0.attn.to_q", H, H, 8)
@@ -87,7 +98,13 @@ def prepare(server):
 
 def _quantized(method, rank, save=None, calibrated=False):
     graph = quantize_graph(FLUX_TINY, method=method, sample_steps=1, prefix=save or "", **CALIBRATION)
-    for name in ("full", "full_latent", "report", *(() if save else ("save",)), *(() if calibrated else ("calibrate", "prompts"))):
+    for name in (
+        "full",
+        "full_latent",
+        "report",
+        *(() if save else ("save",)),
+        *(() if calibrated else ("calibrate", "prompts")),
+    ):
         del graph[name]
     if not calibrated:
         del graph["quantize"]["inputs"]["calibration"]
@@ -100,14 +117,20 @@ def _stack(graph, names, rng, loader="LoraLoaderModelOnly"):
     """The graph with LoRA loaders between its model and what reads it; the name of the last."""
     last = "load"
     for i, name in enumerate(names):
-        graph[f"lora{i}"] = node(loader, model=[last, 0], lora_name=f"soak_{name}.safetensors", strength_model=rng.choice([1.0, 0.5, -0.7]))
+        graph[f"lora{i}"] = node(
+            loader,
+            model=[last, 0],
+            lora_name=f"soak_{name}.safetensors",
+            strength_model=rng.choice([1.0, 0.5, -0.7]),
+        )
         last = f"lora{i}"
     graph["sample"]["inputs"]["model"] = [last, 0]
     return last
 
 
 class Graphs:
-    """Makes graphs by kind: a function of a random generator that returns (graph, pattern of the error it must end with, "" for none)."""
+    """Makes graphs by kind: a function of a random generator that returns (graph, pattern of the error it
+    must end with, "" for none)."""
 
     def __init__(self, files):
         self.files = files
@@ -166,11 +189,18 @@ class Graphs:
         return graph
 
     def make_save(self, rng):
-        return self._load(rng) | {"save": node("NibbleSaveModel", model=["load", 0], filename_prefix="diffusion_models/saved")}
+        return self._load(rng) | {
+            "save": node("NibbleSaveModel", model=["load", 0], filename_prefix="diffusion_models/saved")
+        }
 
     def make_export(self, rng):
         export = node(
-            "NibbleExportModel", model=["load", 0], format="native", filename_prefix="diffusion_models/out", lossy=True, replacement="int8"
+            "NibbleExportModel",
+            model=["load", 0],
+            format="native",
+            filename_prefix="diffusion_models/out",
+            lossy=True,
+            replacement="int8",
         )
         return load_graph(FLUX_TINY, self.files[1], sample_steps=1) | {"export": export}
 
@@ -184,20 +214,30 @@ class Graphs:
             graph["load"]["inputs"]["model_name"] = "nothing.safetensors"
         elif why == "no such block":
             graph["x"] = node("NibbleSwapBlocks", model_a=model, model_b=["full", 0], blocks="single 9")
-            graph |= {"full": FULL, "save": node("NibbleSaveModel", model=["x", 0], filename_prefix="diffusion_models/no")}
+            graph |= {
+                "full": FULL,
+                "save": node("NibbleSaveModel", model=["x", 0], filename_prefix="diffusion_models/no"),
+            }
         elif why == "nothing to bake":
             graph["x"] = node("NibbleBakeLora", model=model, rank=0)
             graph["save"] = node("NibbleSaveModel", model=["x", 0], filename_prefix="diffusion_models/no")
         elif why == "saved with a LoRA":
-            graph["save"] = node("NibbleSaveModel", model=[_stack(graph, ["bfl"], rng), 0], filename_prefix="diffusion_models/no")
+            graph["save"] = node(
+                "NibbleSaveModel",
+                model=[_stack(graph, ["bfl"], rng), 0],
+                filename_prefix="diffusion_models/no",
+            )
         else:
-            graph |= {"full": FULL, "save": node("NibbleSaveModel", model=["full", 0], filename_prefix="diffusion_models/no")}
+            graph |= {
+                "full": FULL,
+                "save": node("NibbleSaveModel", model=["full", 0], filename_prefix="diffusion_models/no"),
+            }
         return graph, REFUSALS[why]
 
 
 def held(server) -> Held:
-    """What the server's process holds once /free has been done: it is done when memory stops falling. ComfyUI's history of prompts is
-    cleared before, which grows by 16 kB a graph."""
+    """What the server's process holds once /free has been done: it is done when memory stops falling.
+    ComfyUI's history of prompts is cleared before, which grows by 16 kB a graph."""
     server.post("/history", {"clear": True})
     server.post("/free", {"unload_models": True, "free_memory": True})
     process, before = Path(f"/proc/{server.process.pid}"), None
@@ -213,7 +253,8 @@ def held(server) -> Held:
 
 
 def run_one(server, soak: Soak, kind: str, graph: dict, error: str, share: float | None = None):
-    """Runs a graph, interrupted after such a share of what its kind takes if asked, and takes down what came of it."""
+    """Runs a graph, interrupted after such a share of what its kind takes if asked, and takes down what came
+    of it."""
     soak.graphs[kind] = soak.graphs.get(kind, 0) + 1
     started = time.monotonic()
     try:
@@ -252,7 +293,8 @@ def references(files, rng) -> list[dict]:
 
 
 def run(server, count: int, seed: int = 0, every: int = 10, warm_up: int = 1) -> Soak:
-    """One graph of each kind, `warm_up` times, then `count` random ones, one in four interrupted; /free and references after each `every`."""
+    """One graph of each kind, `warm_up` times, then `count` random ones, one in four interrupted; /free and
+    references after each `every`."""
     rng, soak, files = random.Random(seed), Soak(), prepare(server)
     graphs = Graphs(files)
     fixed = references(files, rng)
@@ -274,9 +316,13 @@ def run(server, count: int, seed: int = 0, every: int = 10, warm_up: int = 1) ->
 
 
 def left_over(server, scratch: Path) -> list[str]:
-    """Temporary files below the server's folder and in `scratch`, its TMPDIR. A stopped quantization keeps its finished blocks, and goes
-    on with them: its folder is none, what is temporary in it is."""
-    found = [p for folder in (server.base / "output", server.base / "models", server.base / "temp") for p in folder.rglob("*")]
+    """Temporary files below the server's folder and in `scratch`, its TMPDIR. A stopped quantization keeps
+    its finished blocks, and goes on with them: its folder is none, what is temporary in it is."""
+    found = [
+        p
+        for folder in (server.base / "output", server.base / "models", server.base / "temp")
+        for p in folder.rglob("*")
+    ]
     names = re.compile(r"^\.?tmp\w*$|[.-]tmp$|^\.tmp|^\.nibble|-lock$|-run$")
     return sorted(str(p.relative_to(server.base)) for p in found if names.search(p.name)) + sorted(
         p.name for p in scratch.rglob("*.safetensors")

@@ -1,4 +1,5 @@
-"""Too small a disk, too small a limit on files: an error that names the file, what is needed and what is free, and nothing else changed.
+"""Too small a disk, too small a limit on files: an error that names the file, what is needed and what is
+free, and nothing else changed.
 
 The disk is a tmpfs where this process may mount one (root), else the limit stands for it.
 """
@@ -17,7 +18,18 @@ OLD = b"what was there before"
 def before(tmp_path_factory):
     folder = tmp_path_factory.mktemp("before")
     assert (
-        run(["quantize", tiny_flux.CHECKPOINT, folder / "native.safetensors", "--method", "native", "--device", "cpu"], folder / "log").code
+        run(
+            [
+                "quantize",
+                tiny_flux.CHECKPOINT,
+                folder / "native.safetensors",
+                "--method",
+                "native",
+                "--device",
+                "cpu",
+            ],
+            folder / "log",
+        ).code
         == 0
     )
     for name in "ab":
@@ -26,7 +38,10 @@ def before(tmp_path_factory):
 
 
 COMMANDS = {
-    "quantize": (lambda f, out: ["quantize", tiny_flux.CHECKPOINT, out, "--method", "rtn", "--device", "cpu"], "q.safetensors"),
+    "quantize": (
+        lambda f, out: ["quantize", tiny_flux.CHECKPOINT, out, "--method", "rtn", "--device", "cpu"],
+        "q.safetensors",
+    ),
     "convert": (lambda f, out: ["convert", f / "native.safetensors", out, "--to", "native"], "c.safetensors"),
     "calibrate": (lambda f, out: ["calibration", out], "calibration"),
     "merge": (lambda f, out: ["merge-calibrations", out, f / "a", f / "b"], "merged"),

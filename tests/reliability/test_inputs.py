@@ -17,7 +17,18 @@ def made(tmp_path_factory):
         assert run(["calibration", folder / name], folder / "log").code == 0
     shutil.copy(tiny_flux.CHECKPOINT, folder / "m.safetensors")
     assert (
-        run(["quantize", folder / "m.safetensors", folder / "n.safetensors", "--method", "native", "--device", "cpu"], folder / "log").code
+        run(
+            [
+                "quantize",
+                folder / "m.safetensors",
+                folder / "n.safetensors",
+                "--method",
+                "native",
+                "--device",
+                "cpu",
+            ],
+            folder / "log",
+        ).code
         == 0
     )
     (folder / "log").unlink()
@@ -31,9 +42,15 @@ def folder(made, tmp_path):
 
 COMMANDS = {
     "quantize": ("m.safetensors", lambda f, out: ["quantize", f / "m.safetensors", out, "--method", "rtn"]),
-    "allocate": ("m.safetensors", lambda f, out: ["allocate", f / "m.safetensors", out, "--calibration", f / "a", "--budget", "A3"]),
+    "allocate": (
+        "m.safetensors",
+        lambda f, out: ["allocate", f / "m.safetensors", out, "--calibration", f / "a", "--budget", "A3"],
+    ),
     "convert": ("n.safetensors", lambda f, out: ["convert", f / "n.safetensors", out, "--to", "native"]),
-    "quantize, calibration": ("a/pass-000.safetensors", lambda f, out: ["quantize", f / "m.safetensors", out, "--calibration", f / "a"]),
+    "quantize, calibration": (
+        "a/pass-000.safetensors",
+        lambda f, out: ["quantize", f / "m.safetensors", out, "--calibration", f / "a"],
+    ),
     "merge": ("a", lambda f, out: ["merge-calibrations", out, f / "a", f / "b"]),
 }
 
@@ -56,7 +73,11 @@ def test_an_input_is_never_written_over(command, alias, folder, tmp_path):
     ended = run(arguments(folder, out), tmp_path / "log")
     assert ended.code == 1, ended.text
     assert str(out) in ended.text
-    assert "would be written over" in ended.text or "is there already" in ended.text or "Give another name" in ended.text
+    assert (
+        "would be written over" in ended.text
+        or "is there already" in ended.text
+        or "Give another name" in ended.text
+    )
     assert contents(folder) == before
     assert out.is_symlink() == (alias == "symbolic link")
 
@@ -65,7 +86,10 @@ def test_a_folder_of_the_users_beside_the_destination_stays(folder, tmp_path):
     mine = tmp_path / "q.safetensors.partial"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
-    ended = run(["quantize", folder / "m.safetensors", tmp_path / "q.safetensors", "--method", "rtn"], tmp_path / "log")
+    ended = run(
+        ["quantize", folder / "m.safetensors", tmp_path / "q.safetensors", "--method", "rtn"],
+        tmp_path / "log",
+    )
     assert ended.code == 1
     assert "q.safetensors.partial: is in the way of unfinished work, and Nibble has not made it" in ended.text
     assert (mine / "thesis.txt").read_text() == "years"
@@ -76,7 +100,10 @@ def test_a_calibration_with_other_options_stays(tmp_path):
     before = contents(tmp_path / "c")
     ended = run(["calibration", tmp_path / "c", "13"], tmp_path / "log")
     assert ended.code == 1
-    assert "c: holds 24 of 24 samples of another calibration (steps: 12 there, 13 here). Name another folder" in ended.text
+    assert (
+        "c: holds 24 of 24 samples of another calibration (steps: 12 there, 13 here). Name another folder"
+        in ended.text
+    )
     assert contents(tmp_path / "c") == before
 
 
@@ -104,7 +131,12 @@ def test_a_source_that_changes_under_a_stopped_run_is_quantized_anew(folder, tmp
 
 def test_leftovers_are_listed_and_removed_where_told(folder, tmp_path):
     source, out = folder / "m.safetensors", tmp_path / "models" / "q.safetensors"
-    assert run(["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=9).code != 0
+    assert (
+        run(
+            ["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=9
+        ).code
+        != 0
+    )
     (out.parent / "mine.txt").write_text("mine")
     listed = run(["clean", out.parent], tmp_path / "log")
     assert listed.code == 0
@@ -118,13 +150,23 @@ def test_leftovers_are_listed_and_removed_where_told(folder, tmp_path):
 
 def test_settings_that_differ_are_named(folder, tmp_path):
     source, out = folder / "m.safetensors", tmp_path / "q.safetensors"
-    assert run(["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=3).code != 0
+    assert (
+        run(
+            ["quantize", source, out, "--method", "rtn", "--device", "cpu"], tmp_path / "log", stop_after=3
+        ).code
+        != 0
+    )
     ended = run(["quantize", source, out, "--method", "convrot", "--device", "cpu"], tmp_path / "log")
     assert ended.code == 1
     assert "3 finished pieces of another run, since 20" in ended.text
     assert "(method: rtn there, convrot here" in ended.text
     assert f"nibble clean {out}.partial --remove" in ended.text
-    assert json.loads((tmp_path / "q.safetensors.partial" / "nibble-unfinished.json").read_text())["settings"]["method"] == "rtn"
+    assert (
+        json.loads((tmp_path / "q.safetensors.partial" / "nibble-unfinished.json").read_text())["settings"][
+            "method"
+        ]
+        == "rtn"
+    )
 
 
 def test_a_calibration_that_was_not_finished_is_a_leftover(tmp_path):

@@ -1,4 +1,5 @@
-"""Runs killed at random moments: nothing half under a final name, the same bytes when they go on, nothing left over.
+"""Runs killed at random moments: nothing half under a final name, the same bytes when they go on, nothing
+left over.
 
 NIBBLE_KILLS=60 kills that many; CI fewer. What they came to is printed, with -rP.
 """
@@ -21,7 +22,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Job:
-    """arguments(folder): of the command, which writes below `folder`/out. source: what stands in `folder` before."""
+    """arguments(folder): of the command, which writes below `folder`/out. source: what stands in `folder`
+    before."""
 
     name: str
     arguments: object
@@ -55,7 +57,18 @@ def before(tmp_path_factory):
     """A folder with what the jobs read."""
     folder = tmp_path_factory.mktemp("before")
     assert (
-        run(["quantize", tiny_flux.CHECKPOINT, folder / "native.safetensors", "--method", "native", "--device", "cpu"], folder / "log").code
+        run(
+            [
+                "quantize",
+                tiny_flux.CHECKPOINT,
+                folder / "native.safetensors",
+                "--method",
+                "native",
+                "--device",
+                "cpu",
+            ],
+            folder / "log",
+        ).code
         == 0
     )
     for name in "ab":
@@ -98,7 +111,10 @@ def test_killed_at_any_moment(job, before, tmp_path):
         if pieces:
             assert int(re.search(r"(\d+) finished pieces", again.text)[1]) == len(pieces)
         shutil.rmtree(folder)
-    print(f"{job.name}: {kills} kills in {seconds:.1f} s, exit codes {codes}, 0 half files, 0 leftovers, same bytes")
+    print(
+        f"{job.name}: {kills} kills in {seconds:.1f} s, exit codes {codes}, 0 half files, 0 leftovers, "
+        "same bytes"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -108,12 +124,26 @@ def test_a_polite_kill_cleans_up(number, tmp_path):
         folder = tmp_path / f"{i}"
         folder.mkdir()
         going = Run(
-            ["quantize", tiny_flux.CHECKPOINT, folder / "q.safetensors", "--method", "svdquant", "--device", "cpu"], tmp_path / "log"
+            [
+                "quantize",
+                tiny_flux.CHECKPOINT,
+                folder / "q.safetensors",
+                "--method",
+                "svdquant",
+                "--device",
+                "cpu",
+            ],
+            tmp_path / "log",
         )
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("*.partial/*.nibble.safetensors"))) < 1 + 3 * i and time.monotonic() < deadline:
+        while (
+            len(list(folder.glob("*.partial/*.nibble.safetensors"))) < 1 + 3 * i
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.003)
-        assert going.kill(number).code in (128 + number, 1, 0), "0: it had just ended; 1: typer says that it was aborted"
+        assert going.kill(number).code in (128 + number, 1, 0), (
+            "0: it had just ended; 1: typer says that it was aborted"
+        )
         assert {p.name for p in folder.iterdir()} <= {"q.safetensors", "q.safetensors.partial"}
         left = [p.name for p in folder.glob("*.partial/*")]
         assert all(name.endswith((".nibble.safetensors", "nibble-unfinished.json")) for name in left), left

@@ -1,4 +1,5 @@
-"""Damaged and hostile files: whatever is in one, what comes out is its tensors or an error of ours that names it, soon and in little memory.
+"""Damaged and hostile files: whatever is in one, what comes out is its tensors or an error of ours that names
+it, soon and in little memory.
 
 NIBBLE_FUZZ: how many files; NIBBLE_FUZZ_SEED: the number of the first.
 """
@@ -75,7 +76,13 @@ def quantized(path, out):
     quantize_file(path, out, method, method.config)
 
 
-STAGES = {"open": read_all, "calibration": calibration, "inspect": inspected, "convert": converted, "quantize": quantized}
+STAGES = {
+    "open": read_all,
+    "calibration": calibration,
+    "inspect": inspected,
+    "convert": converted,
+    "quantize": quantized,
+}
 OF = {"full": ("quantize",), "shards": ("quantize",), "calibration": ("calibration",)}
 
 
@@ -93,7 +100,8 @@ def fault(error, path) -> str:
 
 @contextmanager
 def memory():
-    """Gives a list, whose one entry then is how many MiB the block took at its most, above what there was before; 0 where Linux does not say."""
+    """Gives a list, whose one entry then is how many MiB the block took at its most, above what there was
+    before; 0 where Linux does not say."""
     grown = [0.0]
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no room for this one
@@ -146,7 +154,12 @@ def test_damaged_files_are_errors_that_name_them(made, tmp_path, monkeypatch):
         folder = tmp_path / f"{seed}"
         folder.mkdir()
         case = damaged(kind, made[kind], folder, seed)
-        for stage in ("open", "inspect", *OF.get(kind, ("convert",)), *(("quantize",) if seed % 7 == 0 else ())):
+        for stage in (
+            "open",
+            "inspect",
+            *OF.get(kind, ("convert",)),
+            *(("quantize",) if seed % 7 == 0 else ()),
+        ):
             started = time.process_time()
             with memory() as grown:
                 outcome, wrong = outcome_of(stage, case.path, folder / "out")
@@ -162,7 +175,9 @@ def test_damaged_files_are_errors_that_name_them(made, tmp_path, monkeypatch):
         shutil.rmtree(folder)
     print(f"{count} files from {first} on, {sum(outcomes.values())} operations, {len(faults)} faults")
     for stage in STAGES:
-        print(f"  {stage}: {', '.join(f'{n} {what}' for (s, what), n in outcomes.most_common() if s == stage)}")
+        print(
+            f"  {stage}: {', '.join(f'{n} {what}' for (s, what), n in outcomes.most_common() if s == stage)}"
+        )
     print(f"  slowest {slowest[0]:.2f} s of CPU: {slowest[1][:200]}")
     print(f"  largest {largest[0]:.0f} MiB above what there was: {largest[1][:200]}")
     assert not faults

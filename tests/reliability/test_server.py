@@ -1,4 +1,5 @@
-"""ComfyUI killed while Nibble Quantize works: the next run takes over the finished layers and ends with the same model."""
+"""ComfyUI killed while Nibble Quantize works: the next run takes over the finished layers and ends with the
+same model."""
 
 import shutil
 import time
@@ -14,7 +15,9 @@ from comfyui_nibble.tests.host.server import Server, find_comfyui
 from comfyui_nibble.tests.reliability.runs import size_of
 
 COMFYUI = find_comfyui()
-pytestmark = pytest.mark.skipif(COMFYUI is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout, or clone it to ~/comfy/ComfyUI")
+pytestmark = pytest.mark.skipif(
+    COMFYUI is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout, or clone it to ~/comfy/ComfyUI"
+)
 GRAPH = {
     "load": node("UNETLoader", unet_name="pixart.safetensors", weight_dtype="default"),
     "quantize": node("NibbleQuantize", model=["load", 0], method="svdquant", rank=32, gptq=False),
@@ -39,8 +42,18 @@ def test_killed_in_the_middle(tmp_path):
     with server:
         server.run(GRAPH)
         assert f"{counts[-1]} finished pieces of the run since" in (tmp_path / "server.log").read_text()
-        server.run(GRAPH | {"save": node("NibbleSaveModel", model=["quantize", 0], filename_prefix="diffusion_models/again")})
-    one, two = (PackFile(tmp_path / "output" / "diffusion_models" / f"{name}_00001_.safetensors") for name in ("q", "again"))
+        server.run(
+            GRAPH
+            | {
+                "save": node(
+                    "NibbleSaveModel", model=["quantize", 0], filename_prefix="diffusion_models/again"
+                )
+            }
+        )
+    one, two = (
+        PackFile(tmp_path / "output" / "diffusion_models" / f"{name}_00001_.safetensors")
+        for name in ("q", "again")
+    )
     assert one.specs == two.specs
     for name in one.specs:
         assert all(torch.equal(t, two.layer(name).tensors[k]) for k, t in one.layer(name).tensors.items())

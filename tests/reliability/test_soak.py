@@ -1,4 +1,5 @@
-"""A real ComfyUI under random graphs. NIBBLE_SOAK=100 sets their number, NIBBLE_SOAK_SEED another run; `-s` shows the figures."""
+"""A real ComfyUI under random graphs. NIBBLE_SOAK=100 sets their number, NIBBLE_SOAK_SEED another run; `-s`
+shows the figures."""
 
 import os
 import shutil
@@ -13,7 +14,9 @@ from comfyui_nibble.tests.reliability import soak
 
 COUNT, SEED = int(os.environ.get("NIBBLE_SOAK", 24)), int(os.environ.get("NIBBLE_SOAK_SEED", 0))
 pytestmark = [
-    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout of ComfyUI 0.31 or newer"),
+    pytest.mark.skipif(
+        find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH to a checkout of ComfyUI 0.31 or newer"
+    ),
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
@@ -49,11 +52,14 @@ def test_latents_repeat_bit_for_bit(done):
 
 
 def test_memory_after_free_does_not_grow(done):
-    """By 1 % in 100 graphs at most. Some readings find 7 MiB that the allocator keeps, so the least of the second half counts, which a
-    leak would lift; the first is after a warm-up. Beyond 100 graphs 10 kB each: 534 graphs took 7.5 kB each, with no more Python objects but ComfyUI's log and its URLs."""
+    """By 1 % in 100 graphs at most. Some readings find 7 MiB that the allocator keeps, so the least of the
+    second half counts, which a leak would lift; the first is after a warm-up. Beyond 100 graphs 10 kB each:
+    534 graphs took 7.5 kB each, with no more Python objects but ComfyUI's log and its URLs."""
     _, found, _ = done
     first, last = found.held[0].anonymous, min(h.anonymous for h in found.held[len(found.held) // 2 :])
-    assert last < 1.01 * first + 10_000 * max(0, COUNT - 100), [round(h.anonymous / 2**20, 1) for h in found.held]
+    assert last < 1.01 * first + 10_000 * max(0, COUNT - 100), [
+        round(h.anonymous / 2**20, 1) for h in found.held
+    ]
 
 
 def test_descriptors_and_maps_are_flat(done):
@@ -61,7 +67,9 @@ def test_descriptors_and_maps_are_flat(done):
     first, last = found.held[0], found.held[-1]
     assert last.descriptors <= first.descriptors + 2, found.held
     assert last.maps <= 1.02 * first.maps + 8, found.held
-    assert last.files <= first.files + 1, found.held  # the LoRA that was read last stays mapped, and may be another's beside
+    assert last.files <= first.files + 1, (
+        found.held
+    )  # the LoRA that was read last stays mapped, and may be another's beside
 
 
 def test_no_temporary_file_is_left(done):

@@ -1,4 +1,5 @@
-"""Two processes on one destination: one writes, the other is told which; never a mixture. NIBBLE_PAIRS=24 runs that many pairs."""
+"""Two processes on one destination: one writes, the other is told which; never a mixture. NIBBLE_PAIRS=24
+runs that many pairs."""
 
 import random
 import time
@@ -42,7 +43,9 @@ def test_two_quantizations(pair, whole, tmp_path):
         assert contents(out.parent) in [whole[m] for m in fine]
         assert PackFile(out).provenance["method"] in fine
         for e in ended:
-            told = "another run is writing this (process" in e.text or "finished pieces of another run" in e.text
+            told = (
+                "another run is writing this (process" in e.text or "finished pieces of another run" in e.text
+            )
             assert e.code == 0 or (e.code == 1 and told and "Traceback" not in e.text), e.text
         assert [p.name for p in out.parent.iterdir()] == ["q.safetensors"]
 
@@ -58,7 +61,8 @@ def test_two_calibrations(steps, tmp_path):
     ended = [g.wait(300) for g in going]
     fine = [s for s, e in zip(steps, ended, strict=True) if e.code == 0]
     assert contents(out) in [alone[s] for s in fine]
-    assert all(e.code == 0 or "another run is writing this" in e.text or "another calibration" in e.text for e in ended), [
-        e.text for e in ended
-    ]
+    assert all(
+        e.code == 0 or "another run is writing this" in e.text or "another calibration" in e.text
+        for e in ended
+    ), [e.text for e in ended]
     assert not list(leftovers(tmp_path))

@@ -7,9 +7,12 @@ from ....kernels.operator.spec import LinearSpec, PartSpec
 
 
 def beside(spec: LinearSpec) -> int:
-    """Multiply-adds of a token beside the product: p1 + p2 a channel of a Kronecker pair, log2 of the block of a Hadamard rotation (its
-    fast form), rank (K + N) of a low-rank branch, of each part. Smoothing, scales and rounding are left out: one or two a channel."""
-    return sum(part.width * _a_channel(part) + part.rank * (part.width + spec.out_features) for part in spec.parts)
+    """Multiply-adds of a token beside the product: p1 + p2 a channel of a Kronecker pair, log2 of the block
+    of a Hadamard rotation (its fast form), rank (K + N) of a low-rank branch, of each part. Smoothing, scales
+    and rounding are left out: one or two a channel."""
+    return sum(
+        part.width * _a_channel(part) + part.rank * (part.width + spec.out_features) for part in spec.parts
+    )
 
 
 def _a_channel(part: PartSpec) -> int:
@@ -22,6 +25,7 @@ def product(spec: LinearSpec) -> int:
 
 
 def relative(specs: Iterable[LinearSpec]) -> Fraction:
-    """What is beside the products over the products: the mean over layers, weighted by their products. Weight-only layers are left out."""
+    """What is beside the products over the products: the mean over layers, weighted by their products.
+    Weight-only layers are left out."""
     specs = [spec for spec in specs if not spec.weight_only]
     return Fraction(sum(map(beside, specs)), sum(map(product, specs)))

@@ -7,7 +7,8 @@ from .run import by_factor
 
 
 def plot(path: Path, rows: list[dict]):
-    """Coherent SQNR against cost, pictures against coherent SQNR, and each factor's means, as a PNG. Raises ImportError without matplotlib."""
+    """Coherent SQNR against cost, pictures against coherent SQNR, and each factor's means, as a PNG. Raises
+    ImportError without matplotlib."""
     with replacing(path) as temporary:
         figure(rows).savefig(temporary, dpi=100, format="png")
 
@@ -32,7 +33,11 @@ def figure(rows: list[dict]):
     cost.set(xlabel="multiply-adds beside the products, %", ylabel="coherent SQNR of predictions, dB")
     image.set(xlabel="coherent SQNR of predictions, dB", ylabel="PSNR of pictures, dB")
     cost.legend()
-    means = [(f"{factor} {level}", mean) for factor, levels in by_factor(rows).items() for level, (mean, _) in levels.items()]
+    means = [
+        (f"{factor} {level}", mean)
+        for factor, levels in by_factor(rows).items()
+        for level, (mean, _) in levels.items()
+    ]
     bars.barh([name for name, _ in means], [mean for _, mean in means])
     if means:
         bars.set_xlim(left=min(mean for _, mean in means) - 0.5)

@@ -1,4 +1,5 @@
-"""Measures the rows of an ablation on the small trained FLUX, one after the other; a stopped run goes on behind the last."""
+"""Measures the rows of an ablation on the small trained FLUX, one after the other; a stopped run goes on
+behind the last."""
 
 import copy
 import json
@@ -55,14 +56,25 @@ class World:
 
     @classmethod
     def make(
-        cls, folder: Path, severity: float, captions=JUDGED, steps: int = STEPS, samples: int = 16, bar: Bar = lambda items, total: items
+        cls,
+        folder: Path,
+        severity: float,
+        captions=JUDGED,
+        steps: int = STEPS,
+        samples: int = 16,
+        bar: Bar = lambda items, total: items,
     ):
         """Calibrates into `folder`, or reads what an earlier run has left there."""
         state = add_outliers(load_file(tiny_flux.CHECKPOINT), severity)
         model = tiny_flux.load(state)
         plan = FLUX.layers({k: tuple(v.shape) for k, v in state.items()})
         calibration = calibrate_tiny(
-            model, plan, folder / "calibration", samples=samples, progress=bar, model_hash=f"outliers {severity:g}"
+            model,
+            plan,
+            folder / "calibration",
+            samples=samples,
+            progress=bar,
+            model_hash=f"outliers {severity:g}",
         )
         trajectory = calibration.trajectory()
         held = [i for i, call in enumerate(trajectory.calls) if call.held_out]
@@ -72,30 +84,42 @@ class World:
         return cls(folder, state, model, plan, calibration, trajectory, held, predictions, latents)
 
     def quantize(self, entry: Entry) -> tuple[torch.nn.Module, list[Row], dict[str, QuantizedLayer]]:
-        """(the model with the entry's layers in place, rows of its report, the layers). Finished blocks of a training are kept."""
+        """(the model with the entry's layers in place, rows of its report, the layers). Finished blocks of a
+        training are kept."""
         settings = {"name": entry.name, "calibration": self.calibration.hash} | entry.settings
-        store = Unfinished(self.folder / f"partial-{file_name(json.dumps(settings, sort_keys=True))}", "flux", settings)
+        store = Unfinished(
+            self.folder / f"partial-{file_name(json.dumps(settings, sort_keys=True))}", "flux", settings
+        )
         trainer = None
         if entry.preset != UNTRAINED:
-            trainer = trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", store.folder, entry.preset)
+            trainer = trainer_of(
+                self.model, FLUX, self.plan, self.calibration, "cpu", store.folder, entry.preset
+            )
         for _ in quantize_blocks(
             self.plan, self.state.__getitem__, self.state, entry.method, entry.method.config, self.calibration, "cpu", store, entry.preset, trainer
         ):  # fmt: skip
             pass
         layers, rows = finished(self.plan, entry.preset, store)
         out, names = copy.deepcopy(self.model), modules_of(FLUX, self.plan, self.model)
-        layers = {name: QuantizedLayer(name, v.spec, {k: t.clone() for k, t in v.tensors.items()}) for name, v in layers.items()}
+        layers = {
+            name: QuantizedLayer(name, v.spec, {k: t.clone() for k, t in v.tensors.items()})
+            for name, v in layers.items()
+        }
         for name, layer in layers.items():
             place(out, names[name], layer)
         store.remove()
         return out, rows, layers
 
 
-def prediction_db(network: torch.nn.Module, trajectory: Trajectory, want: dict[int, torch.Tensor]) -> tuple[float, float]:
-    """(SQNR, coherent SQNR) in dB of what the network predicts for recorded calls, given {call: what it should}.
+def prediction_db(
+    network: torch.nn.Module, trajectory: Trajectory, want: dict[int, torch.Tensor]
+) -> tuple[float, float]:
+    """(SQNR, coherent SQNR) in dB of what the network predicts for recorded calls, given {call: what it
+    should}.
 
-    Coherent: the noise is the energy of the error's mean over the calls of one sample, the mean over samples; the signal is the same in
-    both, the predictions' mean energy. Errors that have nothing in common over n calls are 10 log10 n dB better in it.
+    Coherent: the noise is the energy of the error's mean over the calls of one sample, the mean over samples;
+    the signal is the same in both, the predictions' mean energy. Errors that have nothing in common over n
+    calls are 10 log10 n dB better in it.
     """
     signal = noise = 0.0
     means = {}
@@ -111,7 +135,8 @@ def prediction_db(network: torch.nn.Module, trajectory: Trajectory, want: dict[i
 
 
 def pictures_of(network, world: World, captions=JUDGED, steps: int = STEPS) -> dict:
-    """{"latent_db", "image_db", "median_db"} of samplings against those in full precision; the last of a picture, which no single one moves."""
+    """{"latent_db", "image_db", "median_db"} of samplings against those in full precision; the last of a
+    picture, which no single one moves."""
     latents = tiny_flux.sample(network, captions, steps, seed=7)
     want, got = pictures.decode(world.latents), pictures.decode(latents)
     each = [metrics.psnr_db(a, b, 1.0) for a, b in zip(want, got, strict=True)]
@@ -122,7 +147,9 @@ def pictures_of(network, world: World, captions=JUDGED, steps: int = STEPS) -> d
     }
 
 
-def measure(world: World, entry: Entry, captions=JUDGED, steps: int = STEPS, with_pictures: bool | None = None) -> dict:
+def measure(
+    world: World, entry: Entry, captions=JUDGED, steps: int = STEPS, with_pictures: bool | None = None
+) -> dict:
     """The row of an entry."""
     started = time.perf_counter()
     network, rows, layers = world.quantize(entry)
@@ -152,15 +179,24 @@ def run(
     steps: int = STEPS,
     samples: int = 16,
 ) -> list[dict]:
-    """The rows of `entries`, and pictures of the `best` by coherent SQNR; each is kept in `folder`/rows.json as soon as it is measured.
+    """The rows of `entries`, and pictures of the `best` by coherent SQNR; each is kept in `folder`/rows.json
+    as soon as it is measured.
 
-    A row of other settings, also of another default in the meantime, is measured again. Raises ValueError for a damaged rows.json.
+    A row of other settings, also of another default in the meantime, is measured again. Raises ValueError for
+    a damaged rows.json.
     """
     folder = Path(folder)
     world = World.make(folder, severity, captions, steps, samples, bar)
-    asked = {"severity": severity, "calibration": world.calibration.hash, "captions": list(captions), "steps": steps}
+    asked = {
+        "severity": severity,
+        "calibration": world.calibration.hash,
+        "captions": list(captions),
+        "steps": steps,
+    }
     table = Table(folder / "rows.json", asked, "an ablation")
-    known = dict(table.parsed(lambda r: ((r["name"], json.dumps(r["settings"], sort_keys=True)), r)))  # the last of a name holds
+    known = dict(
+        table.parsed(lambda r: ((r["name"], json.dumps(r["settings"], sort_keys=True)), r))
+    )  # the last of a name holds
     key = lambda entry: (entry.name, json.dumps(entry.settings, sort_keys=True))
 
     def add(entry, **options):
@@ -182,11 +218,16 @@ def as_text(rows: list[dict]) -> str:
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'row':{width}}  " + "  ".join(f"{title:>{max(7, len(title))}}" for title in COLUMNS.values())]
     for row in sorted(rows, key=lambda row: -row["coherent_db"]):
-        lines.append(f"{row['name']:{width}}  " + "  ".join(_cell(row.get(k), k).rjust(max(7, len(t))) for k, t in COLUMNS.items()))
+        lines.append(
+            f"{row['name']:{width}}  "
+            + "  ".join(_cell(row.get(k), k).rjust(max(7, len(t))) for k, t in COLUMNS.items())
+        )
     lines += [
         "",
-        "prediction, coherent: SQNR in dB of the network's prediction on held-out calls, and with the mean error over a sampling as the noise.",
-        "beside: multiply-adds of transform and low rank over those of the layers' products; at 3072: of a 3072 x 3072 layer.",
+        "prediction, coherent: SQNR in dB of the network's prediction on held-out calls, and with the mean "
+        "error over a sampling as the noise.",
+        "beside: multiply-adds of transform and low rank over those of the layers' products; at 3072: of a "
+        "3072 x 3072 layer.",
         "",
     ]
     for factor, levels in by_factor(rows).items():
@@ -198,7 +239,13 @@ def as_text(rows: list[dict]) -> str:
 def _cell(value, key) -> str:
     if value is None:
         return "-"
-    return f"{100 * value:.2f}%" if key.startswith("cost") else f"{value:.0f}" if key == "seconds" else f"{value:.2f}"
+    return (
+        f"{100 * value:.2f}%"
+        if key.startswith("cost")
+        else f"{value:.0f}"
+        if key == "seconds"
+        else f"{value:.2f}"
+    )
 
 
 def by_factor(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
@@ -207,4 +254,7 @@ def by_factor(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
     for row in rows:
         for factor, level in row["levels"].items():
             found.setdefault(factor, {}).setdefault(str(level), []).append(row["coherent_db"])
-    return {factor: {level: (sum(v) / len(v), len(v)) for level, v in levels.items()} for factor, levels in found.items()}
+    return {
+        factor: {level: (sum(v) / len(v), len(v)) for level, v in levels.items()}
+        for factor, levels in found.items()
+    }

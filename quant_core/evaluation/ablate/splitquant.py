@@ -1,4 +1,5 @@
-"""The rows of SplitQuant's ablation: every untrained combination that is one of its own, trained variants of the default, other methods."""
+"""The rows of SplitQuant's ablation: every untrained combination that is one of its own, trained variants of
+the default, other methods."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -26,7 +27,8 @@ LEAST = 16  # channels a slice: 256 / 16
 
 @dataclass(frozen=True)
 class Entry:
-    """A row to measure. levels: {factor: its level} of the untrained factorial, {} of other rows; pictures: sample with it at once."""
+    """A row to measure. levels: {factor: its level} of the untrained factorial, {} of other rows; pictures:
+    sample with it at once."""
 
     name: str
     method: Method
@@ -37,34 +39,47 @@ class Entry:
     @property
     def settings(self) -> dict:
         """What decides the row's figures."""
-        return {"method": self.method.name, "config": asdict(self.method.config), "training": asdict(self.preset)}
+        return {
+            "method": self.method.name,
+            "config": asdict(self.method.config),
+            "training": asdict(self.preset),
+        }
 
 
 def factorial(quick: bool = False) -> list[tuple]:
     """Combinations (slices, pairs, transform, scales, clip), each a layer of its own.
 
-    Left out: a pair for each slice, and scales of slices, where there is one slice; a pair for each slice of the fixed transforms, which
-    has the same factors for all; "orthogonal" where it is "hadamard" since all factors are powers of two, as in the small FLUX.
+    Left out: a pair for each slice, and scales of slices, where there is one slice; a pair for each slice of
+    the fixed transforms, which has the same factors for all; "orthogonal" where it is "hadamard" since all
+    factors are powers of two, as in the small FLUX.
     """
     found = []
     for slices, pairs, transform, scales, clip in product(SLICES, PAIRS, TRANSFORMS, SCALES, CLIPS):
         alone = slices == 1 and (pairs == "per slice" or scales == "slice")
         fixed = pairs == "per slice" and transform != "affine"
         powers = all(n & (n - 1) == 0 for w in WIDTHS for n in balanced(w // slices))
-        if not (alone or fixed or (transform == "orthogonal" and powers)) and not (quick and (slices not in (1, 4) or scales != "token")):
+        if not (alone or fixed or (transform == "orthogonal" and powers)) and not (
+            quick and (slices not in (1, 4) or scales != "token")
+        ):
             found.append((slices, pairs, transform, scales, clip))
     return found
 
 
 def entries(quick: bool = False) -> list[Entry]:
-    """All rows, the most informative first: other methods, 4 slices from the default outwards, the default at other numbers of slices,
-    trained ones (not with `quick`), the rest of the factorial."""
+    """All rows, the most informative first: other methods, 4 slices from the default outwards, the default at
+    other numbers of slices, trained ones (not with `quick`), the rest of the factorial."""
     levels = sorted(factorial(quick), key=_changes)
     four = [combination for combination in levels if combination[0] == 4]
     sweep = [c for c in levels if c[0] != 4 and c[1:] == DEFAULT[1:]]
     rest = [c for c in levels if c not in four and c not in sweep]
     baselines = [Entry(name, METHODS[name]) for name in BASELINES]
-    return [*baselines, *map(untrained, four), *map(untrained, sweep), *([] if quick else trained()), *map(untrained, rest)]
+    return [
+        *baselines,
+        *map(untrained, four),
+        *map(untrained, sweep),
+        *([] if quick else trained()),
+        *map(untrained, rest),
+    ]
 
 
 def _changes(combination) -> int:
@@ -73,14 +88,25 @@ def _changes(combination) -> int:
 
 def untrained(combination) -> Entry:
     """Pictures only of 4 slices: a sampling of 24 takes longer than a fit."""
-    return Entry(_name(combination), _method(combination), UNTRAINED, tuple(zip(FACTORS, combination, strict=True)), combination[0] == 4)
+    return Entry(
+        _name(combination),
+        _method(combination),
+        UNTRAINED,
+        tuple(zip(FACTORS, combination, strict=True)),
+        combination[0] == 4,
+    )
 
 
 def trained() -> list[Entry]:
-    """The default trained by the standard preset, also without the coherence of its loss, with a pair for each slice, with one slice; by
-    the blocks stage of the best one, whole and with pieces of it left out; by all of the best one."""
+    """The default trained by the standard preset, also without the coherence of its loss, with a pair for
+    each slice, with one slice; by the blocks stage of the best one, whole and with pieces of it left out; by
+    all of the best one."""
     standard, best = PRESETS["splitquant"]["standard"], PRESETS["splitquant"]["best"]
-    alone = {"not coherent": {"coherence": 0.0}, "not isolated": {"isolate": False}, "not adaptive": {"adaptive": False}}
+    alone = {
+        "not coherent": {"coherence": 0.0},
+        "not isolated": {"isolate": False},
+        "not adaptive": {"adaptive": False},
+    }
     rows = [_trained(DEFAULT, "trained", standard)]
     for left in sorted(product(*((False, True) for _ in alone)), key=sum):
         names = [name for name, out in zip(alone, left, strict=True) if out]
@@ -89,7 +115,9 @@ def trained() -> list[Entry]:
     incoherent = lambda config: config and replace(config, coherence=0.0)
     rows.append(
         _trained(
-            DEFAULT, "trained, not coherent", replace(standard, blocks=incoherent(standard.blocks), distill=incoherent(standard.distill))
+            DEFAULT,
+            "trained, not coherent",
+            replace(standard, blocks=incoherent(standard.blocks), distill=incoherent(standard.distill)),
         )
     )
     rows += [_trained(c, "trained", standard) for c in ((4, "per slice", *DEFAULT[2:]), (1, *DEFAULT[1:]))]
@@ -102,7 +130,15 @@ def _trained(combination, how, preset) -> Entry:
 
 def _name(combination) -> str:
     slices, pairs, transform, scales, clip = combination
-    return " ".join([f"K={slices}", transform, *["per slice"] * (pairs == "per slice"), f"scales {scales}", *["clip"] * clip])
+    return " ".join(
+        [
+            f"K={slices}",
+            transform,
+            *["per slice"] * (pairs == "per slice"),
+            f"scales {scales}",
+            *["clip"] * clip,
+        ]
+    )
 
 
 def _method(combination) -> Method:

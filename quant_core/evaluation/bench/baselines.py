@@ -1,4 +1,5 @@
-"""What the kernels are held against: PyTorch's products and comfy-kitchen's operators. A builder returns a Work or raises Refused."""
+"""What the kernels are held against: PyTorch's products and comfy-kitchen's operators. A builder returns a
+Work or raises Refused."""
 
 import importlib.util
 
@@ -28,15 +29,29 @@ def torch_linear(case: Case, target: Target, dtype, device) -> Work:
     """linear with bias, in the kernels' 16-bit dtype."""
     g = generator(case.seed, device)
     weight = random_input(case.n, case.k, dtype, device, g) / case.k**0.5
-    return Work(linear, (random_input(case.m, case.k, dtype, device, g), weight, random_input(1, case.n, dtype, device, g)[0]), str(dtype))
+    return Work(
+        linear,
+        (
+            random_input(case.m, case.k, dtype, device, g),
+            weight,
+            random_input(1, case.n, dtype, device, g)[0],
+        ),
+        str(dtype),
+    )
 
 
 def torch_int8(case: Case, target: Target, dtype, device) -> Work:
     """torch._int_mm: int32 out, no scales, codes prepared."""
     _check(hasattr(torch, "_int_mm"), "this torch has no _int_mm")
-    _check(case.m > 16 and case.n % 8 == 0 and case.k % 8 == 0, "needs more than 16 tokens and multiples of 8 channels")
+    _check(
+        case.m > 16 and case.n % 8 == 0 and case.k % 8 == 0,
+        "needs more than 16 tokens and multiples of 8 channels",
+    )
     g = generator(case.seed, device)
-    return Work(lambda x, w: torch._int_mm(x, w.T), (_codes(case.m, case.k, device, g), _codes(case.n, case.k, device, g)))
+    return Work(
+        lambda x, w: torch._int_mm(x, w.T),
+        (_codes(case.m, case.k, device, g), _codes(case.n, case.k, device, g)),
+    )
 
 
 def torch_fp8(case: Case, target: Target, dtype, device) -> Work:
@@ -47,8 +62,13 @@ def torch_fp8(case: Case, target: Target, dtype, device) -> Work:
     g = generator(case.seed, device)
     x = random_input(case.m, case.k, dtype, device, g).to(torch.float8_e4m3fn)
     weight = random_input(case.n, case.k, dtype, device, g).to(torch.float8_e4m3fn)
-    bias, one = random_input(1, case.n, dtype, device, g)[0], torch.ones((), dtype=torch.float32, device=device)
-    run = lambda x, w, b: torch._scaled_mm(x, w.T, scale_a=one, scale_b=one, bias=b, out_dtype=dtype, use_fast_accum=True)
+    bias, one = (
+        random_input(1, case.n, dtype, device, g)[0],
+        torch.ones((), dtype=torch.float32, device=device),
+    )
+    run = lambda x, w, b: torch._scaled_mm(
+        x, w.T, scale_a=one, scale_b=one, bias=b, out_dtype=dtype, use_fast_accum=True
+    )
     return Work(run, (x, weight, bias))
 
 
@@ -87,7 +107,8 @@ def _packed(case: Case, device, g):
 
 
 def kitchen_convrot(case: Case, target: Target, dtype, device) -> Work:
-    """convrot_w4a4_linear: x rotated by blocks of 256 and quantized a token, weights (N, K / 2) with fp32 scales (N,)."""
+    """convrot_w4a4_linear: x rotated by blocks of 256 and quantized a token, weights (N, K / 2) with fp32
+    scales (N,)."""
     ck = _kitchen()
     size = 256 if case.k % 256 == 0 else 64
     g = generator(case.seed, device)
@@ -99,20 +120,35 @@ def kitchen_convrot(case: Case, target: Target, dtype, device) -> Work:
     }
     settings = {"convrot_groupsize": size, "quant_group_size": 64, "linear_dtype": "int4"}
     note = f"{_backend('convrot_w4a4_linear', operands | settings)} backend, blocks of {size}"
-    return Work(lambda x, w, s, b: ck.convrot_w4a4_linear(x, w, s, b, convrot_groupsize=size), tuple(operands.values()), note)
+    return Work(
+        lambda x, w, s, b: ck.convrot_w4a4_linear(x, w, s, b, convrot_groupsize=size),
+        tuple(operands.values()),
+        note,
+    )
 
 
 def kitchen_svdquant(case: Case, target: Target, dtype, device) -> Work:
-    """quantize_svdquant_w4a4 and scaled_mm_svdquant_w4a4: weights (N, K / 2), scales (K / 64, N), the low rank as ours."""
+    """quantize_svdquant_w4a4 and scaled_mm_svdquant_w4a4: weights (N, K / 2), scales (K / 64, N), the low
+    rank as ours."""
     ck = _kitchen()
     _check(case.k % 64 == 0, "needs multiples of 64 in-channels")
     g = generator(case.seed, device)
     x = random_input(case.m, case.k, dtype, device, g)
     smooth = torch.rand(case.k, device=device, generator=g).add_(0.5).to(dtype)
     scales = (torch.rand(case.k // 64, case.n, device=device, generator=g) / case.k**0.5).to(dtype)
-    down, up = random_input(case.k, RANK, dtype, device, g) / case.k**0.5, random_input(case.n, RANK, dtype, device, g)
+    down, up = (
+        random_input(case.k, RANK, dtype, device, g) / case.k**0.5,
+        random_input(case.n, RANK, dtype, device, g),
+    )
     bias = random_input(1, case.n, dtype, device, g)[0]
-    kwargs = {"x": x, "smooth": smooth, "lora_down": down, "pad_size": 256, "act_unsigned": False, "lora_x": None}
+    kwargs = {
+        "x": x,
+        "smooth": smooth,
+        "lora_down": down,
+        "pad_size": 256,
+        "act_unsigned": False,
+        "lora_x": None,
+    }
 
     def call(x, smooth, down, weight, scales, up, bias):
         codes, act_scales, low = ck.quantize_svdquant_w4a4(x, smooth, down)
@@ -134,7 +170,13 @@ def kitchen_int8(case: Case, target: Target, dtype, device) -> Work:
     }
     settings = {"out_dtype": dtype, "convrot": False, "convrot_groupsize": 256, "input_act": None}
     note = f"{_backend('int8_linear', operands | settings)} backend"
-    return Work(lambda x, w, s, b: ck.int8_linear(x, w, s, b, out_dtype=dtype), tuple(operands.values()), note)
+    return Work(
+        lambda x, w, s, b: ck.int8_linear(x, w, s, b, out_dtype=dtype), tuple(operands.values()), note
+    )
 
 
-KITCHEN = {"kitchen svdquant": kitchen_svdquant, "kitchen convrot": kitchen_convrot, "kitchen int8": kitchen_int8}
+KITCHEN = {
+    "kitchen svdquant": kitchen_svdquant,
+    "kitchen convrot": kitchen_convrot,
+    "kitchen int8": kitchen_int8,
+}

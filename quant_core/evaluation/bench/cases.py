@@ -51,17 +51,22 @@ class Case:
 
 
 FULL = tuple(Case(model, n, k, m) for m in TOKENS for model, shapes in LAYERS.items() for n, k in shapes)
-QUICK = (*(Case("FLUX", n, k, FLUX_TOKENS) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))), Case("PixArt", 1152, 1152, 256))
+QUICK = (
+    *(Case("FLUX", n, k, FLUX_TOKENS) for n, k in ((3072, 3072), (12288, 3072), (3072, 12288))),
+    Case("PixArt", 1152, 1152, 256),
+)
 # On Triton's interpreter: a few tiles in each direction, with rests.
 TINY = (Case("tiny", 80, 256, 35), Case("tiny", 48, 512, 3))
 
 
 @dataclass(frozen=True)
 class Column:
-    """One of our calls. kind: "operator" (all of quant_linear), "gemm" (the product alone, codes prepared) or "quantize".
+    """One of our calls. kind: "operator" (all of quant_linear), "gemm" (the product alone, codes prepared) or
+    "quantize".
 
-    grain: "channel" (weights a channel, activations a token), "group" (64), or "W8A8": what group-64 layers become on Hopper.
-    int8: not with the native INT4 kernels. learned: smoothed and transformed as SplitQuant does it, four slices sharing the transform.
+    grain: "channel" (weights a channel, activations a token), "group" (64), or "W8A8": what group-64 layers
+    become on Hopper. int8: not with the native INT4 kernels. learned: smoothed and transformed as SplitQuant
+    does it, four slices sharing the transform.
     """
 
     name: str
@@ -73,7 +78,8 @@ class Column:
     learned: bool = False
 
     def spec(self, n: int, k: int) -> LinearSpec:
-        """SVDQuant's layer where there is a rank, else a plain product. What is quantized alone is always smoothed."""
+        """SVDQuant's layer where there is a rank, else a plain product. What is quantized alone is always
+        smoothed."""
         weight, act = quantizers(self.grain)
         smooth, kronecker = self.rank > 0 or self.kind == "quantize", balanced(k // 4) if self.learned else ()
         part = lambda a, b: PartSpec(a, b, weight, act, smooth=smooth, rank=self.rank, kronecker=kronecker)
@@ -94,7 +100,8 @@ def quantizers(grain: str) -> tuple[WeightSpec, ActivationSpec]:
 
 
 def primary_grain(target: Target) -> str:
-    """Hopper's wgmma wants long sums: one scale a channel. Elsewhere the 64-channel groups that files have by default."""
+    """Hopper's wgmma wants long sums: one scale a channel. Elsewhere the 64-channel groups that files have by
+    default."""
     return "channel" if target.backend == "cuda" and target.arch == 90 else "group"
 
 
@@ -108,7 +115,8 @@ def columns(target: Target) -> tuple[Column, ...]:
     found = (
         Column("qgemm", "gemm", "channel"),
         Column("operator", "operator", first, rank=RANK),
-        # A LoRA is more columns of the low-rank branch: this is the operator with one of rank 32 beside SVDQuant's 32.
+        # A LoRA is more columns of the low-rank branch: this is the operator with one of rank 32 beside
+        # SVDQuant's 32.
         Column("operator + LoRA", "operator", first, rank=RANK + LORA_RANK),
         Column(f"operator {other}", "operator", other, rank=RANK),
         Column("split4", "gemm", "channel", slices=4),
@@ -128,7 +136,8 @@ def slice_edges(k: int, slices: int) -> tuple[int, ...]:
 
 
 def random_tensors(spec: LinearSpec, dtype, device, generator) -> dict[str, torch.Tensor]:
-    """Tensors of a layer with random codes over the whole range and an output near 1 for a standard normal input."""
+    """Tensors of a layer with random codes over the whole range and an output near 1 for a standard normal
+    input."""
     out = {}
     code_rms = 2 ** spec.parts[0].weight.bits / 12**0.5  # of codes drawn from the whole range
     for name, shape in spec.shapes().items():

@@ -1,7 +1,9 @@
-"""One denoising step of a transformer of FLUX.1's shape, in 16 bit and on the pack's operator: the same code, other linears.
+"""One denoising step of a transformer of FLUX.1's shape, in 16 bit and on the pack's operator: the same code,
+other linears.
 
-Only time and memory are of interest, so weights are random, positions count along one axis, and the vector of time and pooled text is
-given. Attention is torch's; the embedders and the last layer stay in 16 bit, as the pack leaves them.
+Only time and memory are of interest, so weights are random, positions count along one axis, and the vector of
+time and pooled text is given. Attention is torch's; the embedders and the last layer stay in 16 bit, as the
+pack leaves them.
 """
 
 import gc
@@ -18,8 +20,15 @@ from ....kernels.prologue import Gelu, LayerNormModulate
 from .cases import RANK, quantizers, random_tensors
 from .timing import median
 
-# Name, out- and in-channels in units of the hidden size, what x is ("gelu": after a GELU, "vector": one row, "attn|gelu": both).
-STREAM = (("mod", 6, 1, "vector"), ("qkv", 3, 1, ""), ("proj", 1, 1, ""), ("mlp0", 4, 1, ""), ("mlp2", 1, 4, "gelu"))
+# Name, out- and in-channels in units of the hidden size, what x is ("gelu": after a GELU, "vector": one row,
+# "attn|gelu": both).
+STREAM = (
+    ("mod", 6, 1, "vector"),
+    ("qkv", 3, 1, ""),
+    ("proj", 1, 1, ""),
+    ("mlp0", 4, 1, ""),
+    ("mlp2", 1, 4, "gelu"),
+)
 SINGLE = (("mod", 3, 1, "vector"), ("linear1", 7, 1, ""), ("linear2", 1, 5, "attn|gelu"))
 
 
@@ -42,7 +51,9 @@ class FloatLinear(nn.Module):
 
     def __init__(self, n, k, kind, dtype, device, generator):
         super().__init__()
-        make = lambda *shape: nn.Parameter(torch.randn(*shape, dtype=dtype, device=device, generator=generator) / k**0.5, False)
+        make = lambda *shape: nn.Parameter(
+            torch.randn(*shape, dtype=dtype, device=device, generator=generator) / k**0.5, False
+        )
         self.weight, self.bias = make(n, k), make(n)
 
     def forward(self, x, before=None):
@@ -50,7 +61,8 @@ class FloatLinear(nn.Module):
 
 
 class NibbleLinear(nn.Module):
-    """The same shape on the pack's operator, with random codes that are made on the device. grain: "channel" or "group"."""
+    """The same shape on the pack's operator, with random codes that are made on the device. grain: "channel"
+    or "group"."""
 
     def __init__(self, n, k, kind, dtype, device, generator, grain):
         super().__init__()
@@ -68,7 +80,11 @@ def layer_spec(n: int, k: int, kind: str, grain: str) -> LinearSpec:
         return LinearSpec(k, n, (PartSpec(0, k, activation=None),))
     weight, plain = quantizers(grain)
     after_gelu = replace(plain, unsigned=plain.bits < 8, shift=GELU_SHIFT)
-    edges = {"": ((0, k, plain),), "gelu": ((0, k, after_gelu),), "attn|gelu": ((0, k // 5, plain), (k // 5, k, after_gelu))}[kind]
+    edges = {
+        "": ((0, k, plain),),
+        "gelu": ((0, k, after_gelu),),
+        "attn|gelu": ((0, k // 5, plain), (k // 5, k, after_gelu)),
+    }[kind]
     return LinearSpec(k, n, tuple(PartSpec(a, b, weight, act, smooth=True, rank=RANK) for a, b, act in edges))
 
 
@@ -80,7 +96,11 @@ class Block(nn.Module):
         for name, n, k, kind in layers:
             setattr(self, name, make(n * size.hidden, k * size.hidden, kind))
         for name in ("query", "key"):
-            setattr(self, name, nn.Parameter(torch.ones(size.hidden // size.heads, dtype=dtype, device=device), False))
+            setattr(
+                self,
+                name,
+                nn.Parameter(torch.ones(size.hidden // size.heads, dtype=dtype, device=device), False),
+            )
 
     def heads(self, qkv):
         """(tokens, 3 hidden) -> normed q and k, v, each (heads, tokens, channels of a head)."""
@@ -98,7 +118,9 @@ class Flux(nn.Module):
         self.size = size
         self.image_in, self.text_in = edge(h, size.channels), edge(h, size.context)
         block = lambda layers: Block(layers, size, make, dtype, device)
-        self.double_blocks = nn.ModuleList(nn.ModuleDict({"text": block(STREAM), "image": block(STREAM)}) for _ in range(size.double))
+        self.double_blocks = nn.ModuleList(
+            nn.ModuleDict({"text": block(STREAM), "image": block(STREAM)}) for _ in range(size.double)
+        )
         self.single_blocks = nn.ModuleList(block(SINGLE) for _ in range(size.single))
         self.last_mod, self.last = edge(2 * h, h), edge(size.channels, h)
         position = torch.arange(size.text + size.image, device=device, dtype=torch.float32)[:, None]
@@ -117,7 +139,9 @@ class Flux(nn.Module):
 
     def turned(self, x):
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), -1).flatten(-2)
+        return torch.stack((even * self.cos - odd * self.sin, even * self.sin + odd * self.cos), -1).flatten(
+            -2
+        )
 
     def forward(self, image, text, vector):
         """image (tokens, channels), text (tokens, context), vector (1, hidden) -> (image tokens, channels)."""
@@ -138,9 +162,13 @@ class Flux(nn.Module):
         x = torch.cat((x["text"], x["image"]))
         for block in self.single_blocks:
             shift, scale, gate = block.mod(vector).chunk(3, -1)
-            qkv, inner = block.linear1(x, LayerNormModulate(scale, shift)).split([3 * self.size.hidden, 4 * self.size.hidden], -1)
+            qkv, inner = block.linear1(x, LayerNormModulate(scale, shift)).split(
+                [3 * self.size.hidden, 4 * self.size.hidden], -1
+            )
             attended = self.attention(*block.heads(qkv))
-            x = torch.addcmul(x, gate, block.linear2(torch.cat((attended, gelu(inner, approximate="tanh")), -1)))
+            x = torch.addcmul(
+                x, gate, block.linear2(torch.cat((attended, gelu(inner, approximate="tanh")), -1))
+            )
         shift, scale = self.last_mod(vector).chunk(2, -1)
         return self.last(x[self.size.text :], LayerNormModulate(scale, shift))
 
@@ -161,8 +189,8 @@ def inputs(size: Size, dtype, device, seed: int = 1) -> tuple:
 
 @torch.no_grad()
 def step(size: Size, dtype, device, grain: str | None, repeats: int = 5) -> dict:
-    """Milliseconds of a step (median of `repeats`), peak memory of steps in bytes (0 without a GPU), bytes of the blocks' weights.
-    One model is held."""
+    """Milliseconds of a step (median of `repeats`), peak memory of steps in bytes (0 without a GPU), bytes of
+    the blocks' weights. One model is held."""
     on_gpu = torch.device(device).type == "cuda"
     wait = (lambda: torch.cuda.synchronize(device)) if on_gpu else (lambda: None)
     _free()
@@ -181,7 +209,10 @@ def step(size: Size, dtype, device, grain: str | None, repeats: int = 5) -> dict
         wait()
         times.append(1000 * (time.perf_counter() - started))
     out = {"ms": median(times), "min_ms": min(times), "finite": finite, "ready_s": ready, "repeats": repeats}
-    out |= {"peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0, "block_bytes": model.block_bytes()}
+    out |= {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else 0,
+        "block_bytes": model.block_bytes(),
+    }
     del model, given
     _free()
     return out

@@ -21,7 +21,11 @@ def refusal(column: Column, n: int, k: int, target: Target) -> str:
 
 def operator(x, spec, tensors, target: Target, int8: bool = False):
     """quant_linear as a model calls it; with `int8`, planned for a card without native INT4."""
-    return fused.quant_linear(x, spec, tensors, target) if int8 else quant_linear(x, spec, tensors, target=target)
+    return (
+        fused.quant_linear(x, spec, tensors, target)
+        if int8
+        else quant_linear(x, spec, tensors, target=target)
+    )
 
 
 def quantized(x, spec, tensors, target: Target):
@@ -43,7 +47,18 @@ def gemm_work(x, spec, tensors, target: Target) -> Work:
         )  # fmt: skip
         return y
 
-    return Work(call, (codes, scale, tensors["weight"], tensors["weight_scale"], low, tensors.get("proj_up"), tensors.get("bias")))
+    return Work(
+        call,
+        (
+            codes,
+            scale,
+            tensors["weight"],
+            tensors["weight_scale"],
+            low,
+            tensors.get("proj_up"),
+            tensors.get("bias"),
+        ),
+    )
 
 
 def layer_of(case: Case, column: Column, dtype, device):
@@ -58,7 +73,9 @@ def work_of(column: Column, x, spec, tensors, target: Target) -> Work:
     if column.kind == "gemm":
         return gemm_work(x, spec, tensors, target)
     if column.kind == "quantize":
-        tensors = {name: tensors[name] for name in ("smooth_factor", "proj_down", "transform") if name in tensors}
+        tensors = {
+            name: tensors[name] for name in ("smooth_factor", "proj_down", "transform") if name in tensors
+        }
         call = lambda x, held: quantized(x, spec, held, target)
     else:
         call = lambda x, held: operator(x, spec, held, target, column.int8)

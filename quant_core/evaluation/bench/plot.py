@@ -24,12 +24,18 @@ def draw(doc: dict, path: Path):
 
 
 def _speed(axes, rows):
-    names = dict.fromkeys(name for r in rows for name, c in r["cells"].items() if c.get("speedup") and name != "torch")
+    names = dict.fromkeys(
+        name for r in rows for name, c in r["cells"].items() if c.get("speedup") and name != "torch"
+    )
     _bars(axes, rows, {name: [r["cells"].get(name, {}).get("speedup") or 0 for r in rows] for name in names})
     least = [(i, r["cells"]["torch"]["ms"] / r["least_ms"]) for i, r in enumerate(rows) if r["least_ms"]]
     if least:
         axes.hlines(
-            [v for _, v in least], [i - 0.45 for i, _ in least], [i + 0.45 for i, _ in least], colors="black", label="roofline, int8"
+            [v for _, v in least],
+            [i - 0.45 for i, _ in least],
+            [i + 0.45 for i, _ in least],
+            colors="black",
+            label="roofline, int8",
         )
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_ylabel("speed relative to torch's 16-bit linear")

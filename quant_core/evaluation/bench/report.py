@@ -23,7 +23,8 @@ def refused(reason: str) -> dict:
 
 
 def least_ms(flops: float, nbytes: float, ceilings: dict) -> float | None:
-    """The least time of int8 products on this card: its ceiling of products or of bandwidth, whichever is slower."""
+    """The least time of int8 products on this card: its ceiling of products or of bandwidth, whichever is
+    slower."""
     rates = (ceilings.get("int8_flops"), ceilings.get("bytes_per_s"))
     if not all(rates):
         return None
@@ -35,7 +36,8 @@ def _ms(row: dict, column: str) -> float | None:
 
 
 def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
-    """One entry a target and shape: {"target", "case", "value", "bound", "met"}; met None where a number is missing. Hopper only."""
+    """One entry a target and shape: {"target", "case", "value", "bound", "met"}; met None where a number is
+    missing. Hopper only."""
     out = []
 
     def state(row, text, value, bound, at_least=True):
@@ -50,17 +52,53 @@ def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
         operator_ms, split_ms, peak = _ms(row, "operator"), _ms(row, "split4"), ceilings.get("int8_flops")
         lora = ratio(_ms(row, "operator + LoRA"), operator_ms)
         if row["n"] >= WIDE:
-            state(row, f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}", ratio(torch_ms, operator_ms), OPERATOR_WIDE)
+            state(
+                row,
+                f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}",
+                ratio(torch_ms, operator_ms),
+                OPERATOR_WIDE,
+            )
         if row["n"] == NARROW:
-            state(row, f"operator at least {OPERATOR_NARROW} x torch, N = {NARROW}", ratio(torch_ms, operator_ms), OPERATOR_NARROW)
+            state(
+                row,
+                f"operator at least {OPERATOR_NARROW} x torch, N = {NARROW}",
+                ratio(torch_ms, operator_ms),
+                OPERATOR_NARROW,
+            )
         state(row, f"qgemm at least {GEMM_OF_INT8} x torch int8", ratio(int8_ms, gemm_ms), GEMM_OF_INT8)
         rate = ratio(2000 * row["m"] * row["n"] * row["k"], gemm_ms)
-        state(row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING)
-        state(row, f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm", ratio(operator_ms, gemm_ms), OPERATOR_OVER_GEMM, False)
-        state(row, f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator", lora, LORA_OVER_OPERATOR, False)
+        state(
+            row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING
+        )
+        state(
+            row,
+            f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm",
+            ratio(operator_ms, gemm_ms),
+            OPERATOR_OVER_GEMM,
+            False,
+        )
+        state(
+            row,
+            f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator",
+            lora,
+            LORA_OVER_OPERATOR,
+            False,
+        )
         learned = ratio(_ms(row, "quantize transform"), _ms(row, "quantize token"))
-        state(row, f"transform and quantize at most {TRANSFORM_OVER_QUANTIZE} x quantize", learned, TRANSFORM_OVER_QUANTIZE, False)
-        state(row, f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm", ratio(split_ms, gemm_ms), SPLIT_OVER_GEMM, False)
+        state(
+            row,
+            f"transform and quantize at most {TRANSFORM_OVER_QUANTIZE} x quantize",
+            learned,
+            TRANSFORM_OVER_QUANTIZE,
+            False,
+        )
+        state(
+            row,
+            f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm",
+            ratio(split_ms, gemm_ms),
+            SPLIT_OVER_GEMM,
+            False,
+        )
     return out
 
 
@@ -82,17 +120,26 @@ def check_text(name: str, check: dict) -> str:
     state = "ok" if check["ok"] else "FAILED"
     nan = "" if check["finite"] else ", NOT FINITE"
     number = lambda v: "-" if v is None else f"{v:.2g}"
-    return f"  {name}: {state}, relative error {number(check['error'])}, worst element {number(check['worst'])} rms{nan}"
+    return (
+        f"  {name}: {state}, relative error {number(check['error'])}, worst element "
+        f"{number(check['worst'])} rms{nan}"
+    )
 
 
 def _row_text(row: dict) -> list[str]:
-    least = "" if row["least_ms"] is None else f"; at least {row['least_ms']:.4f} ms on this card's int8 products and memory"
+    least = (
+        ""
+        if row["least_ms"] is None
+        else f"; at least {row['least_ms']:.4f} ms on this card's int8 products and memory"
+    )
     lines = ["", row["name"] + least]
     checks = [(f"{c} against {k}", v) for c, found in row["checks"].items() for k, v in found.items()]
     bad = [(name, check) for name, check in checks if not check.get("ok")]
     errors = [check["error"] for _, check in checks if check.get("ok")]
     if errors:
-        lines.append(f"  {len(errors)} of {len(checks)} comparisons hold, relative error at most {max(errors):.2g}")
+        lines.append(
+            f"  {len(errors)} of {len(checks)} comparisons hold, relative error at most {max(errors):.2g}"
+        )
     lines += [check_text(name, check) for name, check in bad]
     if row["failed"]:
         lines.append("  not timed: an output is wrong")
@@ -100,17 +147,27 @@ def _row_text(row: dict) -> list[str]:
 
 
 def _overview(rows: list[dict]) -> list[str]:
-    names = list(dict.fromkeys(name for row in rows for name in row["cells"] if name.split()[0] != "quantize" and name != "torch"))
+    names = list(
+        dict.fromkeys(
+            name for row in rows for name in row["cells"] if name.split()[0] != "quantize" and name != "torch"
+        )
+    )
     if not names:
         return []
     width = max(len(row["name"]) for row in rows)
     head = " ".join(f"{name:>16}" for name in ("torch, ms", *names, "limit"))
-    lines = ["", "Speed relative to torch's 16-bit linear (limit: the roofline of int8 products); - : no number", f"{'':{width}} {head}"]
+    lines = [
+        "",
+        "Speed relative to torch's 16-bit linear (limit: the roofline of int8 products); - : no number",
+        f"{'':{width}} {head}",
+    ]
     for row in rows:
         base = _ms(row, "torch")
         ratios = [row["cells"].get(name, {}).get("speedup") for name in names]
         ratios.append(base / row["least_ms"] if base and row["least_ms"] else None)
-        numbers = [base if base is None else f"{base:.4f}"] + [None if r is None else f"{r:.2f}" for r in ratios]
+        numbers = [base if base is None else f"{base:.4f}"] + [
+            None if r is None else f"{r:.2f}" for r in ratios
+        ]
         lines.append(f"{row['name']:{width}} " + " ".join(f"{n or '-':>16}" for n in numbers))
     return lines
 
@@ -124,7 +181,10 @@ def _model_text(results: dict) -> list[str]:
             continue
         ratio = f"  {base / found['ms']:5.2f} x" if base else ""
         memory = f"peak {found['peak_bytes'] / 2**30:.2f} GiB, blocks {found['block_bytes'] / 2**30:.2f} GiB"
-        lines.append(f"  {name:17} {found['ms']:9.1f} ms{ratio}  {memory}" + ("" if found["finite"] else "  NOT FINITE"))
+        lines.append(
+            f"  {name:17} {found['ms']:9.1f} ms{ratio}  {memory}"
+            + ("" if found["finite"] else "  NOT FINITE")
+        )
     return lines
 
 
@@ -134,22 +194,38 @@ def _target_text(stated: list[dict]) -> list[str]:
         of = [t for t in stated if t["target"] == name]
         lines.append(f"{name}: met at {sum(t['met'] is True for t in of)} of {len(of)} shapes")
         word = {True: "met", False: "NOT MET", None: "not measured"}
-        lines += [f"  {t['case']:28} {'-' if t['value'] is None else format(t['value'], '.3f'):>7}  {word[t['met']]}" for t in of]
+        lines += [
+            (
+                f"  {t['case']:28} {'-' if t['value'] is None else format(t['value'], '.3f'):>7}  "
+                f"{word[t['met']]}"
+            )
+            for t in of
+        ]
     return lines
 
 
 def as_text(doc: dict) -> str:
     """The whole report."""
     m, c = doc["machine"], doc["ceilings"]
-    lines = [f"{m['device']}, sm_{m['arch']}" if m["backend"] == "cuda" else f"{m['device']} {m['arch']}".rstrip()]
-    lines.append(f"driver {m['driver'] or '-'}; torch {m['torch']}, triton {m['triton'] or '-'}, CUDA {m['cuda'] or '-'}, ")
+    lines = [
+        f"{m['device']}, sm_{m['arch']}" if m["backend"] == "cuda" else f"{m['device']} {m['arch']}".rstrip()
+    ]
+    lines.append(
+        f"driver {m['driver'] or '-'}; torch {m['torch']}, triton {m['triton'] or '-'}, CUDA "
+        f"{m['cuda'] or '-'}, "
+    )
     lines[-1] += f"comfy-kitchen {m['comfy_kitchen'] or '-'}; commit {m['commit'] or '-'}"
     lines.append(f"{doc['date']}: {doc['command']}")
     if not doc["timed"]:
-        lines.append("Nothing was timed: there is no GPU. The kernels were compared on Triton's interpreter, at tiny shapes.")
+        lines.append(
+            "Nothing was timed: there is no GPU. The kernels were compared on Triton's interpreter, at "
+            "tiny shapes."
+        )
     if c:
         number = lambda key, factor: "-" if c.get(key) is None else f"{c[key] / factor:.1f}"
-        rates = f"{number('bf16_flops', 1e12)} TFLOP/s in {doc['dtype']}, {number('int8_flops', 1e12)} in int8"
+        rates = (
+            f"{number('bf16_flops', 1e12)} TFLOP/s in {doc['dtype']}, {number('int8_flops', 1e12)} in int8"
+        )
         lines.append(f"Measured ceilings: {rates}, {number('bytes_per_s', 1e9)} GB/s copied")
     for row in doc["rows"]:
         lines += _row_text(row)
@@ -157,6 +233,10 @@ def as_text(doc: dict) -> str:
     lines += _model_text(doc["model"])
     lines += _target_text(doc["targets"])
     failed = [row["name"] for row in doc["rows"] if row["failed"]]
-    lines += ["", f"{len(doc['rows'])} cases, {len(failed)} with a wrong output" + "".join(f"\n  {name}" for name in failed)]
+    lines += [
+        "",
+        f"{len(doc['rows'])} cases, {len(failed)} with a wrong output"
+        + "".join(f"\n  {name}" for name in failed),
+    ]
     lines += [f"error: {error}" for error in doc["errors"]]
     return "\n".join(lines) + "\n"

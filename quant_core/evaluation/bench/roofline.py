@@ -1,7 +1,8 @@
-"""The least time of the activation quantizer with and without a learned transform: arithmetic on data sheets, no measurement.
+"""The least time of the activation quantizer with and without a learned transform: arithmetic on data sheets,
+no measurement.
 
-A time is the larger of the bytes over the bandwidth and the products over the tensor cores' rate. Instructions in between, latency,
-shared memory and launches are not in it.
+A time is the larger of the bytes over the bandwidth and the products over the tensor cores' rate.
+Instructions in between, latency, shared memory and launches are not in it.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from ....kernels.tuning import kronecker_tile
 
 @dataclass(frozen=True)
 class Card:
-    """bytes_per_s of its memory; flops: dense fp16 products with fp32 sums, FLOP/s. From the makers' data sheets."""
+    """bytes_per_s of its memory; flops: dense fp16 products with fp32 sums, FLOP/s. From the makers' data
+    sheets."""
 
     name: str
     bytes_per_s: float
@@ -44,12 +46,17 @@ def quantizer_seconds(card: Card, m: int, k: int, code_bits: int = 4) -> float:
     return quantizer_bytes(m, k, code_bits) / card.bytes_per_s
 
 
-def transform_seconds(card: Card, m: int, p1: int, p2: int, slices: int, code_bits: int = 4, rate: float = 1.0, times: int = 1) -> float:
-    """With the transform. rate: of the products relative to fp16, 0.5 for tf32. times: that each product is computed."""
+def transform_seconds(
+    card: Card, m: int, p1: int, p2: int, slices: int, code_bits: int = 4, rate: float = 1.0, times: int = 1
+) -> float:
+    """With the transform. rate: of the products relative to fp16, 0.5 for tf32. times: that each product is
+    computed."""
     products = times * transform_flops(m, p1, p2, slices) / (rate * card.flops)
     return max(quantizer_seconds(card, m, p1 * p2 * slices, code_bits), products)
 
 
 def ratio(card: Card, m: int, p1: int, p2: int, slices: int, **how) -> float:
     """Time with the transform over time without; `how` as in `transform_seconds`."""
-    return transform_seconds(card, m, p1, p2, slices, **how) / quantizer_seconds(card, m, p1 * p2 * slices, how.get("code_bits", 4))
+    return transform_seconds(card, m, p1, p2, slices, **how) / quantizer_seconds(
+        card, m, p1 * p2 * slices, how.get("code_bits", 4)
+    )

@@ -15,12 +15,22 @@ from .cases import Case
 _AGAIN = "import json, sys; from {module} import run; sys.exit(run(**json.loads(sys.argv[1])))"
 
 
-def run(device="auto", json_path="bench.json", quick=False, tune=False, with_model=None, command=None, only=None, echo=None) -> int:
-    """Writes json_path and, beside it, .txt and .png. Returns the exit code: 1 where an output is wrong or a kernel of ours failed.
+def run(
+    device="auto",
+    json_path="bench.json",
+    quick=False,
+    tune=False,
+    with_model=None,
+    command=None,
+    only=None,
+    echo=None,
+) -> int:
+    """Writes json_path and, beside it, .txt and .png. Returns the exit code: 1 where an output is wrong or a
+    kernel of ours failed.
 
-    with_model: the model row; None: unless `quick`. only: cases in place of the lists of `cases`. On a CPU the kernels run in Triton's
-    interpreter, in a process of its own where this one was not started for it, and nothing is timed. Raises ValueError where the
-    device cannot do what is asked.
+    with_model: the model row; None: unless `quick`. only: cases in place of the lists of `cases`. On a CPU
+    the kernels run in Triton's interpreter, in a process of its own where this one was not started for it,
+    and nothing is timed. Raises ValueError where the device cannot do what is asked.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,9 +42,16 @@ def run(device="auto", json_path="bench.json", quick=False, tune=False, with_mod
     if not on_cpu and not torch.cuda.is_available():
         raise ValueError(f"{device}: PyTorch finds no GPU")
     if not on_cpu and os.environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError("TRITON_INTERPRET=1 is set: on a GPU the kernels would run in Triton's interpreter; unset it")
+        raise ValueError(
+            "TRITON_INTERPRET=1 is set: on a GPU the kernels would run in Triton's interpreter; unset it"
+        )
     if on_cpu and os.environ.get("TRITON_INTERPRET") != "1":
-        given = {"device": device, "json_path": str(json_path), "command": command, "only": chosen and [vars(c) for c in chosen]}
+        given = {
+            "device": device,
+            "json_path": str(json_path),
+            "command": command,
+            "only": chosen and [vars(c) for c in chosen],
+        }
         again = [sys.executable, "-P", "-c", _AGAIN.format(module=__name__), json.dumps(given)]
         return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
 
@@ -44,7 +61,11 @@ def run(device="auto", json_path="bench.json", quick=False, tune=False, with_mod
     if on_cpu:
         session.compare(chosen or cases.TINY)
     else:
-        session.everything(chosen or (cases.QUICK if quick else cases.FULL), tune, not quick if with_model is None else with_model)
+        session.everything(
+            chosen or (cases.QUICK if quick else cases.FULL),
+            tune,
+            not quick if with_model is None else with_model,
+        )
     return session.finish()
 
 

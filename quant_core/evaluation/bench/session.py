@@ -38,7 +38,8 @@ class Session:
             "machine": machine.describe(device, self.target),
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seeds": "CRC-32 of a case's name; its in-channels for the comparison with naive; 0 and 1 for the model and its input",
+            "seeds": "CRC-32 of a case's name; its in-channels for the comparison with naive; 0 and 1 for the "
+            "model and its input",
             "dtype": str(self.dtype).removeprefix("torch."),
             "timed": self.gpu,
             "ceilings": {},
@@ -94,7 +95,8 @@ class Session:
             self.row_done(row)
 
     def everything(self, chosen, tune: bool, with_model: bool):
-        """Ours and PyTorch's first, then the model, comfy-kitchen last: foreign native code that fails may take the device along."""
+        """Ours and PyTorch's first, then the model, comfy-kitchen last: foreign native code that fails may
+        take the device along."""
         try:
             for name, ceiling in timing.ceilings(self.device, self.dtype).items():
                 self.doc["ceilings"][name], reason = self.attempt(ceiling)
@@ -119,9 +121,18 @@ class Session:
 
     def row_done(self, row: dict):
         """A line of progress, and all that there is so far into the files."""
-        wrong = [c["error"] for found in row["checks"].values() for c in found.values() if not c.get("ok", True)]
-        fast = [f"{name} {c['speedup']:.2f} x" for name, c in row["cells"].items() if c.get("speedup") and name != "torch"]
-        self.say(f"{row['name']}: " + (f"WRONG OUTPUT, relative error {max(wrong):.3g}" if wrong else ", ".join(fast) or "compared"))
+        wrong = [
+            c["error"] for found in row["checks"].values() for c in found.values() if not c.get("ok", True)
+        ]
+        fast = [
+            f"{name} {c['speedup']:.2f} x"
+            for name, c in row["cells"].items()
+            if c.get("speedup") and name != "torch"
+        ]
+        self.say(
+            f"{row['name']}: "
+            + (f"WRONG OUTPUT, relative error {max(wrong):.3g}" if wrong else ", ".join(fast) or "compared")
+        )
         self.save()
 
     def case(self, case: Case, tune: bool):
@@ -133,8 +144,12 @@ class Session:
         if not row["failed"]:
             self.fill_baselines(row, baselines.TORCH)
             for column in self.runnable(row):
-                make = lambda column=column: ours.work_of(column, *ours.layer_of(case, column, self.dtype, self.device), self.target)
-                self.fill(row, column.name, make, None if column.kind == "quantize" else case.flops, is_ours=True)
+                make = lambda column=column: ours.work_of(
+                    column, *ours.layer_of(case, column, self.dtype, self.device), self.target
+                )
+                self.fill(
+                    row, column.name, make, None if column.kind == "quantize" else case.flops, is_ours=True
+                )
         self.row_done(row)
 
     def runnable(self, row: dict) -> list[Column]:
@@ -149,7 +164,9 @@ class Session:
                 continue
             key = problem_of(case, column, self.target).key
             if all(found["key"] != key for found in self.doc["tuned"]):
-                found, reason = self.attempt(lambda column=column: tune(case, column, self.target, self.dtype, self.device))
+                found, reason = self.attempt(
+                    lambda column=column: tune(case, column, self.target, self.dtype, self.device)
+                )
                 self.doc["tuned"].append(found or {"key": key, "error": reason})
                 self.say(f"tuned {key}: {found['best'] if found else reason}")
 
@@ -161,8 +178,12 @@ class Session:
                 row["cells"][column.name] = report.refused(reason)
                 continue
             key = (column.spec(min(case.n, verify.CHANNELS), case.k), column.int8, min(case.m, verify.ROWS))
-            call = lambda column=column: verify.against_naive(case, column, self.target, self.dtype, self.device)
-            self.compared[key] = self.keep(row, column, "naive", lambda key=key, call=call: self.compared.get(key) or call())
+            call = lambda column=column: verify.against_naive(
+                case, column, self.target, self.dtype, self.device
+            )
+            self.compared[key] = self.keep(
+                row, column, "naive", lambda key=key, call=call: self.compared.get(key) or call()
+            )
         for column in self.runnable(row):
             if column.kind != "quantize" and not row["failed"]:
                 self.keep(row, column, "eager", lambda column=column: self.against_eager(case, column))
@@ -175,7 +196,9 @@ class Session:
     def keep(self, row: dict, column: Column, against: str, call) -> verify.Check | None:
         """A wrong output fails the case; an exception takes the column out of it, and is an error of the run."""
         check, reason = self.attempt(call)
-        row["checks"].setdefault(column.name, {})[against] = check.to_json() if check else report.refused(reason)
+        row["checks"].setdefault(column.name, {})[against] = (
+            check.to_json() if check else report.refused(reason)
+        )
         if check is None:
             row["cells"][column.name] = report.refused(reason)
             self.doc["errors"].append(f"{row['name']}, {column.name}: {reason}")
@@ -186,7 +209,9 @@ class Session:
     def fill_baselines(self, row: dict, builders: dict):
         case = Case(row["model"], row["n"], row["k"], row["m"])
         for name, build in builders.items():
-            self.fill(row, name, lambda build=build: build(case, self.target, self.dtype, self.device), case.flops)
+            self.fill(
+                row, name, lambda build=build: build(case, self.target, self.dtype, self.device), case.flops
+            )
 
     def fill(self, row: dict, name: str, make, flops, is_ours: bool = False):
         """Builds and times one cell."""
@@ -202,7 +227,9 @@ class Session:
     def model_rows(self):
         first, other = cases.primary_grain(self.target), cases.other_grain(self.target)
         for name, grain in {"torch": None, "operator": first, f"operator {other}": other}.items():
-            found, reason = self.attempt(lambda grain=grain: model.step(model.Size(), self.dtype, self.device, grain))
+            found, reason = self.attempt(
+                lambda grain=grain: model.step(model.Size(), self.dtype, self.device, grain)
+            )
             self.doc["model"][name] = found or report.refused(reason)
             self.say(f"model, {name}: {reason or format(found['ms'], '.1f') + ' ms'}")
             if grain and (reason or not found["finite"]):

@@ -30,7 +30,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a call: over `samples` samples of `group` calls. host_ms: what the caller's thread spends on a call.
+    """Milliseconds a call: over `samples` samples of `group` calls. host_ms: what the caller's thread spends
+    on a call.
 
     queued: all calls were queued before the first one ran, so the caller's speed is not in the numbers.
     """
@@ -89,12 +90,15 @@ def measure(work: Work, device) -> Timing:
     group = min(MAX_GROUP, max(1, round(GROUP_MS / estimate)))
     samples = int(min(SAMPLES[1], max(SAMPLES[0], 1000 * BUDGET_S / (estimate * group))))
     times, host_s, queued = _sampled(work, sets, device, samples, group, host_s)
-    return Timing(median(times), min(times), percentile(times, 0.9), 1000 * host_s, samples, group, len(sets), queued)
+    return Timing(
+        median(times), min(times), percentile(times, 0.9), 1000 * host_s, samples, group, len(sets), queued
+    )
 
 
 def _sampled(work: Work, sets, device, samples: int, group: int, host_s: float):
-    """(milliseconds a call of each sample, seconds of the caller a call, whether all was queued in time). A sleeping kernel holds the
-    device back until the calls are queued; host_s: what the caller is expected to need for one."""
+    """(milliseconds a call of each sample, seconds of the caller a call, whether all was queued in time). A
+    sleeping kernel holds the device back until the calls are queued; host_s: what the caller is expected to
+    need for one."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(samples + 1)]
     torch.cuda.synchronize(device)
     asleep_s = min(0.2, 2 * host_s * samples * group + 0.002)
@@ -112,8 +116,8 @@ def _sampled(work: Work, sets, device, samples: int, group: int, host_s: float):
 
 
 def ceilings(device, dtype) -> dict[str, Callable[[], float]]:
-    """How to measure what this card reaches at best: products of 8192^3 in FLOP/s (a multiply and an add are 2), and a copy of 1 GiB
-    in bytes/s, its reads and its writes counted."""
+    """How to measure what this card reaches at best: products of 8192^3 in FLOP/s (a multiply and an add are
+    2), and a copy of 1 GiB in bytes/s, its reads and its writes counted."""
     size = 8192
     flops = 2 * size**3
     factors = lambda: [torch.randn(size, size, dtype=dtype, device=device) for _ in range(2)]

@@ -1,4 +1,5 @@
-"""`--tune`: every candidate tile of a case's products is timed on this card, the fastest goes into the user's cache."""
+"""`--tune`: every candidate tile of a case's products is timed on this card, the fastest goes into the user's
+cache."""
 
 import json
 from contextlib import contextmanager
@@ -15,17 +16,22 @@ from .ours import gemm_work, layer_of
 from .timing import Work, measure
 from .verify import Difference, against_eager
 
-DEFAULT_LIMIT = 1e-3  # of the difference from the default tile's output: the same integer sums, in another order of 32-bit additions
+# Of the difference from the default tile's output: the same integer sums, in another order of 32-bit
+# additions.
+DEFAULT_LIMIT = 1e-3
 
 
 def problem_of(case: Case, column: Column, target: Target) -> Problem:
     """What `launch.gemm` looks up for this column's product."""
     (step,) = lower(column.spec(case.n, case.k), column.target(target))
-    return Problem(step.kernel, step.planes, step.scales, step.swap, case.m, case.n, step.row_bytes, step.block)
+    return Problem(
+        step.kernel, step.planes, step.scales, step.swap, case.m, case.n, step.row_bytes, step.block
+    )
 
 
 def tuned_columns(columns) -> list[Column]:
-    """One column a tile: a plain product takes the tile of the operator, so that is timed with its low-rank branch and bias."""
+    """One column a tile: a plain product takes the tile of the operator, so that is timed with its low-rank
+    branch and bias."""
     return [c for c in columns if (c.kind == "operator" and c.rank == RANK) or c.slices > 1]
 
 
@@ -63,8 +69,8 @@ def fault(y, default, x, spec, tensors, rows: int = 2048) -> str:
 
 
 def tune(case: Case, column: Column, target: Target, dtype, device, clock=measure) -> dict:
-    """Times the candidates of one product, saves the winner and returns what was found. Candidates that cannot be compiled or launched
-    or whose output is wrong are recorded and passed over."""
+    """Times the candidates of one product, saves the winner and returns what was found. Candidates that
+    cannot be compiled or launched or whose output is wrong are recorded and passed over."""
     problem, cache = problem_of(case, column, target), cache_for(target)
     x, spec, tensors = layer_of(case, column, dtype, device)
     work = gemm_work(x, spec, tensors, column.target(target))
@@ -84,13 +90,21 @@ def tune(case: Case, column: Column, target: Target, dtype, device, clock=measur
         if reason:
             found["error"] = reason
             if x.is_cuda:
-                torch.cuda.synchronize(device)  # raises if the device is lost, with which no candidate can be judged
+                torch.cuda.synchronize(
+                    device
+                )  # raises if the device is lost, with which no candidate can be judged
             continue
         if best is None or found["ms"] < best["ms"]:
             best = found
     if best is not None:
         save(cache, {problem.key: Tile(**best["tile"])})
-    return {"key": problem.key, "case": case.name, "column": column.name, "best": best and best["tile"], "candidates": tried}
+    return {
+        "key": problem.key,
+        "case": case.name,
+        "column": column.name,
+        "best": best and best["tile"],
+        "candidates": tried,
+    }
 
 
 def save(cache: TileCache, measured: dict[str, Tile]):

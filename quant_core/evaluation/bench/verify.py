@@ -1,7 +1,8 @@
 """Whether a call gives what it should. Every case is compared before anything of it is timed.
 
-Two comparisons: the layer at its own in-channels, few tokens and out-channels, with the naive operator on the CPU (float64 inside);
-and the timed call itself with the eager path on the same device, whose 16-bit roundings are its own, hence a looser bound.
+Two comparisons: the layer at its own in-channels, few tokens and out-channels, with the naive operator on the
+CPU (float64 inside); and the timed call itself with the eager path on the same device, whose 16-bit roundings
+are its own, hence a looser bound.
 """
 
 from dataclasses import asdict, dataclass
@@ -17,13 +18,15 @@ ROWS = 64 + 3  # a tile of tokens and a rest
 CHANNELS = 256
 NAIVE_LIMIT, EAGER_LIMIT = 0.01, 0.02
 WORST_LIMIT = 0.1  # one element, in units of the output's root mean square
-# After a learned transform 0.06 % of 4-bit codes fall the other way: 0.015 of the output, and of 256 channels two steps are 0.13.
+# After a learned transform 0.06 % of 4-bit codes fall the other way: 0.015 of the output, and of 256 channels
+# two steps are 0.13.
 LEARNED_LIMIT, LEARNED_WORST = 0.03, 0.3
 
 
 @dataclass(frozen=True)
 class Check:
-    """error: norm of the difference over the reference's norm. worst: largest difference over the reference's root mean square."""
+    """error: norm of the difference over the reference's norm. worst: largest difference over the reference's
+    root mean square."""
 
     against: str
     error: float
@@ -71,7 +74,10 @@ def against_naive(case: Case, column: Column, target: Target, dtype, device) -> 
     """The case's layer, cut to CHANNELS out-channels, on at most ROWS tokens."""
     spec = column.spec(min(case.n, CHANNELS), case.k)
     g = generator(case.k, "cpu")
-    x, tensors = random_input(min(case.m, ROWS), case.k, dtype, "cpu", g), random_tensors(spec, dtype, "cpu", g)
+    x, tensors = (
+        random_input(min(case.m, ROWS), case.k, dtype, "cpu", g),
+        random_tensors(spec, dtype, "cpu", g),
+    )
     moved = {name: t.to(device) for name, t in tensors.items()}
     y = ours(x.to(device), spec, moved, column.target(target), column.int8)
     difference = Difference()

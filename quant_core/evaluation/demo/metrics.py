@@ -15,7 +15,8 @@ def latent_psnr_db(reference, test) -> float:
 
 
 def high_frequency_ratio(reference, test) -> float:
-    """Energy above half the Nyquist frequency in pictures (B, H, W, 3), test over reference. Below 1: blur; above: noise."""
+    """Energy above half the Nyquist frequency in pictures (B, H, W, 3), test over reference. Below 1: blur;
+    above: noise."""
 
     def energy(pictures):
         spectrum = torch.fft.fft2(pictures.double(), dim=(1, 2)).abs().square()

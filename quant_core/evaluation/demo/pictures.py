@@ -30,7 +30,13 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "diamond")
 SIZES = {"small": 0.32, "large": 0.55}
-PLACES = {"center": (0.0, 0.0), "left": (-0.4, 0.0), "right": (0.4, 0.0), "top": (0.0, -0.4), "bottom": (0.0, 0.4)}
+PLACES = {
+    "center": (0.0, 0.0),
+    "left": (-0.4, 0.0),
+    "right": (0.4, 0.0),
+    "top": (0.0, -0.4),
+    "bottom": (0.0, 0.4),
+}
 PATTERNS = ("plain", "striped", "checked")
 
 
@@ -49,7 +55,10 @@ class Scene:
 
     @property
     def caption(self):
-        return f"{self.size} {self.color} {self.shape} {self.place} on {self.pattern} {self.background} background"
+        return (
+            f"{self.size} {self.color} {self.shape} {self.place} on {self.pattern} {self.background} "
+            "background"
+        )
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
@@ -139,7 +148,11 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
     latents = latents.float().cpu() / _gain()
     b, _, h, w = latents.shape
     patches = latents.permute(0, 2, 3, 1) @ _basis()
-    pictures = patches.reshape(b, h, w, PATCH, PATCH, 3).permute(0, 1, 3, 2, 4, 5).reshape(b, h * PATCH, w * PATCH, 3)
+    pictures = (
+        patches.reshape(b, h, w, PATCH, PATCH, 3)
+        .permute(0, 1, 3, 2, 4, 5)
+        .reshape(b, h * PATCH, w * PATCH, 3)
+    )
     return ((pictures + 1) / 2).clamp(0, 1)
 
 

@@ -31,22 +31,38 @@ CAPTIONS = (
     "large orange square top on plain black background",
     "small black circle bottom on checked red background",
 )
-# The contact sheet shows the captions above; 16 random ones more steady the figures (1 dB from seed to seed with 8).
-JUDGED = (*CAPTIONS, *(pictures.random_scene(rng).caption for rng in [np.random.default_rng(11)] for _ in range(16)))
+# The contact sheet shows the captions above; 16 random ones more steady the figures (1 dB from seed to seed
+# with 8).
+JUDGED = (
+    *CAPTIONS,
+    *(pictures.random_scene(rng).caption for rng in [np.random.default_rng(11)] for _ in range(16)),
+)
 CALIBRATION_SAMPLES = 8
 STEPS = 20
 
-# The planted failure: one scale for a whole tensor. It must break, or the outliers are too mild to prove anything.
-NAIVE = Method("naive", "Per tensor W4A4", METHODS["rtn"].fit, RTNConfig(activation="tensor", weight="tensor"))
+# The planted failure: one scale for a whole tensor. It must break, or the outliers are too mild to prove
+# anything.
+NAIVE = Method(
+    "naive", "Per tensor W4A4", METHODS["rtn"].fit, RTNConfig(activation="tensor", weight="tensor")
+)
 
 
 def methods() -> list[Method]:
     """In the order of the contact sheet."""
-    return [*(METHODS[name] for name in ("svdquant_r", "svdquant", "splitquant", "robuq", "convrot", "rtn")), NAIVE]
+    return [
+        *(METHODS[name] for name in ("svdquant_r", "svdquant", "splitquant", "robuq", "convrot", "rtn")),
+        NAIVE,
+    ]
 
 
 def calibrate_tiny(
-    model, layers, folder, steps=10, samples=CALIBRATION_SAMPLES, progress=lambda items, total: items, model_hash="demo"
+    model,
+    layers,
+    folder,
+    steps=10,
+    samples=CALIBRATION_SAMPLES,
+    progress=lambda items, total: items,
+    model_hash="demo",
 ) -> Calibration:
     """Statistics of the small model over random captions, four pictures a run."""
     rng = np.random.default_rng(5)
@@ -59,14 +75,18 @@ def calibrate_tiny(
         with capture.watched(model, lambda args, kwargs: float(kwargs["timestep"][0])):
             tiny_flux.sample(model, captions[sample], steps, seed=100 + sample)
 
-    return calibrate(run, modules, inputs, folder, {"model": model_hash}, samples=samples, memory=2**32, progress=progress)
+    return calibrate(
+        run, modules, inputs, folder, {"model": model_hash}, samples=samples, memory=2**32, progress=progress
+    )
 
 
 def quantized_copy(model, layers, state_dict, method, calibration):
     """(a copy of the diffusers model with quantized layers in place, report rows)."""
     out, rows = copy.deepcopy(model), []
     names = modules_of(FLUX, layers, model)
-    for layer, row in quantize_layers(layers, state_dict.__getitem__, state_dict, method, method.config, calibration):
+    for layer, row in quantize_layers(
+        layers, state_dict.__getitem__, state_dict, method, method.config, calibration
+    ):
         rows.append(row)
         if layer is not None:
             place(out, names[layer.name], layer)
@@ -93,7 +113,9 @@ def run_severity(severity: float, folder: Path, progress) -> tuple[dict, dict[st
     model = tiny_flux.load(state_dict)
     layers = FLUX.layers({k: tuple(v.shape) for k, v in state_dict.items()})
     quantized_names = {layer.name for layer in layers}
-    rest_bytes = sum(2 * t.numel() for k, t in state_dict.items() if k.rpartition(".")[0] not in quantized_names)
+    rest_bytes = sum(
+        2 * t.numel() for k, t in state_dict.items() if k.rpartition(".")[0] not in quantized_names
+    )
     started = time.perf_counter()
     calibration = calibrate_tiny(model, layers, folder, progress=progress)
     seconds = round(time.perf_counter() - started, 2)
@@ -103,13 +125,16 @@ def run_severity(severity: float, folder: Path, progress) -> tuple[dict, dict[st
     for method in progress(methods(), len(methods())):
         quantized, rows = quantized_copy(model, layers, state_dict, method, calibration)
         latents = tiny_flux.sample(quantized, JUDGED, STEPS, seed=7)
-        report["methods"][method.name] = judge(reference, latents, rows, rest_bytes) | {"calibrate_seconds": seconds}
+        report["methods"][method.name] = judge(reference, latents, rows, rest_bytes) | {
+            "calibrate_seconds": seconds
+        }
         shown[method.name] = pictures.decode(latents)
     return report, shown
 
 
 def run(out: Path, progress=lambda items, total: items) -> dict:
-    """Writes contact_sheet.png and report.json into `out`; returns the report: the hard outliers, and "mild" beside it."""
+    """Writes contact_sheet.png and report.json into `out`; returns the report: the hard outliers, and "mild"
+    beside it."""
     import tempfile
 
     out = Path(out)
@@ -136,11 +161,18 @@ def contact_sheet(path, shown, reports):
     for column, severity in enumerate(SEVERITIES):
         for row, name in enumerate(names):
             axis = axes[row][column]
-            axis.imshow(torch.cat(list(shown[severity][name][: len(CAPTIONS)]), 1).numpy(), interpolation="nearest")
+            axis.imshow(
+                torch.cat(list(shown[severity][name][: len(CAPTIONS)]), 1).numpy(), interpolation="nearest"
+            )
             axis.set_xticks([])
             axis.set_yticks([])
             score = reports[severity]["methods"].get(name)
-            axis.set_ylabel(name + ("" if score is None else f"\n{score['image_psnr_db']:.1f} dB"), rotation=0, ha="right", va="center")
+            axis.set_ylabel(
+                name + ("" if score is None else f"\n{score['image_psnr_db']:.1f} dB"),
+                rotation=0,
+                ha="right",
+                va="center",
+            )
         axes[0][column].set_title(f"{severity} outliers")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -150,13 +182,16 @@ def contact_sheet(path, shown, reports):
 def as_text(report: dict) -> str:
     """The report as a table."""
     lines = [
-        f"{'outliers':8}  {'method':11}  {'image dB':>8}  {'latent dB':>9}  {'high freq':>9}  {'layer dB':>8}  {'worst':>6}  {'bits':>5}  {'MB':>5}  {'fit s':>6}"
+        f"{'outliers':8}  {'method':11}  {'image dB':>8}  {'latent dB':>9}  {'high freq':>9}  "
+        f"{'layer dB':>8}  {'worst':>6}  {'bits':>5}  {'MB':>5}  {'fit s':>6}"
     ]
     for severity, part in (("mild", report["mild"]), ("hard", report)):
         for name, m in part["methods"].items():
             layer = m["layer_sqnr_db"]
             lines.append(
-                f"{severity:8}  {name:11}  {m['image_psnr_db']:8.2f}  {m['latent_psnr_db']:9.2f}  {m['high_frequency_ratio']:9.3f}  "
-                f"{layer['mean']:8.2f}  {layer['min']:6.2f}  {m['block_bits_per_weight']:5.2f}  {m['bytes'] / 1e6:5.2f}  {m['quantize_seconds']:6.1f}"
+                f"{severity:8}  {name:11}  {m['image_psnr_db']:8.2f}  {m['latent_psnr_db']:9.2f}  "
+                f"{m['high_frequency_ratio']:9.3f}  "
+                f"{layer['mean']:8.2f}  {layer['min']:6.2f}  {m['block_bits_per_weight']:5.2f}  "
+                f"{m['bytes'] / 1e6:5.2f}  {m['quantize_seconds']:6.1f}"
             )
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""The small trained FLUX outside ComfyUI: diffusers' model class fed from ComfyUI's key names, and an Euler sampler."""
+"""The small trained FLUX outside ComfyUI: diffusers' model class fed from ComfyUI's key names, and an Euler
+sampler."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -66,7 +67,9 @@ def _image_ids(side):
 def predict(model, latents, timestep, context, pooled):
     """The flow velocity (noise - picture). latents (B, 16, h, w), timestep (B,) in [0, 1] -> (B, 16, h, w)."""
     b, c, h, w = latents.shape
-    tokens = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+    tokens = (
+        latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)
+    )
     out = model(
         hidden_states=tokens,
         encoder_hidden_states=context,

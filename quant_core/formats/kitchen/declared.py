@@ -1,4 +1,5 @@
-"""What a file says of its quantized layers: `<layer>.comfy_quant` tensors and the `_quantization_metadata` header (ComfyUI's, both).
+"""What a file says of its quantized layers: `<layer>.comfy_quant` tensors and the `_quantization_metadata`
+header (ComfyUI's, both).
 
 All of it is untrusted: sizes and types are checked before anything is used.
 """
@@ -16,7 +17,8 @@ ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
 INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8)
 COMFYUI_ONLY = ("asym_w4a8_int8", "nvfp4", "mxfp8")
-# Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and LTX-Video; CogVideoX.
+# Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and
+# LTX-Video; CogVideoX.
 _WIDTH_READ = re.compile(r"(.*\.)?transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear")
 LONGEST, LONGEST_HEADER = 4096, 8 << 20  # bytes; comfy-quants writes 130 a layer
 
@@ -31,7 +33,8 @@ class NotJsonError(DeclarationError):
 
 @dataclass(frozen=True)
 class Declaration:
-    """One layer. rotation: of convrot, 0 without. unsigned: svdquant's act_unsigned. activation_bits: of x, 0 where it stays in 16 bit."""
+    """One layer. rotation: of convrot, 0 without. unsigned: svdquant's act_unsigned. activation_bits: of x, 0
+    where it stays in 16 bit."""
 
     format: str
     rotation: int = 0
@@ -39,20 +42,26 @@ class Declaration:
     activation_bits: int = 0
 
     def __str__(self):
-        words = [self.format, f"rotation {self.rotation}" if self.rotation else "no rotation", f"{self.activation_bits or 16}-bit x"]
+        words = [
+            self.format,
+            f"rotation {self.rotation}" if self.rotation else "no rotation",
+            f"{self.activation_bits or 16}-bit x",
+        ]
         return ", ".join(words + ["unsigned"] * self.unsigned)
 
 
 def width_is_read(name: str) -> bool:
-    """Whether stock ComfyUI would take the model for another one if the layer's weight were packed, two codes a byte."""
+    """Whether stock ComfyUI would take the model for another one if the layer's weight were packed, two codes
+    a byte."""
     return _WIDTH_READ.fullmatch(name) is not None
 
 
 def parse(raw: object) -> Declaration:
     """The Declaration of a layer's JSON. Raises DeclarationError.
 
-    Values are taken as ComfyUI 0.33 takes them (comfy.ops, `_load_quantized_module`): switches are on where Python calls the value true, so null
-    is off, sizes are what int() makes of it, and options are looked for at the top, then in "params".
+    Values are taken as ComfyUI 0.33 takes them (comfy.ops, `_load_quantized_module`): switches are on where
+    Python calls the value true, so null is off, sizes are what int() makes of it, and options are looked for
+    at the top, then in "params".
     """
     if not isinstance(raw, dict):
         raise DeclarationError(f"expected an object, found {type(raw).__name__}")
@@ -60,16 +69,21 @@ def parse(raw: object) -> Declaration:
     name = raw.get("format", "int8_tensorwise" if "per_row" in raw else None)
     if name in COMFYUI_ONLY:
         raise DeclarationError(
-            f"the format {name} is one of ComfyUI's own, which this pack does not run: load it with Load Diffusion Model"
+            f"the format {name} is one of ComfyUI's own, which this pack does not run: load it with Load "
+            "Diffusion Model"
         )
     if name not in READ:
-        raise DeclarationError(f"unknown format {str(name)[:40]!r}; known are {', '.join(READ)}. A newer ComfyUI-Nibble may read it")
+        raise DeclarationError(
+            f"unknown format {str(name)[:40]!r}; known are {', '.join(READ)}. A newer ComfyUI-Nibble may "
+            "read it"
+        )
     option = _options(raw)
     whole = bool(raw.get("full_precision_matrix_mult"))  # ComfyUI looks for this one at the top only
     if name == "svdquant_w4a4":
         if option("lowrank_branch_input_basis", "raw") not in ("raw", None):
             raise DeclarationError(
-                "its low rank acts on the smoothed input, expected 'raw' as comfy-kitchen computes: export it again with the raw basis"
+                "its low rank acts on the smoothed input, expected 'raw' as comfy-kitchen computes: export "
+                "it again with the raw basis"
             )
         return Declaration(name, unsigned=bool(option("act_unsigned", False)), activation_bits=4)
     if name == "awq_w4a16":
@@ -82,7 +96,9 @@ def parse(raw: object) -> Declaration:
             raise DeclarationError(f"linear_dtype: expected int4 or int8, found {str(kind)[:40]!r}")
         return Declaration(name, _rotation(option), activation_bits=0 if whole else int(kind[3:]))
     if name == "int8_tensorwise":
-        return Declaration(name, _rotation(option) if option("convrot", False) else 0, activation_bits=0 if whole else 8)
+        return Declaration(
+            name, _rotation(option) if option("convrot", False) else 0, activation_bits=0 if whole else 8
+        )
     return Declaration(name)
 
 
@@ -101,15 +117,19 @@ def _size(option, key, default) -> int:
 
 
 def _rotation(option):
-    """Any power of 4: what comfy-kitchen's regular Hadamard matrices have. Its kernels are made for ROTATIONS."""
+    """Any power of 4: what comfy-kitchen's regular Hadamard matrices have. Its kernels are made for
+    ROTATIONS."""
     size = _size(option, "convrot_groupsize", 256)
     if size < 4 or size & (size - 1) or size.bit_length() % 2 == 0:
-        raise DeclarationError(f"convrot_groupsize: expected 16, 64 or 256, found {str(size)[:40]}, no power of 4")
+        raise DeclarationError(
+            f"convrot_groupsize: expected 16, 64 or 256, found {str(size)[:40]}, no power of 4"
+        )
     return size
 
 
 def of_tensor(shape: tuple[int, ...], dtype: str, read: Callable) -> Declaration:
-    """The Declaration in a comfy_quant tensor. dtype: as safetensors calls it; read(): the tensor, not called before shape and dtype are right."""
+    """The Declaration in a comfy_quant tensor. dtype: as safetensors calls it; read(): the tensor, not called
+    before shape and dtype are right."""
     if dtype != "U8" or len(shape) != 1:
         raise DeclarationError(f"expected JSON as a row of uint8, found {dtype} {shape}")
     if not 0 < shape[0] <= LONGEST:
@@ -122,7 +142,9 @@ def entries(text: str | None) -> dict[str, object]:
     if text is None:
         return {}
     if len(text) > LONGEST_HEADER:
-        raise DeclarationError(f"expected at most {LONGEST_HEADER >> 20} MiB of JSON, found {len(text)} characters")
+        raise DeclarationError(
+            f"expected at most {LONGEST_HEADER >> 20} MiB of JSON, found {len(text)} characters"
+        )
     data = _json(text)
     layers = data.get("layers") if isinstance(data, dict) else None
     if not isinstance(layers, dict):

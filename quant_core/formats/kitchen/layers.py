@@ -1,6 +1,7 @@
 """comfy-kitchen's tensor layouts as the one operator's, format by format.
 
-Source: comfy_kitchen/tensor and backends/eager of comfy-kitchen 0.2.31, whose eager ops give the same outputs.
+Source: comfy_kitchen/tensor and backends/eager of comfy-kitchen 0.2.31, whose eager ops give the same
+outputs.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,8 @@ PLAIN = {"weight_scale": ("weight_scale",)}
 
 
 class LayoutError(ValueError):
-    """A layer whose tensors are not what its format asks for; the text names the tensor, what was expected and what was found."""
+    """A layer whose tensors are not what its format asks for; the text names the tensor, what was expected
+    and what was found."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class Stored:
 
 
 def gather(declared: Declaration, leaves: dict[str, Stored]) -> dict[str, Stored]:
-    """The layer's tensors by our names. leaves: {last part of the key: Stored} of all that the file has under the layer's name.
+    """The layer's tensors by our names. leaves: {last part of the key: Stored} of all that the file has under
+    the layer's name.
 
-    An input_scale is left out: kitchen takes x's range as it comes. Raises LayoutError for what is missing, twice there or unknown.
+    An input_scale is left out: kitchen takes x's range as it comes. Raises LayoutError for what is missing,
+    twice there or unknown.
     """
     names = {"weight": ("weight",)} | NAMES.get(declared.format, PLAIN)
     found = {"bias": leaves["bias"]} if "bias" in leaves else {}
@@ -53,19 +57,24 @@ def gather(declared: Declaration, leaves: dict[str, Stored]) -> dict[str, Stored
         if len(there) != 1:
             wanted = " or ".join(keys)
             raise LayoutError(
-                f"{declared.format} asks for {wanted}, " + (f"found both {' and '.join(there)}" if there else "which is missing")
+                f"{declared.format} asks for {wanted}, "
+                + (f"found both {' and '.join(there)}" if there else "which is missing")
             )
         found[name] = leaves[there[0]]
     used = {s.key for s in found.values()}
-    if unknown := sorted(leaf for leaf, s in leaves.items() if s.key not in used and leaf not in ("comfy_quant", "input_scale")):
+    if unknown := sorted(
+        leaf for leaf, s in leaves.items() if s.key not in used and leaf not in ("comfy_quant", "input_scale")
+    ):
         raise LayoutError(
-            f"{unknown[0]} is no tensor of {declared.format} and may change what the layer computes; expected {', '.join(names)}"
+            f"{unknown[0]} is no tensor of {declared.format} and may change what the layer computes; "
+            f"expected {', '.join(names)}"
         )
     return found
 
 
 def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | None:
-    """The layer's LinearSpec from headers alone; None for float8, which is no layer of ours. Raises LayoutError."""
+    """The layer's LinearSpec from headers alone; None for float8, which is no layer of ours. Raises
+    LayoutError."""
     if declared.format in FP8:
         _check(stored["weight"], dims=(2,), dtypes=(FP8[declared.format],))
         _check(stored["weight_scale"], shapes=((), (1,), (stored["weight"].shape[0], 1)), dtypes=FLOATS)
@@ -79,7 +88,9 @@ def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | No
         n, k = weight.shape[0], weight.shape[1] * (1 if declared.format == "int8_tensorwise" else 2)
     step = max(16 if declared.format == "int8_tensorwise" else GROUP, declared.rotation)
     if not n or not k or k % step:
-        raise LayoutError(f"{weight.key}: expected in-channels in groups of {step}, found {k}, with {n} out-channels")
+        raise LayoutError(
+            f"{weight.key}: expected in-channels in groups of {step}, found {k}, with {n} out-channels"
+        )
     if bias := stored.get("bias"):
         _check(bias, shapes=((n,),), dtypes=FLOATS)
     activation = ActivationSpec(declared.activation_bits, "token") if declared.activation_bits else None
@@ -108,7 +119,8 @@ def _svdquant(declared, stored, n, k):
     _check(stored["proj_up"], shapes=((n, rank), (n // TILE, rank, TILE)), dtypes=SIXTEEN)
     _check(stored["weight_scale"], shapes=((k // GROUP, n), (n // TILE, k // GROUP, TILE)), dtypes=SIXTEEN)
     _check(stored["smooth_factor"], shapes=((k,),), dtypes=SIXTEEN)
-    # Kitchen adds the shift to x in front of its quantizer and nothing to the bias: the file's bias holds the correction, as ours does.
+    # Kitchen adds the shift to x in front of its quantizer and nothing to the bias: the file's bias holds the
+    # correction, as ours does.
     activation = ActivationSpec(unsigned=True, shift=GELU_SHIFT) if declared.unsigned else ActivationSpec()
     return PartSpec(0, k, WeightSpec(), activation, smooth=True, rank=rank)
 
@@ -117,12 +129,18 @@ def _check(stored, dims=None, shapes=None, dtypes=None):
     if dtypes is not None and stored.dtype not in dtypes:
         raise LayoutError(f"{stored.key}: expected the dtype {' or '.join(dtypes)}, found {stored.dtype}")
     if dims is not None and len(stored.shape) not in dims:
-        raise LayoutError(f"{stored.key}: expected {' or '.join(map(str, dims))} dimensions, found the shape {stored.shape}")
+        raise LayoutError(
+            f"{stored.key}: expected {' or '.join(map(str, dims))} dimensions, found the shape {stored.shape}"
+        )
     if shapes is not None and stored.shape not in shapes:
-        raise LayoutError(f"{stored.key}: expected the shape {' or '.join(map(str, shapes))}, found {stored.shape}")
+        raise LayoutError(
+            f"{stored.key}: expected the shape {' or '.join(map(str, shapes))}, found {stored.shape}"
+        )
 
 
-def tensors_of(declared: Declaration, spec: LinearSpec, get: Callable[[str], torch.Tensor | None]) -> dict[str, torch.Tensor]:
+def tensors_of(
+    declared: Declaration, spec: LinearSpec, get: Callable[[str], torch.Tensor | None]
+) -> dict[str, torch.Tensor]:
     """The layer in the layout of memory. get: our name -> the file's tensor, None where there is none."""
     weight, scale, bias = get("weight"), get("weight_scale"), get("bias")
     out = {} if bias is None else {"bias": bias}
@@ -138,7 +156,10 @@ def tensors_of(declared: Declaration, spec: LinearSpec, get: Callable[[str], tor
         zeros = get("zeros")
         down, up = indicators(spec.in_features, GROUP, zeros.dtype), zeros.T.contiguous()
         return out | {"weight": signed(weight), "weight_scale": scale, "proj_down": down, "proj_up": up}
-    return out | {"weight": weight, "weight_scale": scale.reshape(1, -1).expand(1, spec.out_features).contiguous()}
+    return out | {
+        "weight": weight,
+        "weight_scale": scale.reshape(1, -1).expand(1, spec.out_features).contiguous(),
+    }
 
 
 def natural_weight(weight: torch.Tensor) -> torch.Tensor:

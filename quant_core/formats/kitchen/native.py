@@ -1,4 +1,5 @@
-"""The export that stock ComfyUI runs without this pack, through Load Diffusion Model: 0.31 and later, or with more formats a later one."""
+"""The export that stock ComfyUI runs without this pack, through Load Diffusion Model: 0.31 and later, or with
+more formats a later one."""
 
 import re
 from collections.abc import Callable
@@ -13,11 +14,15 @@ from . import write as kitchen_out
 from .declared import width_is_read
 
 FORMATS = ("convrot_w4a4", "int8_tensorwise")
-OLDEST, AWQ = "0.31", "0.38"  # ComfyUI 0.33 has no awq_w4a16; the sources of 0.38.1 do, and name no version that began with it
+OLDEST, AWQ = (
+    "0.31",
+    "0.38",
+)  # ComfyUI 0.33 has no awq_w4a16; the sources of 0.38.1 do, and name no version that began with it
 
 
 def has_awq(comfyui: str) -> bool:
-    """Whether a ComfyUI of this version reads awq_w4a16. Raises ValueError for what is no version, or one without quantized layers."""
+    """Whether a ComfyUI of this version reads awq_w4a16. Raises ValueError for what is no version, or one
+    without quantized layers."""
     match = re.fullmatch(r"v?(\d+)\.(\d+)(\.\d+)?", comfyui.strip())
     numbers = lambda version: tuple(map(int, version.split(".")))
     if match is None or (found := (int(match[1]), int(match[2]))) < numbers(OLDEST):
@@ -25,27 +30,45 @@ def has_awq(comfyui: str) -> bool:
     return found >= numbers(AWQ)
 
 
-def format_of(spec: LinearSpec, name: str = "", layer: Callable[[], QuantizedLayer] | None = None) -> tuple[str, str]:
-    """(one of FORMATS or awq_w4a16, ""), or ("", why stock ComfyUI does not run exactly this layer, `name` of the model). layer(): as in
-    `kitchen_out.format_of`, for a ComfyUI that has awq_w4a16."""
+def format_of(
+    spec: LinearSpec, name: str = "", layer: Callable[[], QuantizedLayer] | None = None
+) -> tuple[str, str]:
+    """(one of FORMATS or awq_w4a16, ""), or ("", why stock ComfyUI does not run exactly this layer, `name` of
+    the model). layer(): as in `kitchen_out.format_of`, for a ComfyUI that has awq_w4a16."""
     conf, reason = kitchen_out.format_of(spec, layer)
     if conf and conf["format"] not in (*FORMATS, "awq_w4a16"):
-        return "", f"smoothing, groups or a low rank ({conf['format']}), which ComfyUI's own loader does not read"
+        return (
+            "",
+            f"smoothing, groups or a low rank ({conf['format']}), which ComfyUI's own loader does not read",
+        )
     if conf and conf["format"] != "int8_tensorwise" and width_is_read(name):
         return "", "4-bit weights, two a byte, where ComfyUI reads a width of the model off the stored shape"
     return conf.get("format", ""), reason
 
 
-def losses(specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None) -> dict[str, str]:
-    """{layer: sentence} of the layers that stock ComfyUI does not run as they are: what `others.replaced` is for. layer(name): as in `format_of`."""
+def losses(
+    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
+) -> dict[str, str]:
+    """{layer: sentence} of the layers that stock ComfyUI does not run as they are: what `others.replaced` is
+    for. layer(name): as in `format_of`."""
     found = {name: format_of(spec, name, layer and partial(layer, name)) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
 
 
 def save(
-    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None, awq: bool = False
+    path,
+    layers: dict[str, QuantizedLayer],
+    rest: dict[str, torch.Tensor],
+    metadata: dict,
+    origin: Origin | None = None,
+    awq: bool = False,
 ):
-    """Writes the file; arguments as in `kitchen_out.save`. Raises ValueError naming a layer that is not native."""
-    for name, sentence in losses({name: layer.spec for name, layer in layers.items()}, layers.get if awq else None).items():
-        raise ValueError(f"layer {name} {sentence}. Write it in 8 or 16 bit, or quantize the model with the method native.")
+    """Writes the file; arguments as in `kitchen_out.save`. Raises ValueError naming a layer that is not
+    native."""
+    for name, sentence in losses(
+        {name: layer.spec for name, layer in layers.items()}, layers.get if awq else None
+    ).items():
+        raise ValueError(
+            f"layer {name} {sentence}. Write it in 8 or 16 bit, or quantize the model with the method native."
+        )
     kitchen_out.save(path, layers, rest, metadata, origin, awq)

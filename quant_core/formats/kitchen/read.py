@@ -1,6 +1,7 @@
 """Files quantized for ComfyUI itself, for comfy-kitchen or by comfy-quants, read into the one operator.
 
-svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute. float8 layers become bf16.
+svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute.
+float8 layers become bf16.
 """
 
 from collections import Counter
@@ -28,15 +29,18 @@ PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads n
 
 
 def is_kitchen(keys: Iterable[str], metadata: Mapping[str, str] | None) -> bool:
-    """Whether a safetensors file with these keys and header entries declares quantized layers as ComfyUI does."""
+    """Whether a safetensors file with these keys and header entries declares quantized layers as ComfyUI
+    does."""
     return declared.HEADER in (metadata or {}) or any(k.endswith(f".{declared.LEAF}") for k in keys)
 
 
 class KitchenFile(Opened):
-    """One safetensors file with layers declared by `<layer>.comfy_quant` tensors, by the `_quantization_metadata` header, or by both.
+    """One safetensors file with layers declared by `<layer>.comfy_quant` tensors, by the
+    `_quantization_metadata` header, or by both.
 
-    Prefixes of whole checkpoints are stripped. Raises CheckpointError naming the file and the key for what is no sound file or has no
-    layer that this pack runs, and UnknownArchitecture for models without blocks of linear layers.
+    Prefixes of whole checkpoints are stripped. Raises CheckpointError naming the file and the key for what is
+    no sound file or has no layer that this pack runs, and UnknownArchitecture for models without blocks of
+    linear layers.
     """
 
     def __init__(self, path):
@@ -44,7 +48,10 @@ class KitchenFile(Opened):
         self._file = open_safetensors(self.path)
         metadata, raw = self._file.metadata() or {}, list(self._file.keys())
         names = network(raw, str(self.path))
-        prefix, self._keys = names.prefix, {name: key for name, key in names.keys.items() if not is_beside(name)}
+        prefix, self._keys = (
+            names.prefix,
+            {name: key for name, key in names.keys.items() if not is_beside(name)},
+        )
         found = self._declared(metadata.get(declared.HEADER), prefix, set(raw))
         self._layers: dict[str, tuple[Declaration, dict[str, Stored]]] = {}
         self.specs: dict[str, LinearSpec] = {}
@@ -58,15 +65,19 @@ class KitchenFile(Opened):
                 stored = gather(declaration, leaves[name])
                 spec = spec_of(declaration, stored)
             except (LayoutError, SpecError) as error:
-                raise CheckpointError(f"{self.path}: layer {name}: {error}. Download or export the file again.") from error
+                raise CheckpointError(
+                    f"{self.path}: layer {name}: {error}. Download or export the file again."
+                ) from error
             self._layers[name] = declaration, stored
             if spec is not None:
                 self.specs[name] = spec
         formats = Counter(d.format for d, _ in self._layers.values())
         if not self.specs:
             raise CheckpointError(
-                f"{self.path}: no layer of its diffusion model is quantized in a way that this pack runs (found: "
-                f"{', '.join(f'{c} {f}' for f, c in formats.items()) or 'none'}). Load it with Load Diffusion Model."
+                f"{self.path}: no layer of its diffusion model is quantized in a way that this pack runs "
+                "(found: "
+                f"{', '.join(f'{c} {f}' for f, c in formats.items()) or 'none'}). Load it with Load "
+                "Diffusion Model."
             )
         side = {f"{name}.{leaf}" for name in found for leaf in leaves[name]}
         dense = {f"{name}.{leaf}" for name in found if name not in self.specs for leaf in ("weight", "bias")}
@@ -77,7 +88,9 @@ class KitchenFile(Opened):
         self.provenance, self.report = exported["provenance"], exported["report"]
         kept, dropped = outside({key: size(self._file.get_slice(key)) for key in names.outside})
         beside = [*kept, *(key for name, key in names.keys.items() if is_beside(name))]
-        self.origin = self._origin(metadata, exported["host"], {key: self._file.get_tensor(key) for key in beside})
+        self.origin = self._origin(
+            metadata, exported["host"], {key: self._file.get_tensor(key) for key in beside}
+        )
         self.notes = (*self._notes(leaves, len(names.outside) - len(kept)), *dropped)
 
     def _stored(self, key) -> Stored:
@@ -90,13 +103,18 @@ class KitchenFile(Opened):
             in_header = declared.of_header(header)
         except DeclarationError as error:
             raise CheckpointError(f"{self.path}: header entry {declared.HEADER!r}: {error}.") from error
-        # Names come with the prefix or without it; in a whole checkpoint they may also be of its text encoders.
-        outside = {name for name in in_header if prefix and not name.startswith(prefix) and f"{name}.weight" in raw}
+        # Names come with the prefix or without it; in a whole checkpoint they may also be of its text
+        # encoders.
+        outside = {
+            name for name in in_header if prefix and not name.startswith(prefix) and f"{name}.weight" in raw
+        }
         found = {name.removeprefix(prefix): d for name, d in in_header.items() if name not in outside}
         if missing := sorted(name for name in found if f"{name}.weight" not in self._keys):
             raise CheckpointError(
-                f"{self.path}: header entry {declared.HEADER!r} declares the layer {missing[0][:200]} as {found[missing[0]].format}, but the "
-                f"tensor {missing[0][:200]}.weight is missing ({len(missing)} such layers). The file is not whole: download or export it again."
+                f"{self.path}: header entry {declared.HEADER!r} declares the layer {missing[0][:200]} as "
+                f"{found[missing[0]].format}, but the "
+                f"tensor {missing[0][:200]}.weight is missing ({len(missing)} such layers). The file is "
+                "not whole: download or export it again."
             )
         for key in self._keys:
             name, _, leaf = key.rpartition(".")
@@ -104,12 +122,15 @@ class KitchenFile(Opened):
                 continue
             stored = self._stored(key)
             try:
-                here = declared.of_tensor(stored.shape, stored.dtype, lambda key=key: self._file.get_tensor(self._keys[key]))
+                here = declared.of_tensor(
+                    stored.shape, stored.dtype, lambda key=key: self._file.get_tensor(self._keys[key])
+                )
             except DeclarationError as error:
                 raise CheckpointError(f"{self.path}: {key}: {error}.") from error
             if found.setdefault(name, here) != here:
                 raise CheckpointError(
-                    f"{self.path}: layer {name}: {key} says '{here}', the header entry {declared.HEADER!r} says '{found[name]}'. Export the file again."
+                    f"{self.path}: layer {name}: {key} says '{here}', the header entry {declared.HEADER!r} "
+                    f"says '{found[name]}'. Export the file again."
                 )
         return found
 
@@ -118,8 +139,10 @@ class KitchenFile(Opened):
         family = family_of(shapes, self.path)
         if not family.matches(shapes):
             raise CheckpointError(
-                f"{self.path}: its tensors have diffusers' names, expected ComfyUI's for {family.title}, whose quantized layers stack several "
-                "of diffusers'. Quantize the full-precision model with Nibble Quantize, or take a file made for ComfyUI."
+                f"{self.path}: its tensors have diffusers' names, expected ComfyUI's for {family.title}, "
+                "whose quantized layers stack several "
+                "of diffusers'. Quantize the full-precision model with Nibble Quantize, or take a file "
+                "made for ComfyUI."
             )
         return family.name
 
@@ -134,7 +157,9 @@ class KitchenFile(Opened):
                 own_json.field(found, key, type(value))
             return found | {"report": [Row.from_json(row).to_json() for row in found["report"]]}
         except NotOurs as error:
-            raise CheckpointError(f"{self.path}: header entry {PROVENANCE!r}: {error}. Download or export the file again.") from error
+            raise CheckpointError(
+                f"{self.path}: header entry {PROVENANCE!r}: {error}. Download or export the file again."
+            ) from error
 
     def _origin(self, metadata, host, beside) -> Origin:
         """What ComfyUI's detection sees in the file, and the record of the host in our own entry."""
@@ -145,11 +170,19 @@ class KitchenFile(Opened):
 
     def _notes(self, leaves, outside):
         if dense := len(self._layers) - len(self.specs):
-            yield f"float8 layers ({dense}) are read as bf16, weight times scale: they take twice the memory, and their input is not quantized"
+            yield (
+                f"float8 layers ({dense}) are read as bf16, weight times scale: they take twice the "
+                "memory, and their input is not quantized"
+            )
         if static := sum("input_scale" in of for name, of in leaves.items() if name in self.specs):
-            yield f"the input_scale of layers ({static}) is not used: x takes its range as it comes, as in comfy-kitchen"
+            yield (
+                f"the input_scale of layers ({static}) is not used: x takes its range as it comes, as in "
+                "comfy-kitchen"
+            )
         if outside:
-            yield f"tensors outside of the diffusion model ({outside}), of text encoders or a VAE, are left out"
+            yield (
+                f"tensors outside of the diffusion model ({outside}), of text encoders or a VAE, are left out"
+            )
 
     def layer(self, name: str) -> QuantizedLayer:
         """One layer; convrot, int8 and natural svdquant weights memory-mapped, others rearranged."""

@@ -21,36 +21,55 @@ _FOUR = (ActivationSpec(), ActivationSpec(unsigned=True, shift=GELU_SHIFT))
 
 
 def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = None) -> tuple[dict, str]:
-    """(the layer's JSON for comfy_quant, ""), or ({}, why no format of comfy-kitchen computes exactly what the layer does).
+    """(the layer's JSON for comfy_quant, ""), or ({}, why no format of comfy-kitchen computes exactly what
+    the layer does).
 
-    layer(): the layer itself, for awq_w4a16, where its low rank may be no more than the zero points of its groups. None: without that format.
+    layer(): the layer itself, for awq_w4a16, where its low rank may be no more than the zero points of its
+    groups. None: without that format.
     """
     part = spec.parts[0]
     if len(spec.parts) > 1:
-        return {}, f"{len(spec.parts)} ranges of in-channels with quantizers of their own; comfy-kitchen's layers have one"
+        return (
+            {},
+            f"{len(spec.parts)} ranges of in-channels with quantizers of their own; comfy-kitchen's layers "
+            "have one",
+        )
     if spec.order:
         return {}, "an order of in-channels of its own"
     if spec.spatial:
         return {}, "the weight of a 1x1 convolution; ComfyUI has quantized linear layers alone"
     if spec.padding:
-        return {}, f"in-channels padded from {spec.in_features} to {spec.width}; comfy-kitchen's layers take x as it is"
+        return (
+            {},
+            f"in-channels padded from {spec.in_features} to {spec.width}; comfy-kitchen's layers take x as "
+            "it is",
+        )
     if part.kronecker:
         return {}, "a learned transform"
     if part.rank or part.smooth or part.weight == WeightSpec():
-        return _awq(spec, part, layer) if layer is not None and part.activation is None else _svdquant(spec, part)
+        return (
+            _awq(spec, part, layer)
+            if layer is not None and part.activation is None
+            else _svdquant(spec, part)
+        )
     return _rowwise(part)
 
 
 def _awq(spec, part, layer):
     if part.weight != WeightSpec() or part.smooth or part.rotation:
-        return {}, "16-bit activations, and smoothing, a rotation or other weights than 4 bits in groups; awq_w4a16 has none of that"
+        return (
+            {},
+            "16-bit activations, and smoothing, a rotation or other weights than 4 bits in groups; "
+            "awq_w4a16 has none of that",
+        )
     if part.rank and awq_zeros(layer()) is None:
         return {}, f"4-bit weights for 16-bit activations with a low rank of {part.rank}; awq_w4a16 has none"
     return {"format": "awq_w4a16", "group_size": GROUP}, ""
 
 
 def awq_zeros(layer: QuantizedLayer) -> torch.Tensor | None:
-    """weight_zeros (K / 64, N) of a weight-only layer in groups: W = (code - 8) scale + zero. None where its low rank is more than that."""
+    """weight_zeros (K / 64, N) of a weight-only layer in groups: W = (code - 8) scale + zero. None where its
+    low rank is more than that."""
     scale, up = layer.tensors["weight_scale"], layer.tensors.get("proj_up")
     if up is None:
         return torch.zeros_like(scale)
@@ -61,7 +80,8 @@ def _svdquant(spec, part):
     if part.weight != WeightSpec():
         return (
             {},
-            f"a low rank or smoothing with weights of {part.weight.bits} bits per {part.weight.granularity}; svdquant_w4a4 has groups of {GROUP} at 4 bits",
+            f"a low rank or smoothing with weights of {part.weight.bits} bits per "
+            f"{part.weight.granularity}; svdquant_w4a4 has groups of {GROUP} at 4 bits",
         )
     if part.rotation:
         return {}, f"a rotation of {part.rotation} channels; svdquant_w4a4 has none"
@@ -70,7 +90,8 @@ def _svdquant(spec, part):
     if part.activation not in _FOUR:
         return (
             {},
-            f"{_activation(part.activation)}; svdquant_w4a4 has 4-bit ones in groups of {GROUP}, signed or shifted by {GELU_SHIFT} and unsigned",
+            f"{_activation(part.activation)}; svdquant_w4a4 has 4-bit ones in groups of {GROUP}, signed or "
+            f"shifted by {GELU_SHIFT} and unsigned",
         )
     return {"format": "svdquant_w4a4"} | ({"act_unsigned": True} if part.activation.unsigned else {}), ""
 
@@ -89,36 +110,58 @@ def _rowwise(part):
     whole = {"full_precision_matrix_mult": True} if act is None else {}
     size = {"convrot_groupsize": part.rotation}
     if bits == 4:  # with int8, cards quantize x to 8 bits; on the CPU comfy-kitchen takes 4 all the same
-        return {"format": "convrot_w4a4"} | size | ({"linear_dtype": "int8"} if act is not None and act.bits == 8 else {}) | whole, ""
+        return {"format": "convrot_w4a4"} | size | (
+            {"linear_dtype": "int8"} if act is not None and act.bits == 8 else {}
+        ) | whole, ""
     return {"format": "int8_tensorwise"} | ({"convrot": True} | size if part.rotation else {}) | whole, ""
 
 
 def _activation(act):
     words = [f"{act.bits}-bit", "unsigned" if act.unsigned else "signed", "activations per", act.granularity]
-    words += [f"clipped at {act.clip:g} of absmax"] * (act.clip != 1) + [f"shifted by {act.shift:g}"] * bool(act.shift)
+    words += [f"clipped at {act.clip:g} of absmax"] * (act.clip != 1) + [f"shifted by {act.shift:g}"] * bool(
+        act.shift
+    )
     return " ".join(words)
 
 
-def losses(specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None) -> dict[str, str]:
-    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `others.replaced` is for. layer(name): as in `format_of`."""
+def losses(
+    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
+) -> dict[str, str]:
+    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `others.replaced`
+    is for. layer(name): as in `format_of`."""
     found = {name: format_of(spec, layer and partial(layer, name)) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
 
 
 def save(
-    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], metadata: dict, origin: Origin | None = None, awq: bool = False
+    path,
+    layers: dict[str, QuantizedLayer],
+    rest: dict[str, torch.Tensor],
+    metadata: dict,
+    origin: Origin | None = None,
+    awq: bool = False,
 ):
-    """Writes svdquant_w4a4, convrot_w4a4 and int8_tensorwise layers, in natural layout under comfy-kitchen's names, and the rest.
+    """Writes svdquant_w4a4, convrot_w4a4 and int8_tensorwise layers, in natural layout under comfy-kitchen's
+    names, and the rest.
 
-    Stock ComfyUI 0.33 loads the last two formats only (see `native`). awq: awq_w4a16 layers as well. metadata: JSON of where the model comes from, with "provenance" and
-    "report" as in the pack's own file. origin: its header entries and tensors stand where ComfyUI's detection looks for them. Raises ValueError naming a layer that has no such format.
+    Stock ComfyUI 0.33 loads the last two formats only (see `native`). awq: awq_w4a16 layers as well.
+    metadata: JSON of where the model comes from, with "provenance" and "report" as in the pack's own file.
+    origin: its header entries and tensors stand where ComfyUI's detection looks for them. Raises ValueError
+    naming a layer that has no such format.
     """
     conf = {}
     for name, layer in layers.items():
         conf[name], reason = format_of(layer.spec, (lambda layer=layer: layer) if awq else None)
         if reason:
-            raise ValueError(f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's own format.")
-    tensors = {f"{name}.{leaf}": t for name, layer in layers.items() for leaf, t in _stored(layer, conf[name]).items()}
+            raise ValueError(
+                f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's "
+                "own format."
+            )
+    tensors = {
+        f"{name}.{leaf}": t
+        for name, layer in layers.items()
+        for leaf, t in _stored(layer, conf[name]).items()
+    }
     origin = origin or Origin()
     tensors |= origin.beside
     if both := set(tensors) & set(rest):
@@ -127,7 +170,9 @@ def save(
         **origin.metadata,
         "format": "pt",
         HEADER: json.dumps({"format_version": "1.0", "layers": conf}),
-        PROVENANCE: json.dumps({"version": 1} | metadata | ({"host": encoded(origin.host)} if origin.host else {})),
+        PROVENANCE: json.dumps(
+            {"version": 1} | metadata | ({"host": encoded(origin.host)} if origin.host else {})
+        ),
     }
     save_tensors(Path(path), {k: t.detach().cpu().contiguous() for k, t in (tensors | rest).items()}, header)
 
@@ -136,13 +181,21 @@ def _stored(layer, conf):
     t = layer.tensors
     out = {"weight": t["weight"]} | ({"bias": t["bias"]} if layer.spec.bias else {})
     if conf["format"] == "svdquant_w4a4":
-        out |= {"weight_scale": t["weight_scale"]} | {f"weight_{leaf}": t[leaf] if leaf in t else _neutral(layer, leaf) for leaf in SIDE}
+        out |= {"weight_scale": t["weight_scale"]} | {
+            f"weight_{leaf}": t[leaf] if leaf in t else _neutral(layer, leaf) for leaf in SIDE
+        }
     elif conf["format"] == "awq_w4a16":
-        out |= {"weight": signed(t["weight"]), "weight_scale": t["weight_scale"], "weight_zeros": awq_zeros(layer)}
+        out |= {
+            "weight": signed(t["weight"]),
+            "weight_scale": t["weight_scale"],
+            "weight_zeros": awq_zeros(layer),
+        }
     else:
         tensor, rows = layer.spec.parts[0].weight.granularity == "tensor", t["weight_scale"][0]
         # The shapes that comfy-kitchen's own quantizers give.
-        out["weight_scale"] = rows[0] if tensor else rows if conf["format"] == "convrot_w4a4" else rows[:, None]
+        out["weight_scale"] = (
+            rows[0] if tensor else rows if conf["format"] == "convrot_w4a4" else rows[:, None]
+        )
     return out | {LEAF: torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)}
 
 

@@ -1,4 +1,5 @@
-"""The descriptions of a model that nunchaku's loaders read from a file's header, made from the model's shapes."""
+"""The descriptions of a model that nunchaku's loaders read from a file's header, made from the model's
+shapes."""
 
 from ...store.safe import CheckpointError
 
@@ -6,17 +7,21 @@ HEAD = 128  # channels of an attention head, in all three
 
 
 def configs(family: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict]:
-    """{header entry: description}: "config", diffusers' arguments of the model class, and for FLUX.1 "comfy_config", ComfyUI's, without
-    which ComfyUI-nunchaku does not load it. shapes: {ComfyUI key: shape}. Raises CheckpointError where an embedder is missing or has other dimensions.
+    """{header entry: description}: "config", diffusers' arguments of the model class, and for FLUX.1
+    "comfy_config", ComfyUI's, without which ComfyUI-nunchaku does not load it. shapes: {ComfyUI key: shape}.
+    Raises CheckpointError where an embedder is missing or has other dimensions.
     """
     try:
         return _MAKERS[family](shapes)
     except KeyError as error:
         raise CheckpointError(
-            f"nunchaku's description of the model needs the tensor {error}, found none: the model is not whole"
+            f"nunchaku's description of the model needs the tensor {error}, found none: the model is not "
+            "whole"
         ) from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"nunchaku's description of the model needs its embedders as matrices ({error}): it is damaged") from error
+        raise CheckpointError(
+            f"nunchaku's description of the model needs its embedders as matrices ({error}): it is damaged"
+        ) from error
 
 
 def _depth(shapes, stem) -> int:
@@ -60,7 +65,10 @@ def _flux(shapes):
         "theta": 10000,
         "vec_in_dim": pooled,
     }
-    return {"config": config, "comfy_config": {"model_class": "Flux" if guidance else "FluxSchnell", "model_config": comfy}}
+    return {
+        "config": config,
+        "comfy_config": {"model_class": "Flux" if guidance else "FluxSchnell", "model_config": comfy},
+    }
 
 
 def _qwen_image(shapes):

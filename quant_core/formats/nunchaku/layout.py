@@ -1,8 +1,9 @@
 """Where nunchaku's kernels want each element of a layer, as pure index maps to and from the layout of memory.
 
-Derived from the fragments of mma.m16n8k64 (PTX ISA, "Matrix Fragments") as nunchaku's GEMM reads them: a warp owns 128 out-channels and
-64 in-channels at a time, a lane (n % 8, k) holds words of 32 bits. Every map is a reshape, a transposition of axes and a reshape, so it
-is exact, works on memory-mapped tensors and takes one copy of the tensor. N: out-features, K: in-features, R: rank, G = K / 64.
+Derived from the fragments of mma.m16n8k64 (PTX ISA, "Matrix Fragments") as nunchaku's GEMM reads them: a warp
+owns 128 out-channels and 64 in-channels at a time, a lane (n % 8, k) holds words of 32 bits. Every map is a
+reshape, a transposition of axes and a reshape, so it is exact, works on memory-mapped tensors and takes one
+copy of the tensor. N: out-features, K: in-features, R: rank, G = K / 64.
 """
 
 import torch
@@ -11,10 +12,21 @@ TILE = 128  # out-channels of a warp; nunchaku pads N and K to multiples of it
 RANK = 16  # the low-rank branch is stored in blocks of 16 x 16
 GROUP = 64
 AWQ_ROWS = 4  # rows that the modulation layers interleave
-SCALES = slice(1, None, 3)  # of a modulation layer's (shift, scale, gate), once or twice: nunchaku's biases of the scales are 1 higher
+SCALES = slice(
+    1, None, 3
+)  # of a modulation layer's (shift, scale, gate), once or twice: nunchaku's biases of the scales are 1 higher
 
-# Sizes of the stored axes; the permutation puts them in natural order. -1 is the axis whose size depends on the layer.
-_WEIGHT = (0, 2, 5, 3, 1, 6, 4)  # stored: n tile, k tile, n pack 8, n lane 8, k lane 4, n half 2, k half 2; words of 8 channels
+# Sizes of the stored axes; the permutation puts them in natural order. -1 is the axis whose size depends on
+# the layer.
+_WEIGHT = (
+    0,
+    2,
+    5,
+    3,
+    1,
+    6,
+    4,
+)  # stored: n tile, k tile, n pack 8, n lane 8, k lane 4, n half 2, k half 2; words of 8 channels
 _SCALE = (1, 0, 2, 4, 3, 5)  # stored: n tile, group, 16 channels 8, lane 4, half 2, pair 2
 _DOWN = (1, 4, 2, 0, 5, 3, 6)  # stored: k tile, r tile, r lane 8, k lane 4, r half 2, k half 2, pair 2
 _UP = (0, 4, 2, 1, 5, 3, 6)  # stored: n tile, r tile, n lane 8, r lane 4, n half 2, r half 2, pair 2
@@ -25,7 +37,8 @@ def _forward(tensor, sizes, axes):
 
 
 def _backward(tensor, sizes, axes):
-    """The inverse of `_forward`: `tensor` has the elements in natural order, `sizes` and `axes` are those of `_forward`."""
+    """The inverse of `_forward`: `tensor` has the elements in natural order, `sizes` and `axes` are those of
+    `_forward`."""
     inverse = [axes.index(i) for i in range(len(axes))]
     return tensor.reshape([sizes[a] for a in axes]).permute(inverse)
 
@@ -35,10 +48,12 @@ def _weight_sizes(n, k):
 
 
 def unpack_weight(stored: torch.Tensor) -> torch.Tensor:
-    """`qweight`, int8 (N, K / 2), to the packed codes of memory, int8 (N, K / 2): two's complement, the even channel in the low nibble.
+    """`qweight`, int8 (N, K / 2), to the packed codes of memory, int8 (N, K / 2): two's complement, the even
+    channel in the low nibble.
 
-    A word of 32 bits holds eight neighbouring in-channels, the first lowest, in both layouts (little endian), so only words move:
-    row n = 128 tile + 16 pack + 8 half + lane, channel k = 64 tile + 32 half + 8 lane + nibble.
+    A word of 32 bits holds eight neighbouring in-channels, the first lowest, in both layouts (little endian),
+    so only words move: row n = 128 tile + 16 pack + 8 half + lane, channel k = 64 tile + 32 half + 8 lane +
+    nibble.
     """
     n, half = stored.shape
     words = stored.contiguous().view(torch.int32)
@@ -53,8 +68,9 @@ def pack_weight(packed: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_scale(stored: torch.Tensor) -> torch.Tensor:
-    """`wscales`, 16 bit (G, N), to weight scales (G, N). The shape of the stored tensor is nominal: the tiles of 128 out-channels come
-    first, all groups of one tile behind each other. Channel n = 128 tile + 16 a + 8 half + 2 lane + pair.
+    """`wscales`, 16 bit (G, N), to weight scales (G, N). The shape of the stored tensor is nominal: the tiles
+    of 128 out-channels come first, all groups of one tile behind each other. Channel n = 128 tile + 16 a + 8
+    half + 2 lane + pair.
     """
     groups, n = stored.shape
     return _forward(stored, (n // TILE, groups, 8, 4, 2, 2), _SCALE).reshape(groups, n)
@@ -77,8 +93,9 @@ def pack_vector(vector: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_down(stored: torch.Tensor) -> torch.Tensor:
-    """`proj_down`, 16 bit (K, R), to proj_down (K, R). Blocks of 16 in-channels by 16 ranks, in each the fragment of the transposed
-    matrix: rank r = 16 tile + 8 half + lane, channel k = 16 tile + 8 half + 2 lane + pair.
+    """`proj_down`, 16 bit (K, R), to proj_down (K, R). Blocks of 16 in-channels by 16 ranks, in each the
+    fragment of the transposed matrix: rank r = 16 tile + 8 half + lane, channel k = 16 tile + 8 half + 2 lane
+    + pair.
     """
     k, rank = stored.shape
     return _forward(stored, (k // 16, rank // RANK, 8, 4, 2, 2, 2), _DOWN).reshape(rank, k).T.contiguous()
@@ -91,7 +108,8 @@ def pack_down(down: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_up(stored: torch.Tensor) -> torch.Tensor:
-    """`proj_up`, 16 bit (N, R), to proj_up (N, R): row n = 16 tile + 8 half + lane, rank r = 16 tile + 8 half + 2 lane + pair."""
+    """`proj_up`, 16 bit (N, R), to proj_up (N, R): row n = 16 tile + 8 half + lane, rank r = 16 tile + 8 half
+    + 2 lane + pair."""
     n, rank = stored.shape
     return _forward(stored, (n // 16, rank // RANK, 8, 4, 2, 2, 2), _UP).reshape(n, rank)
 
@@ -102,13 +120,15 @@ def pack_up(up: torch.Tensor) -> torch.Tensor:
     return _backward(up, (n // 16, rank // RANK, 8, 4, 2, 2, 2), _UP).reshape(n, rank)
 
 
-# Modulation layers (AWQ, W4A16): 4 rows take turns with 64 channels each, two runs of four words. Channel 8 i + 2 j + pair of a run of 32
-# is nibble i + 4 pair of word j: the order in which the kernel's conversion of a word to 16 bit leaves the eight values. In memory the
-# channels 8 i + 2 j and the next are byte j of word i: between the two, bytes of a 4 x 4 matrix change sides with their nibbles.
+# Modulation layers (AWQ, W4A16): 4 rows take turns with 64 channels each, two runs of four words. Channel 8 i
+# + 2 j + pair of a run of 32 is nibble i + 4 pair of word j: the order in which the kernel's conversion of a
+# word to 16 bit leaves the eight values. In memory the channels 8 i + 2 j and the next are byte j of word i:
+# between the two, bytes of a 4 x 4 matrix change sides with their nibbles.
 
 
 def unpack_awq(stored: torch.Tensor) -> torch.Tensor:
-    """`qweight` of a modulation layer, int32 (N / 4, K / 2), to packed codes 0..15, int8 (N, K / 2), the even channel in the low nibble.
+    """`qweight` of a modulation layer, int32 (N / 4, K / 2), to packed codes 0..15, int8 (N, K / 2), the even
+    channel in the low nibble.
 
     Scales and zeros (G, N) lie in natural order.
     """
@@ -131,12 +151,14 @@ def pack_awq(packed: torch.Tensor) -> torch.Tensor:
         for i in range(4):
             byte = words[i] >> 8 * j
             out[j] |= (byte & 0x0F | (byte & 0xF0) << 12) << 4 * i
-    return out.view(4, n // AWQ_ROWS, AWQ_ROWS, k // 64, 2).permute(1, 3, 2, 4, 0).reshape(n // AWQ_ROWS, k // 2)
+    return (
+        out.view(4, n // AWQ_ROWS, AWQ_ROWS, k // 64, 2).permute(1, 3, 2, 4, 0).reshape(n // AWQ_ROWS, k // 2)
+    )
 
 
 def deinterleave(rows: torch.Tensor, splits: int) -> torch.Tensor:
-    """Rows (N, ...) of a modulation layer from nunchaku's order, row channel * splits + part, to part * N / splits + channel: shift,
-    scale and gate as whole blocks, as the model's own layer has them."""
+    """Rows (N, ...) of a modulation layer from nunchaku's order, row channel * splits + part, to part * N /
+    splits + channel: shift, scale and gate as whole blocks, as the model's own layer has them."""
     return rows.unflatten(0, (-1, splits)).transpose(0, 1).flatten(0, 1)
 
 

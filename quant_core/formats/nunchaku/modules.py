@@ -1,4 +1,5 @@
-"""The quantized modules and other tensors of a nunchaku file, from its headers, and every contradiction among them by name."""
+"""The quantized modules and other tensors of a nunchaku file, from its headers, and every contradiction among
+them by name."""
 
 import json
 from dataclasses import dataclass
@@ -17,14 +18,25 @@ from .names import NAMES, OLD_LEAVES, Module, names_of
 
 FOLDER = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 HEADER_LIMIT = 1 << 20  # characters of a JSON entry of the header; nunchaku's are below 4000
-_QUANTIZED = ("qweight", "wscales", "wzeros", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up", "wcscales", "wtscale")
+_QUANTIZED = (
+    "qweight",
+    "wscales",
+    "wzeros",
+    "smooth_factor",
+    "smooth_factor_orig",
+    "proj_down",
+    "proj_up",
+    "wcscales",
+    "wtscale",
+)
 _FLOATS = ("BF16", "F16")
 _TITLES = ", ".join(by_name(n.family).title for n in NAMES)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantized module of the file. keys: {leaf: key}. rank: of its low-rank branch, columns of offsets where `module.splits`."""
+    """A quantized module of the file. keys: {leaf: key}. rank: of its low-rank branch, columns of offsets
+    where `module.splits`."""
 
     name: str
     block: str
@@ -48,9 +60,9 @@ class Stored:
 class StoredModules:
     """What a file or an older folder of two holds. Raises CheckpointError.
 
-    family, provenance: the Family, the header's entry. source: {diffusers' module: the quantized modules that it is in, one for each range
-    of in-channels}. plain: {diffusers' key: (key, index, number of equal row ranges)} of all other tensors. shapes: {diffusers' key: shape}
-    of the model as if not quantized.
+    family, provenance: the Family, the header's entry. source: {diffusers' module: the quantized modules that
+    it is in, one for each range of in-channels}. plain: {diffusers' key: (key, index, number of equal row
+    ranges)} of all other tensors. shapes: {diffusers' key: shape} of the model as if not quantized.
     """
 
     def __init__(self, path: Path):
@@ -63,7 +75,8 @@ class StoredModules:
         self._names = names_of(self._where)
         if self._names is None:
             raise CheckpointError(
-                f"{self.path}: quantized for nunchaku, but of no model that can be read here ({_TITLES}): tensors such as "
+                f"{self.path}: quantized for nunchaku, but of no model that can be read here ({_TITLES}): "
+                "tensors such as "
                 f"{', '.join(sorted(self._where)[:2])}"
             )
         self.family = by_name(self._names.family)
@@ -73,19 +86,22 @@ class StoredModules:
         self._read_modules()
         self._check_blocks()
 
-    # -- the file ----------------------------------------------------------------------------------------------------------
+    # -- the file
 
     def _paths(self):
         if self.path.is_dir():
             folder = self.path
-        elif self.path.name in FOLDER and not (open_safetensors(self.path).metadata() or {}).get("quantization_config"):
+        elif self.path.name in FOLDER and not (open_safetensors(self.path).metadata() or {}).get(
+            "quantization_config"
+        ):
             folder = self.path.parent
         else:
             return [self.path]
         for name in FOLDER:
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder}: nunchaku's older layout is two files, {' and '.join(FOLDER)}; expected {name}, found none. Download it "
+                    f"{folder}: nunchaku's older layout is two files, {' and '.join(FOLDER)}; expected "
+                    f"{name}, found none. Download it "
                     "into the same folder, or take the model as one file."
                 )
         return [folder / name for name in FOLDER]
@@ -95,28 +111,40 @@ class StoredModules:
         if text is None:
             return {}
         if len(text) > HEADER_LIMIT:
-            raise CheckpointError(f"{self.path}: header entry {entry!r}: expected at most {HEADER_LIMIT} characters, found {len(text)}")
+            raise CheckpointError(
+                f"{self.path}: header entry {entry!r}: expected at most {HEADER_LIMIT} characters, found "
+                f"{len(text)}"
+            )
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
-            raise CheckpointError(f"{self.path}: header entry {entry!r} is not JSON ({error}). Download the file again.") from error
+            raise CheckpointError(
+                f"{self.path}: header entry {entry!r} is not JSON ({error}). Download the file again."
+            ) from error
         if not isinstance(found, dict):
-            raise CheckpointError(f"{self.path}: header entry {entry!r}: expected an object, found {type(found).__name__}")
+            raise CheckpointError(
+                f"{self.path}: header entry {entry!r}: expected an object, found {type(found).__name__}"
+            )
         return found
 
     def _check_precision(self, metadata):
         weight = self._json(metadata, "quantization_config").get("weight")
         if weight is not None:
             if not isinstance(weight, dict):
-                raise CheckpointError(f"{self.path}: quantization_config.weight: expected an object, found {weight!r:.80}")
+                raise CheckpointError(
+                    f"{self.path}: quantization_config.weight: expected an object, found {weight!r:.80}"
+                )
             dtype = weight.get("dtype")
             if isinstance(dtype, str) and dtype.startswith(("fp4", "nvfp4")):
                 self._refuse_fp4(f"quantization_config.weight.dtype is {dtype!r:.40}")
             if dtype != "int4":
-                raise CheckpointError(f"{self.path}: quantization_config.weight.dtype: expected 'int4', found {dtype!r:.80}")
+                raise CheckpointError(
+                    f"{self.path}: quantization_config.weight.dtype: expected 'int4', found {dtype!r:.80}"
+                )
             if weight.get("group_size", layout.GROUP) != layout.GROUP:
                 raise CheckpointError(
-                    f"{self.path}: quantization_config.weight.group_size: expected {layout.GROUP}, found {weight['group_size']!r:.80}"
+                    f"{self.path}: quantization_config.weight.group_size: expected {layout.GROUP}, found "
+                    f"{weight['group_size']!r:.80}"
                 )
         for key in self._where:
             leaf = key.rpartition(".")[2]
@@ -126,7 +154,10 @@ class StoredModules:
                 self._refuse_fp4(f"{key} is {self._dtype(key)}")
 
     def _refuse_fp4(self, why):
-        raise CheckpointError(f"{self.path}: nunchaku's NVFP4 variant ({why}), which is not read here. Take the model's INT4 variant.")
+        raise CheckpointError(
+            f"{self.path}: nunchaku's NVFP4 variant ({why}), which is not read here. Take the model's INT4 "
+            "variant."
+        )
 
     def _piece(self, key):
         handle, name, _ = self._where[key]
@@ -146,7 +177,7 @@ class StoredModules:
         file = self._where[key][2] if key in self._where else self.path
         raise CheckpointError(f"{file}: {key}: expected {expected}, found {found}. {advice}")
 
-    # -- what its modules are ----------------------------------------------------------------------------------------------
+    # -- what its modules are
 
     def _read_modules(self):
         grouped: dict[str, dict[str, str]] = {}
@@ -155,7 +186,9 @@ class StoredModules:
             module, _, leaf = key.rpartition(".")
             found = self._names.find(module)
             if found is not None and found[1].old:
-                seen.setdefault("old modules" if module == f"{found[0]}.{found[1].old}" else "new modules", key)
+                seen.setdefault(
+                    "old modules" if module == f"{found[0]}.{found[1].old}" else "new modules", key
+                )
             if leaf in OLD_LEAVES:
                 seen.setdefault("old leaves", key)
             elif leaf in OLD_LEAVES.values():
@@ -164,7 +197,8 @@ class StoredModules:
         for kind in ("modules", "leaves"):
             if {f"old {kind}", f"new {kind}"} <= set(seen):
                 raise CheckpointError(
-                    f"{self.path}: names of two versions of nunchaku in one model: {seen[f'old {kind}']} and {seen[f'new {kind}']}. "
+                    f"{self.path}: names of two versions of nunchaku in one model: {seen[f'old {kind}']} "
+                    f"and {seen[f'new {kind}']}. "
                     "Download the model again, into a folder of its own."
                 )
         columns: dict[str, dict[int, Stored]] = {}
@@ -173,12 +207,17 @@ class StoredModules:
             if set(keys) & set(_QUANTIZED):
                 if found is None or found[1].plain:
                     key = next(keys[leaf] for leaf in _QUANTIZED if leaf in keys)
-                    raise CheckpointError(f"{self.path}: {key}: nunchaku has no quantized layer of this name in {self.family.title}")
+                    raise CheckpointError(
+                        f"{self.path}: {key}: nunchaku has no quantized layer of this name in "
+                        f"{self.family.title}"
+                    )
                 stored = self._stored(name, *found, keys)
                 for source in found[1].sources:
                     columns.setdefault(f"{found[0]}.{source}", {})[max(found[1].column, 0)] = stored
             else:
-                sources = (name,) if found is None else tuple(f"{found[0]}.{source}" for source in found[1].sources)
+                sources = (
+                    (name,) if found is None else tuple(f"{found[0]}.{source}" for source in found[1].sources)
+                )
                 for leaf, key in keys.items():
                     shape = self._shape(key)
                     if len(sources) > 1 and (not shape or shape[0] % len(sources)):
@@ -186,7 +225,9 @@ class StoredModules:
                     for i, source in enumerate(sources):
                         whole = f"{source}.{leaf}" if source else leaf
                         self.plain[whole] = (key, i, len(sources))
-                        self.shapes[whole] = (shape[0] // len(sources), *shape[1:]) if len(sources) > 1 else shape
+                        self.shapes[whole] = (
+                            (shape[0] // len(sources), *shape[1:]) if len(sources) > 1 else shape
+                        )
         for source, by_column in columns.items():
             held = [by_column[i] for i in sorted(by_column)]
             self.source[source] = held
@@ -196,19 +237,23 @@ class StoredModules:
                 self.shapes[f"{source}.bias"] = (n,)
 
     def _stored(self, name, block, module, keys) -> Stored:
-        """A quantized module from its headers. Everything that its shapes and dtypes can contradict is checked here."""
+        """A quantized module from its headers. Everything that its shapes and dtypes can contradict is
+        checked here."""
         awq = bool(module.splits)
         for leaf in ("qweight", "wscales", "wzeros") if awq else ("qweight", "wscales", "smooth_factor"):
             if leaf not in keys:
                 raise CheckpointError(
-                    f"{self.path}: {next(iter(keys.values()))}: {name} is a quantized layer, but its tensor {leaf} is missing. "
+                    f"{self.path}: {next(iter(keys.values()))}: {name} is a quantized layer, but its "
+                    f"tensor {leaf} is missing. "
                     "Download the file again."
                 )
         unknown = sorted(set(keys) - {"qweight", "wscales", "bias"} - set(("wzeros",) if awq else _QUANTIZED))
         if unknown:
             self.fail(
                 keys[unknown[0]],
-                "a modulation layer without a low-rank branch" if awq and unknown[0].startswith("proj") else f"no such tensor of {name}",
+                "a modulation layer without a low-rank branch"
+                if awq and unknown[0].startswith("proj")
+                else f"no such tensor of {name}",
                 "one",
                 "It was made by other means than nunchaku's.",
             )
@@ -217,23 +262,41 @@ class StoredModules:
         if len(shape) != 2 or not all(shape):
             self.fail(keys["qweight"], "two dimensions", shape)
         if awq:
-            n, k, multiples = shape[0] * layout.AWQ_ROWS, shape[1] * 2, (layout.AWQ_ROWS * module.splits, layout.GROUP)
+            n, k, multiples = (
+                shape[0] * layout.AWQ_ROWS,
+                shape[1] * 2,
+                (layout.AWQ_ROWS * module.splits, layout.GROUP),
+            )
         else:
             n, k, multiples = shape[0], shape[1] * 2, (layout.TILE, layout.TILE)
         if n % len(module.sources):
             self.fail(keys["qweight"], f"rows of {len(module.sources)} layers of one size", n)
         if n % multiples[0] or k % multiples[1]:
-            self.fail(keys["qweight"], f"multiples of {multiples[0]} out- and {multiples[1]} in-channels", f"{n} and {k}")
+            self.fail(
+                keys["qweight"],
+                f"multiples of {multiples[0]} out- and {multiples[1]} in-channels",
+                f"{n} and {k}",
+            )
         groups = (k // layout.GROUP, n)
-        for leaf, wanted in {"wscales": groups, "wzeros": groups, "smooth_factor": (k,), "bias": (n,)}.items():
+        for leaf, wanted in {
+            "wscales": groups,
+            "wzeros": groups,
+            "smooth_factor": (k,),
+            "bias": (n,),
+        }.items():
             if leaf in keys:
                 self._is(keys[leaf], _FLOATS, wanted)
         if awq:
             scale, zero = self.get(keys["wscales"]), self.get(keys["wzeros"])
-            return Stored(name, block, module, keys, n, k, groups[0] * offset_columns(scale, zero, scale.dtype))
+            return Stored(
+                name, block, module, keys, n, k, groups[0] * offset_columns(scale, zero, scale.dtype)
+            )
         branch = {leaf: keys[leaf] for leaf in ("proj_down", "proj_up") if leaf in keys}
         if len(branch) == 1:
-            (leaf, key), other = next(iter(branch.items())), {"proj_down": "proj_up", "proj_up": "proj_down"}[next(iter(branch))]
+            (leaf, key), other = (
+                next(iter(branch.items())),
+                {"proj_down": "proj_up", "proj_up": "proj_down"}[next(iter(branch))],
+            )
             self.fail(key, f"{other} beside {leaf}", "none")
         rank = 0
         if branch:
@@ -251,7 +314,8 @@ class StoredModules:
             self.fail(key, f"the shape {shape} of its qweight's layer", self._shape(key))
 
     def _check_blocks(self):
-        """That blocks are there without gaps, each with all of its layers, and fused layers with all of their parts."""
+        """That blocks are there without gaps, each with all of its layers, and fused layers with all of their
+        parts."""
         indices: dict[str, set[int]] = {}
         blocks = dict.fromkeys(found for key in self._where if (found := self._names.block_of(key)))
         for block, index in blocks:
@@ -259,7 +323,8 @@ class StoredModules:
         for stem, found in indices.items():
             if gaps := set(range(max(found) + 1)) - found:
                 raise CheckpointError(
-                    f"{self.path}: expected the blocks {stem}.0 to {stem}.{max(found)}, found none of {stem}.{min(gaps)}. "
+                    f"{self.path}: expected the blocks {stem}.0 to {stem}.{max(found)}, found none of "
+                    f"{stem}.{min(gaps)}. "
                     "Download the file again."
                 )
         for block, _ in blocks:
@@ -267,21 +332,29 @@ class StoredModules:
                 for source in module.sources:
                     whole = f"{block}.{source}"
                     held = self.source.get(whole)
-                    if f"{whole}.weight" not in self.shapes or (held and module.column >= 0 and all(s.module != module for s in held)):
+                    if f"{whole}.weight" not in self.shapes or (
+                        held and module.column >= 0 and all(s.module != module for s in held)
+                    ):
                         leaf = "weight" if module.plain else "qweight"
                         raise CheckpointError(
-                            f"{self.path}: expected {self._names.stored(block, module)}.{leaf}, found none: a part of {block} is missing. "
+                            f"{self.path}: expected {self._names.stored(block, module)}.{leaf}, found "
+                            f"none: a part of {block} is missing. "
                             "Download the file again."
                         )
         for source, held in self.source.items():
             if len({s.out_features for s in held}) > 1:
                 first, other = held[0], held[1]
                 self.fail(
-                    other.keys["qweight"], f"{first.out_features} out-channels as {first.name}, its other half {source}", other.out_features
+                    other.keys["qweight"],
+                    f"{first.out_features} out-channels as {first.name}, its other half {source}",
+                    other.out_features,
                 )
         if not self.family.matches_diffusers(self.shapes):
             missing = [k for k in self.family.diffusers_signature if k not in self.shapes]
-            raise CheckpointError(f"{self.path}: not a whole {self.family.title} model: expected {', '.join(missing[:3])}, found none")
+            raise CheckpointError(
+                f"{self.path}: not a whole {self.family.title} model: expected {', '.join(missing[:3])}, "
+                "found none"
+            )
 
     def part(self, whole: str) -> torch.Tensor:
         """One of `plain`."""

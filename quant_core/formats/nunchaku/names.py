@@ -1,22 +1,30 @@
-"""What nunchaku calls the layers of each model, and which it quantizes how: tables from its own modules to diffusers' names.
+"""What nunchaku calls the layers of each model, and which it quantizes how: tables from its own modules to
+diffusers' names.
 
-Two vocabularies are about. FLUX.1's files have those of nunchaku's C++ modules (`qkv_proj.lora_down`, `smooth`), also in one file; later
-models have those of its Python modules (`attn.to_qkv.proj_down`, `smooth_factor`); SDXL has new modules with old leaves.
+Two vocabularies are about. FLUX.1's files have those of nunchaku's C++ modules (`qkv_proj.lora_down`,
+`smooth`), also in one file; later models have those of its Python modules (`attn.to_qkv.proj_down`,
+`smooth_factor`); SDXL has new modules with old leaves.
 """
 
 import re
 from dataclasses import dataclass
 
-OLD_LEAVES = {"lora_down": "proj_down", "lora_up": "proj_up", "smooth": "smooth_factor", "smooth_orig": "smooth_factor_orig"}
+OLD_LEAVES = {
+    "lora_down": "proj_down",
+    "lora_up": "proj_up",
+    "smooth": "smooth_factor",
+    "smooth_orig": "smooth_factor_orig",
+}
 
 
 @dataclass(frozen=True)
 class Module:
     """A module of nunchaku's, within a block.
 
-    name: in Python; old: in C++, where it differs. sources: diffusers' modules whose rows it stacks. unsigned: the activations are shifted
-    codes after GELU. splits: a W4A16 modulation layer of so many interleaved shifts, scales and gates; 0 for W4A4. column: which range of
-    in-channels of its source it is; -1 for all. bias: whether there is one. plain: never quantized, only renamed.
+    name: in Python; old: in C++, where it differs. sources: diffusers' modules whose rows it stacks.
+    unsigned: the activations are shifted codes after GELU. splits: a W4A16 modulation layer of so many
+    interleaved shifts, scales and gates; 0 for W4A4. column: which range of in-channels of its source it is;
+    -1 for all. bias: whether there is one. plain: never quantized, only renamed.
     """
 
     name: str
@@ -31,10 +39,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Names:
-    """marker: pattern of a key that only such models have. blocks: {pattern of a block's prefix: its modules}; group 1 of the pattern is
-    the index. old_modules, old_leaves: which vocabulary its files are in. model_class: nunchaku's, for the header; empty where files are
-    only read. stems: {beginning of ComfyUI's blocks: of diffusers'}. optional: stems of blocks that may be in 16 bits altogether;
-    optional_renamed: their modules that are under nunchaku's names even then.
+    """marker: pattern of a key that only such models have. blocks: {pattern of a block's prefix: its
+    modules}; group 1 of the pattern is the index. old_modules, old_leaves: which vocabulary its files are in.
+    model_class: nunchaku's, for the header; empty where files are only read. stems: {beginning of ComfyUI's
+    blocks: of diffusers'}. optional: stems of blocks that may be in 16 bits altogether; optional_renamed:
+    their modules that are under nunchaku's names even then.
     """
 
     family: str
@@ -52,7 +61,8 @@ class Names:
 
     @staticmethod
     def rows(keys: tuple[str, ...], n: int, k: int) -> list[int]:
-        """Out-channels of each of diffusers' tensors that are one layer (n, k) of ComfyUI's: as many each, but in FLUX.1's linear1."""
+        """Out-channels of each of diffusers' tensors that are one layer (n, k) of ComfyUI's: as many each,
+        but in FLUX.1's linear1."""
         if keys[-1].endswith(".proj_mlp.weight"):
             return [*([k] * (len(keys) - 1)), n - (len(keys) - 1) * k]
         return [n // len(keys)] * len(keys)
@@ -154,7 +164,10 @@ NAMES = (
     Names(
         "flux",
         r"single_transformer_blocks\.0\.",
-        {r"transformer_blocks\.(\d{1,4})": _FLUX_DOUBLE, r"single_transformer_blocks\.(\d{1,4})": _FLUX_SINGLE},
+        {
+            r"transformer_blocks\.(\d{1,4})": _FLUX_DOUBLE,
+            r"single_transformer_blocks\.(\d{1,4})": _FLUX_SINGLE,
+        },
         {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"},
         "NunchakuFluxTransformer2dModel",
         old_modules=True,

@@ -1,9 +1,12 @@
-"""Nunchaku's SVDQuant INT4 models: FLUX.1, Qwen-Image, SDXL and Z-Image, in one file or FLUX.1's older folder of two.
+"""Nunchaku's SVDQuant INT4 models: FLUX.1, Qwen-Image, SDXL and Z-Image, in one file or FLUX.1's older folder
+of two.
 
-A W4A4 module is the one operator with groups of 64, its tensors in tile order (`nunchaku_layout`): y = Wq Q((x + shift) / smooth) + (x
-proj_down) proj_up + bias, with shift 0.171875 and unsigned codes behind GELU, whose correction is in the file's bias already
-(deepcompressor's `convert_to_nunchaku_w4x4y16_linear_state_dict`). Modulation layers are W4A16 with zero points (`zero_points`), their
-rows interleaved and 1 added to the biases of the scales. `smooth_factor_orig` says nothing that the kernels read.
+A W4A4 module is the one operator with groups of 64, its tensors in tile order (`nunchaku_layout`): y = Wq
+Q((x + shift) / smooth) + (x proj_down) proj_up + bias, with shift 0.171875 and unsigned codes behind GELU,
+whose correction is in the file's bias already (deepcompressor's
+`convert_to_nunchaku_w4x4y16_linear_state_dict`). Modulation layers are W4A16 with zero points
+(`zero_points`), their rows interleaved and 1 added to the biases of the scales. `smooth_factor_orig` says
+nothing that the kernels read.
 """
 
 from dataclasses import replace
@@ -24,8 +27,9 @@ from .write import losses, reads_back, save
 
 
 def is_nunchaku(path, keys, metadata) -> bool:
-    """Whether a file or folder is, or claims to be, a model quantized by SVDQuant for nunchaku. keys: of its tensors; metadata: of its
-    header, or None. True also for what `NunchakuFile` then refuses by name, as NVFP4."""
+    """Whether a file or folder is, or claims to be, a model quantized by SVDQuant for nunchaku. keys: of its
+    tensors; metadata: of its header, or None. True also for what `NunchakuFile` then refuses by name, as
+    NVFP4."""
     path = Path(path)
     if path.is_dir():
         return any((path / name).is_file() for name in FOLDER)
@@ -33,14 +37,17 @@ def is_nunchaku(path, keys, metadata) -> bool:
         return True
     leaves = {key.rpartition(".")[2] for key in keys}
     svdquant = "qweight" in leaves and bool(leaves & {"smooth", "smooth_factor"})
-    return svdquant or ("qweight" in leaves and "svdquant" in (metadata or {}).get("quantization_config", "")[:HEADER_LIMIT])
+    return svdquant or (
+        "qweight" in leaves and "svdquant" in (metadata or {}).get("quantization_config", "")[:HEADER_LIMIT]
+    )
 
 
 class NunchakuFile(Opened):
     """An opened nunchaku model, layers and the rest under ComfyUI's names.
 
-    Beside the headers, some side data is read at opening (0.2 of FLUX.1's 6.7 GB): scales and zeros of modulation layers and the proj_down
-    of those that become one layer, on which its rank depends, and their smoothings, which the notes speak of. Raises CheckpointError.
+    Beside the headers, some side data is read at opening (0.2 of FLUX.1's 6.7 GB): scales and zeros of
+    modulation layers and the proj_down of those that become one layer, on which its rank depends, and their
+    smoothings, which the notes speak of. Raises CheckpointError.
     """
 
     kind = "nunchaku SVDQuant INT4"
@@ -62,7 +69,8 @@ class NunchakuFile(Opened):
         for key, stack in self._stacks.items():
             if absent := [k for k in stack.keys if k not in self._file.shapes]:
                 raise CheckpointError(
-                    f"{self.path}: {key} is made of {', '.join(stack.keys)}; {absent[0]} is missing. Download the file again."
+                    f"{self.path}: {key} is made of {', '.join(stack.keys)}; {absent[0]} is missing. "
+                    "Download the file again."
                 )
             name, _, leaf = key.rpartition(".")
             modules = [k.rpartition(".")[0] for k in stack.keys]
@@ -72,7 +80,10 @@ class NunchakuFile(Opened):
                 self.rest.append(key)
             elif len(quantized) < len(modules) or stack.swap_halves:
                 other = next((m for m in modules if m not in self._file.source), modules[0])
-                raise CheckpointError(f"{self.path}: {name} is one layer in ComfyUI, but {quantized[0]} is quantized and {other} is not")
+                raise CheckpointError(
+                    f"{self.path}: {name} is one layer in ComfyUI, but {quantized[0]} is quantized and "
+                    f"{other} is not"
+                )
             elif leaf == "weight":
                 self._recipes[name] = recipe = self._recipe(modules)
                 if self._one_down(recipe):
@@ -80,15 +91,23 @@ class NunchakuFile(Opened):
                 self.specs[name] = self._spec(name, recipe)
         self.rest.sort()
         used = {k for stack in self._stacks.values() for k in stack.keys}
-        if lone := [s for source, held in self._file.source.items() if f"{source}.weight" not in used for s in held]:
-            raise CheckpointError(f"{self.path}: {lone[0].keys['qweight']}: the {family.title} model has no such layer")
+        if lone := [
+            s for source, held in self._file.source.items() if f"{source}.weight" not in used for s in held
+        ]:
+            raise CheckpointError(
+                f"{self.path}: {lone[0].keys['qweight']}: the {family.title} model has no such layer"
+            )
         self._left = sorted(key for whole, (key, _, _) in self._file.plain.items() if whole not in used)
 
     def _check_stack(self, stack):
         """That the rows of several 16-bit tensors can be one tensor's, and halves change places."""
         first, *others = (self._file.shapes[k] for k in stack.keys)
         if others and (not first or any(o[1:] != first[1:] or not o for o in others)):
-            self._file.fail(self._file.plain[stack.keys[0]][0], f"rows that {stack.keys[1]} can follow", f"{first} and {others[0]}")
+            self._file.fail(
+                self._file.plain[stack.keys[0]][0],
+                f"rows that {stack.keys[1]} can follow",
+                f"{first} and {others[0]}",
+            )
         if stack.swap_halves and (not first or first[0] % 2):
             self._file.fail(self._file.plain[stack.keys[0]][0], "two halves of rows", first)
 
@@ -105,7 +124,11 @@ class NunchakuFile(Opened):
                 runs.append((held, at, at + n))
         for held, start, stop in runs:
             if (start, stop) != (0, held[0].out_features) and (start % layout.TILE or stop % layout.TILE):
-                self._file.fail(held[0].keys["qweight"], f"parts of multiples of {layout.TILE} out-channels", f"rows {start} to {stop}")
+                self._file.fail(
+                    held[0].keys["qweight"],
+                    f"parts of multiples of {layout.TILE} out-channels",
+                    f"rows {start} to {stop}",
+                )
         return runs
 
     def _one_down(self, recipe) -> bool:
@@ -126,16 +149,22 @@ class NunchakuFile(Opened):
         except SpecError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
-    # -- what it offers ----------------------------------------------------------------------------------------------------
+    # -- what it offers
 
     @property
     def notes(self) -> tuple[str, ...]:
         out = []
         if self._left:
-            out.append(f"{len(self._left)} tensors that the model does not have are left out: {', '.join(self._left[:3])}")
+            out.append(
+                f"{len(self._left)} tensors that the model does not have are left out: "
+                f"{', '.join(self._left[:3])}"
+            )
         for name, others in self._other_smoothing.items():
             heard = f" ({self._decibels[name]:.1f} dB of its weight)" if name in self._decibels else ""
-            out.append(f"{name}: {', '.join(others)} has a smoothing of its own and is quantized again behind the first one's{heard}")
+            out.append(
+                f"{name}: {', '.join(others)} has a smoothing of its own and is quantized again behind the "
+                f"first one's{heard}"
+            )
         return tuple(out)
 
     def _differing(self) -> dict[str, list[str]]:
@@ -144,7 +173,9 @@ class NunchakuFile(Opened):
         for name, recipe in self._recipes.items():
             first, *others = [held[0] for held, _, _ in recipe]
             smooth = self._file.get(first.keys["smooth_factor"]) if others else None
-            if differ := [s.name for s in others if not torch.equal(self._file.get(s.keys["smooth_factor"]), smooth)]:
+            if differ := [
+                s.name for s in others if not torch.equal(self._file.get(s.keys["smooth_factor"]), smooth)
+            ]:
                 out[name] = differ
         return out
 

@@ -1,8 +1,8 @@
 """Writing nunchaku's files: one file with the header entries that nunchaku and ComfyUI-nunchaku read.
 
-FLUX.1's files keep the C++ modules' names: the C++ loader knows no others, and the Python one renames them itself, but turns
-`smooth_factor` into `smooth_factor_factor` (`convert_flux_state_dict`). All low-rank branches get one rank: the Python modules are built
-with the header's.
+FLUX.1's files keep the C++ modules' names: the C++ loader knows no others, and the Python one renames them
+itself, but turns `smooth_factor` into `smooth_factor_factor` (`convert_flux_state_dict`). All low-rank
+branches get one rank: the Python modules are built with the header's.
 """
 
 import json
@@ -25,7 +25,8 @@ from .names import NAMES, Module, Names, by_family
 
 @dataclass(frozen=True)
 class _Target:
-    """A module to write: rows start..stop of each of some layers, of one range of in-channels where `module.column` is not -1."""
+    """A module to write: rows start..stop of each of some layers, of one range of in-channels where
+    `module.column` is not -1."""
 
     name: str
     block: str
@@ -34,17 +35,24 @@ class _Target:
 
 
 def losses(specs: dict[str, LinearSpec], family: str) -> dict[str, str]:
-    """{layer: why nunchaku cannot run it}, before anything is written. Layers that it has quantized and `specs` does not are among them.
+    """{layer: why nunchaku cannot run it}, before anything is written. Layers that it has quantized and
+    `specs` does not are among them.
 
     Empty where `save` writes the model; what `save` changes on the way it returns.
     """
     names = by_family(family)
     if names is None or not names.model_class:
         known = ", ".join(by_name(n.family).title for n in NAMES if n.model_class)
-        return dict.fromkeys(specs, f"is of a {by_name(family).title} model; nunchaku files are written of {known}")
+        return dict.fromkeys(
+            specs, f"is of a {by_name(family).title} model; nunchaku files are written of {known}"
+        )
     targets, missing, loose = _targets(names, specs)
     out = dict.fromkeys(missing, "stays in 16 bits here, and is one of nunchaku's quantized layers")
-    out |= {name: f"is {specs[name].describe()}, and stays in 16 bits in nunchaku" for name in loose if not specs[name].weight_only}
+    out |= {
+        name: f"is {specs[name].describe()}, and stays in 16 bits in nunchaku"
+        for name in loose
+        if not specs[name].weight_only
+    }
     for target in targets:
         for name, start, stop in target.rows:
             why = _why_not(target.module, specs[name], stop - start)
@@ -53,23 +61,32 @@ def losses(specs: dict[str, LinearSpec], family: str) -> dict[str, str]:
     return out
 
 
-def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], family: str, provenance: dict) -> list[str]:
-    """Writes a model as one nunchaku file under a temporary name and renames it. Returns sentences on what was changed on the way.
+def save(
+    path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor], family: str, provenance: dict
+) -> list[str]:
+    """Writes a model as one nunchaku file under a temporary name and renames it. Returns sentences on what
+    was changed on the way.
 
-    layers, rest: under ComfyUI's names. Everything is stored in the layers' 16-bit dtype: biases with a correction for shifted activations
-    or 1 added lose up to 2^-9 of themselves in bf16. Ranks are filled up with zeros to one multiple of 16. Raises SpecError where `losses`
-    finds any, or the low rank of a modulation layer is no offset of groups; CheckpointError where `rest` lacks a tensor that the header's
+    layers, rest: under ComfyUI's names. Everything is stored in the layers' 16-bit dtype: biases with a
+    correction for shifted activations or 1 added lose up to 2^-9 of themselves in bf16. Ranks are filled up
+    with zeros to one multiple of 16. Raises SpecError where `losses` finds any, or the low rank of a
+    modulation layer is no offset of groups; CheckpointError where `rest` lacks a tensor that the header's
     description of the model needs.
     """
     if lost := losses({name: layer.spec for name, layer in layers.items()}, family):
         name, why = next(iter(lost.items()))
-        raise SpecError(f"{path}: {len(lost)} layers cannot be written for nunchaku, among them {name}: it {why}")
+        raise SpecError(
+            f"{path}: {len(lost)} layers cannot be written for nunchaku, among them {name}: it {why}"
+        )
     names, notes = by_family(family), []
     dtype = _dtype(layers)
     targets, _, loose = _targets(names, {name: layer.spec for name, layer in layers.items()})
     plain = {key: tensor for name in loose for key, tensor in _in_16_bits(layers[name], dtype).items()}
     if loose:
-        notes.append(f"{len(loose)} weight-only layers are stored in 16 bits, as nunchaku has them: {', '.join(loose[:3])}")
+        notes.append(
+            f"{len(loose)} weight-only layers are stored in 16 bits, as nunchaku has them: "
+            f"{', '.join(loose[:3])}"
+        )
     tensors, skipped = _plain(names, rest | plain, {t.block for t in targets}, dtype, notes)
     linear, errors = {}, []
     for target in targets:
@@ -79,29 +96,46 @@ def save(path, layers: dict[str, QuantizedLayer], rest: dict[str, torch.Tensor],
         else:
             joined = _joined(target, layers, notes)
             linear[target] = joined, _branch(joined)
-    rank = -(-max((down.shape[1] for _, (down, _) in linear.values()), default=0) // layout.RANK) * layout.RANK
+    rank = (
+        -(-max((down.shape[1] for _, (down, _) in linear.values()), default=0) // layout.RANK) * layout.RANK
+    )
     for target, (layer, branch) in linear.items():
         tensors |= {
-            f"{target.name}.{names.leaf(leaf)}": t for leaf, t in _linear(layer, branch, target.module, rank, dtype, errors).items()
+            f"{target.name}.{names.leaf(leaf)}": t
+            for leaf, t in _linear(layer, branch, target.module, rank, dtype, errors).items()
         }
     if any(errors):
-        notes.append(f"biases of {sum(map(bool, errors))} of nunchaku's modules are rounded to {dtype}, by at most {max(errors):.2g}")
+        notes.append(
+            f"biases of {sum(map(bool, errors))} of nunchaku's modules are rounded to {dtype}, by at most "
+            f"{max(errors):.2g}"
+        )
     shapes = {key: tuple(t.shape) for key, t in rest.items()}
     shapes |= {f"{name}.weight": layer.spec.logical_shape for name, layer in layers.items()}
     part = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP}
     quantization = {"method": "svdquant", "weight": part, "activation": part, "rank": rank}
     if family == "z_image":
         quantization["skip_refiners"] = skipped
-    header = {"model_class": names.model_class, "quantization_config": quantization, "provenance": provenance, **configs(family, shapes)}
+    header = {
+        "model_class": names.model_class,
+        "quantization_config": quantization,
+        "provenance": provenance,
+        **configs(family, shapes),
+    }
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
-    save_tensors(Path(path), {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"format": "pt"} | text)
+    save_tensors(
+        Path(path), {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"format": "pt"} | text
+    )
     return notes
 
 
 def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
-    """Whether a layer read from a written file is the one given to `save`, but for what the format changes: low ranks filled up, smoothing
-    by one where there is none, biases of 2^-8 of themselves (plus 1) less. Not for layers that `save` names in what it returns."""
-    bias = [other.tensors["bias"].float() if other.spec.bias else torch.zeros(other.spec.out_features) for other in (found, layer)]
+    """Whether a layer read from a written file is the one given to `save`, but for what the format changes:
+    low ranks filled up, smoothing by one where there is none, biases of 2^-8 of themselves (plus 1) less. Not
+    for layers that `save` names in what it returns."""
+    bias = [
+        other.tensors["bias"].float() if other.spec.bias else torch.zeros(other.spec.out_features)
+        for other in (found, layer)
+    ]
     weight = [other.dequantize() for other in (found, layer)]
     for pair in (weight, bias):  # a NaN that was there stays one
         if pair[0].shape == pair[1].shape and torch.equal(pair[0].isfinite(), pair[1].isfinite()):
@@ -114,11 +148,12 @@ def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
     )
 
 
-# -- which layer goes where ------------------------------------------------------------------------------------------------
+# -- which layer goes where
 
 
 class _AnyKeys(dict):
-    """Shapes of a model of which only the number of blocks is known: whatever tensor a family asks for is there."""
+    """Shapes of a model of which only the number of blocks is known: whatever tensor a family asks for is
+    there."""
 
     def __contains__(self, key):
         return True
@@ -145,13 +180,21 @@ def _targets(names: Names, specs):
         comfy |= dict.fromkeys((k.rpartition(".")[0] for k in stack.keys), name)
         if name in specs:
             start = 0
-            for k, n in zip(stack.keys, names.rows(stack.keys, specs[name].out_features, specs[name].in_features), strict=True):
+            for k, n in zip(
+                stack.keys,
+                names.rows(stack.keys, specs[name].out_features, specs[name].in_features),
+                strict=True,
+            ):
                 where[k.rpartition(".")[0]] = (name, start, start + n)
                 start += n
     blocks = dict.fromkeys(found[0] for module in comfy if (found := names.block_of(f"{module}.")))
     modules = [(block, m) for block in blocks for m in names.modules(block) if not m.plain]
     # All of the optional blocks are quantized, or none.
-    optional = any(names.is_optional(block) and f"{block}.{source}" in where for block, m in modules for source in m.sources)
+    optional = any(
+        names.is_optional(block) and f"{block}.{source}" in where
+        for block, m in modules
+        for source in m.sources
+    )
     targets, missing = [], []
     for block, module in modules:
         if names.is_optional(block) and not optional:
@@ -159,7 +202,11 @@ def _targets(names: Names, specs):
         sources = [f"{block}.{source}" for source in module.sources]
         pieces = [where.get(source) for source in sources]
         if None in pieces:
-            missing += [comfy.get(source, source) for source, piece in zip(sources, pieces, strict=True) if piece is None]
+            missing += [
+                comfy.get(source, source)
+                for source, piece in zip(sources, pieces, strict=True)
+                if piece is None
+            ]
             continue
         rows = []
         for name, start, stop in pieces:
@@ -169,7 +216,11 @@ def _targets(names: Names, specs):
                 rows.append((name, start, stop))
         used |= {name for name, _, _ in rows}
         targets.append(_Target(names.stored(block, module), block, module, tuple(rows)))
-    return targets, list(dict.fromkeys(missing)), [name for name in specs if name not in used and name not in missing]
+    return (
+        targets,
+        list(dict.fromkeys(missing)),
+        [name for name in specs if name not in used and name not in missing],
+    )
 
 
 def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
@@ -182,11 +233,15 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
     if spec.padding:
         return f"pads its {spec.in_features} in-channels to {spec.width}, which nunchaku does not"
     if len(parts) != (1 if module.column < 0 else 2):
-        return f"is quantized in {len(parts)} ranges of in-channels, and is {'one' if module.column < 0 else 'two'} in nunchaku"
+        return (
+            f"is quantized in {len(parts)} ranges of in-channels, and is "
+            f"{'one' if module.column < 0 else 'two'} in nunchaku"
+        )
     part = parts[max(module.column, 0)]
     if part.kronecker or part.rotation:
         return (
-            f"{'has a learned transform' if part.kronecker else f'rotates its input (Hadamard {part.rotation})'}, which nunchaku does not"
+            f"{'has a learned transform' if part.kronecker else f'rotates its input (Hadamard {part.rotation})'}, "
+            "which nunchaku does not"
         )
     weight, act = part.weight, part.activation
     if (weight.bits, weight.granularity, weight.group) != (4, "group", layout.GROUP):
@@ -206,9 +261,7 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
             return f"{has}; nunchaku has 4 bits, {layout.GROUP} channels, clip 1"
         if (act.unsigned, act.shift) != ((True, GELU_SHIFT) if module.unsigned else (False, 0.0)):
             wanted = f"unsigned and shifted by {GELU_SHIFT}" if module.unsigned else "signed"
-            return (
-                f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}; nunchaku's are {wanted} there"
-            )
+            return f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}; nunchaku's are {wanted} there"
         multiples = (layout.TILE, layout.TILE)
     if rows % multiples[0] or part.width % multiples[1]:
         return f"has {rows} out- and {part.width} in-channels; nunchaku needs multiples of {multiples[0]} and {multiples[1]}"
@@ -217,11 +270,13 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
     return None
 
 
-# -- tensors ---------------------------------------------------------------------------------------------------------------
+# -- tensors
 
 
 def _dtype(layers) -> torch.dtype:
-    found = Counter(t.dtype for layer in layers.values() for t in [layer.tensors["weight_scale"]] if t.dtype.itemsize == 2)
+    found = Counter(
+        t.dtype for layer in layers.values() for t in [layer.tensors["weight_scale"]] if t.dtype.itemsize == 2
+    )
     return found.most_common(1)[0][0] if found else torch.bfloat16
 
 
@@ -239,28 +294,47 @@ def _in_16_bits(layer: QuantizedLayer, dtype):
 
 
 def _plain(names: Names, rest, quantized, dtype, notes):
-    """({stored key: tensor}, whether the blocks that nunchaku may leave in 16 bits are). quantized: blocks of targets."""
+    """({stored key: tensor}, whether the blocks that nunchaku may leave in 16 bits are). quantized: blocks of
+    targets."""
     stacks, out, left = _stacks(names, list(rest)), {}, []
     for key, tensor in rest.items():
         if key not in stacks and key.endswith("_norm.weight"):
-            key = key.removesuffix("weight") + "scale"  # FLUX's norms as ComfyUI holds them, and not as its files name them
+            key = (
+                key.removesuffix("weight") + "scale"
+            )  # FLUX's norms as ComfyUI holds them, and not as its files name them
         if key not in stacks:
             left.append(key)
             continue
         keys = stacks[key].keys
         tensor = _short(key, tensor, dtype) if tensor.is_floating_point() else tensor
         swapped = stacks[key].swap_halves or len(keys) > 1
-        out |= stacks[key].write(tensor, [tensor.shape[0] // len(keys)] * len(keys)) if swapped else {keys[0]: tensor}
+        out |= (
+            stacks[key].write(tensor, [tensor.shape[0] // len(keys)] * len(keys))
+            if swapped
+            else {keys[0]: tensor}
+        )
     if left:
-        notes.append(f"{len(left)} tensors that the model does not have in nunchaku are left out: {', '.join(left[:3])}")
-    skipped = {block for key in out if (found := names.block_of(key)) for block in found[:1] if names.is_optional(block)} - quantized
+        notes.append(
+            f"{len(left)} tensors that the model does not have in nunchaku are left out: {', '.join(left[:3])}"
+        )
+    skipped = {
+        block
+        for key in out
+        if (found := names.block_of(key))
+        for block in found[:1]
+        if names.is_optional(block)
+    } - quantized
     for block in dict.fromkeys(found[0] for key in out if (found := names.block_of(key))):
         for module in names.modules(block):
             for leaf in ("weight", "bias"):
                 sources = [f"{block}.{source}.{leaf}" for source in module.sources]
-                if (module.plain or (block in skipped and module.name in names.optional_renamed)) and all(s in out for s in sources):
+                if (module.plain or (block in skipped and module.name in names.optional_renamed)) and all(
+                    s in out for s in sources
+                ):
                     tensors = [out.pop(s) for s in sources]
-                    out[f"{names.stored(block, module)}.{leaf}"] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+                    out[f"{names.stored(block, module)}.{leaf}"] = (
+                        torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+                    )
     return out, bool(skipped)
 
 
@@ -270,15 +344,25 @@ def _joined(target: _Target, layers, notes) -> QuantizedLayer:
     for name, start, stop in target.rows:
         layer = layers[name]
         if target.module.column >= 0:
-            layer = split_columns(layer, [f"{name} columns {i}" for i in range(len(layer.spec.parts))])[target.module.column]
+            layer = split_columns(layer, [f"{name} columns {i}" for i in range(len(layer.spec.parts))])[
+                target.module.column
+            ]
         n = layer.spec.out_features
         cuts = [c for c in (start, stop - start, n - stop) if c]
-        pieces.append(layer if len(cuts) == 1 else layer.split_rows([name] * len(cuts), cuts)[1 if start else 0])
+        pieces.append(
+            layer if len(cuts) == 1 else layer.split_rows([name] * len(cuts), cuts)[1 if start else 0]
+        )
     first = pieces[0].tensors.get("smooth_factor")
     for i, piece in enumerate(pieces[1:], 1):
-        if first is not None and "smooth_factor" in piece.tensors and not torch.equal(first, piece.tensors["smooth_factor"]):
+        if (
+            first is not None
+            and "smooth_factor" in piece.tensors
+            and not torch.equal(first, piece.tensors["smooth_factor"])
+        ):
             pieces[i], decibels = resmooth(piece, first)
-            notes.append(f"{piece.name} takes the smoothing of {pieces[0].name}, quantized again at {decibels:.1f} dB of its weight")
+            notes.append(
+                f"{piece.name} takes the smoothing of {pieces[0].name}, quantized again at {decibels:.1f} dB of its weight"
+            )
     if len(pieces) == 1:
         return QuantizedLayer(target.name, pieces[0].spec, pieces[0].tensors)
     downs = [p.tensors.get("proj_down") for p in pieces]
@@ -287,7 +371,8 @@ def _joined(target: _Target, layers, notes) -> QuantizedLayer:
 
 
 def _branch(layer: QuantizedLayer):
-    """(proj_down, proj_up) without the blocks of 16 ranks that have no part in it: rows of a stack carry the other rows' along."""
+    """(proj_down, proj_up) without the blocks of 16 ranks that have no part in it: rows of a stack carry the
+    other rows' along."""
     down, up = (layer.tensors.get(key) for key in ("proj_down", "proj_up"))
     if down is None:
         k, n = layer.spec.in_features, layer.spec.out_features
@@ -304,11 +389,16 @@ def _rounded(name, bias, dtype, errors):
     return short
 
 
-def _linear(layer: QuantizedLayer, branch, module: Module, rank: int, dtype, errors) -> dict[str, torch.Tensor]:
-    """The stored tensors of a W4A4 module, by their new leaves. branch: of `_branch`, filled up to `rank` with zeros."""
+def _linear(
+    layer: QuantizedLayer, branch, module: Module, rank: int, dtype, errors
+) -> dict[str, torch.Tensor]:
+    """The stored tensors of a W4A4 module, by their new leaves. branch: of `_branch`, filled up to `rank`
+    with zeros."""
     tensors, n, k = layer.tensors, layer.spec.out_features, layer.spec.in_features
     short = lambda tensor: _short(layer.name, tensor, dtype)
-    smooth = layout.pack_vector(short(tensors["smooth_factor"]) if "smooth_factor" in tensors else torch.ones(k, dtype=dtype))
+    smooth = layout.pack_vector(
+        short(tensors["smooth_factor"]) if "smooth_factor" in tensors else torch.ones(k, dtype=dtype)
+    )
     out = {
         "qweight": layout.pack_weight(tensors["weight"]),
         "wscales": layout.pack_scale(short(tensors["weight_scale"])),
@@ -330,9 +420,13 @@ def _modulation(layer: QuantizedLayer, module: Module, dtype, notes, errors) -> 
     try:
         zero = zeros_of(t["weight_scale"], t.get("proj_down"), t.get("proj_up"), layout.GROUP)
     except ValueError as error:
-        raise SpecError(f"layer {layer.name} cannot be written for nunchaku: {error}. Quantize it with rank 0.") from error
+        raise SpecError(
+            f"layer {layer.name} cannot be written for nunchaku: {error}. Quantize it with rank 0."
+        ) from error
     if not torch.equal(zero.to(dtype).float(), zero):
-        notes.append(f"{layer.name}: zeros of its groups are rounded to {dtype}, which has no room for offset - 8 scale")
+        notes.append(
+            f"{layer.name}: zeros of its groups are rounded to {dtype}, which has no room for offset - 8 scale"
+        )
     bias = t["bias"].float().clone() if layer.spec.bias else torch.zeros(n)
     bias.view(module.splits, -1)[layout.SCALES] += 1
     stored = lambda rows: layout.interleave(_short(layer.name, rows, dtype), module.splits)

@@ -27,7 +27,11 @@ _AUDIO3 = _AUDIO | {
     "global_cond_shared_embed": True,
     "global_cond_type": "adaLN",
 }
-_AUDIO_SMALL = {"embed_dim": 768, "num_heads": 12, "depth": 1}  # as wide as the text, of which ComfyUI fixes the width
+_AUDIO_SMALL = {
+    "embed_dim": 768,
+    "num_heads": 12,
+    "depth": 1,
+}  # as wide as the text, of which ComfyUI fixes the width
 _ACE = {
     "audio_model": "ace",
     "attention_head_dim": 128,
@@ -77,11 +81,18 @@ _HUNYUAN3D = {
     "qkv_bias": True,
     "guidance_embed": False,
 }
-_HUNYUAN3D_SMALL = {"context_in_dim": 64, "hidden_size": 256, "num_heads": 4, "depth": 1, "depth_single_blocks": 2}
+_HUNYUAN3D_SMALL = {
+    "context_in_dim": 64,
+    "hidden_size": 256,
+    "num_heads": 4,
+    "depth": 1,
+    "depth_single_blocks": 2,
+}
 
 
 def _seconds(name, width):
-    """A number conditioner's tensors in the checkpoint; width: of its features, 257 where it has learned frequencies."""
+    """A number conditioner's tensors in the checkpoint; width: of its features, 257 where it has learned
+    frequencies."""
     p = f"conditioner.conditioners.{name}.embedder.embedding."
     learned = {f"{p}0.weights": (128,)} if width == 257 else {}
     return learned | {f"{p}1.weight": (768, width), f"{p}1.bias": (768,)}
@@ -122,16 +133,25 @@ ENTRIES = (
         _AUDIO_SMALL,
         (1, 256, 16),
         text=(10, 768),
-        outside=_seconds("seconds_total", 256) | {"conditioner.conditioners.prompt.padding_embedding": (768,)},
+        outside=_seconds("seconds_total", 256)
+        | {"conditioner.conditioners.prompt.padding_embedding": (768,)},
         note="ComfyUI reads its widths off the checkpoint; the sizes here are for those of Stable Audio 1.",
     ),
     Entry(
         "ACEStep",
         _ACE,
-        {"inner_dim": 256, "num_attention_heads": 2, "num_layers": 2, "text_embedding_dim": 64, "lyric_encoder_vocab_size": 128},
+        {
+            "inner_dim": 256,
+            "num_attention_heads": 2,
+            "num_layers": 2,
+            "text_embedding_dim": 64,
+            "lyric_encoder_vocab_size": 128,
+        },
         (1, 8, 16, 32),
         conds=lambda rand: {"conditioning_lyrics": torch.arange(8)[None]},
-        replace={"comfy.ldm.ace.model.LyricEncoder": lambda made: partial(made, num_blocks=1, linear_units=256)},
+        replace={
+            "comfy.ldm.ace.model.LyricEncoder": lambda made: partial(made, num_blocks=1, linear_units=256)
+        },
     ),
     Entry(
         "ACEStep15",
@@ -142,7 +162,9 @@ ENTRIES = (
         device="cpu",  # it computes with its buffers as it is made; weights stay memory that nothing touches
     ),
     Entry("Hunyuan3Dv2", _HUNYUAN3D, _HUNYUAN3D_SMALL, (1, 64, 32)),
-    Entry("Hunyuan3Dv2mini", _HUNYUAN3D | {"depth": 8, "depth_single_blocks": 16}, _HUNYUAN3D_SMALL, (1, 64, 32)),
+    Entry(
+        "Hunyuan3Dv2mini", _HUNYUAN3D | {"depth": 8, "depth_single_blocks": 16}, _HUNYUAN3D_SMALL, (1, 64, 32)
+    ),
     Entry(
         "Hunyuan3Dv2_1",
         {
@@ -156,13 +178,27 @@ ENTRIES = (
             "qkv_bias": False,
             "guidance_cond_proj_dim": None,
         },
-        {"context_dim": 64, "hidden_size": 256, "num_heads": 4, "depth": 3, "num_moe_layers": 1, "num_experts": 2, "moe_top_k": 1},
+        {
+            "context_dim": 64,
+            "hidden_size": 256,
+            "num_heads": 4,
+            "depth": 3,
+            "num_moe_layers": 1,
+            "num_experts": 2,
+            "moe_top_k": 1,
+        },
         (1, 64, 32),
     ),
     Entry(
         "TripoSplat",
         {"image_model": "triposplat"},
-        {"q_token_length": 32, "model_channels": 256, "cond_channels": 64, "num_blocks": 2, "num_refiner_blocks": 1},
+        {
+            "q_token_length": 32,
+            "model_channels": 256,
+            "cond_channels": 64,
+            "num_blocks": 2,
+            "num_refiner_blocks": 1,
+        },
         ((1, 32, 16), (1, 1, 5)),
         conds=lambda rand: {"reference_latents": [rand(1, 128, 2, 2)]},
     ),
@@ -177,7 +213,9 @@ ENTRIES = (
         # Its widths are constants: one of 36 layers, with an MLP an eighth as wide.
         replace={
             "comfy.ldm.minimax_music.dit.range": lambda made: lambda n: made(1),
-            "comfy.ldm.minimax_music.dit.TransformerBlock": lambda made: lambda dim, heads, mlp, *rest: made(dim, heads, mlp // 8, *rest),
+            "comfy.ldm.minimax_music.dit.TransformerBlock": lambda made: (
+                lambda dim, heads, mlp, *rest: made(dim, heads, mlp // 8, *rest)
+            ),
         },
     ),
     Entry(
@@ -187,7 +225,8 @@ ENTRIES = (
         (1, 8, 16, 16, 16),
         conds=lambda rand: {"embeds": rand(1, 10, 64)},
         variant="structure",
-        note="Nibble Calibrate sees the network of the stage that it samples; those of the other stages stay in 16 bit.",
+        note="Nibble Calibrate sees the network of the stage that it samples; those of the other stages "
+        "stay in 16 bit.",
     ),
     Entry(
         "Trellis2",

@@ -21,7 +21,8 @@ SMOOTH = ((0.5, 0.5),)
 
 @dataclass
 class Result:
-    """What a class gave. layers: how many were quantized, kept: of the plan in 16 bit; effect: of the LoRA on full precision."""
+    """What a class gave. layers: how many were quantized, kept: of the plan in 16 bit; effect: of the LoRA on
+    full precision."""
 
     family: str
     layers: int
@@ -31,11 +32,15 @@ class Result:
     cosine: float
 
     def __str__(self):
-        return f"{self.family} | {self.layers} + {self.kept} | {self.error:.3f} | {self.effect:.2f} | {self.cosine:.3f}"
+        return (
+            f"{self.family} | {self.layers} + {self.kept} | {self.error:.3f} | {self.effect:.2f} | "
+            f"{self.cosine:.3f}"
+        )
 
 
 def sweep(entry) -> Result:
-    """Takes a tiny instance of the entry's class through the pack's nodes. Raises AssertionError where a step gives something else."""
+    """Takes a tiny instance of the entry's class through the pack's nodes. Raises AssertionError where a step
+    gives something else."""
     import comfy.model_management
 
     try:
@@ -60,11 +65,17 @@ def _sweep(entry):
     loaded = load(path)
     same_model(loaded.model, source.model)
     stock_refuses(path)
-    assert torch.equal(inputs.run(loaded), packed), "the saved file gives another output than the model that it was saved from"
+    assert torch.equal(inputs.run(loaded), packed), (
+        "the saved file gives another output than the model that it was saved from"
+    )
     rows = made.attachments[ATTACHMENT]["report"]
-    assert {r["name"] for r in rows if r["nbytes"]} == {n.removeprefix("diffusion_model.") for n, _ in loaded.packed_layers()}
+    assert {r["name"] for r in rows if r["nbytes"]} == {
+        n.removeprefix("diffusion_model.") for n, _ in loaded.packed_layers()
+    }
     lora = lora_of([r for r in rows if r["nbytes"]], entry.rand())
-    full_effect, effect = (inputs.run(with_lora(model, lora)) - plain for model, plain in ((source, full), (loaded, packed)))
+    full_effect, effect = (
+        inputs.run(with_lora(model, lora)) - plain for model, plain in ((source, full), (loaded, packed))
+    )
     return Result(
         family=made.attachments[ATTACHMENT]["family"],
         layers=sum(r["nbytes"] > 0 for r in rows),
@@ -85,10 +96,24 @@ def calibrate(entry, source):
     text = None if entry.text is None else rand(1, *entry.text)
     conds = [[text, entry.conds(rand)]]
     nested = isinstance(entry.latent[0], tuple)
-    latent = comfy.nested_tensor.NestedTensor([torch.zeros(s) for s in entry.latent]) if nested else torch.zeros(entry.latent)
+    latent = (
+        comfy.nested_tensor.NestedTensor([torch.zeros(s) for s in entry.latent])
+        if nested
+        else torch.zeros(entry.latent)
+    )
     with torch.inference_mode():
         return NibbleCalibrate.execute(
-            source, {"positive0": conds}, {"samples": latent}, "euler", "simple", STEPS, 1.0, 0, SAMPLES, 1.0, True
+            source,
+            {"positive0": conds},
+            {"samples": latent},
+            "euler",
+            "simple",
+            STEPS,
+            1.0,
+            0,
+            SAMPLES,
+            1.0,
+            True,
         ).args[0]
 
 
@@ -106,13 +131,16 @@ def same_model(model, source):
     assert type(model.model_config) is type(source.model_config)
     assert model.model_type == source.model_type
     assert type(model.latent_format) is type(source.latent_format)
-    assert [c.__name__ for c in type(model.model_sampling).__mro__] == [c.__name__ for c in type(source.model_sampling).__mro__]
+    assert [c.__name__ for c in type(model.model_sampling).__mro__] == [
+        c.__name__ for c in type(source.model_sampling).__mro__
+    ]
     assert model.model_config.sampling_settings == source.model_config.sampling_settings
 
 
 def lora_of(rows, rand) -> dict:
-    """A LoRA file's tensors for every quantized layer of the last block: there both models read the same input but for what the blocks
-    before have cost, so that the effect of the LoRA is compared and not codes that it flips in later blocks."""
+    """A LoRA file's tensors for every quantized layer of the last block: there both models read the same
+    input but for what the blocks before have cost, so that the effect of the LoRA is compared and not codes
+    that it flips in later blocks."""
     rows = [r for r in rows if r["block"] == rows[-1]["block"]]
     out = {}
     for r in rows:
@@ -131,16 +159,25 @@ def with_lora(patcher, tensors):
 
 @contextmanager
 def _short_search():
-    """svdquant_r with two smoothings and the plain low rank: a class takes seconds, and what is tested is the way, not the fit."""
+    """svdquant_r with two smoothings and the plain low rank: a class takes seconds, and what is tested is the
+    way, not the fit."""
     method = METHODS["svdquant_r"]
-    config = replace(method.config, smooth=SMOOTH, smooth_statistics=("absmax",), low_rank=("plain",), iterations=0, finalists=1)
+    config = replace(
+        method.config,
+        smooth=SMOOTH,
+        smooth_statistics=("absmax",),
+        low_rank=("plain",),
+        iterations=0,
+        finalists=1,
+    )
     with patch.dict(METHODS, {"svdquant_r": replace(method, config=config)}):
         yield
 
 
 @contextmanager
 def replaced(replacements):
-    """Other objects under names such as "comfy.ldm.ace.model.LyricEncoder" or, within a class, "...model_animate:Generator.get_motion"."""
+    """Other objects under names such as "comfy.ldm.ace.model.LyricEncoder" or, within a class,
+    "...model_animate:Generator.get_motion"."""
     with ExitStack() as stack:
         for name, make in replacements.items():
             where, _, attribute = name.rpartition(".")
@@ -174,7 +211,9 @@ class Inputs:
         comfy.model_management.load_models_gpu([patcher])
         args, kwargs = _copied(self.call)
         network = patcher.model.diffusion_model
-        if hasattr(network, "clear_kv_cache"):  # HiDream-O1 keeps keys and values of its prompt from call to call
+        if hasattr(
+            network, "clear_kv_cache"
+        ):  # HiDream-O1 keeps keys and values of its prompt from call to call
             network.clear_kv_cache()
         with torch.no_grad():
             out = network(*args, **kwargs)

@@ -25,8 +25,20 @@ _FLUX = {
     "txt_norm": False,
 }
 _SCHNELL = _FLUX | {"guidance_embed": False}
-_LONGCAT = _SCHNELL | {"vec_in_dim": None, "context_in_dim": 3584, "txt_ids_dims": [1, 2], "depth": 10, "depth_single_blocks": 20}
-_OVIS = _LONGCAT | {"context_in_dim": 2048, "yak_mlp": True, "txt_norm": True, "depth": 6, "depth_single_blocks": 27}
+_LONGCAT = _SCHNELL | {
+    "vec_in_dim": None,
+    "context_in_dim": 3584,
+    "txt_ids_dims": [1, 2],
+    "depth": 10,
+    "depth_single_blocks": 20,
+}
+_OVIS = _LONGCAT | {
+    "context_in_dim": 2048,
+    "yak_mlp": True,
+    "txt_norm": True,
+    "depth": 6,
+    "depth_single_blocks": 27,
+}
 _FLUX2 = {
     "image_model": "flux2",
     "in_channels": 128,

@@ -1,4 +1,5 @@
-"""What the pack makes of a class at full width, from the shapes of its network on the meta device: no weight is ever allocated."""
+"""What the pack makes of a class at full width, from the shapes of its network on the meta device: no weight
+is ever allocated."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ RANK = 32  # the default of Nibble Quantize
 
 @dataclass(frozen=True)
 class Facts:
-    """family: its title, "rules" without a map. weights: values of the network's tensors; quantized: of them in 4 bits; nbytes: of all as Nibble Save Model
-    writes them. kept: {why: (values, the largest tensor)} of the others."""
+    """family: its title, "rules" without a map. weights: values of the network's tensors; quantized: of them
+    in 4 bits; nbytes: of all as Nibble Save Model writes them. kept: {why: (values, the largest tensor)} of
+    the others."""
 
     family: str
     weights: int
@@ -56,9 +58,13 @@ def facts(entry) -> Facts:
             kept[_why(key, shape, source)].append((prod(shape), key))
     weights = sum(map(prod, source.shapes.values()))
     nbytes += 2 * sum(n for group in kept.values() for n, _ in group)
-    largest = {why: (sum(n for n, _ in group), "" if why == TABLES else max(group)[1]) for why, group in kept.items()}
+    largest = {
+        why: (sum(n for n, _ in group), "" if why == TABLES else max(group)[1]) for why, group in kept.items()
+    }
     title = source.family.title if source.family is not GENERIC else "rules"
-    return Facts(title, weights, quantized, nbytes, dict(sorted(largest.items(), key=lambda item: -item[1][0])))
+    return Facts(
+        title, weights, quantized, nbytes, dict(sorted(largest.items(), key=lambda item: -item[1][0]))
+    )
 
 
 def _spec(layer, bias) -> LinearSpec:
@@ -67,7 +73,9 @@ def _spec(layer, bias) -> LinearSpec:
     stops = [p.stop for p in layer.parts[:-1]] + [layer.in_features + padding]
     rank = min(RANK, layer.out_features, *(p.stop - p.start for p in layer.parts))
     quantizers = {"activation": None} if layer.weight_only else {"smooth": True}
-    parts = tuple(PartSpec(p.start, stop, rank=rank, **quantizers) for p, stop in zip(layer.parts, stops, strict=True))
+    parts = tuple(
+        PartSpec(p.start, stop, rank=rank, **quantizers) for p, stop in zip(layer.parts, stops, strict=True)
+    )
     return LinearSpec(layer.in_features, layer.out_features, parts, bias, padding=padding)
 
 

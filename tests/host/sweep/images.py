@@ -11,7 +11,10 @@ _SD3 = {
     "depth": 38,
     "input_size": None,
     "adm_in_channels": 2048,
-    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}},
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 4096, "out_features": 2432},
+    },
     "num_patches": 36864,
     "pos_embed_max_size": 192,
     "qk_norm": "rms",
@@ -21,7 +24,10 @@ _SD3 = {
 _SD3_SMALL = {
     "depth": 3,
     "adm_in_channels": 64,
-    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 192}},
+    "context_embedder_config": {
+        "target": "torch.nn.Linear",
+        "params": {"in_features": 64, "out_features": 192},
+    },
     "num_patches": 256,
     "pos_embed_max_size": 16,
 }
@@ -41,7 +47,14 @@ _PIXART_ALPHA = _PIXART | {"image_model": "pixart_alpha", "model_max_length": 12
 _PIXART_SMALL = {"num_heads": 2, "hidden_size": 128, "depth": 2, "caption_channels": 64}
 _HYDIT = {"image_model": "hydit", "depth": 40, "hidden_size": 1408, "mlp_ratio": 4.3637}
 _HYDIT1 = _HYDIT | {"image_model": "hydit1", "size_cond": True, "use_style_cond": True}
-_HYDIT_SMALL = {"depth": 4, "hidden_size": 256, "num_heads": 4, "mlp_ratio": 4.0, "text_states_dim": 64, "text_states_dim_t5": 128}
+_HYDIT_SMALL = {
+    "depth": 4,
+    "hidden_size": 256,
+    "num_heads": 4,
+    "mlp_ratio": 4.0,
+    "text_states_dim": 64,
+    "text_states_dim_t5": 128,
+}
 _LUMINA = {
     "image_model": "lumina2",
     "patch_size": 2,
@@ -80,11 +93,24 @@ _Z_PIXEL = _Z_IMAGE | {
     "decoder_num_res_blocks": 4,
     "decoder_max_freqs": 8,
 }
-_Z_SMALL = {"dim": 256, "cap_feat_dim": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "n_refiner_layers": 1}
+_Z_SMALL = {
+    "dim": 256,
+    "cap_feat_dim": 64,
+    "n_layers": 2,
+    "n_heads": 2,
+    "n_kv_heads": 2,
+    "n_refiner_layers": 1,
+}
 _QWEN = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
 _QWEN_SMALL = {"num_attention_heads": 2, "joint_attention_dim": 64, "num_layers": 2}
 _LENS = {"image_model": "lens"}
-_ERNIE_SMALL = {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 512, "text_in_dim": 64}
+_ERNIE_SMALL = {
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "num_layers": 2,
+    "ffn_hidden_size": 512,
+    "text_in_dim": 64,
+}
 _OMNIGEN = {
     "image_model": "omnigen2",
     "axes_dim_rope": [40, 40, 40],
@@ -124,7 +150,13 @@ _PIXELDIT_SMALL = {
     "pixel_depth": 1,
     "txt_embed_dim": 64,
 }
-_PID = {"image_model": "pid", "lq_latent_channels": 16, "lq_hidden_dim": 512, "lq_interval": 2, "latent_spatial_down_factor": 8}
+_PID = {
+    "image_model": "pid",
+    "lq_latent_channels": 16,
+    "lq_hidden_dim": 512,
+    "lq_interval": 2,
+    "latent_spatial_down_factor": 8,
+}
 
 
 def _masked(rand):
@@ -143,11 +175,23 @@ ENTRIES = (
     Entry(
         "AuraFlow",
         {"max_seq": 9216, "cond_seq_dim": 2048, "n_double_layers": 4, "n_layers": 36},
-        {"max_seq": 64, "cond_seq_dim": 64, "n_double_layers": 1, "n_layers": 3, "dim": 256, "n_heads": 2, "global_conddim": 256},
+        {
+            "max_seq": 64,
+            "cond_seq_dim": 64,
+            "n_double_layers": 1,
+            "n_layers": 3,
+            "dim": 256,
+            "n_heads": 2,
+            "global_conddim": 256,
+        },
         (1, 4, 16, 16),
     ),
     Entry(
-        "PixArtAlpha", _PIXART_ALPHA, _PIXART_SMALL | {"hidden_size": 192}, (1, 4, 36, 36), conds=lambda rand: {"width": 128, "height": 128}
+        "PixArtAlpha",
+        _PIXART_ALPHA,
+        _PIXART_SMALL | {"hidden_size": 192},
+        (1, 4, 36, 36),
+        conds=lambda rand: {"width": 128, "height": 128},
     ),
     Entry("PixArtSigma", _PIXART, _PIXART_SMALL, (1, 4, 36, 36)),
     Entry(
@@ -181,7 +225,12 @@ ENTRIES = (
         (1, 16, 16, 16),
     ),
     Entry("ZImage", _Z_IMAGE, _Z_SMALL, (1, 16, 16, 16)),
-    Entry("ZImagePixelSpace", _Z_PIXEL, _Z_SMALL | {"decoder_hidden_size": 256, "decoder_num_res_blocks": 2}, (1, 3, 64, 64)),
+    Entry(
+        "ZImagePixelSpace",
+        _Z_PIXEL,
+        _Z_SMALL | {"decoder_hidden_size": 256, "decoder_num_res_blocks": 2},
+        (1, 3, 64, 64),
+    ),
     Entry("QwenImage", _QWEN, _QWEN_SMALL, (1, 16, 1, 16, 16)),
     Entry(
         "QwenImage",
@@ -199,7 +248,12 @@ ENTRIES = (
         conds=lambda rand: {"reference_latents": [rand(1, 16, 1, 8, 8)]},
         variant="Layered",
     ),
-    Entry("MageFlow", {"image_model": "mage_flow", "in_channels": 128, "num_layers": 12}, _QWEN_SMALL, (1, 128, 8, 8)),
+    Entry(
+        "MageFlow",
+        {"image_model": "mage_flow", "in_channels": 128, "num_layers": 12},
+        _QWEN_SMALL,
+        (1, 128, 8, 8),
+    ),
     Entry(
         "JoyImage",
         {
@@ -217,7 +271,13 @@ ENTRIES = (
     Entry(
         "Ideogram4",
         {"image_model": "ideogram4", "in_channels": 128, "num_layers": 34},
-        {"num_attention_heads": 1, "num_layers": 2, "intermediate_size": 512, "adaln_dim": 128, "llm_features_dim": 64},
+        {
+            "num_attention_heads": 1,
+            "num_layers": 2,
+            "intermediate_size": 512,
+            "adaln_dim": 128,
+            "llm_features_dim": 64,
+        },
         (1, 128, 8, 8),
     ),
     Entry(
@@ -233,7 +293,16 @@ ENTRIES = (
             "txtlayers": 12,
             "txtdim": 2560,
         },
-        {"features": 256, "layers": 2, "heads": 2, "kvheads": 1, "txtlayers": 2, "txtdim": 128, "txtheads": 2, "txtkvheads": 2},
+        {
+            "features": 256,
+            "layers": 2,
+            "heads": 2,
+            "kvheads": 1,
+            "txtlayers": 2,
+            "txtdim": 128,
+            "txtheads": 2,
+            "txtkvheads": 2,
+        },
         (1, 16, 16, 16),
         text=(10, 256),
         prepare=_zero_centred,
@@ -249,7 +318,14 @@ ENTRIES = (
     Entry(
         "Omnigen2",
         _OMNIGEN,
-        {"hidden_size": 240, "num_attention_heads": 2, "num_kv_heads": 1, "num_layers": 2, "num_refiner_layers": 1, "text_feat_dim": 64},
+        {
+            "hidden_size": 240,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "text_feat_dim": 64,
+        },
         (1, 16, 16, 16),
         conds=_masked,
     ),
@@ -300,11 +376,18 @@ ENTRIES = (
                 "num_attention_heads": 1,
                 "num_key_value_heads": 1,
             },
-            "vision_config_overrides": {"hidden_size": 128, "num_heads": 2, "intermediate_size": 256, "depth": 2},
+            "vision_config_overrides": {
+                "hidden_size": 128,
+                "num_heads": 2,
+                "intermediate_size": 256,
+                "depth": 2,
+            },
         },
         (1, 3, 64, 64),
         conds=lambda rand: {
-            "text_input_ids": torch.tensor([[151644, 872, 198, 11, 12, 13, 151645, 151673]]),  # <|im_start|>user\n ... <|tms_token|>
+            "text_input_ids": torch.tensor(
+                [[151644, 872, 198, 11, 12, 13, 151645, 151673]]
+            ),  # <|im_start|>user\n ... <|tms_token|>
             "reference_latents": [rand(1, 64, 64, 3).clamp(0, 1)],
         },
         note="Its tower for reference images is quantized where the calibration samples with one.",

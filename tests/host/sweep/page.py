@@ -1,5 +1,6 @@
-"""docs/models.md: what the pack makes of each of ComfyUI's models. `python -m comfyui_nibble.tests.host.sweep.page` writes it anew, with
-COMFYUI_PATH set as for the host tests; a test fails where it is stale."""
+"""docs/models.md: what the pack makes of each of ComfyUI's models. `python -m
+comfyui_nibble.tests.host.sweep.page` writes it anew, with COMFYUI_PATH set as for the host tests; a test
+fails where it is stale."""
 
 import sys
 from pathlib import Path
@@ -36,7 +37,12 @@ def text() -> str:
     """The whole page."""
     lines = [_HEAD]
     for title, entries in SECTIONS.items():
-        lines += [f"## {title}", "", "| class | map | quantized | bf16 | 4 bit | in 16 bit |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"## {title}",
+            "",
+            "| class | map | quantized | bf16 | 4 bit | in 16 bit |",
+            "| --- | --- | --- | --- | --- | --- |",
+        ]
         lines += [row(entry, facts(entry)) for entry in entries]
         lines += ["", *[f"`{e.id}`: {e.note}\n" for e in entries if e.note]]
     lines += ["## Not quantized", "", *(f"- `{name}`: {why}" for name, why in WITHOUT.items()), ""]

@@ -1,5 +1,6 @@
-"""What a family's map knows beyond the rules of names and shapes, a calibration tells of models without a map: shared inputs, outputs of a
-GELU, modulation. Models that people ask for most; those of SwiGLU have no GELU to find."""
+"""What a family's map knows beyond the rules of names and shapes, a calibration tells of models without a
+map: shared inputs, outputs of a GELU, modulation. Models that people ask for most; those of SwiGLU have no
+GELU to find."""
 
 import pytest
 
@@ -29,7 +30,11 @@ FOUND = {  # of one block: {layer: the layer whose input it shares}, the layers 
     ),
     "Anima": (
         "blocks.0",
-        {"self_attn.k_proj": "self_attn.q_proj", "self_attn.v_proj": "self_attn.q_proj", "cross_attn.v_proj": "cross_attn.k_proj"},
+        {
+            "self_attn.k_proj": "self_attn.q_proj",
+            "self_attn.v_proj": "self_attn.q_proj",
+            "cross_attn.v_proj": "cross_attn.k_proj",
+        },
         ["mlp.layer2"],
         [f"adaln_modulation_{x}.{i}" for x in ("self_attn", "cross_attn", "mlp") for i in (1, 2)],
     ),
@@ -47,6 +52,10 @@ def test_a_calibration_finds_what_a_map_would_say(comfy, one_thread, outputs, en
     assert detect(shapes) is GENERIC
     found = {x.name.removeprefix(f"{block}."): x for x in measured(GENERIC.layers(shapes), calibration)}
     inside = {name: x for name, x in found.items() if x.name.startswith(f"{block}.")}
-    assert {n: x.input.removeprefix(f"{block}.") for n, x in inside.items() if x.input != x.name and not x.weight_only} == shared
+    assert {
+        n: x.input.removeprefix(f"{block}.")
+        for n, x in inside.items()
+        if x.input != x.name and not x.weight_only
+    } == shared
     assert [n for n, x in inside.items() if any(p.after_gelu for p in x.parts)] == after_gelu
     assert all(found[n].weight_only for n in modulation)

@@ -1,5 +1,5 @@
-"""Every diffusion model that ComfyUI has, small and random, through the pack's own nodes. A class may fail for a reason of its own: the
-table of results is printed, one line a class, with `-rP`."""
+"""Every diffusion model that ComfyUI has, small and random, through the pack's own nodes. A class may fail
+for a reason of its own: the table of results is printed, one line a class, with `-rP`."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Tiny random instances of ComfyUI's model classes, made through the classes themselves and wrapped as ComfyUI's loader wraps them."""
+"""Tiny random instances of ComfyUI's model classes, made through the classes themselves and wrapped as
+ComfyUI's loader wraps them."""
 
 import math
 
@@ -8,7 +9,8 @@ _UNIT = ("norm", "scale", "gamma")  # names of multiplicative parameters, which 
 
 
 def make(entry):
-    """A ModelPatcher around the entry's class at its narrow widths, in fp32 as ComfyUI loads on a CPU, of values that bf16 holds."""
+    """A ModelPatcher around the entry's class at its narrow widths, in fp32 as ComfyUI loads on a CPU, of
+    values that bf16 holds."""
     import comfy.model_management
     from comfy.model_patcher import ModelPatcher
 
@@ -20,7 +22,9 @@ def make(entry):
     fill(model.diffusion_model, rand, entry.gain)
     with torch.no_grad():
         entry.prepare(model.diffusion_model)
-    return ModelPatcher(model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device())
+    return ModelPatcher(
+        model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    )
 
 
 def config_of(entry, narrow=True):
@@ -34,7 +38,8 @@ def config_of(entry, narrow=True):
 
 
 def fill(network, rand, gain):
-    """Gives every parameter a value: layers of variance gain^2 / K with small biases, norms at 1 and 0, tables of variance gain^2."""
+    """Gives every parameter a value: layers of variance gain^2 / K with small biases, norms at 1 and 0,
+    tables of variance gain^2."""
     with torch.no_grad():
         for name, module in network.named_modules():
             for leaf, p in module.named_parameters(recurse=False):
@@ -47,7 +52,9 @@ def _value(name, leaf, module, shape, rand, gain):
         return 0.01 * rand(*shape) if layer else torch.zeros(shape)
     if layer:
         return rand(*shape) * (gain / math.sqrt(math.prod(shape[1:])))
-    if "norm" in type(module).__name__.lower() or (len(shape) == 1 and any(word in name.lower() for word in _UNIT)):
+    if "norm" in type(module).__name__.lower() or (
+        len(shape) == 1 and any(word in name.lower() for word in _UNIT)
+    ):
         return torch.ones(shape)
     return rand(*shape) * gain if shape else torch.tensor(gain)
 

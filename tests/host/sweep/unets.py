@@ -45,14 +45,21 @@ _SSD = _SDXL | {
     "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4],
     "transformer_depth_middle": -1,
 }
-_VEGA = _SSD | {"transformer_depth": [0, 0, 1, 1, 2, 2], "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2]}
+_VEGA = _SSD | {
+    "transformer_depth": [0, 0, 1, 1, 2, 2],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 2, 2, 2],
+}
 _KOALA = _SDXL | {
     "num_res_blocks": [1, 1, 1],
     "transformer_depth": [0, 2, 5],
     "transformer_depth_output": [0, 0, 2, 2, 5, 5],
     "transformer_depth_middle": -2,
 }
-_KOALA_1B = _KOALA | {"transformer_depth": [0, 2, 6], "transformer_depth_output": [0, 0, 2, 2, 6, 6], "transformer_depth_middle": 6}
+_KOALA_1B = _KOALA | {
+    "transformer_depth": [0, 2, 6],
+    "transformer_depth_output": [0, 0, 2, 2, 6, 6],
+    "transformer_depth_middle": 6,
+}
 _VIDEO = _LABELLED | {
     "adm_in_channels": 768,
     "in_channels": 8,
@@ -75,7 +82,12 @@ _SMALL = {
     "transformer_depth_middle": 1,
     "context_dim": 64,
 }
-_EVERYWHERE = _SMALL | {"num_res_blocks": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1], "channel_mult": [1]}
+_EVERYWHERE = _SMALL | {
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+    "channel_mult": [1],
+}
 _HEADS = _EVERYWHERE | {"num_heads": 2}
 _WITHOUT_MIDDLE = _SMALL | {"transformer_depth_middle": -1}
 _POOLED = _SMALL | {"adm_in_channels": 6 * 256 + 64}
@@ -101,8 +113,12 @@ ENTRIES = (
         outside={"cc_projection.weight": (768, 772), "cc_projection.bias": (768,)},
     ),
     Entry("SD20", _SD20, _EVERYWHERE, _LATENT),
-    Entry("SD21UnclipL", _LABELLED | {"adm_in_channels": 1536}, _EVERYWHERE | {"adm_in_channels": 64}, _LATENT),
-    Entry("SD21UnclipH", _LABELLED | {"adm_in_channels": 2048}, _EVERYWHERE | {"adm_in_channels": 64}, _LATENT),
+    Entry(
+        "SD21UnclipL", _LABELLED | {"adm_in_channels": 1536}, _EVERYWHERE | {"adm_in_channels": 64}, _LATENT
+    ),
+    Entry(
+        "SD21UnclipH", _LABELLED | {"adm_in_channels": 2048}, _EVERYWHERE | {"adm_in_channels": 64}, _LATENT
+    ),
     Entry(
         "SD_X4Upscaler",
         _SD20
@@ -131,7 +147,14 @@ ENTRIES = (
     Entry(
         "Stable_Cascade_C",
         {"stable_cascade_stage": "c"},
-        {"c_cond": 128, "c_hidden": [128, 128], "nhead": [2, 2], "blocks": [[1, 1], [1, 1]], "c_clip_text": 64, "c_clip_text_pooled": 64},
+        {
+            "c_cond": 128,
+            "c_hidden": [128, 128],
+            "nhead": [2, 2],
+            "blocks": [[1, 1], [1, 1]],
+            "c_clip_text": 64,
+            "c_clip_text_pooled": 64,
+        },
         (1, 16, 8, 8),
         conds=_pooled,
     ),

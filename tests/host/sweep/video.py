@@ -37,7 +37,14 @@ _REFINER = _HUNYUAN | {
     "context_in_dim": 3584,
     "guidance_embed": False,
 }
-_IMAGE21 = _REFINER | {"in_channels": 64, "patch_size": [1, 1], "axes_dim": [64, 64], "hidden_size": 3584, "num_heads": 28, "byt5": True}
+_IMAGE21 = _REFINER | {
+    "in_channels": 64,
+    "patch_size": [1, 1],
+    "axes_dim": [64, 64],
+    "hidden_size": 3584,
+    "num_heads": 28,
+    "byt5": True,
+}
 _VIDEO15 = _REFINER | {
     "in_channels": 65,
     "out_channels": 32,
@@ -50,7 +57,14 @@ _VIDEO15 = _REFINER | {
     "vision_in_dim": 1152,
     "meanflow_sum": True,
 }
-_HUNYUAN_SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 2, "context_in_dim": 64, "vec_in_dim": 64}
+_HUNYUAN_SMALL = {
+    "hidden_size": 256,
+    "num_heads": 2,
+    "depth": 1,
+    "depth_single_blocks": 2,
+    "context_in_dim": 64,
+    "vec_in_dim": 64,
+}
 _NO_POOLED = _HUNYUAN_SMALL | {"vec_in_dim": None}
 _COSMOS = {
     "image_model": "cosmos",
@@ -79,7 +93,13 @@ _COSMOS = {
     "rope_t_extrapolation_ratio": 2.0,
     "extra_per_block_abs_pos_emb_type": "learnable",
 }
-_COSMOS_SMALL = {"model_channels": 256, "num_blocks": 2, "num_heads": 2, "adaln_lora_dim": 64, "crossattn_emb_channels": 64}
+_COSMOS_SMALL = {
+    "model_channels": 256,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "adaln_lora_dim": 64,
+    "crossattn_emb_channels": 64,
+}
 _PREDICT2 = {
     "image_model": "cosmos_predict2",
     "max_img_h": 240,
@@ -202,7 +222,11 @@ def _glyphs(rand):
 
 
 def _vision(rand):
-    return _glyphs(rand) | _pooled(rand) | {"clip_vision_output": SimpleNamespace(last_hidden_state=rand(1, 9, 1152))}
+    return (
+        _glyphs(rand)
+        | _pooled(rand)
+        | {"clip_vision_output": SimpleNamespace(last_hidden_state=rand(1, 9, 1152))}
+    )
 
 
 def _pooled(rand):
@@ -220,7 +244,13 @@ ENTRIES = (
     Entry("HunyuanVideoSkyreelsI2V", _HUNYUAN | {"in_channels": 32}, _HUNYUAN_SMALL, _VIDEO, conds=_pooled),
     Entry("HunyuanImage21", _IMAGE21, _NO_POOLED, (1, 64, 8, 8), conds=_glyphs),
     Entry("HunyuanImage21Refiner", _REFINER, _NO_POOLED, (1, 64, 2, 8, 8)),
-    Entry("HunyuanVideo15", _VIDEO15, _NO_POOLED | {"depth": 2, "depth_single_blocks": 0}, (1, 32, 2, 8, 8), conds=_vision),
+    Entry(
+        "HunyuanVideo15",
+        _VIDEO15,
+        _NO_POOLED | {"depth": 2, "depth_single_blocks": 0},
+        (1, 32, 2, 8, 8),
+        conds=_vision,
+    ),
     Entry(
         "HunyuanVideo15_SR_Distilled",
         _VIDEO15 | {"in_channels": 98},
@@ -243,14 +273,25 @@ ENTRIES = (
         _COSMOS_SMALL,
         (1, 16, 1, 8, 8),
         conds=lambda rand: {"t5xxl_ids": torch.arange(10), "t5xxl_weights": torch.ones(10)},
-        replace={"comfy.ldm.anima.model.LLMAdapter": lambda made: partial(made, 64, 64, 128, num_layers=1, num_heads=2)},
+        replace={
+            "comfy.ldm.anima.model.LLMAdapter": lambda made: partial(
+                made, 64, 64, 128, num_layers=1, num_heads=2
+            )
+        },
     ),
     Entry("Kandinsky5", _KANDINSKY, _KANDINSKY_SMALL, _VIDEO, conds=_pooled),
     Entry("Kandinsky5Image", _KANDINSKY_IMAGE, _KANDINSKY_SMALL, (1, 16, 8, 8), conds=_pooled),
     Entry(
         "GenmoMochi",
         _MOCHI,
-        {"depth": 2, "num_heads": 2, "hidden_size_x": 256, "hidden_size_y": 128, "mlp_ratio_x": 48.0, "t5_feat_dim": 64},
+        {
+            "depth": 2,
+            "num_heads": 2,
+            "hidden_size_x": 256,
+            "hidden_size_y": 128,
+            "mlp_ratio_x": 48.0,
+            "t5_feat_dim": 64,
+        },
         (1, 12, 2, 8, 8),
         conds=lambda rand: {"attention_mask": torch.ones(1, 10, dtype=torch.long)},
     ),
@@ -276,7 +317,13 @@ ENTRIES = (
         ((1, 128, 2, 4, 4), (1, 8, 8, 16)),
         text=(10, 256),
     ),
-    Entry("MiniMaxH3", {"image_model": "minimax_h3"}, _H3_SMALL, ((1, 24, 2, 4, 4), (1, 32, 2, 8)), prepare=_frequencies),
+    Entry(
+        "MiniMaxH3",
+        {"image_model": "minimax_h3"},
+        _H3_SMALL,
+        ((1, 24, 2, 4, 4), (1, 32, 2, 8)),
+        prepare=_frequencies,
+    ),
     Entry(
         "SeedVR2",
         _SEEDVR2,

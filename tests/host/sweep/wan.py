@@ -1,4 +1,5 @@
-"""Wan 2.1, 2.2 and what was built on them. The conditioning calls what a variant adds: audio, faces, poses, cameras, a second branch."""
+"""Wan 2.1, 2.2 and what was built on them. The conditioning calls what a variant adds: audio, faces, poses,
+cameras, a second branch."""
 
 from types import SimpleNamespace
 
@@ -40,7 +41,11 @@ def _image(rand):
 
 
 def _pose(rand):
-    return {"pose_video_latent": rand(*_LATENT), "reference_latents": [rand(1, 16, 1, 8, 8)], "clip_vision_output": _seen(rand)}
+    return {
+        "pose_video_latent": rand(*_LATENT),
+        "reference_latents": [rand(1, 16, 1, 8, 8)],
+        "clip_vision_output": _seen(rand),
+    }
 
 
 def _pose_downscaled(rand):
@@ -48,7 +53,10 @@ def _pose_downscaled(rand):
 
 
 def _masks(rand):
-    return _pose_downscaled(rand) | {"driving_mask_28ch": rand(1, 2, 28, 4, 4), "ref_mask_28ch": rand(1, 3, 28, 8, 8)}
+    return _pose_downscaled(rand) | {
+        "driving_mask_28ch": rand(1, 2, 28, 4, 4),
+        "ref_mask_28ch": rand(1, 3, 28, 8, 8),
+    }
 
 
 def _speech(rand):
@@ -61,7 +69,10 @@ def _speech(rand):
 
 
 def _faces(rand):
-    return _image(rand) | {"face_video_pixels": rand(1, 3, 4, 512, 512).clamp(-1, 1), "pose_video_latent": rand(1, 16, 1, 8, 8)}
+    return _image(rand) | {
+        "face_video_pixels": rand(1, 3, 4, 512, 512).clamp(-1, 1),
+        "pose_video_latent": rand(1, 16, 1, 8, 8),
+    }
 
 
 def _music(rand):
@@ -88,16 +99,29 @@ ENTRIES = (
         conds=lambda rand: {"vace_frames": [rand(1, 32, 2, 8, 8)], "vace_mask": [rand(1, 64, 2, 8, 8)]},
     ),
     Entry(
-        "WAN21_Camera", _14b("camera", 32), _SMALL, _LATENT, conds=lambda rand: _image(rand) | {"camera_conditions": rand(1, 24, 2, 64, 64)}
+        "WAN21_Camera",
+        _14b("camera", 32),
+        _SMALL,
+        _LATENT,
+        conds=lambda rand: _image(rand) | {"camera_conditions": rand(1, 24, 2, 64, 64)},
     ),
-    Entry("WAN22_Camera", _14b("camera_2.2", 36), _SMALL, _LATENT, conds=lambda rand: {"camera_conditions": rand(1, 24, 2, 64, 64)}),
+    Entry(
+        "WAN22_Camera",
+        _14b("camera_2.2", 36),
+        _SMALL,
+        _LATENT,
+        conds=lambda rand: {"camera_conditions": rand(1, 24, 2, 64, 64)},
+    ),
     Entry("WAN22_S2V", _14b("s2v"), _SMALL | {"audio_inject_layers": [0]}, _LATENT, conds=_speech),
     Entry(
         "WAN21_HuMo",
         _14b("humo", 36),
         _SMALL,
         _LATENT,
-        conds=lambda rand: {"audio_embed": rand(1, 3, 8, 5, 1280), "reference_latents": [rand(1, 16, 1, 8, 8)]},
+        conds=lambda rand: {
+            "audio_embed": rand(1, 3, 8, 5, 1280),
+            "reference_latents": [rand(1, 16, 1, 8, 8)],
+        },
     ),
     Entry(
         "WAN22_Animate",
@@ -106,13 +130,23 @@ ENTRIES = (
         _LATENT,
         conds=_faces,
         # The convolutions on a face take 512 x 512 pixels and 5 seconds, and are not quantized.
-        replace={"comfy.ldm.wan.model_animate:Generator.get_motion": lambda made: lambda self, faces: faces[:, 0, 0] * 8},
+        replace={
+            "comfy.ldm.wan.model_animate:Generator.get_motion": lambda made: (
+                lambda self, faces: faces[:, 0, 0] * 8
+            )
+        },
     ),
     Entry(
-        "WAN_Animate2", _14b("animate2", 36), _SMALL, _LATENT, conds=lambda rand: _image(rand) | {"pose_video_latent": rand(1, 16, 1, 8, 8)}
+        "WAN_Animate2",
+        _14b("animate2", 36),
+        _SMALL,
+        _LATENT,
+        conds=lambda rand: _image(rand) | {"pose_video_latent": rand(1, 16, 1, 8, 8)},
     ),
     Entry("WAN21_FlowRVS", _14b("flow_rvs"), _SMALL, _LATENT),
     Entry("WAN21_SCAIL", _14b("scail", 20), _SMALL, _LATENT, conds=_pose_downscaled),
     Entry("WAN21_SCAIL2", _14b("scail2", 20), _SMALL, _LATENT, conds=_masks),
-    Entry("WAN22_WanDancer", _14b("wandancer", 36), _SMALL | {"audio_inject_layers": [0]}, _LATENT, conds=_music),
+    Entry(
+        "WAN22_WanDancer", _14b("wandancer", 36), _SMALL | {"audio_inject_layers": [0]}, _LATENT, conds=_music
+    ),
 )

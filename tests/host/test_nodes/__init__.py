@@ -1,4 +1,5 @@
-"""Test-only ComfyUI nodes: conditioning for models without a text encoder, a small random text encoder, and the small model's decoder."""
+"""Test-only ComfyUI nodes: conditioning for models without a text encoder, a small random text encoder, and
+the small model's decoder."""
 
 import sys
 from types import SimpleNamespace
@@ -20,7 +21,10 @@ class TestCaptions(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            "TestCaptions", category="test", inputs=[io.String.Input("captions", multiline=True)], outputs=[io.Conditioning.Output()]
+            "TestCaptions",
+            category="test",
+            inputs=[io.String.Input("captions", multiline=True)],
+            outputs=[io.Conditioning.Output()],
         )
 
     @classmethod
@@ -33,8 +37,8 @@ class TestCaptions(io.ComfyNode):
 
 
 class TestConditioning(io.ComfyNode):
-    """Seeded random conditioning of any width, `entries` of them. image_tokens: of CLIP's vision model, as Wan's image to video takes. mask: 1 to
-    go with the attention mask that T5 gives."""
+    """Seeded random conditioning of any width, `entries` of them. image_tokens: of CLIP's vision model, as
+    Wan's image to video takes. mask: 1 to go with the attention mask that T5 gives."""
 
     @classmethod
     def define_schema(cls):
@@ -43,7 +47,9 @@ class TestConditioning(io.ComfyNode):
             for n, d in (("tokens", 16), ("dim", 4096), ("pooled_dim", 768), ("seed", 0), ("entries", 1))
         ]
         inputs += [io.Int.Input(n, default=0, optional=True) for n in ("image_tokens", "mask")]
-        return io.Schema("TestConditioning", category="test", inputs=inputs, outputs=[io.Conditioning.Output()])
+        return io.Schema(
+            "TestConditioning", category="test", inputs=inputs, outputs=[io.Conditioning.Output()]
+        )
 
     @classmethod
     def execute(cls, tokens, dim, pooled_dim, seed, entries, image_tokens=0, mask=0):
@@ -67,7 +73,9 @@ class TestDecode(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema("TestDecode", category="test", inputs=[io.Latent.Input("samples")], outputs=[io.Image.Output()])
+        return io.Schema(
+            "TestDecode", category="test", inputs=[io.Latent.Input("samples")], outputs=[io.Image.Output()]
+        )
 
     @classmethod
     def execute(cls, samples):
@@ -77,11 +85,15 @@ class TestDecode(io.ComfyNode):
 
 
 class TestTextEncoder(io.ComfyNode):
-    """The real tokenizers in front of seeded random encoders of few layers, instead of the loaders of 10 GB files."""
+    """The real tokenizers in front of seeded random encoders of few layers, instead of the loaders of 10 GB
+    files."""
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Combo.Input("type", options=["flux", "pixart", "wan", "sdxl"]), io.Int.Input("seed", default=0, max=2**31)]
+        inputs = [
+            io.Combo.Input("type", options=["flux", "pixart", "wan", "sdxl"]),
+            io.Int.Input("seed", default=0, max=2**31),
+        ]
         return io.Schema("TestTextEncoder", category="test", inputs=inputs, outputs=[io.Clip.Output()])
 
     @classmethod
@@ -103,7 +115,9 @@ class TestTextEncoder(io.ComfyNode):
             "clip_g_model_config": {"num_hidden_layers": 3, "intermediate_size": 64},
             "t5xxl_model_config": {"num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 64},
         }
-        clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), model_options=options)
+        clip = comfy.sd.CLIP(
+            SimpleNamespace(params={}, clip=encoder, tokenizer=tokenizer), model_options=options
+        )
         g = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, weight in clip.cond_stage_model.named_parameters():
@@ -119,7 +133,9 @@ class TestRebuild(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema("TestRebuild", category="test", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()])
+        return io.Schema(
+            "TestRebuild", category="test", inputs=[io.Model.Input("model")], outputs=[io.Model.Output()]
+        )
 
     @classmethod
     def execute(cls, model):
@@ -134,7 +150,12 @@ class TestLoadOnHopper(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        return io.Schema("TestLoadOnHopper", category="test", inputs=[io.String.Input("model_name")], outputs=[io.Model.Output()])
+        return io.Schema(
+            "TestLoadOnHopper",
+            category="test",
+            inputs=[io.String.Input("model_name")],
+            outputs=[io.Model.Output()],
+        )
 
     @classmethod
     def execute(cls, model_name):
@@ -161,7 +182,8 @@ class TestAfter(io.ComfyNode):
 
 
 class TestSharedTensors(io.ComfyNode):
-    """The names of `model`'s tensors that lie in the same memory as the tensor of that name in `source`, one a line."""
+    """The names of `model`'s tensors that lie in the same memory as the tensor of that name in `source`, one
+    a line."""
 
     @classmethod
     def define_schema(cls):
@@ -171,7 +193,9 @@ class TestSharedTensors(io.ComfyNode):
     @classmethod
     def execute(cls, model, source):
         ours, theirs = (m.model.diffusion_model.state_dict() for m in (model, source))
-        return io.NodeOutput("\n".join(k for k, t in ours.items() if k in theirs and t.data_ptr() == theirs[k].data_ptr()))
+        return io.NodeOutput(
+            "\n".join(k for k, t in ours.items() if k in theirs and t.data_ptr() == theirs[k].data_ptr())
+        )
 
 
 detection.detect_unet_config = widths_from_weights(detection.detect_unet_config)
@@ -179,7 +203,16 @@ detection.detect_unet_config = widths_from_weights(detection.detect_unet_config)
 
 class TestExtension(ComfyExtension):
     async def get_node_list(self):
-        ours = [TestCaptions, TestRebuild, TestConditioning, TestDecode, TestTextEncoder, TestLoadOnHopper, TestAfter, TestSharedTensors]
+        ours = [
+            TestCaptions,
+            TestRebuild,
+            TestConditioning,
+            TestDecode,
+            TestTextEncoder,
+            TestLoadOnHopper,
+            TestAfter,
+            TestSharedTensors,
+        ]
         return [*ours, *memory.NODES, *options.NODES, *codes.NODES]
 
 

@@ -1,4 +1,5 @@
-"""Sampling on the activation codes of another sampling: `tests.codes` around each call of the network, in the pack that ComfyUI loaded."""
+"""Sampling on the activation codes of another sampling: `tests.codes` around each call of the network, in the
+pack that ComfyUI loaded."""
 
 import json
 import sys
@@ -22,7 +23,9 @@ def quantizer():
 def wrapped(model, running):
     """A clone whose network is called within running(args), around the wrapper that it may have."""
     out, context = model.clone(), contextmanager(running)
-    inner = out.model_options.get("model_function_wrapper", lambda apply, args: apply(args["input"], args["timestep"], **args["c"]))
+    inner = out.model_options.get(
+        "model_function_wrapper", lambda apply, args: apply(args["input"], args["timestep"], **args["c"])
+    )
 
     def wrap(apply, args):
         with context(args):
@@ -38,7 +41,10 @@ class TestKeepCodes(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            "TestKeepCodes", category="test", inputs=[io.Model.Input("model"), io.String.Input("name")], outputs=[io.Model.Output()]
+            "TestKeepCodes",
+            category="test",
+            inputs=[io.Model.Input("model"), io.String.Input("name")],
+            outputs=[io.Model.Output()],
         )
 
     @classmethod
@@ -54,12 +60,18 @@ class TestKeepCodes(io.ComfyNode):
 
 
 class TestTakeCodes(io.ComfyNode):
-    """The model, which takes the codes kept under other names: `positive`, one name for each image of the batch, and `negative`
-    likewise, from the network's call `start` on; a second sampling begins there again. What it took is told under its own name."""
+    """The model, which takes the codes kept under other names: `positive`, one name for each image of the
+    batch, and `negative` likewise, from the network's call `start` on; a second sampling begins there again.
+    What it took is told under its own name."""
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Model.Input("model"), io.String.Input("name"), io.String.Input("positive"), io.String.Input("negative")]
+        inputs = [
+            io.Model.Input("model"),
+            io.String.Input("name"),
+            io.String.Input("positive"),
+            io.String.Input("negative"),
+        ]
         inputs += [io.Int.Input("start")]
         return io.Schema("TestTakeCodes", category="test", inputs=inputs, outputs=[io.Model.Output()])
 
@@ -72,7 +84,9 @@ class TestTakeCodes(io.ComfyNode):
         def running(args):
             images = []
             for branch in args["cond_or_uncond"]:
-                images += [calls[start + done[branch] % (len(calls) - start)].calls for calls in sources[branch]]
+                images += [
+                    calls[start + done[branch] % (len(calls) - start)].calls for calls in sources[branch]
+                ]
                 done[branch] += 1
             together = codes.Codes(torch.cat(call) for call in zip(*images, strict=True))
             with codes.taken(together, quantizer()) as now:
@@ -83,7 +97,8 @@ class TestTakeCodes(io.ComfyNode):
 
 
 class TestCodesTaken(io.ComfyNode):
-    """What a model took, once the latents are sampled, as JSON: the largest `edge`, the codes `changed`, all the codes."""
+    """What a model took, once the latents are sampled, as JSON: the largest `edge`, the codes `changed`, all
+    the codes."""
 
     @classmethod
     def define_schema(cls):
@@ -94,7 +109,11 @@ class TestCodesTaken(io.ComfyNode):
     def execute(cls, samples, name):
         took = TAKEN[name]
         assert all(t.at == len(t.codes.calls) for t in took)
-        said = {"edge": max(t.edge for t in took), "changed": sum(t.changed for t in took), "codes": sum(len(t.codes) for t in took)}
+        said = {
+            "edge": max(t.edge for t in took),
+            "changed": sum(t.changed for t in took),
+            "codes": sum(len(t.codes) for t in took),
+        }
         return io.NodeOutput(json.dumps(said))
 
 

@@ -1,4 +1,5 @@
-"""What node packs hang on a model besides LoRA: block replacements, attention patches and overrides, wrappers of the whole network."""
+"""What node packs hang on a model besides LoRA: block replacements, attention patches and overrides, wrappers
+of the whole network."""
 
 import torch
 from comfy_api.latest import io
@@ -65,7 +66,11 @@ class TestModelPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        inputs = [io.Model.Input("model"), io.Combo.Input("patch", options=list(PATCHES)), io.Float.Input("gain")]
+        inputs = [
+            io.Model.Input("model"),
+            io.Combo.Input("patch", options=list(PATCHES)),
+            io.Float.Input("gain"),
+        ]
         return io.Schema("TestModelPatch", category="test", inputs=inputs, outputs=[io.Model.Output()])
 
     @classmethod

@@ -2,7 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_nibble.kernels.operator.errors import MESSAGE, NAME, NamedError, naming, plain, sentence, shortened
+from comfyui_nibble.kernels.operator.errors import (
+    MESSAGE,
+    NAME,
+    NamedError,
+    naming,
+    plain,
+    sentence,
+    shortened,
+)
 from comfyui_nibble.kernels.operator.spec import SpecError
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 

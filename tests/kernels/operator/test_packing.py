@@ -26,11 +26,15 @@ def test_every_code_survives(bits, unsigned):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31))
 def test_nibbles_equal_comfy_kitchen(rows, pairs, seed):
-    codes = torch.randint(-8, 8, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    codes = torch.randint(
+        -8, 8, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
     packed = pack(codes, 4)
     assert torch.equal(packed, kitchen._pack_int4_row_major(codes))
     assert torch.equal(unpack(packed, 4), kitchen._unpack_int4_row_major(packed))
-    assert torch.equal(unpack(packed, 4, unsigned=True).to(torch.int8), kitchen._unpack_uint4_row_major(packed))
+    assert torch.equal(
+        unpack(packed, 4, unsigned=True).to(torch.int8), kitchen._unpack_uint4_row_major(packed)
+    )
 
 
 def test_width_that_does_not_fill_bytes_is_refused():
@@ -45,14 +49,18 @@ def test_unknown_width_is_refused():
 
 def test_five_trits_are_a_byte_first_code_lowest():
     packed = pack_base3(torch.tensor([[1, -1, -1, -1, -1, 1, 1, 1, 1, 1, -1]]))
-    assert packed.tolist() == [[2, 242, 0 + 3 + 9 + 27 + 81]]  # the last row end is filled with zeros, digit 1
+    assert packed.tolist() == [
+        [2, 242, 0 + 3 + 9 + 27 + 81]
+    ]  # the last row end is filled with zeros, digit 1
     assert packed.dtype == torch.uint8
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
 def test_trits_survive(rows, width, seed):
-    codes = torch.randint(-1, 2, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    codes = torch.randint(
+        -1, 2, (rows, width), generator=torch.Generator().manual_seed(seed), dtype=torch.int8
+    )
     packed = pack_base3(codes)
     assert packed.shape == (rows, -(-width // 5))
     assert packed.max() <= 242

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from comfyui_nibble.kernels.operator.quantizers import absmax_scale, best_clip_scale, code_range, dequantize, quantize
+from comfyui_nibble.kernels.operator.quantizers import (
+    absmax_scale,
+    best_clip_scale,
+    code_range,
+    dequantize,
+    quantize,
+)
 
 
 def test_signed_codes_never_reach_minus_eight():
@@ -9,7 +15,12 @@ def test_signed_codes_never_reach_minus_eight():
     scale = absmax_scale(x, 4, "token")
     assert scale.tolist() == [[1.0]]
     assert quantize(x * 1.2, scale, 4, "token").tolist() == [[-7, 7, -7, 0]]
-    assert (code_range(4), code_range(4, unsigned=True), code_range(2), code_range(8)) == ((-7, 7), (0, 15), (-1, 1), (-127, 127))
+    assert (code_range(4), code_range(4, unsigned=True), code_range(2), code_range(8)) == (
+        (-7, 7),
+        (0, 15),
+        (-1, 1),
+        (-127, 127),
+    )
 
 
 def test_one_bit_is_the_sign():
@@ -22,15 +33,21 @@ def test_one_bit_is_the_sign():
 
 
 def test_rounds_half_to_even():
-    assert quantize(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), torch.ones(1, 1), 4, "token").tolist() == [[0, 2, 2, 0]]
+    assert quantize(torch.tensor([[0.5, 1.5, 2.5, -0.5]]), torch.ones(1, 1), 4, "token").tolist() == [
+        [0, 2, 2, 0]
+    ]
 
 
 def test_unsigned_uses_fifteen_steps():
     x = torch.tensor([[0.0, 1.5, 15.0, 7.4]])
-    assert quantize(x, absmax_scale(x, 4, "token", unsigned=True), 4, "token", unsigned=True).tolist() == [[0, 2, 15, 7]]
+    assert quantize(x, absmax_scale(x, 4, "token", unsigned=True), 4, "token", unsigned=True).tolist() == [
+        [0, 2, 15, 7]
+    ]
 
 
-@pytest.mark.parametrize(("granularity", "shape"), [("token", (3, 1)), ("channel", (3, 1)), ("group", (3, 2)), ("tensor", (1, 1))])
+@pytest.mark.parametrize(
+    ("granularity", "shape"), [("token", (3, 1)), ("channel", (3, 1)), ("group", (3, 2)), ("tensor", (1, 1))]
+)
 def test_one_scale_for_each_granule(granularity, shape):
     x = torch.randn(3, 128)
     scale = absmax_scale(x, 4, granularity)

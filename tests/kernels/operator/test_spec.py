@@ -46,7 +46,10 @@ def test_channel_scales_and_two_bit_codes():
         (lambda d: d["parts"][0].update(smooth=1), "expected bool"),
         (lambda d: d["parts"][1].update(start=128), "parts must follow each other"),
         (lambda d: d["parts"][0]["weight"].update(bits=5), "weight bits"),
-        (lambda d: d["parts"][0]["activation"].update(bits=5), "activation bits must be 1, 2, 3, 4 or 8, found 5"),
+        (
+            lambda d: d["parts"][0]["activation"].update(bits=5),
+            "activation bits must be 1, 2, 3, 4 or 8, found 5",
+        ),
         (lambda d: d["parts"][1]["activation"].update(bits=1), "cannot be unsigned"),
         (lambda d: d["parts"][1].update(rotation=64), "shift cannot be combined"),
         (lambda d: d.update(in_features=321), "parts end at channel 320"),

@@ -2,7 +2,14 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import convrot_w4a4 as kitchen
 
-from comfyui_nibble.kernels.operator.transforms import fold_weight, hadamard, rotate, rotation_size, transform_activation, unfold_weight
+from comfyui_nibble.kernels.operator.transforms import (
+    fold_weight,
+    hadamard,
+    rotate,
+    rotation_size,
+    transform_activation,
+    unfold_weight,
+)
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 64, 128, 256])
@@ -21,11 +28,16 @@ def test_hadamard_equals_comfy_kitchen(size):
 @pytest.mark.parametrize("smoothed", [False, True])
 def test_fold_and_transform_cancel_in_float64(rotation, smoothed):
     g = torch.Generator().manual_seed(0)
-    x, w = torch.randn(5, 384, generator=g, dtype=torch.float64), torch.randn(7, 384, generator=g, dtype=torch.float64)
+    x, w = (
+        torch.randn(5, 384, generator=g, dtype=torch.float64),
+        torch.randn(7, 384, generator=g, dtype=torch.float64),
+    )
     smooth = torch.rand(384, generator=g, dtype=torch.float64) + 0.1 if smoothed else None
     y = transform_activation(x, smooth, rotation) @ fold_weight(w, smooth, rotation).T
     assert torch.allclose(y, x @ w.T, rtol=0, atol=1e-12)
-    assert torch.allclose(unfold_weight(fold_weight(w, smooth, rotation), smooth, rotation), w, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        unfold_weight(fold_weight(w, smooth, rotation), smooth, rotation), w, rtol=0, atol=1e-12
+    )
 
 
 def test_rotation_spreads_one_channel():

@@ -25,7 +25,14 @@ def runner(modules, log=None, fail_at=None):
                 log.append(sample)
             capture.at(step, 1 - step / 2)
             for i, (name, module) in enumerate(modules.items()):
-                module(torch.randn(1, 20, WIDTHS[name], generator=torch.Generator().manual_seed(100 * sample + 10 * step + i)))
+                module(
+                    torch.randn(
+                        1,
+                        20,
+                        WIDTHS[name],
+                        generator=torch.Generator().manual_seed(100 * sample + 10 * step + i),
+                    )
+                )
         if fail_at == sample:
             raise KeyboardInterrupt
 
@@ -34,7 +41,17 @@ def runner(modules, log=None, fail_at=None):
 
 def go(modules, folder, *, memory=2**30, meta=None, log=None, fail_at=None, samples=5, seed=0):
     meta = meta or {"model": "m"}
-    return calibrate(runner(modules, log, fail_at), modules, INPUTS, folder, meta, samples=samples, memory=memory, reservoir=16, seed=seed)
+    return calibrate(
+        runner(modules, log, fail_at),
+        modules,
+        INPUTS,
+        folder,
+        meta,
+        samples=samples,
+        memory=memory,
+        reservoir=16,
+        seed=seed,
+    )
 
 
 def assert_same(a: Calibration, b: Calibration):
@@ -52,7 +69,12 @@ def test_held_out_tokens_are_not_fitted(modules, tmp_path):
     stats = c.get("a")
     assert [is_held_out(i, 5) for i in range(5)] == [False, False, False, True, False]
     assert stats.count == 4 * 2 * 20
-    seen = torch.cat([torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(300 + 10 * step))[0] for step in range(2)]).bfloat16()
+    seen = torch.cat(
+        [
+            torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(300 + 10 * step))[0]
+            for step in range(2)
+        ]
+    ).bfloat16()
     assert all((seen == token).all(1).any() for token in stats.tokens)
     assert set(stats.timesteps.tolist()) == {1.0, 0.5}
 
@@ -89,7 +111,8 @@ def test_another_calibration_in_the_folder_is_kept(modules, tmp_path):
     [path] = tmp_path.glob("pass-*")
     before, log = path.read_bytes(), []
     with pytest.raises(
-        CalibrationError, match=r"holds 5 of 5 samples of another calibration \(model: m there, other here\)\. Name another"
+        CalibrationError,
+        match=r"holds 5 of 5 samples of another calibration \(model: m there, other here\)\. Name another",
     ):
         go(modules, tmp_path, meta={"model": "other"}, log=log)
     with pytest.raises(CalibrationError, match=r"\(samples: 5 there, 4 here"):
@@ -102,7 +125,9 @@ def test_another_calibration_in_the_folder_is_kept(modules, tmp_path):
 def test_a_file_of_the_users_in_the_folder_is_kept(modules, tmp_path):
     save_file({"mine": torch.zeros(2)}, tmp_path / "pass-000.safetensors")
     with pytest.raises(
-        CalibrationError, match=r"pass-000.safetensors: a safetensors file, but not statistics .*would be written over\. Name another"
+        CalibrationError,
+        match=r"pass-000.safetensors: a safetensors file, but not statistics .*would be written over\. Name "
+        r"another",
     ):
         go(modules, tmp_path)
     assert load_file(tmp_path / "pass-000.safetensors").keys() == {"mine"}
@@ -188,7 +213,9 @@ def test_inputs_that_hold_a_tensor_are_seen_as_it(tmp_path):
         capture.at(0, 1.0)
         layer(Sparse(x))
 
-    found = calibrate(run, {"a": layer}, INPUTS[:1], tmp_path, {"model": "m"}, samples=1, memory=2**30, reservoir=16).get("a")
+    found = calibrate(
+        run, {"a": layer}, INPUTS[:1], tmp_path, {"model": "m"}, samples=1, memory=2**30, reservoir=16
+    ).get("a")
     assert found.count == 20
     assert torch.allclose(found.absmax, x.abs().amax(0))
     with Observation().watching({"a": layer}) as seen:
@@ -207,7 +234,9 @@ def test_calls_without_tokens_are_skipped(modules, tmp_path, shape):
         good(sample, capture)
 
     want = go(modules, tmp_path / "a")
-    found = calibrate(run, modules, INPUTS, tmp_path / "b", {"model": "m"}, samples=5, memory=2**30, reservoir=16)
+    found = calibrate(
+        run, modules, INPUTS, tmp_path / "b", {"model": "m"}, samples=5, memory=2**30, reservoir=16
+    )
     assert (found.get("a").count, found.get("b").count) == (want.get("a").count, want.get("b").count)
     assert torch.equal(found.get("a").absmax, want.get("a").absmax)
     layers = {"a": torch.nn.Linear(64, 8), "b": torch.nn.Linear(64, 8)}

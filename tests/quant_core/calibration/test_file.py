@@ -20,9 +20,13 @@ def path(tmp_path):
     g = torch.Generator().manual_seed(0)
     statistics = InputStatistics.empty("a", 128, ((0, 64), (64, 128)), 8)
     statistics.update(torch.randn(32, 128, generator=g))
-    statistics.hold_out(torch.randn(8, 128, generator=g), torch.rand(8, generator=g, dtype=torch.float64), 0.5)
+    statistics.hold_out(
+        torch.randn(8, 128, generator=g), torch.rand(8, generator=g, dtype=torch.float64), 0.5
+    )
     recorder = Recorder()
-    recorder.add(0, 1, 0, 0.5, True, (torch.randn(2, 3, generator=g),), {"guidance": 3.5, "y": {"c": torch.ones(1)}})
+    recorder.add(
+        0, 1, 0, 0.5, True, (torch.randn(2, 3, generator=g),), {"guidance": 3.5, "y": {"c": torch.ones(1)}}
+    )
     save(tmp_path / "c.safetensors", {"a": statistics}, META | {"observed": SEEN}, recorder)
     return tmp_path / "c.safetensors"
 
@@ -39,7 +43,11 @@ def rewrite(path, change_meta=None, change_tensors=None):
 
 def test_a_sound_file_opens(path):
     calibration = Calibration(path)
-    assert (calibration.get("a").count, len(calibration.get("a").tokens), calibration.meta["observed"]) == (32, 8, SEEN)
+    assert (calibration.get("a").count, len(calibration.get("a").tokens), calibration.meta["observed"]) == (
+        32,
+        8,
+        SEEN,
+    )
     args, kwargs = calibration.trajectory().arguments(0)
     assert (args[0].shape, kwargs["guidance"], kwargs["y"]["c"].tolist()) == ((2, 3), 3.5, [1.0])
     assert len(read_recorder(path).tensors) == 2
@@ -84,20 +92,44 @@ def without(*names):
         (without("inputs"), "inputs: expected an object, found none"),
         (set_in("inputs", "a", []), "input a: a: expected an object, found list of 0"),
         (set_in("inputs", "a", "width", "x"), "input a: width: expected a whole number, found 'x'"),
-        (set_in("inputs", "a", "width", 127), r"input a: blocks: expected a range of channels from 64 to at most 127, found list of 2"),
-        (set_in("inputs", "a", "width", 192), "input a: blocks: expected ranges up to channel 192, found the last end at 128"),
+        (
+            set_in("inputs", "a", "width", 127),
+            r"input a: blocks: expected a range of channels from 64 to at most 127, found list of 2",
+        ),
+        (
+            set_in("inputs", "a", "width", 192),
+            "input a: blocks: expected ranges up to channel 192, found the last end at 128",
+        ),
         (set_in("inputs", "a", "blocks", 5), "input a: blocks: expected a list, found 5"),
-        (set_in("inputs", "a", "blocks", [1]), "input a: blocks: expected a range of channels from 0 to at most 128, found 1"),
+        (
+            set_in("inputs", "a", "blocks", [1]),
+            "input a: blocks: expected a range of channels from 0 to at most 128, found 1",
+        ),
         (set_in("inputs", "a", "count", -1), "input a: count: expected a number of tokens, found -1"),
         (set_in("inputs", "a", "reservoir", None), "input a: reservoir: expected a whole number, found None"),
         (set_in("inputs", "a", "reservoir", 7), r"input a: \[8\] held-out tokens, .* up to 7"),
-        (set_in("inputs", "b", {"width": 1, "blocks": [], "reservoir": 1, "count": 0}), r"the tensor b\|absmax is missing"),
+        (
+            set_in("inputs", "b", {"width": 1, "blocks": [], "reservoir": 1, "count": 0}),
+            r"the tensor b\|absmax is missing",
+        ),
         (set_in("trajectory", {}), "trajectory: expected a list, found dict of 0"),
         (set_in("trajectory", [{"sample": 1}]), "trajectory, call 0: expected an object of sample, step"),
-        (set_in("trajectory", 0, "held_out", 1), "trajectory, call 0: held_out: expected true or false, found 1"),
-        (set_in("trajectory", 0, "arguments", "args", [{"tensor": 1}]), "trajectory, call 0: tensor: expected text, found 1"),
-        (set_in("trajectory", 0, "arguments", "args", [{"tensor": "x"}]), r"the tensor trajectory\|x is missing"),
-        (set_in("trajectory", 0, "arguments", "kwargs", {"a": {"dict": 1}}), "dict: expected an object, found 1"),
+        (
+            set_in("trajectory", 0, "held_out", 1),
+            "trajectory, call 0: held_out: expected true or false, found 1",
+        ),
+        (
+            set_in("trajectory", 0, "arguments", "args", [{"tensor": 1}]),
+            "trajectory, call 0: tensor: expected text, found 1",
+        ),
+        (
+            set_in("trajectory", 0, "arguments", "args", [{"tensor": "x"}]),
+            r"the tensor trajectory\|x is missing",
+        ),
+        (
+            set_in("trajectory", 0, "arguments", "kwargs", {"a": {"dict": 1}}),
+            "dict: expected an object, found 1",
+        ),
         (set_in("observed", "order", 1), "order: expected a list, found 1"),
         (set_in("observed", "order", [1]), "observed: expected names of layers"),
         (set_in("observed", "rows", {"b": 1}), "observed: 'rows' and 'order' differ"),
@@ -115,9 +147,21 @@ def test_a_damaged_header_names_the_file_and_the_field(path, change, message):
         ("a|tokens", None, r"the tensor a\|tokens is missing"),
         ("a|hessian.64", None, r"the tensor a\|hessian.64 is missing"),
         ("a|hessian.0", torch.zeros(64, 63), r"a\|hessian.0: expected F32 \[64, 64\], found F32 \[64, 63\]"),
-        ("a|absmax", torch.zeros(128, dtype=torch.float64), r"a\|absmax: expected F32 \[128\], found F64 \[128\]"),
-        ("a|tokens", torch.zeros(8, 127).bfloat16(), r"a\|tokens: expected BF16 \['any', 128\], found BF16 \[8, 127\]"),
-        ("a|keys", torch.zeros(7, dtype=torch.float64), r"input a: \[7, 8\] held-out tokens, keys and timesteps"),
+        (
+            "a|absmax",
+            torch.zeros(128, dtype=torch.float64),
+            r"a\|absmax: expected F32 \[128\], found F64 \[128\]",
+        ),
+        (
+            "a|tokens",
+            torch.zeros(8, 127).bfloat16(),
+            r"a\|tokens: expected BF16 \['any', 128\], found BF16 \[8, 127\]",
+        ),
+        (
+            "a|keys",
+            torch.zeros(7, dtype=torch.float64),
+            r"input a: \[7, 8\] held-out tokens, keys and timesteps",
+        ),
     ],
 )
 def test_a_tensor_that_is_not_as_the_header_says_is_named_before_anything_is_read(path, key, tensor, message):

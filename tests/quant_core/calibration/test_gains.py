@@ -41,7 +41,9 @@ def test_gain_is_the_energy_that_arrives():
     assert found["a"] / found["b"] == pytest.approx(power["a"] / power["b"], rel=0.05)
     assert found["both"] / found["a"] == pytest.approx(1 + power["b"] / power["a"], rel=0.05)
     assert sum(found.values()) / 4 == pytest.approx(1)
-    assert gains.measure(run, modules, ratio=1e-2) == pytest.approx(found, rel=1e-3)  # linear: of any strength
+    assert gains.measure(run, modules, ratio=1e-2) == pytest.approx(
+        found, rel=1e-3
+    )  # linear: of any strength
     assert not model.a._forward_hooks
 
 
@@ -60,7 +62,7 @@ def test_hooks_are_gone_after_an_error():
     assert not model.a._forward_hooks
 
 
-# -- recorded calls ----------------------------------------------------------------------------------------------------------
+# -- recorded calls
 
 
 def trajectory(samples, steps):
@@ -96,7 +98,9 @@ def calibrated(folder, tmp_path_factory):
     checkpoint = Checkpoint(folder)
     layers = FLUX.layers(checkpoint.shapes)
     out = tmp_path_factory.mktemp("calibration") / "c"
-    return run.calibrate_tiny(tiny_flux.load(), layers, out, steps=4, samples=3, model_hash=checkpoint.fingerprint()).path
+    return run.calibrate_tiny(
+        tiny_flux.load(), layers, out, steps=4, samples=3, model_hash=checkpoint.fingerprint()
+    ).path
 
 
 def test_gains_of_a_calibration(folder, calibration):
@@ -107,7 +111,8 @@ def test_gains_of_a_calibration(folder, calibration):
 
 @torch.no_grad()
 def test_replay_is_the_sampling(calibration):
-    """Euler's steps are found from the recorded states: the change that noise makes is that of sampling again with the noise."""
+    """Euler's steps are found from the recorded states: the change that noise makes is that of sampling again
+    with the noise."""
     model, t = tiny_flux.load(), calibration.trajectory()
     (chain,) = gains.chains(t, 1, 4)
     assert [t.calls[i].step for i in chain] == [0, 1, 2, 3]
@@ -149,7 +154,9 @@ def test_stopped_measurement_goes_on_and_a_second_is_free(folder, calibration, t
         allocate.measured_gains(folder, calibration, progress=dies, samples=1)
     assert len(json.loads(path.read_text())["layers"]) == 4
     left = []
-    allocate.measured_gains(folder, calibration, progress=lambda items, total: left.append(total) or items, samples=1)
+    allocate.measured_gains(
+        folder, calibration, progress=lambda items, total: left.append(total) or items, samples=1
+    )
     assert left == [8]
     assert path.read_text() == whole
     monkeypatch.setattr(diffusers_model, "full", None)
@@ -163,7 +170,9 @@ def test_stopped_measurement_goes_on_and_a_second_is_free(folder, calibration, t
 
 def test_commands_write_and_use_them(folder, calibration, tmp_path, monkeypatch):
     out = tmp_path / "gains.json"
-    result = CliRunner().invoke(app, ["gains", str(folder), str(calibration.path), str(out), "--samples", "1", "--device", "cpu"])
+    result = CliRunner().invoke(
+        app, ["gains", str(folder), str(calibration.path), str(out), "--samples", "1", "--device", "cpu"]
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found == allocate.measured_gains(folder, calibration, samples=1)
@@ -171,15 +180,33 @@ def test_commands_write_and_use_them(folder, calibration, tmp_path, monkeypatch)
     given = []
     monkeypatch.setattr(allocate, "allocate_file", lambda *args: given.append(args[5]) or 1 / 0)
     for gain in ("auto", str(out)):
-        CliRunner().invoke(app, ["allocate", str(folder), "q", "--calibration", str(calibration.path), "--budget", "A3", "--gains", gain])
+        CliRunner().invoke(
+            app,
+            [
+                "allocate",
+                str(folder),
+                "q",
+                "--calibration",
+                str(calibration.path),
+                "--budget",
+                "A3",
+                "--gains",
+                gain,
+            ],
+        )
     assert given == [allocate.measured_gains(folder, calibration), found]
 
 
 def test_calibrations_that_cannot_be_used(folder, calibration, tmp_path):
-    with pytest.raises(ValueError, match=r"tiny_flux.safetensors: expected a diffusers `transformer` folder, found no config.json"):
+    with pytest.raises(
+        ValueError,
+        match=r"tiny_flux.safetensors: expected a diffusers `transformer` folder, found no config.json",
+    ):
         allocate.measured_gains(tiny_flux.CHECKPOINT, calibration)
     other = torch.nn.Linear(2, 2)
-    with pytest.raises(CalibrationError, match=r"its recorded inputs do not fit Linear \(missing a required argument"):
+    with pytest.raises(
+        CalibrationError, match=r"its recorded inputs do not fit Linear \(missing a required argument"
+    ):
         gains.of_calibration(calibration, ["a"], lambda: (other, {"a": [other]}))
     calibration_file.merge([calibration.path, calibration.path], tmp_path / "merged.safetensors")
     with pytest.raises(CalibrationError, match="merged.safetensors: holds no recorded inputs of the network"):

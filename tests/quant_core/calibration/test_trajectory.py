@@ -22,7 +22,16 @@ def recorded(*args, **kwargs):
 
 @pytest.mark.parametrize(
     "value",
-    [X, X.bfloat16(), X.half().mT, X[0, 0, 0], X > 0, torch.arange(3), torch.zeros(0, 4), torch.tensor([float("nan"), -0.0])],
+    [
+        X,
+        X.bfloat16(),
+        X.half().mT,
+        X[0, 0, 0],
+        X > 0,
+        torch.arange(3),
+        torch.zeros(0, 4),
+        torch.tensor([float("nan"), -0.0]),
+    ],
     ids=["fp32", "bf16", "not contiguous", "scalar", "bool", "int64", "empty", "nan"],
 )
 def test_tensors_come_back_bit_exact(value):
@@ -41,8 +50,18 @@ def test_a_timestep_expanded_from_one_value():
 
 def test_arguments_keep_their_form():
     y = X[:, 0].clone()
-    options = {"cond": [0], "flag": True, "scale": 0.5, "sigmas": y, "patch": print, "patches": {"dit": [print]}, 3: "no text"}
-    args, kwargs = replayed(recorded(X, [y, [None, 2]], (1, "a"), None, options=options, mask=None, callback=print))
+    options = {
+        "cond": [0],
+        "flag": True,
+        "scale": 0.5,
+        "sigmas": y,
+        "patch": print,
+        "patches": {"dit": [print]},
+        3: "no text",
+    }
+    args, kwargs = replayed(
+        recorded(X, [y, [None, 2]], (1, "a"), None, options=options, mask=None, callback=print)
+    )
     assert torch.equal(args[0], X)
     assert torch.equal(args[1][0], y)
     assert args[1][1] == [None, 2]
@@ -50,19 +69,34 @@ def test_arguments_keep_their_form():
     assert kwargs.keys() == {"options", "mask", "callback"}
     assert kwargs["mask"] is None
     assert kwargs["callback"] is None
-    assert kwargs["options"].keys() == {"cond", "flag", "scale", "sigmas"}  # patches and callbacks belong to the run that was recorded
-    assert (kwargs["options"]["cond"], kwargs["options"]["flag"], kwargs["options"]["scale"]) == ([0], True, 0.5)
+    assert kwargs["options"].keys() == {
+        "cond",
+        "flag",
+        "scale",
+        "sigmas",
+    }  # patches and callbacks belong to the run that was recorded
+    assert (kwargs["options"]["cond"], kwargs["options"]["flag"], kwargs["options"]["scale"]) == (
+        [0],
+        True,
+        0.5,
+    )
     assert torch.equal(kwargs["options"]["sigmas"], y)
 
 
 def test_nested_arguments():
-    """As LTX-2 takes them: a latent and a timestep each for video and sound, and guides as a list of dicts with lists in them."""
+    """As LTX-2 takes them: a latent and a timestep each for video and sound, and guides as a list of dicts
+    with lists in them."""
     video, sound = X, X[:1] + 1
-    guides = [{"latent_shape": [1, 2, 3], "pixel_mask": sound, "more": {"tensor": video, "names": ("a", "b")}}]
-    (x, timestep), kwargs = replayed(recorded([video, sound], (video[:, :1, 0], sound[:, :1, 0]), guides=guides, ref={"tokens": video}))
-    assert [torch.equal(*pair) for pair in zip((*x, *timestep), (video, sound, video[:, :1, 0], sound[:, :1, 0]), strict=True)] == [
-        True
-    ] * 4
+    guides = [
+        {"latent_shape": [1, 2, 3], "pixel_mask": sound, "more": {"tensor": video, "names": ("a", "b")}}
+    ]
+    (x, timestep), kwargs = replayed(
+        recorded([video, sound], (video[:, :1, 0], sound[:, :1, 0]), guides=guides, ref={"tokens": video})
+    )
+    assert [
+        torch.equal(*pair)
+        for pair in zip((*x, *timestep), (video, sound, video[:, :1, 0], sound[:, :1, 0]), strict=True)
+    ] == [True] * 4
     (guide,) = kwargs["guides"]
     assert guide["latent_shape"] == [1, 2, 3]
     assert torch.equal(guide["pixel_mask"], sound)
@@ -84,7 +118,15 @@ def test_replayed_tensors_are_copies():
 def test_equal_tensors_are_stored_once():
     recorder = Recorder()
     for step in range(3):
-        recorder.add(0, 0, step, 1.0, False, (X, X + step), {"context": X.clone(), "flat": X.flatten(), "ints": X.view(torch.int32)})
+        recorder.add(
+            0,
+            0,
+            step,
+            1.0,
+            False,
+            (X, X + step),
+            {"context": X.clone(), "flat": X.flatten(), "ints": X.view(torch.int32)},
+        )
     assert len(recorder.tensors) == 5  # X; X + 1; X + 2; the same bytes in another shape; in another dtype
     for i in range(3):
         args, kwargs = replayed(recorder, i)
@@ -100,7 +142,9 @@ def test_the_same_calls_are_kept_whatever_the_order(monkeypatch):
     def kept(order):
         recorder = Recorder()
         for sample, step in order:
-            recorder.add(3, sample, step, 1 - step / 5, sample == 3, (torch.full((2,), 10.0 * sample + step), X), {})
+            recorder.add(
+                3, sample, step, 1 - step / 5, sample == 3, (torch.full((2,), 10.0 * sample + step), X), {}
+            )
         return recorder
 
     first = kept(offered)
@@ -123,7 +167,7 @@ def test_prediction_of_a_network():
     assert torch.equal(t.run(lambda x, scale: (x * scale, None), 0), 2 * X)
 
 
-# -- in a calibration --------------------------------------------------------------------------------------------------------
+# -- in a calibration
 
 
 def calibrated(folder, samples=5, fail_at=None, record=True, memory=2**30):
@@ -141,12 +185,16 @@ def calibrated(folder, samples=5, fail_at=None, record=True, memory=2**30):
 
     modules = {name: torch.nn.Linear(64, 8) for name in names}
     inputs = [Input(name, module.in_features, ((0, 64),), name) for name in names]
-    return calibrate(run, modules, inputs, folder, {"model": "m"}, samples=samples, memory=memory, reservoir=16)
+    return calibrate(
+        run, modules, inputs, folder, {"model": "m"}, samples=samples, memory=memory, reservoir=16
+    )
 
 
 def test_calls_of_a_calibration_in_the_order_of_sampling(tmp_path):
     t = calibrated(tmp_path).trajectory()
-    assert [(c.sample, c.step) for c in t.calls] == [(sample, step) for sample in range(5) for step in range(3)]
+    assert [(c.sample, c.step) for c in t.calls] == [
+        (sample, step) for sample in range(5) for step in range(3)
+    ]
     assert [c.held_out for c in t.calls] == [c.sample == 3 for c in t.calls]
     assert [c.timestep for c in t.calls[:3]] == [1.0, 1 - 1 / 3, 1 - 2 / 3]
     for i, call in enumerate(t.calls):

@@ -31,7 +31,9 @@ def calibration(tmp_path_factory):
     state = load_file(tiny_flux.CHECKPOINT)
     layers = FLUX.layers({k: tuple(v.shape) for k, v in state.items()})
     fingerprint = Checkpoint(tiny_flux.CHECKPOINT).fingerprint()
-    return run.calibrate_tiny(tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=3, samples=4, model_hash=fingerprint)
+    return run.calibrate_tiny(
+        tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=3, samples=4, model_hash=fingerprint
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def measured(calibration, tmp_path_factory):
 def table(calibration, path, settings=None):
     checkpoint = Checkpoint(tiny_flux.CHECKPOINT)
     layers = checkpoint.family.layers(checkpoint.shapes)
-    return sensitivity.sensitivity(layers, checkpoint.get, checkpoint.shapes, calibration, CONFIG, path, settings or {"a": 1})
+    return sensitivity.sensitivity(
+        layers, checkpoint.get, checkpoint.shapes, calibration, CONFIG, path, settings or {"a": 1}
+    )
 
 
 def test_table(measured):
@@ -60,9 +64,9 @@ def test_table(measured):
             assert [c.cost / r.weights for c in r.cells.values()] == [2, 2, 4]
             assert r.cells["16 bit"].nbytes == 2 * (r.weights + r.out_features)
             # Codes, scales of a row, smoothing and bias.
-            assert r.cells["A4"].nbytes == r.weights // 4 + 2 * r.in_features + r.out_features * (2 + 2) + 2 * r.out_features * (
-                "linear2" in r.name
-            )
+            assert r.cells["A4"].nbytes == r.weights // 4 + 2 * r.in_features + r.out_features * (
+                2 + 2
+            ) + 2 * r.out_features * ("linear2" in r.name)
 
 
 def test_stopped_run_goes_on_and_gives_the_same(calibration, measured, tmp_path, monkeypatch):
@@ -92,7 +96,9 @@ def test_table_of_other_settings_is_replaced(calibration, measured, tmp_path, mo
     assert table(calibration, path) == measured[0]
     assert {tuple(r.cells) for r in table(calibration, path, {"a": 2})} == {("W4A16",), ("16 bit",)}
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"t\.json: not a table of sensitivities .* Delete it to measure again"):
+    with pytest.raises(
+        ValueError, match=r"t\.json: not a table of sensitivities .* Delete it to measure again"
+    ):
         table(calibration, path)
 
 
@@ -137,23 +143,37 @@ def test_file_is_what_was_chosen(calibration, tmp_path, monkeypatch):
     # Another budget measures nothing again, and its file has just the bytes that were asked for.
     monkeypatch.setattr(sensitivity, "_measured", None)
     again, rows = allocate_file(tiny_flux.CHECKPOINT, out, calibration, Budget("memory", 6e6), CONFIG)
-    assert sum(t.nbytes for k, t in load_file(out).items() if not k.startswith(stop.PREFIX)) == again.allocation.reached
+    assert (
+        sum(t.nbytes for k, t in load_file(out).items() if not k.startswith(stop.PREFIX))
+        == again.allocation.reached
+    )
     assert 0.99 * 6e6 < again.allocation.reached <= 6e6
     kept = [r for r in rows if r.what == "16 bit"]
     chosen = {n for n, e in again.allocation.layers.items() if e == "16 bit"}
     assert {r.name for r in kept if r.name in again.allocation.layers} == chosen
-    assert all(r.note for r in kept if r.name not in again.allocation.layers)  # a row of each other weight, with the reason
+    assert all(
+        r.note for r in kept if r.name not in again.allocation.layers
+    )  # a row of each other weight, with the reason
     assert kept
     assert kept[0].note == "allocated 16 bit"
     with pytest.raises(BudgetError, match="closest that can be met"):
-        allocate_file(tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", calibration, Budget("activation", 17), CONFIG)
+        allocate_file(
+            tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", calibration, Budget("activation", 17), CONFIG
+        )
 
 
 def test_gains_move_the_bits(calibration, measured, tmp_path):
     (tmp_path / "q.safetensors.sensitivity.json").write_text("{}")
     name = "double_blocks.0.txt_mlp.2"
     with pytest.raises(ValueError, match="gains are given for layers that the model does not have: nonsense"):
-        allocate_file(tiny_flux.CHECKPOINT, tmp_path / "r", calibration, Budget("activation", 3), CONFIG, {"nonsense": 1.0})
+        allocate_file(
+            tiny_flux.CHECKPOINT,
+            tmp_path / "r",
+            calibration,
+            Budget("activation", 3),
+            CONFIG,
+            {"nonsense": 1.0},
+        )
     from comfyui_nibble.quant_core.precision.allocate import allocate
 
     three = Budget("activation", 3)
@@ -181,7 +201,7 @@ def test_gains_file(tmp_path):
     assert read_gains(tmp_path / "g.json") == {"a": 2, "b": 0.5}
 
 
-# -- the menu ------------------------------------------------------------------------------------------------------------
+# -- the menu
 
 
 def test_entries_of_one_fit_share_it(make_problem, monkeypatch):
@@ -199,7 +219,9 @@ def test_entries_of_one_fit_share_it(make_problem, monkeypatch):
     db = [output_sqnr(problem, q) for q in made.values() if q is not None]
     assert db == sorted(db)
     for name, layer in made.items():
-        fitted = menu.fit(make_problem(96, 256), MixedConfig(config.menu, 16, False, {"blocks.0.linear": name}))
+        fitted = menu.fit(
+            make_problem(96, 256), MixedConfig(config.menu, 16, False, {"blocks.0.linear": name})
+        )
         assert (fitted.layer is None) == (layer is None)
         assert fitted.choices["allocated"] == name
         assert layer is None or all(torch.equal(fitted.layer.tensors[k], t) for k, t in layer.tensors.items())
@@ -208,11 +230,16 @@ def test_entries_of_one_fit_share_it(make_problem, monkeypatch):
 def test_names_that_are_not_there(make_problem):
     with pytest.raises(ValueError, match="unknown menu 'all'. Menus: robuq, mixed."):
         menu.menu("all")
-    with pytest.raises(ValueError, match=r"layer blocks\.0\.linear: the allocation says nothing of it; it names 0 layers"):
+    with pytest.raises(
+        ValueError, match=r"layer blocks\.0\.linear: the allocation says nothing of it; it names 0 layers"
+    ):
         menu.fit(make_problem(32, 64), CONFIG)
 
 
-@pytest.mark.parametrize(("weight", "activation", "cost"), [(4, 4, 1), (4, 2, 1), (4, 8, 2), (2, 2, 2), (2, 8, 2), (8, 8, 2), (4, None, 4)])
+@pytest.mark.parametrize(
+    ("weight", "activation", "cost"),
+    [(4, 4, 1), (4, 2, 1), (4, 8, 2), (2, 2, 2), (2, 8, 2), (8, 8, 2), (4, None, 4)],
+)
 def test_speed_proxy(weight, activation, cost):
     act = None if activation is None else ActivationSpec(activation, "token")
     spec = LinearSpec(256, 8, (PartSpec(0, 256, WeightSpec(weight, "channel"), act),))

@@ -24,7 +24,12 @@ from comfyui_nibble.tests.support import nibble
 
 def command(*args):
     return subprocess.run(
-        [sys.executable, "-c", "from comfyui_nibble.quant_core.cli.commands import main; main()", *map(str, args)],
+        [
+            sys.executable,
+            "-c",
+            "from comfyui_nibble.quant_core.cli.commands import main; main()",
+            *map(str, args),
+        ],
         capture_output=True,
         cwd="/",
         text=True,
@@ -38,7 +43,9 @@ def calibration(tmp_path_factory):
     state = load_file(tiny_flux.CHECKPOINT)
     layers = FLUX.layers({k: tuple(v.shape) for k, v in state.items()})
     fingerprint = Checkpoint(tiny_flux.CHECKPOINT).fingerprint()
-    return run.calibrate_tiny(tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=4, samples=4, model_hash=fingerprint).path
+    return run.calibrate_tiny(
+        tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=4, samples=4, model_hash=fingerprint
+    ).path
 
 
 def test_quantize_then_inspect(tmp_path, calibration):
@@ -102,16 +109,37 @@ def test_other_options_of_a_method(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pair", "message"), [("slices", "expected name=value"), ("slice=4", "no option"), ("scales=row", "scales must be one of")]
+    ("pair", "message"),
+    [("slices", "expected name=value"), ("slice=4", "no option"), ("scales=row", "scales must be one of")],
 )
 def test_options_that_are_none(tmp_path, pair, message):
     with pytest.raises(ValueError, match=message):
-        nibble("quantize", tiny_flux.CHECKPOINT, tmp_path / "q.safetensors", "--method", "splitquant", "--set", pair)
+        nibble(
+            "quantize",
+            tiny_flux.CHECKPOINT,
+            tmp_path / "q.safetensors",
+            "--method",
+            "splitquant",
+            "--set",
+            pair,
+        )
 
 
 def test_robuq(tmp_path, calibration):
     out = tmp_path / "q.safetensors"
-    text = nibble("quantize", tiny_flux.CHECKPOINT, out, "--method", "robuq", "--calibration", calibration, "--rank", 0, "--device", "cpu")
+    text = nibble(
+        "quantize",
+        tiny_flux.CHECKPOINT,
+        out,
+        "--method",
+        "robuq",
+        "--calibration",
+        calibration,
+        "--rank",
+        0,
+        "--device",
+        "cpu",
+    )
     assert "RobuQ (ternary weights)" in text
     assert "W2A4 per channel smooth H256" in text
     assert PackFile(out).specs["single_blocks.0.linear2"].parts[1].weight.bits == 2
@@ -123,7 +151,18 @@ def test_allocate(tmp_path, calibration, monkeypatch):
     monkeypatch.setitem(menu.MENUS, "robuq", entries)
     out, gains = tmp_path / "q.safetensors", tmp_path / "gains.json"
     gains.write_text('{"single_blocks.1.linear1": 1000}')
-    args = ("allocate", tiny_flux.CHECKPOINT, out, "--calibration", calibration, "--rank", 0, "--no-gptq", "--device", "cpu")
+    args = (
+        "allocate",
+        tiny_flux.CHECKPOINT,
+        out,
+        "--calibration",
+        calibration,
+        "--rank",
+        0,
+        "--no-gptq",
+        "--device",
+        "cpu",
+    )
     text = nibble(*args, "--budget", "A3", "--gains", gains)
     assert "q.safetensors: 3 activation bits on average" in text
     assert "16 layers: " in text
@@ -133,7 +172,9 @@ def test_allocate(tmp_path, calibration, monkeypatch):
     assert (tmp_path / "q.safetensors.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "q.safetensors.sensitivity.json").read_text())["layers"]) == 16
     with pytest.raises(
-        BudgetError, match="no assignment of the 12 layers meets 9 activation bits on average. The closest that can be met: "
+        BudgetError,
+        match="no assignment of the 12 layers meets 9 activation bits on average. The closest that can be "
+        "met: ",
     ):
         nibble(*args, "--budget", "A9")
 
@@ -171,7 +212,10 @@ def test_killed_run_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
 def test_diffusers_folder_gives_the_same_model(tmp_path, tiny_state):
     folder = tmp_path / "transformer"
     folder.mkdir()
-    save_file({k: v.contiguous() for k, v in tiny_flux.to_diffusers(tiny_state).items()}, folder / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in tiny_flux.to_diffusers(tiny_state).items()},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
     for source, name in ((folder, "a"), (tiny_flux.CHECKPOINT, "b")):
         nibble("quantize", source, tmp_path / f"{name}.safetensors", "--method", "convrot", "--device", "cpu")
     a, b = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
@@ -193,9 +237,22 @@ def test_training(tmp_path, transformer, monkeypatch):
     monkeypatch.setitem(presets.PRESETS["splitquant"], "standard", presets.Preset(few, None))
     checkpoint = Checkpoint(transformer)
     layers = FLUX.layers(checkpoint.shapes)
-    made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=3, samples=3, model_hash=checkpoint.fingerprint())
+    made = run.calibrate_tiny(
+        tiny_flux.load(), layers, tmp_path / "c", steps=3, samples=3, model_hash=checkpoint.fingerprint()
+    )
     out = tmp_path / "q.safetensors"
-    args = ["quantize", transformer, out, "--method", "splitquant", "--calibration", made.path, "--device", "cpu", "--no-gptq"]
+    args = [
+        "quantize",
+        transformer,
+        out,
+        "--method",
+        "splitquant",
+        "--calibration",
+        made.path,
+        "--device",
+        "cpu",
+        "--no-gptq",
+    ]
     text = nibble(*args, "--training", "standard")
     pack = PackFile(out)
     assert pack.provenance["settings"]["gptq"] is False
@@ -214,9 +271,21 @@ def test_training(tmp_path, transformer, monkeypatch):
 def test_training_without_recorded_calls(tmp_path, transformer):
     checkpoint = Checkpoint(transformer)
     layers = FLUX.layers(checkpoint.shapes)
-    made = run.calibrate_tiny(tiny_flux.load(), layers, tmp_path / "c", steps=1, samples=1, model_hash=checkpoint.fingerprint())
+    made = run.calibrate_tiny(
+        tiny_flux.load(), layers, tmp_path / "c", steps=1, samples=1, model_hash=checkpoint.fingerprint()
+    )
     merge([made.path, made.path], tmp_path / "merged")
-    args = ["quantize", transformer, tmp_path / "q", "--method", "splitquant", "--training", "standard", "--device", "cpu"]
+    args = [
+        "quantize",
+        transformer,
+        tmp_path / "q",
+        "--method",
+        "splitquant",
+        "--training",
+        "standard",
+        "--device",
+        "cpu",
+    ]
     with pytest.raises(NoTrajectory, match="merged: holds no recorded inputs of the network to train on"):
         nibble(*args, "--calibration", tmp_path / "merged")
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
@@ -230,10 +299,21 @@ def test_training_without_recorded_calls(tmp_path, transformer):
 def test_layer_that_does_not_divide_by_64_is_filled_up(tmp_path):
     from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
-    state, key = random_state(flux_shapes(hidden=128, context=64, pooled=64)), "double_blocks.0.img_attn.qkv.weight"
+    state, key = (
+        random_state(flux_shapes(hidden=128, context=64, pooled=64)),
+        "double_blocks.0.img_attn.qkv.weight",
+    )
     state[key] = torch.randn(state[key].shape[0], 100).bfloat16()
     save_file(state, tmp_path / "odd.safetensors")
-    nibble("quantize", tmp_path / "odd.safetensors", tmp_path / "q.safetensors", "--method", "rtn", "--device", "cpu")
+    nibble(
+        "quantize",
+        tmp_path / "odd.safetensors",
+        tmp_path / "q.safetensors",
+        "--method",
+        "rtn",
+        "--device",
+        "cpu",
+    )
     pack = PackFile(tmp_path / "q.safetensors")
     spec = pack.specs[key.removesuffix(".weight")]
     assert (spec.in_features, spec.padding) == (100, 28)
@@ -244,7 +324,15 @@ def test_nan_weight_names_the_layer(tmp_path, tiny_state):
     state = {k: v.clone() for k, v in tiny_state.items()}
     state["single_blocks.1.linear2.weight"][3, 5] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    result = command("quantize", tmp_path / "nan.safetensors", tmp_path / "q.safetensors", "--method", "rtn", "--device", "cpu")
+    result = command(
+        "quantize",
+        tmp_path / "nan.safetensors",
+        tmp_path / "q.safetensors",
+        "--method",
+        "rtn",
+        "--device",
+        "cpu",
+    )
     assert result.returncode == 1
     assert "nan.safetensors: layer single_blocks.1.linear2: NaN or Inf in its weight" in result.stderr
     assert not (tmp_path / "q.safetensors").exists()
@@ -254,9 +342,18 @@ def test_calibration_of_another_model_names_both(tmp_path, tiny_state, calibrati
     state = {k: v + 1 for k, v in tiny_state.items()}
     save_file(state, tmp_path / "other.safetensors")
     result = command(
-        "quantize", tmp_path / "other.safetensors", tmp_path / "q.safetensors", "--calibration", calibration, "--device", "cpu"
+        "quantize",
+        tmp_path / "other.safetensors",
+        tmp_path / "q.safetensors",
+        "--calibration",
+        calibration,
+        "--device",
+        "cpu",
     )
-    ours, theirs = Checkpoint(tiny_flux.CHECKPOINT).fingerprint(), Checkpoint(tmp_path / "other.safetensors").fingerprint()
+    ours, theirs = (
+        Checkpoint(tiny_flux.CHECKPOINT).fingerprint(),
+        Checkpoint(tmp_path / "other.safetensors").fingerprint(),
+    )
     assert result.returncode == 1
     assert f"was made with model {ours}, this one is {theirs}" in result.stderr
 
@@ -270,8 +367,14 @@ def test_calibration_of_another_model_names_both(tmp_path, tiny_state, calibrati
         (("quantize", "a", "b", "--training", "long"), "unknown training 'long'"),
         (("quantize", "a", "b", "--training", "best"), "method svdquant_r has no training"),
         (("calibrate", ".", "out"), "not a diffusers pipeline folder"),
-        (("allocate", "a", "b", "--calibration", "c", "--budget", "3"), "budget '3': expected an average of bits"),
-        (("allocate", "a", "b", "--calibration", "c", "--budget", "A3", "--menu", "all"), "unknown menu 'all'"),
+        (
+            ("allocate", "a", "b", "--calibration", "c", "--budget", "3"),
+            "budget '3': expected an average of bits",
+        ),
+        (
+            ("allocate", "a", "b", "--calibration", "c", "--budget", "A3", "--menu", "all"),
+            "unknown menu 'all'",
+        ),
     ],
 )
 def test_errors_are_one_line(args, message, tmp_path):
@@ -302,7 +405,14 @@ def test_a_report_with_a_name_of_control_characters_is_shown_without_them(tmp_pa
     opened = PackFile(tmp_path / "q.safetensors")
     report = [*opened.report, opened.report[0] | {"name": "\x1b[31mred", "note": "\x07", "nbytes": 0}]
     layers = {name: opened.layer(name) for name in opened.specs}
-    save(tmp_path / "r.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, "flux", {"by": "\x1b"}, report)
+    save(
+        tmp_path / "r.safetensors",
+        layers,
+        {k: opened.tensor(k) for k in opened.rest},
+        "flux",
+        {"by": "\x1b"},
+        report,
+    )
     text = nibble("inspect", tmp_path / "r.safetensors")
     assert r"\x1b[31mred" in text
     assert text.replace("\n", "").isprintable()

@@ -43,7 +43,8 @@ def test_a_file_in_any_float_dtype_is_quantized(tmp_path, tiny_state, dtype):
 
 @pytest.fixture
 def untouched(tmp_path, monkeypatch):
-    """The destination of a run that must not begin: nothing is read of the weights but for the fingerprint, and nothing is written."""
+    """The destination of a run that must not begin: nothing is read of the weights but for the fingerprint,
+    and nothing is written."""
     destination = tmp_path / "q.safetensors"
 
     def begins(*args, **kwargs):
@@ -65,7 +66,9 @@ def test_a_destination_that_cannot_be_written(tmp_path, untouched):
 
 def test_the_source_as_destination(tmp_path, untouched, tiny_state):
     save_file(tiny_state, tmp_path / "m.safetensors")
-    with pytest.raises(ValueError, match=r"m.safetensors: is read by this command .*Name another file to write"):
+    with pytest.raises(
+        ValueError, match=r"m.safetensors: is read by this command .*Name another file to write"
+    ):
         quantize_file(tmp_path / "m.safetensors", tmp_path / "m.safetensors", RTN, RTN.config)
     assert load_file(tmp_path / "m.safetensors").keys() == tiny_state.keys()
 
@@ -73,14 +76,18 @@ def test_the_source_as_destination(tmp_path, untouched, tiny_state):
 def test_training_without_a_calibration(untouched):
     method = METHODS["splitquant"]
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
-        quantize_file(tiny_flux.CHECKPOINT, untouched, method, method.config, preset=preset("splitquant", "standard"))
+        quantize_file(
+            tiny_flux.CHECKPOINT, untouched, method, method.config, preset=preset("splitquant", "standard")
+        )
 
 
 @pytest.fixture(scope="module")
 def calibration(tmp_path_factory):
     layers = FLUX.layers(Checkpoint(tiny_flux.CHECKPOINT).shapes)
     fingerprint = Checkpoint(tiny_flux.CHECKPOINT).fingerprint()
-    return run.calibrate_tiny(tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=1, samples=1, model_hash=fingerprint)
+    return run.calibrate_tiny(
+        tiny_flux.load(), layers, tmp_path_factory.mktemp("c"), steps=1, samples=1, model_hash=fingerprint
+    )
 
 
 def narrower(inputs, tensors):
@@ -116,4 +123,6 @@ def altered(calibration, folder, change) -> Calibration:
 )  # fmt: skip
 def test_a_calibration_that_does_not_fit_the_last_layer(calibration, tmp_path, untouched, change, message):
     with pytest.raises(CalibrationError, match=message):
-        quantize_file(tiny_flux.CHECKPOINT, untouched, RTN, RTN.config, altered(calibration, tmp_path / "c", change))
+        quantize_file(
+            tiny_flux.CHECKPOINT, untouched, RTN, RTN.config, altered(calibration, tmp_path / "c", change)
+        )

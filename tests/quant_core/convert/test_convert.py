@@ -27,7 +27,10 @@ LINEAR2 = "single_blocks.0.linear2"
 def source(tmp_path_factory):
     """A small FLUX in 16 bit."""
     g = torch.Generator().manual_seed(0)
-    state = {k: (torch.randn(s, generator=g) * s[-1] ** -0.5).bfloat16() for k, s in flux_shapes(hidden=128, context=64, pooled=64).items()}
+    state = {
+        k: (torch.randn(s, generator=g) * s[-1] ** -0.5).bfloat16()
+        for k, s in flux_shapes(hidden=128, context=64, pooled=64).items()
+    }
     path = tmp_path_factory.mktemp("full") / "flux.safetensors"
     save_file(state, path)
     return path
@@ -68,7 +71,9 @@ def test_there_and_back_is_the_same_file(packed, tmp_path):
     for name, spec in before.specs.items():
         if not spec.weight_only:
             assert after.specs[name] == spec
-            assert all(torch.equal(after.layer(name).tensors[k], t) for k, t in before.layer(name).tensors.items())
+            assert all(
+                torch.equal(after.layer(name).tensors[k], t) for k, t in before.layer(name).tensors.items()
+            )
     assert after.provenance == before.provenance
 
 
@@ -85,7 +90,10 @@ def test_what_would_be_lost_is_said_first_and_nothing_is_written(packed, tmp_pat
 def test_replacements_keep_the_values(packed, tmp_path, replacement, bound):
     out = tmp_path / "out.safetensors"
     nibble("convert", packed["splitquant"], out, "--to", "native", "--lossy", "--replacement", replacement)
-    before, after = PackFile(packed["splitquant"]), tensors(out) if replacement != "int8" else KitchenFile(out)
+    before, after = (
+        PackFile(packed["splitquant"]),
+        tensors(out) if replacement != "int8" else KitchenFile(out),
+    )
     for name in before.specs:
         found = after[f"{name}.weight"] if replacement != "int8" else after.layer(name).dequantize()
         assert relative_error(before.layer(name).dequantize(), found) < bound
@@ -104,22 +112,30 @@ def test_kitchen_takes_svdquant_as_it_is_but_for_two_parts(packed, tmp_path):
 
 
 def test_refusals(packed, source, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown format 'gguf'; choose of native, kitchen, nunchaku, nibble"):
+    with pytest.raises(
+        ValueError, match=r"unknown format 'gguf'; choose of native, kitchen, nunchaku, nibble"
+    ):
         nibble("convert", packed["convrot"], tmp_path / "x", "--to", "gguf")
     with pytest.raises(PackError, match="not a quantized model that this pack knows"):
         nibble("convert", source, tmp_path / "x", "--to", "native")
     with pytest.raises(ValueError, match="is read by this command .* and would be written over"):
         nibble("convert", packed["convrot"], packed["convrot"], "--to", "nibble")
-    with pytest.raises(ValueError, match=r"not possible: .* Quantize the full-precision model with the method svdquant"):
+    with pytest.raises(
+        ValueError, match=r"not possible: .* Quantize the full-precision model with the method svdquant"
+    ):
         nibble("convert", packed["splitquant"], tmp_path / "x", "--to", "nunchaku")
 
 
 def test_nunchaku_there_and_back(packed, tmp_path):
-    """SVDQuant without data: nothing but the rank is filled up. Modulation with a low rank of its own loses it, and that is said."""
+    """SVDQuant without data: nothing but the rank is filled up. Modulation with a low rank of its own loses
+    it, and that is said."""
     source = PackFile(packed["svdquant"])
     out, back = tmp_path / "n.safetensors", tmp_path / "back.safetensors"
     said = nibble("convert", packed["svdquant"], out, "--to", "nunchaku")
-    assert "13 of 13 quantized layers are written as they are, but for biases, which nunchaku has in 16 bit" in said
+    assert (
+        "13 of 13 quantized layers are written as they are, but for biases, which nunchaku has in 16 bit"
+        in said
+    )
     assert "biases of" in said
     assert "13 layers read back bit for bit" in said
     assert kind_of(out) == "nunchaku"
@@ -134,12 +150,16 @@ def test_nunchaku_there_and_back(packed, tmp_path):
     pack.save(ranked, layers, {k: source.tensor(k) for k in source.rest}, "flux", {}, [])
     planned = convert.plan(PackFile(ranked), "nunchaku")
     assert list(planned.lossy) == [mod]
-    assert "1 as W4A16 rounded to nearest instead, single_blocks.0.modulation.lin: it has a low-rank branch of rank 4" in "\n".join(
-        planned.lines()
-    )
+    assert (
+        "1 as W4A16 rounded to nearest instead, single_blocks.0.modulation.lin: it has a low-rank branch "
+        "of rank 4"
+    ) in "\n".join(planned.lines())
     with pytest.raises(convert.LossyConversion):
         convert.convert(planned, tmp_path / "r.safetensors")
-    assert "12 layers read back bit for bit" in convert.convert(planned, tmp_path / "r.safetensors", lossy=True)[-1]
+    assert (
+        "12 layers read back bit for bit"
+        in convert.convert(planned, tmp_path / "r.safetensors", lossy=True)[-1]
+    )
     written = open_quantized(tmp_path / "r.safetensors").layer(mod).dequantize()
     assert relative_error(layers[mod].dequantize(), written) < 0.2
 
@@ -147,28 +167,43 @@ def test_nunchaku_there_and_back(packed, tmp_path):
 def with_rank(layer, rank):
     spec = replace(layer.spec, parts=(replace(layer.spec.parts[0], rank=rank),))
     g = torch.Generator().manual_seed(1)
-    down, up = torch.randn(spec.in_features, rank, generator=g), torch.randn(spec.out_features, rank, generator=g)
-    return QuantizedLayer(layer.name, spec, layer.tensors | {"proj_down": down.bfloat16() * 0.05, "proj_up": up.bfloat16() * 0.05})
+    down, up = (
+        torch.randn(spec.in_features, rank, generator=g),
+        torch.randn(spec.out_features, rank, generator=g),
+    )
+    return QuantizedLayer(
+        layer.name,
+        spec,
+        layer.tensors | {"proj_down": down.bfloat16() * 0.05, "proj_up": up.bfloat16() * 0.05},
+    )
 
 
 def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypatch):
     real = convert.pack.save
 
     def wrong(path, layers, *rest, **more):
-        layers["single_blocks.0.linear1"].tensors["weight"] = layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
+        layers["single_blocks.0.linear1"].tensors["weight"] = (
+            layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
+        )
         real(path, layers, *rest, **more)
-        layers["single_blocks.0.linear1"].tensors["weight"] = layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
+        layers["single_blocks.0.linear1"].tensors["weight"] = (
+            layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
+        )
 
     monkeypatch.setattr(convert.pack, "save", wrong)
     (tmp_path / "x.safetensors").write_text("of before")
     with pytest.raises(
-        convert.NotReadBack, match=r"/x.safetensors: layer single_blocks\.0\.linear1 of .*convrot.safetensors does not read back as it was"
+        convert.NotReadBack,
+        match=r"/x.safetensors: layer single_blocks\.0\.linear1 of .*convrot.safetensors does not read back "
+        r"as it was",
     ):
         nibble("convert", packed["convrot"], tmp_path / "x.safetensors", "--to", "nibble")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.safetensors", "of before")]
 
 
-@pytest.mark.parametrize(("method", "to"), [("convrot", "native"), ("svdquant", "nunchaku"), ("splitquant", "nibble")])
+@pytest.mark.parametrize(
+    ("method", "to"), [("convrot", "native"), ("svdquant", "nunchaku"), ("splitquant", "nibble")]
+)
 def test_a_nan_of_the_source_reads_back_as_it_was(packed, tmp_path, method, to):
     opened = pack.PackFile(packed[method])
     layers = {name: opened.layer(name) for name in opened.specs}
@@ -176,16 +211,29 @@ def test_a_nan_of_the_source_reads_back_as_it_was(packed, tmp_path, method, to):
     scales = layers[name].tensors["weight_scale"].clone()
     scales[0, 0] = float("nan")
     layers[name] = replace(layers[name], tensors=layers[name].tensors | {"weight_scale": scales})
-    pack.save(tmp_path / "nan.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, opened.family, {}, [])
+    pack.save(
+        tmp_path / "nan.safetensors",
+        layers,
+        {k: opened.tensor(k) for k in opened.rest},
+        opened.family,
+        {},
+        [],
+    )
     nibble("convert", tmp_path / "nan.safetensors", tmp_path / "out.safetensors", "--to", to, "--lossy")
     assert open_quantized(tmp_path / "out.safetensors").layer(name).dequantize().isnan().any()
 
 
 @pytest.mark.parametrize("bad", [b"x", None])
 def test_a_copy_that_cannot_be_opened_is_not_left(packed, tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(convert.pack, "save", lambda path, *_, **__: path.write_bytes(bad or packed["splitquant"].read_bytes()[:-100]))
+    monkeypatch.setattr(
+        convert.pack,
+        "save",
+        lambda path, *_, **__: path.write_bytes(bad or packed["splitquant"].read_bytes()[:-100]),
+    )
     with pytest.raises(
-        convert.NotReadBack, match=r"x.safetensors: made from .*convrot.safetensors, cannot be read back \(it: not a whole safetensors file"
+        convert.NotReadBack,
+        match=r"x.safetensors: made from .*convrot.safetensors, cannot be read back \(it: not a whole "
+        r"safetensors file",
     ):
         nibble("convert", packed["convrot"], tmp_path / "x.safetensors", "--to", "nibble")
     assert list(tmp_path.iterdir()) == []
@@ -196,7 +244,9 @@ def test_two_formats_in_one_file(packed, tmp_path):
         metadata = f.metadata()
     both = tensors(packed["convrot"]) | {f"{LINEAR2}.comfy_quant": torch.zeros(2, dtype=torch.uint8)}
     save_file(both, tmp_path / "both.safetensors", metadata)
-    with pytest.raises(CheckpointError, match="declares layers as nibble and as kitchen does; expected one format"):
+    with pytest.raises(
+        CheckpointError, match="declares layers as nibble and as kitchen does; expected one format"
+    ):
         open_quantized(tmp_path / "both.safetensors")
 
 
@@ -204,9 +254,14 @@ def test_declared_fp8_is_a_source(source, tmp_path):
     state = tensors(source)
     state[f"{LINEAR2}.weight"] = state[f"{LINEAR2}.weight"].to(torch.float8_e4m3fn)
     conf = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-    save_file(state | {f"{LINEAR2}.weight_scale": torch.ones(()), f"{LINEAR2}.comfy_quant": conf}, tmp_path / "fp8.safetensors")
+    save_file(
+        state | {f"{LINEAR2}.weight_scale": torch.ones(()), f"{LINEAR2}.comfy_quant": conf},
+        tmp_path / "fp8.safetensors",
+    )
     assert describe(tmp_path / "fp8.safetensors")["kind"] == "fp8 checkpoint"
-    assert "13 layers" in nibble("quantize", tmp_path / "fp8.safetensors", tmp_path / "q.safetensors", "--method", "rtn")
+    assert "13 layers" in nibble(
+        "quantize", tmp_path / "fp8.safetensors", tmp_path / "q.safetensors", "--method", "rtn"
+    )
 
 
 def test_inspect_of_each_kind(packed, source, tmp_path):
@@ -227,7 +282,9 @@ def test_inspect_of_each_kind(packed, source, tmp_path):
         text = as_text(what)
         assert text == nibble("inspect", path).rstrip("\n")
         assert json.loads(nibble("inspect", path, "--json")) == what
-    assert "  double_blocks.0.img_mlp.0: W4A4 per token" not in as_text(found[native])  # a scale a row is "per channel"
+    assert "  double_blocks.0.img_mlp.0: W4A4 per token" not in as_text(
+        found[native]
+    )  # a scale a row is "per channel"
     assert "  double_blocks.0.img_mlp.0: W4A4 per channel H64, eager" in as_text(found[native])
 
 
@@ -238,6 +295,9 @@ def test_a_source_that_is_not_what_was_written_is_refused(tmp_path):
     data[-1000] ^= 4
     (tmp_path / "q.safetensors").write_bytes(data)
     planned = convert.plan(open_quantized(tmp_path / "q.safetensors"), "nibble")
-    with pytest.raises(CheckpointError, match=r"q.safetensors: 1 of \d+ tensors are not what was written: .*Download it or make it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"q.safetensors: 1 of \d+ tensors are not what was written: .*Download it or make it again",
+    ):
         convert.convert(planned, tmp_path / "c.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["q.safetensors"]

@@ -14,7 +14,8 @@ from comfyui_nibble.tests.support import relative_error, sqnr_db
 
 @pytest.fixture
 def shifted(make_problem):
-    """FLUX's linear2: two parts, the second shifted and unsigned, with the correction of the shift in its bias."""
+    """FLUX's linear2: two parts, the second shifted and unsigned, with the correction of the shift in its
+    bias."""
     problem = make_problem(96, 640, (Part(0, 128), Part(128, 640, after_gelu=True)))
     layer = METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16, gptq=False)).layer
     assert layer.spec.parts[1].activation.shift
@@ -31,7 +32,8 @@ def test_dense_takes_the_shift_out_of_the_bias(shifted):
 
 @pytest.mark.parametrize("what", replace.AS)
 def test_both_stay_as_good_as_the_layer_was(shifted, what):
-    """At 16 bit better, as x is no longer at 4 bits; at 8 bits about the same under these outliers, without smoothing and groups."""
+    """At 16 bit better, as x is no longer at 4 bits; at 8 bits about the same under these outliers, without
+    smoothing and groups."""
     problem, layer = shifted
     layers, rest = replace.replaced({"a": layer, "b": layer}, {"c": torch.ones(1)}, ["a"], what)
     assert layers["b"] is layer
@@ -43,7 +45,11 @@ def test_both_stay_as_good_as_the_layer_was(shifted, what):
         assert sqnr_db(layer.dequantize(), layers["a"].dequantize()) > 38
         return
     assert set(layers) == {"b"}
-    assert {k: t.dtype for k, t in rest.items()} == {"a.weight": torch.bfloat16, "a.bias": torch.bfloat16, "c": torch.float32}
+    assert {k: t.dtype for k, t in rest.items()} == {
+        "a.weight": torch.bfloat16,
+        "a.bias": torch.bfloat16,
+        "c": torch.float32,
+    }
     x = problem.tokens("report")
     want = x @ problem.weight.float().T + problem.bias.float()
     assert sqnr_db(want, x @ rest["a.weight"].float().T + rest["a.bias"].float()) > before
@@ -51,7 +57,12 @@ def test_both_stay_as_good_as_the_layer_was(shifted, what):
 
 def test_float16_stays_float16_and_no_bias_stays_none(make_problem):
     layer = (
-        METHODS["svdquant"].fit(make_problem(64, 128, calibrated=False, bias=False, dtype=torch.float16), METHODS["svdquant"].config).layer
+        METHODS["svdquant"]
+        .fit(
+            make_problem(64, 128, calibrated=False, bias=False, dtype=torch.float16),
+            METHODS["svdquant"].config,
+        )
+        .layer
     )
     _, rest = replace.replaced({"a": layer}, {}, ["a"], "16 bit")
     assert {k: t.dtype for k, t in rest.items()} == {"a.weight": torch.float16}

@@ -1,4 +1,5 @@
-"""Nibble files in diffusers' own models: DiT from the pipeline to samples, the small FLUX and a small PixArt by their outputs."""
+"""Nibble files in diffusers' own models: DiT from the pipeline to samples, the small FLUX and a small PixArt
+by their outputs."""
 
 import json
 import re
@@ -7,7 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    PixArtTransformer2DModel,
+)
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.calibration import Calibration
@@ -29,7 +36,9 @@ LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "999": "toilet tissue"}
 
 def dit():
     """diffusers' DiT of width 128, with weights large enough that its blocks change what passes."""
-    model = DiTTransformer2DModel(num_attention_heads=4, attention_head_dim=32, num_layers=DEPTH, sample_size=16, out_channels=8)
+    model = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=32, num_layers=DEPTH, sample_size=16, out_channels=8
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
@@ -52,7 +61,10 @@ def pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dit")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+        blocks = {
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+        }
         vae = AutoencoderKL(latent_channels=4, block_out_channels=(4, 4), norm_num_groups=2, **blocks)
         DiTPipeline(dit(), vae, DDIMScheduler()).save_pretrained(folder)
     index = folder / "model_index.json"  # diffusers reads the labels there and does not write them
@@ -74,7 +86,7 @@ def predictions(model, calibration):
         return torch.cat([t.run(model, i) for i, c in enumerate(t.calls) if c.held_out])
 
 
-# -- the map ----------------------------------------------------------------------------------------------------------------
+# -- the map
 
 
 def test_map_of_dit_covers_every_linear_layer():
@@ -84,20 +96,30 @@ def test_map_of_dit_covers_every_linear_layer():
     assert detect(shapes) is DIT
     layers = {layer.name: layer for layer in DIT.layers(shapes)}
     linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    embedders = {f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_{j}" for i in range(28) for j in (1, 2)}
+    embedders = {
+        f"transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_{j}" for i in range(28) for j in (1, 2)
+    }
     assert linear - set(layers) == embedders | {"proj_out_1", "proj_out_2"}
     assert set(layers) <= linear
     assert len(DIT.layers(shapes)) == len(layers) == 28 * 7
-    assert all((layer.out_features, layer.in_features) == shapes[f"{n}.weight"] for n, layer in layers.items())
-    assert {n for n, layer in layers.items() if layer.weight_only} == {f"transformer_blocks.{i}.norm1.linear" for i in range(28)}
-    assert {n for n, layer in layers.items() if layer.parts[0].after_gelu} == {f"transformer_blocks.{i}.ff.net.2" for i in range(28)}
+    assert all(
+        (layer.out_features, layer.in_features) == shapes[f"{n}.weight"] for n, layer in layers.items()
+    )
+    assert {n for n, layer in layers.items() if layer.weight_only} == {
+        f"transformer_blocks.{i}.norm1.linear" for i in range(28)
+    }
+    assert {n for n, layer in layers.items() if layer.parts[0].after_gelu} == {
+        f"transformer_blocks.{i}.ff.net.2" for i in range(28)
+    }
     assert layers["transformer_blocks.9.attn1.to_v"].input == "transformer_blocks.9.attn1.to_q"
-    assert list(dict.fromkeys(layer.block for layer in layers.values())) == [f"transformer_blocks.{i}" for i in range(28)]
+    assert list(dict.fromkeys(layer.block for layer in layers.values())) == [
+        f"transformer_blocks.{i}" for i in range(28)
+    ]
     mapped = DIT.diffusers(shapes)
     assert {k: s.keys for k, s in mapped.items()} == {k: (k,) for k in shapes}
 
 
-# -- calibrate -> quantize -> load -> sample -----------------------------------------------------------------------------------
+# -- calibrate -> quantize -> load -> sample
 
 
 def test_calibration_of_dit(pipeline, calibrated):
@@ -106,7 +128,9 @@ def test_calibration_of_dit(pipeline, calibrated):
     assert calibration.meta["family"] == "dit"
     assert calibration.meta["settings"]["size"] == 32
     assert len(calibration.names) == DEPTH * 5  # q, k and v share one
-    assert calibration.get("transformer_blocks.1.ff.net.2").count == 3 * STEPS * TOKENS  # the fourth sample is held out
+    assert (
+        calibration.get("transformer_blocks.1.ff.net.2").count == 3 * STEPS * TOKENS
+    )  # the fourth sample is held out
     assert calibration.get("transformer_blocks.1.norm1.linear").count == 3 * STEPS * 2
     t = calibration.trajectory()
     classes = {c.sample: t.arguments(i)[1]["class_labels"].tolist() for i, c in enumerate(t.calls)}
@@ -131,7 +155,14 @@ def test_quantized_dit_samples(pipeline, calibrated, tmp_path, method, output, s
     for transformer in (full, model):
         pipe.transformer = transformer
         pictures.append(
-            torch.from_numpy(pipe([1, 7], num_inference_steps=4, generator=torch.Generator().manual_seed(3), output_type="np").images)
+            torch.from_numpy(
+                pipe(
+                    [1, 7],
+                    num_inference_steps=4,
+                    generator=torch.Generator().manual_seed(3),
+                    output_type="np",
+                ).images
+            )
         )
     assert pictures[1].shape == (2, 32, 32, 3)
     assert relative_error(*pictures) < sampled
@@ -146,7 +177,19 @@ def test_gains_of_dit(pipeline, calibrated):
 @pytest.mark.parametrize(("lines", "ids"), [("goldfish\n 999\n", [1, 999]), ("Tinca tinca", [0])])
 def test_classes_by_id_and_label(pipeline, tmp_path, lines, ids):
     (tmp_path / "p.txt").write_text(lines)
-    nibble("calibrate", pipeline, tmp_path / "c", "--samples", 2, "--steps", 1, "--prompts", tmp_path / "p.txt", "--device", "cpu")
+    nibble(
+        "calibrate",
+        pipeline,
+        tmp_path / "c",
+        "--samples",
+        2,
+        "--steps",
+        1,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--device",
+        "cpu",
+    )
     t = Calibration(tmp_path / "c").trajectory()
     assert [t.arguments(i)[1]["class_labels"][0] for i in range(2)] == [ids[0], ids[-1]]
 
@@ -154,14 +197,16 @@ def test_classes_by_id_and_label(pipeline, tmp_path, lines, ids):
 def test_what_dit_does_not_have(pipeline, tmp_path):
     (tmp_path / "p.txt").write_text("7\na red circle\n")
     with pytest.raises(
-        ValueError, match=r"prompt 'a red circle': expected a class id from 0 to 999 or a label of the pipeline, such as 'toilet tissue'"
+        ValueError,
+        match=r"prompt 'a red circle': expected a class id from 0 to 999 or a label of the pipeline, such as "
+        r"'toilet tissue'",
     ):
         nibble("calibrate", pipeline, tmp_path / "c", "--prompts", tmp_path / "p.txt", "--device", "cpu")
     with pytest.raises(ValueError, match="DiTPipeline samples at 32 x 32 only, not at 64; leave --size out"):
         nibble("calibrate", pipeline, tmp_path / "c", "--size", 64, "--device", "cpu")
 
 
-# -- other families -----------------------------------------------------------------------------------------------------------
+# -- other families
 
 
 def flux(folder):
@@ -206,7 +251,8 @@ def test_file_in_diffusers_model_is_its_quantized_layers(kind, tmp_path):
     other = dict(diffusers_model.load(folder, tmp_path / "node.safetensors").named_parameters())
     assert all(torch.equal(other.pop(name), p) for name, p in model.named_parameters())
     assert not other
-    # The same by writing what the packed layers apply into the full-precision model: activations stay as they are there.
+    # The same by writing what the packed layers apply into the full-precision model: activations stay as they
+    # are there.
     family = detect(pack.logical_shapes())
     names = diffusers_model.modules_of(family, family.layers(pack.logical_shapes()), full)
     for name in pack.specs:
@@ -228,7 +274,8 @@ def test_files_that_do_not_fit(pipeline, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(
         PackError,
-        match=r"q.safetensors: pos_embed.proj.weight: the configuration asks for the shape \(64, 4, 2, 2\), found \(128, 4, 2, 2\)",
+        match=r"q.safetensors: pos_embed.proj.weight: the configuration asks for the shape \(64, 4, 2, 2\), "
+        r"found \(128, 4, 2, 2\)",
     ):
         diffusers_model.load(config | {"num_attention_heads": 2}, file)
     with pytest.raises(PackError, match=r"transformer_blocks.2.* found no such tensor"):

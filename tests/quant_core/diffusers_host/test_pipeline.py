@@ -1,4 +1,5 @@
-"""`nibble calibrate` on whole diffusers pipelines: small random text encoders and VAEs, FLUX's transformer is the shipped one."""
+"""`nibble calibrate` on whole diffusers pipelines: small random text encoders and VAEs, FLUX's transformer is
+the shipped one."""
 
 import json
 import shutil
@@ -22,7 +23,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 from typer.testing import CliRunner
 
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError
@@ -64,7 +72,9 @@ def tokenizer(length):
 
 
 def t5(width):
-    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2))
+    return T5EncoderModel(
+        T5Config(vocab_size=len(WORDS), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    )
 
 
 def clip(width):
@@ -94,22 +104,36 @@ def flux(state):
 
 def pixart(state):
     transformer = PixArtTransformer2DModel(
-        num_attention_heads=4, attention_head_dim=32, num_layers=2, cross_attention_dim=128, caption_channels=32, sample_size=32
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=2,
+        cross_attention_dim=128,
+        caption_channels=32,
+        sample_size=32,
     )
     return PixArtSigmaPipeline(
-        tokenizer=tokenizer(300), text_encoder=t5(32), vae=vae(4), transformer=transformer, scheduler=DPMSolverMultistepScheduler()
+        tokenizer=tokenizer(300),
+        text_encoder=t5(32),
+        vae=vae(4),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
     )
 
 
 KINDS = {
-    "flux": SimpleNamespace(family=FLUX, build=flux, pipeline=FluxPipeline, layers=16, weight_only=4, inputs=13),
-    "pixart": SimpleNamespace(family=PIXART, build=pixart, pipeline=PixArtSigmaPipeline, layers=14, weight_only=0, inputs=13),
+    "flux": SimpleNamespace(
+        family=FLUX, build=flux, pipeline=FluxPipeline, layers=16, weight_only=4, inputs=13
+    ),
+    "pixart": SimpleNamespace(
+        family=PIXART, build=pixart, pipeline=PixArtSigmaPipeline, layers=14, weight_only=0, inputs=13
+    ),
 }
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Layers this small take seconds instead of milliseconds where other processes compete for the cores of a thread pool."""
+    """Layers this small take seconds instead of milliseconds where other processes compete for the cores of a
+    thread pool."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -130,7 +154,17 @@ def saved(tmp_path_factory, tiny_state):
 
 def calibrate(saved, name, out, *, samples=SAMPLES, steps=STEPS, size=("--size", SIZE)):
     """The arguments of the command. name: of the pipeline, or its path."""
-    settings = ["--prompts", saved / "prompts.txt", "--samples", samples, "--steps", steps, *size, "--device", "cpu"]
+    settings = [
+        "--prompts",
+        saved / "prompts.txt",
+        "--samples",
+        samples,
+        "--steps",
+        steps,
+        *size,
+        "--device",
+        "cpu",
+    ]
     return ["calibrate", saved / name, out, *settings]
 
 
@@ -167,7 +201,10 @@ def test_observes_every_input_of_the_model(done):
     assert len(expected) == done.inputs
     assert calibration.meta["model"] == checkpoint.fingerprint()
     assert calibration.meta["family"] == done.family.name
-    assert done.text == f"{done.out}: {done.inputs} inputs of model {checkpoint.fingerprint()}, calibration {calibration.hash}\n"
+    assert done.text == (
+        f"{done.out}: {done.inputs} inputs of model {checkpoint.fingerprint()}, calibration "
+        f"{calibration.hash}\n"
+    )
     for item in expected:
         stats = calibration.get(item.name)
         assert (stats.width, stats.blocks) == (item.width, item.blocks)
@@ -190,10 +227,15 @@ def test_counts_are_those_of_the_tokens(done):
         assert held_out("double_blocks.0.img_attn.qkv") == STEPS * image
         assert held_out("single_blocks.1.linear2") == 1024  # of STEPS * 528
     else:
-        image, words = 2 * IMAGE_TOKENS, [2 * (len(p.split()) + 1) for p in PROMPTS]  # with and without the prompt
+        image, words = (
+            2 * IMAGE_TOKENS,
+            [2 * (len(p.split()) + 1) for p in PROMPTS],
+        )  # with and without the prompt
         assert count("blocks.1.attn.qkv") == FITTED * STEPS * image
         assert count("blocks.0.mlp.fc2") == FITTED * STEPS * image
-        assert count("blocks.0.cross_attn.kv_linear") == STEPS * sum(words[:FITTED])  # and not the padding to 300 tokens
+        assert count("blocks.0.cross_attn.kv_linear") == STEPS * sum(
+            words[:FITTED]
+        )  # and not the padding to 300 tokens
         assert held_out("blocks.0.cross_attn.kv_linear") == STEPS * words[2]
     assert len(calibration.get(calibration.names[0]).timesteps.unique()) == STEPS
 
@@ -208,12 +250,20 @@ def test_quantizes_the_transformer_of_the_pipeline(done, tmp_path):
     assert list(pack.specs) == list(layers)
     assert pack.logical_shapes() == checkpoint.shapes
     assert pack.provenance["model"] == checkpoint.fingerprint()
-    assert pack.provenance["calibration"] == {"hash": Calibration(done.out).hash, "samples": SAMPLES, "seed": 0}
+    assert pack.provenance["calibration"] == {
+        "hash": Calibration(done.out).hash,
+        "samples": SAMPLES,
+        "seed": 0,
+    }
     sqnr = {row["name"]: row["sqnr_db"] for row in pack.report if row["nbytes"]}
     assert sum(layer.weight_only for layer in layers.values()) == done.weight_only
     assert min(sqnr.values()) > 15
     found = json.loads(nibble("inspect", out, "--json"))
-    assert (found["kind"], found["family"], found["quantized layers"]) == ("Nibble model", done.family.title, done.layers)
+    assert (found["kind"], found["family"], found["quantized layers"]) == (
+        "Nibble model",
+        done.family.title,
+        done.layers,
+    )
 
 
 def test_inspect_names_the_model_of_both(done):
@@ -222,8 +272,14 @@ def test_inspect_names_the_model_of_both(done):
     assert (found["kind"], found["inputs"], found["model"]) == ("calibration", done.inputs, model)
     assert (found["settings"]["steps"], found["settings"]["size"]) == (STEPS, SIZE)
     found = json.loads(nibble("inspect", done.folder / "transformer", "--json"))
-    layers = len(done.family.layers(Checkpoint(done.folder / "transformer").shapes))  # one more of PixArt's with a calibration in ComfyUI
-    assert (found["kind"], found["quantizable layers"], found["model"]) == ("full-precision checkpoint", layers, model)
+    layers = len(
+        done.family.layers(Checkpoint(done.folder / "transformer").shapes)
+    )  # one more of PixArt's with a calibration in ComfyUI
+    assert (found["kind"], found["quantizable layers"], found["model"]) == (
+        "full-precision checkpoint",
+        layers,
+        model,
+    )
 
 
 def test_second_run_samples_nothing_again(done, saved, sampled):
@@ -244,7 +300,10 @@ def test_interrupted_run_goes_on_with_the_same_result(done, saved, sampled, tmp_
     for name in whole.names:
         a, b = whole.get(name), resumed.get(name)
         assert a.count == b.count
-        assert all(torch.equal(getattr(a, leaf), getattr(b, leaf)) for leaf in ("absmax", "tokens", "keys", "timesteps"))
+        assert all(
+            torch.equal(getattr(a, leaf), getattr(b, leaf))
+            for leaf in ("absmax", "tokens", "keys", "timesteps")
+        )
         assert all(torch.equal(a.hessians[k], b.hessians[k]) for k in a.hessians)
 
 
@@ -257,7 +316,8 @@ def test_size_is_the_model_s_own_unless_given(saved, tmp_path):
 
 
 def test_kontext_without_a_picture(saved, tmp_path):
-    """Its pipeline takes a picture before the prompt, and scales any size to a square of 1024 unless told not to."""
+    """Its pipeline takes a picture before the prompt, and scales any size to a square of 1024 unless told not
+    to."""
     kontext = shutil.copytree(saved / "flux", tmp_path / "kontext")
     index = kontext / "model_index.json"
     index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
@@ -286,7 +346,9 @@ def test_pickled_weights_are_refused_by_name_before_the_work(saved, tmp_path, mo
     calibrated = calibrate(saved, pipe, tmp_path / "out", samples=1, steps=1)
     nibble(*calibrated)  # beside safetensors, nobody looks at it
     weights.unlink()
-    with pytest.raises(CheckpointError, match=rf"{component}/{pickled.name}: pickled weights, .*safe_serialization=True"):
+    with pytest.raises(
+        CheckpointError, match=rf"{component}/{pickled.name}: pickled weights, .*safe_serialization=True"
+    ):
         nibble(*calibrated[:2], tmp_path / "again", *calibrated[3:])
     assert not (tmp_path / "again").exists()
 
@@ -296,9 +358,14 @@ def test_diffusers_itself_is_told_to_open_no_pickle(saved, tmp_path, monkeypatch
     pipe = shutil.copytree(saved / "flux", tmp_path / "pipe")
     for component in ("vae", "text_encoder"):
         [weights] = (pipe / component).glob("*.safetensors")
-        torch.save({"w": torch.zeros(1)}, weights.with_name({"vae": "diffusion_pytorch_model.bin"}.get(component, "pytorch_model.bin")))
+        torch.save(
+            {"w": torch.zeros(1)},
+            weights.with_name({"vae": "diffusion_pytorch_model.bin"}.get(component, "pytorch_model.bin")),
+        )
         weights.unlink()
-    monkeypatch.setattr("comfyui_nibble.quant_core.diffusers_host.pipeline.require_safetensors", lambda folder: None)
+    monkeypatch.setattr(
+        "comfyui_nibble.quant_core.diffusers_host.pipeline.require_safetensors", lambda folder: None
+    )
     monkeypatch.setattr("torch.load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
     with pytest.raises(OSError, match="safetensors"):
         nibble(*calibrate(saved, pipe, tmp_path / "out", samples=1, steps=1))
@@ -328,7 +395,18 @@ def sdxl():
 def test_a_u_net(tmp_path):
     sdxl().save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    options = ("--prompts", tmp_path / "prompts.txt", "--samples", 2, "--steps", 2, "--size", SIZE, "--device", "cpu")
+    options = (
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--samples",
+        2,
+        "--steps",
+        2,
+        "--size",
+        SIZE,
+        "--device",
+        "cpu",
+    )
     nibble("calibrate", tmp_path / "pipe", tmp_path / "c", *options)
     checkpoint, calibration = Checkpoint(tmp_path / "pipe"), Calibration(tmp_path / "c")
     assert checkpoint.family is SDXL
@@ -337,5 +415,13 @@ def test_a_u_net(tmp_path):
     assert (
         calibration.get("input_blocks.3.1.proj_in").count == 2 * 2 * (SIZE // 8 // 2) ** 2
     )  # 2 steps, both halves of CFG, one sample fitted
-    nibble("quantize", tmp_path / "pipe", tmp_path / "q.safetensors", "--calibration", tmp_path / "c", "--method", "rtn")
+    nibble(
+        "quantize",
+        tmp_path / "pipe",
+        tmp_path / "q.safetensors",
+        "--calibration",
+        tmp_path / "c",
+        "--method",
+        "rtn",
+    )
     assert set(PackFile(tmp_path / "q.safetensors").specs) == {layer.name for layer in layers}

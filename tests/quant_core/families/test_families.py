@@ -64,8 +64,16 @@ def test_flux_map_of_a_full_width_model():
     ("widths", "gigabytes", "share"),
     [
         ({"double": 8, "single": 48}, 64.45, 0.992),  # dev
-        ({"double": 5, "single": 20, "hidden": 3072, "context": 7680, "guidance": False}, 7.75, 0.986),  # Klein 4B
-        ({"double": 8, "single": 24, "hidden": 4096, "context": 12288, "guidance": False}, 18.16, 0.989),  # Klein 9B
+        (
+            {"double": 5, "single": 20, "hidden": 3072, "context": 7680, "guidance": False},
+            7.75,
+            0.986,
+        ),  # Klein 4B
+        (
+            {"double": 8, "single": 24, "hidden": 4096, "context": 12288, "guidance": False},
+            18.16,
+            0.989,
+        ),  # Klein 9B
     ],
 )
 def test_flux2_is_nearly_all_quantized(widths, gigabytes, share):
@@ -74,13 +82,24 @@ def test_flux2_is_nearly_all_quantized(widths, gigabytes, share):
     whole = sum(prod(s) for s in shapes.values())
     assert detect(shapes) is FLUX2
     assert 2 * whole / 1e9 == pytest.approx(gigabytes, abs=0.01)
-    assert sum(layer.in_features * layer.out_features for layer in layers) / whole == pytest.approx(share, abs=0.0005)
+    assert sum(layer.in_features * layer.out_features for layer in layers) / whole == pytest.approx(
+        share, abs=0.0005
+    )
 
 
 def test_flux2s_shared_modulation_comes_first_and_counts_to_the_first_block():
     hidden, layers = 256, FLUX2.layers(flux2_shapes(1, 1, hidden=256, context=64))
-    names = [f"{name}.lin" for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")]
-    assert [layer.name for layer in layers if layer.weight_only] == [layer.name for layer in layers[:3]] == names
+    names = [
+        f"{name}.lin"
+        for name in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ]
+    assert (
+        [layer.name for layer in layers if layer.weight_only] == [layer.name for layer in layers[:3]] == names
+    )
     assert {layer.input for layer in layers[:3]} == {names[0]}
     assert list(dict.fromkeys(layer.block for layer in layers)) == ["double_blocks.0", "single_blocks.0"]
     # The MLP half of the last layer reads a product with a SiLU, not a GELU.
@@ -100,7 +119,9 @@ def test_pixart_map_shares_the_text():
     assert [layer.name for layer in layers.values() if layer.rule] == ["t_block.1"]
     del layers["t_block.1"]
     assert len(layers) == 3 * 7
-    assert {layers[f"blocks.{i}.cross_attn.kv_linear"].input for i in range(3)} == {"blocks.0.cross_attn.kv_linear"}
+    assert {layers[f"blocks.{i}.cross_attn.kv_linear"].input for i in range(3)} == {
+        "blocks.0.cross_attn.kv_linear"
+    }
     assert layers["blocks.2.mlp.fc2"].parts[0].after_gelu
     assert not any(layer.weight_only for layer in layers.values())
 
@@ -132,14 +153,27 @@ def test_streams_of_layers():
     qwen, sd3 = Family.stream_of(QWEN_IMAGE.streams), Family.stream_of(SD3.streams)
     text = ("txt_mod.1", "attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj")
     image = ("img_mod.1", "attn.to_q", "attn.to_out.0", "img_mlp.net.2")
-    assert {qwen(f"transformer_blocks.11.{n}") for n in text} == {sd3("joint_blocks.3.context_block.mlp.fc1")} == {0}
-    assert {qwen(f"transformer_blocks.11.{n}") for n in image} == {sd3("joint_blocks.3.x_block.attn2.qkv")} == {1}
+    assert (
+        {qwen(f"transformer_blocks.11.{n}") for n in text}
+        == {sd3("joint_blocks.3.context_block.mlp.fc1")}
+        == {0}
+    )
+    assert (
+        {qwen(f"transformer_blocks.11.{n}") for n in image}
+        == {sd3("joint_blocks.3.x_block.attn2.qkv")}
+        == {1}
+    )
 
 
 def test_what_a_variant_adds_is_left_to_the_rules():
-    """HuMo attends to sound in each block, S2V in modules of their own; neither changes what the map says or the model's fingerprint."""
+    """HuMo attends to sound in each block, S2V in modules of their own; neither changes what the map says or
+    the model's fingerprint."""
     plain = wan_shapes(2, dim=128)
-    sound = {f"blocks.{i}.audio_cross_attn_wrapper.audio_cross_attn.{x}.weight": (128, 128) for i in range(2) for x in "qkvo"}
+    sound = {
+        f"blocks.{i}.audio_cross_attn_wrapper.audio_cross_attn.{x}.weight": (128, 128)
+        for i in range(2)
+        for x in "qkvo"
+    }
     injector = {f"audio_injector.injector.{i}.{x}.weight": (128, 128) for i in range(2) for x in "qkvo"}
     added = sound | injector | {"casual_audio_encoder.linear.weight": (128, 128)}
     layers = WAN.layers(plain | added)
@@ -159,7 +193,9 @@ def test_what_a_map_keeps_is_not_taken_by_the_rules():
     layers = CHROMA.layers(shapes)
     assert not [layer.name for layer in layers if layer.name.startswith(kept)]
     assert CHROMA.why_kept("distilled_guidance_layer.layers.0.in_layer") == "its errors reach every block"
-    assert CHROMA.why_kept("nerf_blocks.3.param_generator").startswith("makes the weights of the pixel decoder")
+    assert CHROMA.why_kept("nerf_blocks.3.param_generator").startswith(
+        "makes the weights of the pixel decoder"
+    )
     assert not any(layer.rule for layer in [*layers, *SD3.layers(sd3_shapes(2)), *SDXL.layers(sdxl_shapes())])
 
 
@@ -171,7 +207,9 @@ def test_relatives_are_not_taken_for_flux():
     assert not FLUX.matches(shapes | {"double_blocks.0.img_mlp.gate_proj.weight": (1, 1)})
 
 
-@pytest.mark.parametrize("made", ["OvisImageTransformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel"])
+@pytest.mark.parametrize(
+    "made", ["OvisImageTransformer2DModel", "LongCatImageTransformer2DModel", "Lumina2Transformer2DModel"]
+)
 def test_relatives_under_diffusers_names_belong_to_no_family(made):
     import diffusers
 
@@ -185,7 +223,9 @@ def test_relatives_under_diffusers_names_belong_to_no_family(made):
 def test_older_u_nets_are_not_taken_for_sdxl():
     shapes = sdxl_shapes()
     assert SDXL.matches(shapes)
-    assert not SDXL.matches(shapes | {"input_blocks.1.1.proj_in.weight": (320, 320)})  # SD 2 unCLIP, Stable Video Diffusion
+    assert not SDXL.matches(
+        shapes | {"input_blocks.1.1.proj_in.weight": (320, 320)}
+    )  # SD 2 unCLIP, Stable Video Diffusion
     assert not SDXL.matches({k: s for k, s in shapes.items() if "label_emb" not in k})  # SD 1
 
 
@@ -195,7 +235,8 @@ def test_lumina_is_not_taken_for_z_image():
 
 
 def test_flux_under_diffusers_names_is_the_same_model(tmp_path, tiny_state):
-    """diffusers' own class takes the converted names, and the file reads back under ComfyUI's names bit for bit."""
+    """diffusers' own class takes the converted names, and the file reads back under ComfyUI's names bit for
+    bit."""
     model = tiny_flux.build()
     converted = tiny_flux.to_diffusers(tiny_state)
     assert set(converted) == set(model.state_dict())
@@ -217,7 +258,9 @@ def test_pixart_under_diffusers_names():
     from diffusers import PixArtTransformer2DModel
 
     with torch.device("meta"):
-        model = PixArtTransformer2DModel(num_layers=2, num_attention_heads=16, attention_head_dim=72, sample_size=32, caption_channels=4096)
+        model = PixArtTransformer2DModel(
+            num_layers=2, num_attention_heads=16, attention_head_dim=72, sample_size=32, caption_channels=4096
+        )
     theirs = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     mapped = PIXART.diffusers(theirs)
     used = {k for s in mapped.values() for k in s.keys}

@@ -1,4 +1,5 @@
-"""1x1 convolutions among the layers: by rule within blocks of linear layers, in a file where the name says enough."""
+"""1x1 convolutions among the layers: by rule within blocks of linear layers, in a file where the name says
+enough."""
 
 import pytest
 import torch
@@ -40,9 +41,18 @@ def ace_shapes(width=128, hidden=192, blocks=3):
     shapes = {"patch.proj.weight": (width, 8, 1, 1)}
     for p in (f"transformer_blocks.{i}." for i in range(blocks)):
         shapes |= {f"{p}attn.to_{x}.weight": (width, width) for x in "qkv"}
-        shapes |= {f"{p}ff.inverted_conv.conv.weight": (2 * hidden, width, 1), f"{p}ff.inverted_conv.conv.bias": (2 * hidden,)}
-        shapes |= {f"{p}ff.depth_conv.conv.weight": (2 * hidden, 1, 3), f"{p}ff.point_conv.conv.weight": (width, hidden, 1)}
-        shapes |= {f"{p}mystery.weight": (width, width, 1, 1), f"{p}skip_connection.weight": (width, width, 1, 1)}
+        shapes |= {
+            f"{p}ff.inverted_conv.conv.weight": (2 * hidden, width, 1),
+            f"{p}ff.inverted_conv.conv.bias": (2 * hidden,),
+        }
+        shapes |= {
+            f"{p}ff.depth_conv.conv.weight": (2 * hidden, 1, 3),
+            f"{p}ff.point_conv.conv.weight": (width, hidden, 1),
+        }
+        shapes |= {
+            f"{p}mystery.weight": (width, width, 1, 1),
+            f"{p}skip_connection.weight": (width, width, 1, 1),
+        }
     return shapes
 
 
@@ -57,7 +67,12 @@ def test_rules_take_those_within_blocks():
         "mystery",
     }
     conv = layers["transformer_blocks.1.ff.point_conv.conv"]
-    assert (conv.block, conv.in_features, conv.out_features, conv.spatial) == ("transformer_blocks.1", 192, 128, 1)
+    assert (conv.block, conv.in_features, conv.out_features, conv.spatial) == (
+        "transformer_blocks.1",
+        192,
+        128,
+        1,
+    )
     assert layers["transformer_blocks.0.mystery"].spatial == 2
     assert layers["transformer_blocks.0.attn.to_q"].spatial == 0
     linear = {k: s for k, s in ace_shapes().items() if len(s) == 2}
@@ -77,11 +92,17 @@ def quantized(tmp_path_factory):
     """A file quantized by the command's own function, its rows, and the weights it was made from."""
     folder = tmp_path_factory.mktemp("ace")
     g = torch.Generator().manual_seed(0)
-    state = {k: (torch.randn(s, generator=g) / max(1, s[-2] if len(s) > 2 else s[-1]) ** 0.5).bfloat16() for k, s in ace_shapes().items()}
+    state = {
+        k: (torch.randn(s, generator=g) / max(1, s[-2] if len(s) > 2 else s[-1]) ** 0.5).bfloat16()
+        for k, s in ace_shapes().items()
+    }
     save_file(state, folder / "ace.safetensors")
     assert detect({k: tuple(t.shape) for k, t in state.items()}) is GENERIC
     rows = quantize_file(
-        folder / "ace.safetensors", folder / "out.safetensors", METHODS["svdquant"], METHODS["svdquant"].configured(rank=8)
+        folder / "ace.safetensors",
+        folder / "out.safetensors",
+        METHODS["svdquant"],
+        METHODS["svdquant"].configured(rank=8),
     )
     return PackFile(folder / "out.safetensors"), {r.name: r for r in rows}, state
 
@@ -89,11 +110,15 @@ def quantized(tmp_path_factory):
 def test_the_command_takes_what_names_tell_and_names_the_rest(quantized):
     pack, rows, state = quantized
     taken = {n for n, s in pack.specs.items() if s.spatial}
-    assert taken == {f"transformer_blocks.{i}.ff.{x}_conv.conv" for i in range(3) for x in ("inverted", "point")}
+    assert taken == {
+        f"transformer_blocks.{i}.ff.{x}_conv.conv" for i in range(3) for x in ("inverted", "point")
+    }
     left = rows["transformer_blocks.0.mystery"]
     assert (left.what, left.quantized) == ("16 bit", False)
     assert "whose strides and groups a file does not say" in left.note
-    assert torch.equal(pack.tensor("transformer_blocks.0.mystery.weight"), state["transformer_blocks.0.mystery.weight"])
+    assert torch.equal(
+        pack.tensor("transformer_blocks.0.mystery.weight"), state["transformer_blocks.0.mystery.weight"]
+    )
     assert why_unsure(next(x for x in GENERIC.layers(ace_shapes()) if x.spatial == 1)) == ""
 
 
@@ -115,7 +140,9 @@ def test_other_formats_have_them_in_16_bit(quantized):
     for found in (kitchen_out.losses({name: spec}), native.losses({name: spec})):
         assert found[name].endswith("1x1 convolution; ComfyUI has quantized linear layers alone")
     flux = "double_blocks.0.img_attn.qkv"
-    assert nunchaku_losses({flux: spec}, "flux")[flux] == "is a 1x1 convolution, which nunchaku has in 16 bits"
+    assert (
+        nunchaku_losses({flux: spec}, "flux")[flux] == "is a 1x1 convolution, which nunchaku has in 16 bits"
+    )
     layers, rest = replaced({name: pack.layer(name)}, {}, [name], "int8")
     assert not layers
     assert rest[f"{name}.weight"].shape == state[f"{name}.weight"].shape

@@ -1,10 +1,17 @@
-"""What a text selects in FLUX, in PixArt and in models with other layouts; what is refused, and in which words."""
+"""What a text selects in FLUX, in PixArt and in models with other layouts; what is refused, and in which
+words."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comfyui_nibble.quant_core.families.select import Selection, SelectionError, block_lists, modules_of, select
+from comfyui_nibble.quant_core.families.select import (
+    Selection,
+    SelectionError,
+    block_lists,
+    modules_of,
+    select,
+)
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
 
 DOUBLE, SINGLE = 19, 38
@@ -12,7 +19,8 @@ FLUX, PIXART = list(flux_shapes(DOUBLE, SINGLE)), list(pixart_shapes())
 FLUX_MODULES, PIXART_MODULES = modules_of(FLUX), modules_of(PIXART)
 OFFER = (
     r"This model has double 0-18 (in each: img_attn, img_mlp, img_mod, txt_attn, txt_mlp, txt_mod); "
-    r"single 0-37 (in each: linear1, linear2, modulation, norm). Globs such as '*.attn' and 'all' can be written too."
+    r"single 0-37 (in each: linear1, linear2, modulation, norm). Globs such as '*.attn' and 'all' can be "
+    r"written too."
 )
 
 
@@ -85,7 +93,10 @@ def test_a_module_is_taken_with_all_below_it_and_nothing_beside_it():
         ("triple 2", f"'triple 2': there are no blocks called 'triple'. {OFFER}"),
         ("*.mpl", f"'*.mpl' matches no module of this model. {OFFER}"),
         ("double", f"'double' matches no module of this model. {OFFER}"),
-        ("double_blocks.0.img_attn.qkv.weight", f"'double_blocks.0.img_attn.qkv.weight' matches no module of this model. {OFFER}"),
+        (
+            "double_blocks.0.img_attn.qkv.weight",
+            f"'double_blocks.0.img_attn.qkv.weight' matches no module of this model. {OFFER}",
+        ),
     ],
 )
 def test_refusals_say_what_there_is(text, message):
@@ -97,13 +108,19 @@ def test_refusals_say_what_there_is(text, message):
 @pytest.mark.parametrize("piece", ["3-1", "1-", "-1", "a", "0..3", "", "5 7", "1-2-3", "1.5", "0x3"])
 def test_malformed_ranges(piece):
     """`5 7` is not 57."""
-    with pytest.raises(SelectionError, match="is neither an index nor a range. Write single and indices or ranges, lowest first") as error:
+    with pytest.raises(
+        SelectionError,
+        match="is neither an index nor a range. Write single and indices or ranges, lowest first",
+    ) as error:
         select(f"single 2,{piece}", FLUX_MODULES)
     assert f"{piece!r} is neither" in str(error.value)
 
 
 def test_one_block_and_ambiguous_kinds():
-    with pytest.raises(SelectionError, match=r"there is no block 1 in blocks. This model has blocks 0 \(in each: attn, cross_attn, mlp\)"):
+    with pytest.raises(
+        SelectionError,
+        match=r"there is no block 1 in blocks. This model has blocks 0 \(in each: attn, cross_attn, mlp\)",
+    ):
         select("blocks 1", PIXART_MODULES)
     refiners = modules_of(["refine_a.0.x.weight", "refine_b.0.x.weight"])
     with pytest.raises(SelectionError, match="'refine' is short for refine_a and refine_b"):
@@ -130,7 +147,9 @@ indices = lambda count: st.sets(st.integers(0, count - 1), min_size=1)
 def test_printed_ranges_come_back(double, single, random):
     entries = [f"double {printed(double)}", f"single {printed(single)}"] + [f"single {i}" for i in single]
     random.shuffle(entries)
-    assert select(random.choice(["; ", "\n"]).join(entries), FLUX_MODULES).modules == names("double", *double) | names("single", *single)
+    assert select(random.choice(["; ", "\n"]).join(entries), FLUX_MODULES).modules == names(
+        "double", *double
+    ) | names("single", *single)
 
 
 @given(st.sets(st.sampled_from(sorted(FLUX_MODULES - {""})), min_size=1, max_size=5))

@@ -51,11 +51,15 @@ def test_a_missing_shard(tmp_path, state, index):
     files = shards(tmp_path, state, index=index)
     files[1].unlink()
     for path in (tmp_path, files[0]):
-        with pytest.raises(CheckpointError, match="1 of 3 files are missing, first diffusion_pytorch_model-00002-of-00003"):
+        with pytest.raises(
+            CheckpointError, match="1 of 3 files are missing, first diffusion_pytorch_model-00002-of-00003"
+        ):
             files_of(path)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "model.bin", 3])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "model.bin", 3]
+)
 def test_an_index_may_only_name_files_beside_it(tmp_path, state, name):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
@@ -73,7 +77,8 @@ def test_an_index_that_is_none(tmp_path, text):
 def test_an_index_that_names_no_file(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     with pytest.raises(
-        CheckpointError, match=r"model.safetensors.index.json: weight_map: expected names of .safetensors files, found none"
+        CheckpointError,
+        match=r"model.safetensors.index.json: weight_map: expected names of .safetensors files, found none",
     ):
         files_of(tmp_path)
 
@@ -93,9 +98,19 @@ def test_the_plain_variant_is_preferred_and_doubles_are_refused(tmp_path, state)
 def test_scaled_fp8_has_its_real_values(tmp_path, state, old, shape):
     scale = torch.rand(shape) + 0.5
     state[LAYER] = (torch.randn(384, 128) * 20).to(torch.float8_e4m3fn)
-    beside = {f"{LAYER[:-7]}.{'scale_weight' if old else 'weight_scale'}": scale, f"{LAYER[:-7]}.input_scale": torch.ones(())}
-    beside |= {"scaled_fp8": torch.empty(0)} if old else {f"{LAYER[:-7]}.comfy_quant": torch.zeros(4, dtype=torch.uint8)}
-    save_file({f"model.diffusion_model.{k}": v for k, v in (state | beside).items()} | {"vae.x": torch.ones(2)}, tmp_path / "m.safetensors")
+    beside = {
+        f"{LAYER[:-7]}.{'scale_weight' if old else 'weight_scale'}": scale,
+        f"{LAYER[:-7]}.input_scale": torch.ones(()),
+    }
+    beside |= (
+        {"scaled_fp8": torch.empty(0)}
+        if old
+        else {f"{LAYER[:-7]}.comfy_quant": torch.zeros(4, dtype=torch.uint8)}
+    )
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in (state | beside).items()} | {"vae.x": torch.ones(2)},
+        tmp_path / "m.safetensors",
+    )
     expected = (state[LAYER].float() * scale).bfloat16()
     same(Checkpoint(tmp_path / "m.safetensors"), state | {LAYER: expected})
 
@@ -114,7 +129,10 @@ def test_scaled_fp8_has_its_real_values(tmp_path, state, old, shape):
 )
 def test_every_tensor_gets_a_dtype_that_has_arithmetic(tmp_path, state, dtype, becomes):
     """Not only weights: fp8 files of FLUX have their biases and norms in fp8 too. Whole numbers stay."""
-    change = {k: state[k].to(dtype) for k in ((LAYER, f"{LAYER[:-6]}bias") if dtype.is_floating_point else ("img_in.bias",))}
+    change = {
+        k: state[k].to(dtype)
+        for k in ((LAYER, f"{LAYER[:-6]}bias") if dtype.is_floating_point else ("img_in.bias",))
+    }
     save_file(state | change, tmp_path / "m.safetensors")
     checkpoint = Checkpoint(tmp_path / "m.safetensors")
     for key, tensor in change.items():

@@ -18,7 +18,10 @@ from comfyui_nibble.tests.support import nibble
 NAME, N, K = "double_blocks.0.img_mlp.2", 256, 1024
 FP8, E5M2 = torch.zeros(N, K, dtype=torch.float8_e4m3fn), torch.zeros(N, K, dtype=torch.float8_e5m2)
 BYTES = lambda *shape: torch.zeros(shape, dtype=torch.uint8)
-LOAD, TAKE = "load it with Load Diffusion Model", "take the model in 16 bit, or in fp8 with a scale a tensor or a row"
+LOAD, TAKE = (
+    "load it with Load Diffusion Model",
+    "take the model in 16 bit, or in fp8 with a scale a tensor or a row",
+)
 # {case: (tensors beside or instead of the layer's weight, declared format or None, what is said)}
 CASES = {
     "mxfp8": ({"weight": FP8, "weight_scale": BYTES(N, K // 32)}, "mxfp8", f"mxfp8, which .*{LOAD}"),
@@ -53,7 +56,9 @@ def state():
 
 
 def written(path, state, leaves, declared, in_header=False, prefix=""):
-    out = {k: t for k, t in state.items() if k != f"{NAME}.weight"} | {f"{NAME}.{leaf}": t.contiguous() for leaf, t in leaves.items()}
+    out = {k: t for k, t in state.items() if k != f"{NAME}.weight"} | {
+        f"{NAME}.{leaf}": t.contiguous() for leaf, t in leaves.items()
+    }
     conf, metadata = json.dumps({"format": declared}), {}
     if declared and in_header:
         metadata["_quantization_metadata"] = json.dumps({"layers": {f"{prefix}{NAME}": {"format": declared}}})
@@ -87,7 +92,9 @@ def test_declared_in_the_header(tmp_path, state, case, prefix):
 def test_formats_of_a_text_encoder_beside_the_network_are_its_own(tmp_path, state):
     whole = {f"model.diffusion_model.{k}": t for k, t in state.items()}
     whole |= {f"text_encoders.t5.layer.{leaf}": t.contiguous() for leaf, t in CASES["nvfp4"][0].items()}
-    header = {"_quantization_metadata": json.dumps({"layers": {"text_encoders.t5.layer": {"format": "nvfp4"}}})}
+    header = {
+        "_quantization_metadata": json.dumps({"layers": {"text_encoders.t5.layer": {"format": "nvfp4"}}})
+    }
     save_file(whole, tmp_path / "whole.safetensors", header)
     assert Checkpoint(tmp_path / "whole.safetensors").get("img_in.bias").dtype == torch.bfloat16
 
@@ -107,9 +114,15 @@ def test_gguf(tmp_path, reader):
         ({"weight": FP8}, "1 weights in float8_e4m3fn with no scales"),
         ({"weight": E5M2}, "1 weights in float8_e5m2 with no scales"),
         ({"weight": FP8, "scale_weight": torch.ones(())}, "1 weights in float8_e4m3fn with a scale a tensor"),
-        ({"weight": FP8, "weight_scale": torch.ones(1, 1)}, "1 weights in float8_e4m3fn with a scale a tensor"),
+        (
+            {"weight": FP8, "weight_scale": torch.ones(1, 1)},
+            "1 weights in float8_e4m3fn with a scale a tensor",
+        ),
         ({"weight": E5M2, "weight_scale": torch.ones(N, 1)}, "1 weights in float8_e5m2 with a scale a row"),
-        ({"weight": FP8, "bias": FP8[:, 0]}, "1 weights in float8_e4m3fn with no scales, 1 other tensors in fp8"),
+        (
+            {"weight": FP8, "bias": FP8[:, 0]},
+            "1 weights in float8_e4m3fn with no scales, 1 other tensors in fp8",
+        ),
     ],
 )
 def test_inspect_says_fp8(tmp_path, state, leaves, said):
@@ -123,6 +136,8 @@ def test_inspect_says_fp8(tmp_path, state, leaves, said):
     assert describe(full)["kind"] == "full-precision checkpoint"
     assert found["memory"] != describe(full)["memory"]
     with pytest.raises(
-        PackError, match=rf"fp8.safetensors: in fp8 \({said}\), which Load Diffusion Model and Nibble Quantize take; not a quantized"
+        PackError,
+        match=rf"fp8.safetensors: in fp8 \({said}\), which Load Diffusion Model and Nibble Quantize take; "
+        r"not a quantized",
     ):
         open_quantized(path)

@@ -29,7 +29,9 @@ def test_what_has_no_form_in_a_file():
 
 def test_header_entries_are_kept_small_ones_first_and_without_those_of_formats():
     big = "x" * origin.METADATA_BYTES
-    found = Origin.of_header({"workflow": big, "config": "{}", "format": "pt", "nibble": "{}", "modelspec.title": "t"})
+    found = Origin.of_header(
+        {"workflow": big, "config": "{}", "format": "pt", "nibble": "{}", "modelspec.title": "t"}
+    )
     assert found.metadata == {"config": "{}", "modelspec.title": "t"}
     assert len(found.dropped) == 1
     assert "'workflow' (1048576 characters) is not kept" in found.dropped[0]
@@ -42,7 +44,12 @@ def test_tensors_outside_of_the_network():
         "vae.x": 9, "unknown": 4, "huge": origin.BESIDE_BYTES,
     }  # fmt: skip
     kept, dropped = outside(sizes)
-    assert sorted(kept) == ["cc_projection.weight", "conditioner.conditioners.seconds_start.embedder.weight", "unknown", "v_pred"]
+    assert sorted(kept) == [
+        "cc_projection.weight",
+        "conditioner.conditioners.seconds_start.embedder.weight",
+        "unknown",
+        "v_pred",
+    ]
     assert dropped == ("1 tensors outside of the diffusion model are not kept: huge",)
     assert [k for k in sizes if is_beside(k)] == [
         "v_pred",

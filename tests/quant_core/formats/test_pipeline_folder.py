@@ -37,7 +37,9 @@ def test_the_scheduler_says_what_comfyui_reads_off_markers(tmp_path, scheduler, 
 
 
 def test_only_sdxl_has_such_markers(tmp_path):
-    found = origin_of(folder(tmp_path, {"_class_name": "FluxTransformer2DModel"}, {"prediction_type": "v_prediction"}))
+    found = origin_of(
+        folder(tmp_path, {"_class_name": "FluxTransformer2DModel"}, {"prediction_type": "v_prediction"})
+    )
     assert not found.beside
     assert not origin_of(tmp_path).metadata
 

@@ -1,4 +1,5 @@
-"""What stands before or within a network's names in files of trainers and exporters; behind each the same model is found, or nothing is made."""
+"""What stands before or within a network's names in files of trainers and exporters; behind each the same
+model is found, or nothing is made."""
 
 import pytest
 import torch
@@ -17,7 +18,11 @@ BEFORE = [
 
 @pytest.mark.parametrize("prefix", BEFORE)
 def test_the_network_behind_a_prefix(tmp_path, prefix, tiny_state):
-    beside = {"first_stage_model.x": torch.zeros(1), "v_pred": torch.empty(0)} if prefix == "model.diffusion_model." else {}
+    beside = (
+        {"first_stage_model.x": torch.zeros(1), "v_pred": torch.empty(0)}
+        if prefix == "model.diffusion_model."
+        else {}
+    )
     save_file({prefix + k: v for k, v in tiny_state.items()} | beside, tmp_path / "a.safetensors")
     found = Checkpoint(tmp_path / "a.safetensors")
     assert found.family.name == "flux"
@@ -26,16 +31,25 @@ def test_the_network_behind_a_prefix(tmp_path, prefix, tiny_state):
     assert list(found.origin.beside) == (["v_pred"] if beside else [])
 
 
-@pytest.mark.parametrize("piece", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"])
+@pytest.mark.parametrize(
+    "piece", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"]
+)
 def test_wrappers_within_names(tiny_state, piece):
-    wrapped = [k.replace("double_blocks.0.", f"double_blocks.0.{piece}.").replace(".weight", f".{piece}.weight") for k in tiny_state]
+    wrapped = [
+        k.replace("double_blocks.0.", f"double_blocks.0.{piece}.").replace(".weight", f".{piece}.weight")
+        for k in tiny_state
+    ]
     assert network(wrapped, "x").keys == dict(zip(tiny_state, wrapped, strict=True))
 
 
 def test_adapters_that_are_not_merged_are_refused(tiny_state):
-    names = [k.replace("qkv.", "qkv.base_layer.") for k in tiny_state] + ["double_blocks.0.img_attn.qkv.lora_A.default.weight"]
+    names = [k.replace("qkv.", "qkv.base_layer.") for k in tiny_state] + [
+        "double_blocks.0.img_attn.qkv.lora_A.default.weight"
+    ]
     with pytest.raises(
-        CheckpointError, match=r"f.safetensors: holds an adapter beside.*first double_blocks\.0\.img_attn\.qkv\.lora_A.*merge_and_unload"
+        CheckpointError,
+        match=r"f.safetensors: holds an adapter beside.*first "
+        r"double_blocks\.0\.img_attn\.qkv\.lora_A.*merge_and_unload",
     ):
         network(names, "f.safetensors")
 
@@ -45,13 +59,17 @@ def test_two_names_of_one_tensor_are_refused():
         network(["a.b", "a._orig_mod.b"], "f")
 
 
-UNKNOWN = [f"layers.{i}.{name}.weight" for i in range(3) for name in ("to_q", "to_k", "to_v", "ff.up", "ff.down")] + [
+UNKNOWN = [
+    f"layers.{i}.{name}.weight" for i in range(3) for name in ("to_q", "to_k", "to_v", "ff.up", "ff.down")
+] + [
     "embed.weight",
     "final.weight",
 ]
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "net.", "transformer.", "module.", "unet.", "core."])
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "net.", "transformer.", "module.", "unet.", "core."]
+)
 def test_a_model_without_a_map(prefix):
     """Blocks of layers behind a prefix that is known; PixelDiT's `core` is a part of its names."""
     inside = {name if prefix != "core." else prefix + name: prefix + name for name in UNKNOWN}
@@ -60,5 +78,8 @@ def test_a_model_without_a_map(prefix):
 
 def test_a_model_without_a_map_behind_something_unknown_is_refused():
     """ComfyUI could not load what was made of it; quantizing takes minutes to hours."""
-    with pytest.raises(CheckpointError, match=r"f: the names of all 17 tensors begin with 'ema\.'.*Save the network's own state dict"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"f: the names of all 17 tensors begin with 'ema\.'.*Save the network's own state dict",
+    ):
         network([f"ema.{name}" for name in UNKNOWN], "f")

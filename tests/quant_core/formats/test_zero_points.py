@@ -1,11 +1,17 @@
-"""Zero points as a low rank: the dequantized weight is the same, and so are codes, scales and zeros after the way back."""
+"""Zero points as a low rank: the dequantized weight is the same, and so are codes, scales and zeros after the
+way back."""
 
 import pytest
 import torch
 
 from comfyui_nibble.kernels.operator.packing import pack, unpack
 from comfyui_nibble.kernels.operator.spec import LinearSpec, PartSpec
-from comfyui_nibble.quant_core.formats.zero_points import offset_columns, signed, without_zero_points, zeros_of
+from comfyui_nibble.quant_core.formats.zero_points import (
+    offset_columns,
+    signed,
+    without_zero_points,
+    zeros_of,
+)
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 
 N, K, G = 24, 256, 64
@@ -28,12 +34,16 @@ def test_both_ways(points, columns, dtype):
     rank = columns * K // G
     assert (down.shape, up.shape, down.dtype, up.dtype) == ((K, rank), (N, rank), dtype, dtype)
     spec = LinearSpec(K, N, (PartSpec(0, K, activation=None, rank=rank),), bias=False)
-    layer = QuantizedLayer("x", spec, {"weight": weight, "weight_scale": weight_scale, "proj_down": down, "proj_up": up})
+    layer = QuantizedLayer(
+        "x", spec, {"weight": weight, "weight_scale": weight_scale, "proj_down": down, "proj_up": up}
+    )
     wanted = (codes.double().view(N, -1, G) * scale.double()[..., None] + zero.double()[..., None]).view(N, K)
     # In fp64 the parts are exact, so their sum is the weight to the last bit of fp64.
     parts = layer.dequantize().double()
     assert torch.allclose(parts, wanted, rtol=0, atol=2e-7)
-    assert torch.equal(down.double() @ up.double().T, (zero.double() + 8 * scale.double()).repeat_interleave(G, 1).T)
+    assert torch.equal(
+        down.double() @ up.double().T, (zero.double() + 8 * scale.double()).repeat_interleave(G, 1).T
+    )
     assert torch.equal(zeros_of(weight_scale, down, up, G), zero.float())
     assert torch.equal(unpack(signed(weight), 4, unsigned=True), codes)
 

@@ -6,7 +6,14 @@ import torch
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.quant_core.families import Layer, Part
-from comfyui_nibble.quant_core.layer.adapters import Kronecker, LowRank, Side, bias_correction, hadamard_low_rank, kronecker_or_low_rank
+from comfyui_nibble.quant_core.layer.adapters import (
+    Kronecker,
+    LowRank,
+    Side,
+    bias_correction,
+    hadamard_low_rank,
+    kronecker_or_low_rank,
+)
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.tests.support import relative_error
@@ -25,7 +32,9 @@ GELU_HALVES = (Part(0, 64), Part(64, K, after_gelu=True))
 def quantized(parts=PLAIN, method="svdquant", **options):
     layer = Layer("layer", "block", K, N, parts, "layer")
     chosen = by_name(method)
-    return chosen.fit(Problem(layer, randn(N, K), randn(N, seed=1), None), chosen.configured(rank=8, **options)).layer
+    return chosen.fit(
+        Problem(layer, randn(N, K), randn(N, seed=1), None), chosen.configured(rank=8, **options)
+    ).layer
 
 
 def test_kronecker_product_is_applied_without_its_matrix():
@@ -47,7 +56,9 @@ def test_full_kronecker_product_stays_one():
     """8 x 8 and 96 x 32: 8 * 96 * 32 + 768 * 8 multiplications a token, 196608 as a matrix."""
     assert isinstance(kronecker_or_low_rank(randn(8, 8), randn(96, 32), None), Kronecker)
     # Of rank 24 the low-rank form would take 24 * 8 * (768 + 256) = 196608 of them, the product 30720.
-    assert isinstance(kronecker_or_low_rank(randn(8, 8), randn(96, 32), (randn(96, 24), randn(24, 32))), Kronecker)
+    assert isinstance(
+        kronecker_or_low_rank(randn(8, 8), randn(96, 32), (randn(96, 24), randn(24, 32))), Kronecker
+    )
 
 
 def test_product_of_low_ranks_element_by_element():
@@ -73,7 +84,8 @@ def test_scaling_rows_scales_all_that_is_there():
 
 @pytest.mark.parametrize("parts", [PLAIN, (Part(0, K, after_gelu=True),), GELU_HALVES])
 def test_gain_scales_the_output_but_not_the_models_bias(parts):
-    """Activations after GELU are shifted and the stored bias takes the shift back: that share of it scales with the weight."""
+    """Activations after GELU are shifted and the stored bias takes the shift back: that share of it scales
+    with the weight."""
     layer, side = quantized(parts), Side(N, K)
     side.scale_rows(randn(N).abs() + 0.5)
     spec, changed = side.merged(layer, torch.float32)
@@ -104,7 +116,9 @@ def test_low_rank_joins_the_layers_own(parts):
     assert relative_error(want, naive.quant_linear(x, spec, layer.tensors | changed)) < 2e-6
 
 
-@pytest.mark.parametrize(("first", "rows", "kept"), [(0, N, 1), (32, 32, 1), (64, 32, 1), (0, 48, 0), (40, 8, 0)])
+@pytest.mark.parametrize(
+    ("first", "rows", "kept"), [(0, N, 1), (32, 32, 1), (64, 32, 1), (0, 48, 0), (40, 8, 0)]
+)
 def test_one_number_leaves_kronecker_products_in_its_rows_and_out_of_them(first, rows, kept):
     """A matrix of the layer's size takes the place of a product only where a part of its rows is scaled."""
     side, base = Side(N, K), randn(N, K)
@@ -127,5 +141,8 @@ def test_bytes_and_words():
     side.kronecker.append(Kronecker(randn(4, 8), randn(24, 16)))
     assert side.nbytes(layer, torch.bfloat16) == 2 * (4 * (N + K) + N * K + 32 + 384)
     side.scale_rows(torch.ones(N))
-    assert side.nbytes(layer, torch.float32) == 4 * (12 * (N + K) + N * K) - 2 * 8 * (N + K) + 2 * layer.tensors["weight_scale"].numel()
+    assert (
+        side.nbytes(layer, torch.float32)
+        == 4 * (12 * (N + K) + N * K) - 2 * 8 * (N + K) + 2 * layer.tensors["weight_scale"].numel()
+    )
     assert side.describe() == "gain, rank 4, dense 96 x 128"

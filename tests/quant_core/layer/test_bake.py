@@ -54,7 +54,10 @@ def test_truncation_is_the_best_fit_and_its_error_is_stated(parts):
 def test_full_rank_needs_a_rank():
     layer, side = quantized(), Side(N, K, kronecker=[Kronecker(randn(4, 8) * 0.1, randn(24, 16))])
     side.add_dense(randn(N, K) * 0.01)
-    with pytest.raises(RankNeeded, match=r"layer layer: the adapter is of full rank \(1 Kronecker, dense 96 x 128\).*Set rank"):
+    with pytest.raises(
+        RankNeeded,
+        match=r"layer layer: the adapter is of full rank \(1 Kronecker, dense 96 x 128\).*Set rank",
+    ):
         bake(layer, side)
     errors = [bake(layer, side, rank=r).error for r in (8, 32, 96)]
     assert errors[0] > errors[1] > errors[2]

@@ -31,7 +31,8 @@ def test_module_equals_record(layer):
 
 
 def test_dequantized_weight_explains_the_output(layer):
-    """With 8 more bits of activation there is only the weight's own error: y = x W_hat^T + the unshifted bias."""
+    """With 8 more bits of activation there is only the weight's own error: y = x W_hat^T + the unshifted
+    bias."""
     x = torch.randn(64, 320)
     x[:, 64:] = torch.nn.functional.gelu(x[:, 64:])
     shift = layer.spec.parts[1].activation.shift
@@ -47,9 +48,13 @@ def test_counts_every_byte(layer):
 
 
 def test_tensors_that_do_not_fit_are_named(layer):
-    with pytest.raises(SpecError, match=r"layer x: weight should have the shape \(192, 160\), found \(192, 150\)"):
+    with pytest.raises(
+        SpecError, match=r"layer x: weight should have the shape \(192, 160\), found \(192, 150\)"
+    ):
         QuantizedLayer("x", layer.spec, layer.tensors | {"weight": layer.tensors["weight"][:, :150]})
     with pytest.raises(SpecError, match="weight_scale has the dtype torch.int8"):
-        QuantizedLayer("x", layer.spec, layer.tensors | {"weight_scale": layer.tensors["weight_scale"].to(torch.int8)})
+        QuantizedLayer(
+            "x", layer.spec, layer.tensors | {"weight_scale": layer.tensors["weight_scale"].to(torch.int8)}
+        )
     with pytest.raises(SpecError, match="asks for the tensors"):
         QuantizedLayer("x", layer.spec, {k: t for k, t in layer.tensors.items() if k != "proj_up"})

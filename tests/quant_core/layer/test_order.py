@@ -1,4 +1,5 @@
-"""Layers with an order of their own: all that is done with one equals the same done with the plain layer on channels in that order."""
+"""Layers with an order of their own: all that is done with one equals the same done with the plain layer on
+channels in that order."""
 
 import json
 from dataclasses import replace
@@ -30,7 +31,9 @@ def randn(*shape, seed=0):
 
 
 def ordered(plain: QuantizedLayer, order) -> QuantizedLayer:
-    return QuantizedLayer(plain.name, replace(plain.spec, order=True), plain.tensors | {"channel_order": order.int()})
+    return QuantizedLayer(
+        plain.name, replace(plain.spec, order=True), plain.tensors | {"channel_order": order.int()}
+    )
 
 
 @pytest.fixture
@@ -46,7 +49,11 @@ def order():
 @pytest.fixture
 def plain(problem):
     """Two parts, the second with shifted codes, smoothing and a low rank."""
-    return METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16, gptq=False, iterations=0)).layer
+    return (
+        METHODS["svdquant"]
+        .fit(problem, METHODS["svdquant"].configured(rank=16, gptq=False, iterations=0))
+        .layer
+    )
 
 
 @pytest.fixture
@@ -65,13 +72,22 @@ def test_every_path_gathers_x_alone(layer, plain, order):
     modulated = LayerNormModulate(randn(1, K), randn(1, K, seed=1))
     for run in (eager.quant_linear, naive.quant_linear, quant_linear):
         assert torch.equal(run(x, layer.spec, layer.tensors), run(x[:, order], plain.spec, plain.tensors))
-        got, want = run(x, layer.spec, layer.tensors, added), run(x[:, order], plain.spec, plain.tensors, moved)
+        got, want = (
+            run(x, layer.spec, layer.tensors, added),
+            run(x[:, order], plain.spec, plain.tensors, moved),
+        )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     for before in (Gelu(), modulated):
         got = quant_linear(x[None], layer.spec, layer.tensors, before=before)
         assert torch.equal(got[0], plain(before(x)[:, order]))
-    half, run = x.half(), lambda spec, tensors, x, lora: quant_linear(x, spec, tensors, lora, target=interpreter())
-    got, want = run(layer.spec, layer.tensors, half, added), run(plain.spec, plain.tensors, half[:, order], moved)
+    half, run = (
+        x.half(),
+        lambda spec, tensors, x, lora: quant_linear(x, spec, tensors, lora, target=interpreter()),
+    )
+    got, want = (
+        run(layer.spec, layer.tensors, half, added),
+        run(plain.spec, plain.tensors, half[:, order], moved),
+    )
     assert relative_error(want, got) < 1e-3
 
 
@@ -98,7 +114,9 @@ def test_other_precisions_keep_the_order(layer, plain, problem, order):
         assert torch.equal(other(layer)(x), other(plain)(x[:, order]))
     moved = replace(problem, weight=problem.weight[:, order])
     got, want = w8a8(problem, layer), w8a8(moved, plain)
-    assert {k: torch.equal(t, want.tensors[k]) for k, t in got.tensors.items() if k != "channel_order"} == dict.fromkeys(want.tensors, True)
+    assert {
+        k: torch.equal(t, want.tensors[k]) for k, t in got.tensors.items() if k != "channel_order"
+    } == dict.fromkeys(want.tensors, True)
     assert torch.equal(got.dequantize()[:, order], want.dequantize())
 
 
@@ -116,7 +134,8 @@ def test_training_starts_from_the_layer(make_problem, order):
 
 
 def test_sides_stand_in_raw_order(layer, plain, order):
-    """Merged and baked, with every column and cut down with a dense difference: beside W in raw order, as without an order."""
+    """Merged and baked, with every column and cut down with a dense difference: beside W in raw order, as
+    without an order."""
     side = Side(N, K, low_rank=[lora()])
     spec, changed = side.merged(layer, torch.float32)
     x = randn(5, K)
@@ -133,7 +152,11 @@ def test_description(layer, plain):
     """Where there is no order a description is the one that older versions wrote and read."""
     assert "order" not in plain.spec.to_json()
     assert LinearSpec.from_json(json.loads(json.dumps(plain.spec.to_json()))) == plain.spec
-    assert LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json()))) == layer.spec == parse(layer.spec.text)
+    assert (
+        LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json())))
+        == layer.spec
+        == parse(layer.spec.text)
+    )
     assert layer.spec.text != plain.spec.text
     assert layer.spec.shapes()["channel_order"] == (K,)
     assert layer.spec.as_w8a8().order

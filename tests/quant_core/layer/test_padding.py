@@ -1,4 +1,5 @@
-"""In-channels that do not fill a group of 64: all that is done with such a layer equals the same done with explicit columns of zeros."""
+"""In-channels that do not fill a group of 64: all that is done with such a layer equals the same done with
+explicit columns of zeros."""
 
 import json
 from dataclasses import replace
@@ -45,11 +46,20 @@ def randn(*shape, seed=0):
 
 def zeros_behind(problem: Problem) -> Problem:
     """The same layer as if the model itself had columns of zeros, calibrated on inputs with zeros."""
-    layer = replace(problem.layer, in_features=WHOLE, parts=(*problem.layer.parts[:-1], replace(problem.layer.parts[-1], stop=WHOLE)))
+    layer = replace(
+        problem.layer,
+        in_features=WHOLE,
+        parts=(*problem.layer.parts[:-1], replace(problem.layer.parts[-1], stop=WHOLE)),
+    )
     stats = None
     if problem.statistics is not None:
-        stats = InputStatistics.empty(layer.input, WHOLE, tuple((a, WHOLE if b == K else b) for a, b in problem.statistics.blocks))
-        tokens = [outlier_tokens(1024, p.stop - p.start, 1000 + i, p.after_gelu) for i, p in enumerate(problem.layer.parts)]
+        stats = InputStatistics.empty(
+            layer.input, WHOLE, tuple((a, WHOLE if b == K else b) for a, b in problem.statistics.blocks)
+        )
+        tokens = [
+            outlier_tokens(1024, p.stop - p.start, 1000 + i, p.after_gelu)
+            for i, p in enumerate(problem.layer.parts)
+        ]
         stats.update(pad(torch.cat(tokens, 1), (0, WHOLE - K)))
         stats.hold_out(pad(problem.statistics.tokens, (0, WHOLE - K)), problem.statistics.keys, 0.5)
         for block, moments in problem.statistics.padded(WHOLE - K).hessians.items():
@@ -80,13 +90,16 @@ def test_methods_fit_as_with_columns_of_zeros(make_problem, name, calibrated):
 
 @pytest.mark.parametrize("weight_only", [False, True])
 def test_parts_and_weight_only_layers(make_problem, weight_only):
-    """Two parts, the second with shifted codes, and W4A16: GELU's shift meets zeros, and the bias takes back nothing for them."""
+    """Two parts, the second with shifted codes, and W4A16: GELU's shift meets zeros, and the bias takes back
+    nothing for them."""
     parts = None if weight_only else (Part(0, 64), Part(64, K, after_gelu=True))
 
     def fit(zeros):
         problem = make_problem(N, K, parts=parts, fit_tokens=1024)
         problem = zeros(replace(problem, layer=replace(problem.layer, weight_only=weight_only)))
-        return fit_problem(problem, METHODS["svdquant"], METHODS["svdquant"].configured(rank=8, gptq=False)).layer
+        return fit_problem(
+            problem, METHODS["svdquant"], METHODS["svdquant"].configured(rank=8, gptq=False)
+        ).layer
 
     layer, want = fit(Problem.filled), fit(zeros_behind)
     assert all(torch.equal(t, want.tensors[k]) for k, t in layer.tensors.items())
@@ -95,12 +108,16 @@ def test_parts_and_weight_only_layers(make_problem, weight_only):
 
 
 def test_quality_is_that_of_a_whole_width(make_problem):
-    """Zeros cost nothing but their bytes: within 1 dB of layers 8 channels narrower and 56 wider, which need none."""
-    db = {k: output_sqnr(p := make_problem(N, k, fit_tokens=1024).filled(), fitted(p, "svdquant")) for k in (192, K, WHOLE)}
+    """Zeros cost nothing but their bytes: within 1 dB of layers 8 channels narrower and 56 wider, which need
+    none."""
+    db = {
+        k: output_sqnr(p := make_problem(N, k, fit_tokens=1024).filled(), fitted(p, "svdquant"))
+        for k in (192, K, WHOLE)
+    }
     assert abs(db[K] - (db[192] + db[WHOLE]) / 2) < 1
 
 
-# -- one layer, everywhere ---------------------------------------------------------------------------------------------------
+# -- one layer, everywhere
 
 
 @pytest.fixture
@@ -111,7 +128,11 @@ def problem(make_problem):
 @pytest.fixture
 def layer(problem):
     """Smoothing, groups of 64 and a low rank."""
-    return METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16, gptq=False, iterations=0)).layer
+    return (
+        METHODS["svdquant"]
+        .fit(problem, METHODS["svdquant"].configured(rank=16, gptq=False, iterations=0))
+        .layer
+    )
 
 
 @pytest.fixture
@@ -123,10 +144,16 @@ def plain(layer):
 def test_every_path_pads_x_alone(layer, plain):
     """Adapters' matrices are over the raw x. A GELU keeps zeros, a LayerNorm is of the raw x alone."""
     x, added = randn(7, K), [(randn(4, K), randn(32, 4), 16)]
-    wide, zeros = pad(x, (0, WHOLE - K)), [(pad(down, (0, WHOLE - K)), up, first) for down, up, first in added]
+    wide, zeros = (
+        pad(x, (0, WHOLE - K)),
+        [(pad(down, (0, WHOLE - K)), up, first) for down, up, first in added],
+    )
     for run in (naive.quant_linear, quant_linear):
         torch.testing.assert_close(
-            run(x, layer.spec, layer.tensors, added), run(wide, plain.spec, plain.tensors, zeros), rtol=1e-5, atol=1e-5
+            run(x, layer.spec, layer.tensors, added),
+            run(wide, plain.spec, plain.tensors, zeros),
+            rtol=1e-5,
+            atol=1e-5,
         )
     modulated = LayerNormModulate(randn(1, K), randn(1, K, seed=1))
     got = quant_linear(x[None], layer.spec, layer.tensors, before=modulated)
@@ -148,7 +175,10 @@ def test_kernels(make_problem, name, before):
     if isinstance(before, LayerNormModulate):
         x, before = before(x), None
     wide, added = pad(x, (0, WHOLE - K)), [(pad(down, (0, WHOLE - K)), up, 16)]
-    assert torch.equal(got, quant_linear(wide, layer.spec.without_padding(), layer.tensors, added, before, target=interpreter()))
+    assert torch.equal(
+        got,
+        quant_linear(wide, layer.spec.without_padding(), layer.tensors, added, before, target=interpreter()),
+    )
 
 
 def test_rows_devices_and_modules(layer):
@@ -162,7 +192,9 @@ def test_rows_devices_and_modules(layer):
         assert torch.equal(torch.compile(module, backend="eager", fullgraph=True)(x), layer(x))
     with pytest.raises(SpecError, match="no order or padding of their own, found 97 and 97 with padding"):
         columns_spec("both", [layer.spec, layer.spec])
-    with pytest.raises(SpecError, match="without order, padding or learned transform, found .*padded to 256 channels"):
+    with pytest.raises(
+        SpecError, match="without order, padding or learned transform, found .*padded to 256 channels"
+    ):
         split_columns(layer, ["one"])
 
 
@@ -199,7 +231,12 @@ def test_sides_are_of_the_raw_x(layer):
     assert relative_error(x @ pair.down.T @ pair.up.T, got) < 1e-4
     assert relative_error(side.weight(layer.dequantize()), bake(layer, side).layer.dequantize()) < 4e-3
     side.add_dense(randn(N, K) * 0.01)
-    whole = Side(N, WHOLE, low_rank=[LowRank(pad(pair.down, (0, WHOLE - K)), pair.up)], dense=pad(side.dense, (0, WHOLE - K)))
+    whole = Side(
+        N,
+        WHOLE,
+        low_rank=[LowRank(pad(pair.down, (0, WHOLE - K)), pair.up)],
+        dense=pad(side.dense, (0, WHOLE - K)),
+    )
     unpadded = QuantizedLayer("", layer.spec.without_padding(), layer.tensors)
     assert abs(bake(layer, side, rank=24).error - bake(unpadded, whole, rank=24).error) < 1e-4
     lokr = Side(N, K, kronecker=[Kronecker(randn(1, 8), randn(N, 25))])
@@ -209,7 +246,11 @@ def test_sides_are_of_the_raw_x(layer):
 def test_description(layer, plain):
     """Where there is no padding a description is the one that older versions wrote and read."""
     assert "padding" not in plain.spec.to_json()
-    assert LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json()))) == layer.spec == parse(layer.spec.text)
+    assert (
+        LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json())))
+        == layer.spec
+        == parse(layer.spec.text)
+    )
     assert layer.spec.text != plain.spec.text
     assert layer.spec.describe().endswith("padded to 256 channels")
     assert layer.spec.shapes()["proj_down"] == (WHOLE, 16)
@@ -233,12 +274,18 @@ def test_file(tmp_path, make_problem, base3):
 
 
 def test_other_formats_refuse_by_name(layer, problem):
-    """None of them pads x. Layers become int8 where that takes their in-channels (16 divides them), else 16 bit."""
+    """None of them pads x. Layers become int8 where that takes their in-channels (16 divides them), else 16
+    bit."""
     convrot = fitted(problem, "convrot")
     for found in (kitchen_out.losses, native.losses):
-        assert found({"x": convrot.spec}) == {"x": "has in-channels padded from 200 to 256; comfy-kitchen's layers take x as it is"}
+        assert found({"x": convrot.spec}) == {
+            "x": "has in-channels padded from 200 to 256; comfy-kitchen's layers take x as it is"
+        }
     name = "double_blocks.0.img_attn.qkv"
-    assert nunchaku_losses({name: layer.spec}, "flux")[name] == "pads its 200 in-channels to 256, which nunchaku does not"
+    assert (
+        nunchaku_losses({name: layer.spec}, "flux")[name]
+        == "pads its 200 in-channels to 256, which nunchaku does not"
+    )
     assert becomes(layer.spec, "int8") == "16 bit"
     layers, rest = replaced({"x": layer}, {}, ["x"], "int8")
     assert layers == {}
@@ -249,10 +296,16 @@ def test_other_formats_refuse_by_name(layer, problem):
     assert relative_error(wider.dequantize(), made.dequantize()) < 0.01
 
 
-@pytest.mark.parametrize(("k", "what"), [(200, "16 bit"), (208, "W8A8 per channel H16"), (256, "W4A4 per channel H256")])
+@pytest.mark.parametrize(
+    ("k", "what"), [(200, "16 bit"), (208, "W8A8 per channel H16"), (256, "W4A4 per channel H256")]
+)
 def test_native_pads_nothing(make_problem, k, what):
     """What stock ComfyUI runs: 8 bits where 16 divides the in-channels, with the reason where nothing does."""
-    found = fit_problem(make_problem(N, k, fit_tokens=1024).filled(), METHODS["native"], METHODS["native"].configured(quality_db=0))
+    found = fit_problem(
+        make_problem(N, k, fit_tokens=1024).filled(),
+        METHODS["native"],
+        METHODS["native"].configured(quality_db=0),
+    )
     if what == "16 bit":
         assert found.layer is None
         assert found.choices == {"K": "= 200 does not divide by 16, as stock ComfyUI's formats need"}

@@ -8,14 +8,17 @@ from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import sqnr_db
 
 
-@pytest.mark.parametrize("parts", [(Part(0, 256),), (Part(0, 256, True),), (Part(0, 64), Part(64, 256, True))])
+@pytest.mark.parametrize(
+    "parts", [(Part(0, 256),), (Part(0, 256, True),), (Part(0, 64), Part(64, 256, True))]
+)
 def test_weights_stay_and_outputs_get_better(make_problem, parts):
     problem = make_problem(96, 256, parts=parts, fit_tokens=2048)
     layer = METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16)).layer
     again = to_w8a8(layer)
-    assert {(p.weight.bits, p.weight.granularity, p.activation.bits, p.activation.granularity) for p in again.spec.parts} == {
-        (8, "channel", 8, "token")
-    }
+    assert {
+        (p.weight.bits, p.weight.granularity, p.activation.bits, p.activation.granularity)
+        for p in again.spec.parts
+    } == {(8, "channel", 8, "token")}
     assert again.spec.describe().startswith("W8A8 per channel smooth")
     assert again.tensors["weight"].shape == (96, 256)
     assert again.tensors["weight_scale"].shape == (len(parts), 96)

@@ -1,4 +1,5 @@
-"""Weights, statistics and tokens that nothing can be fitted to: an error that names the layer, from every place that fits one."""
+"""Weights, statistics and tokens that nothing can be fitted to: an error that names the layer, from every
+place that fits one."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,13 @@ from comfyui_nibble.quant_core.layer.adapters import LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.layer.problem import Fitted, output_sqnr
-from comfyui_nibble.quant_core.layer.soundness import NonFiniteWeight, UnfitLayer, largest, naming, require_sound
+from comfyui_nibble.quant_core.layer.soundness import (
+    NonFiniteWeight,
+    UnfitLayer,
+    largest,
+    naming,
+    require_sound,
+)
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.quant_core.precision.menu import MIXED, MixedConfig, variants
 from comfyui_nibble.quant_core.run.layers import problem_of, quantize_layers
@@ -36,7 +43,10 @@ class Held:
 
 def problem_with(problem, weight=None, bias=None):
     """`problem_of` on the tensors and the statistics of a Problem."""
-    tensors = {f"{NAME}.weight": problem.weight if weight is None else weight, f"{NAME}.bias": problem.bias if bias is None else bias}
+    tensors = {
+        f"{NAME}.weight": problem.weight if weight is None else weight,
+        f"{NAME}.bias": problem.bias if bias is None else bias,
+    }
     return problem_of(problem.layer, tensors.__getitem__, tensors, Held(problem.statistics), "cpu")
 
 
@@ -49,7 +59,9 @@ def test_weights_whose_sums_overflow(make_problem, method, calibrated):
     get = {f"{NAME}.weight": weight, f"{NAME}.bias": problem.bias}
     chosen, held = METHODS[method], Held(problem.statistics) if calibrated else None
     with pytest.raises(
-        UnfitLayer, match=r"^layer blocks.0.linear: its weight goes up to 3e\+38, and from 1.44e\+17 on sums over 64 x 128 weights overflow"
+        UnfitLayer,
+        match=r"^layer blocks.0.linear: its weight goes up to 3e\+38, and from 1.44e\+17 on sums over 64 x "
+        r"128 weights overflow",
     ):
         list(quantize_layers([problem.layer], get.__getitem__, get, chosen, chosen.config, held))
 
@@ -81,7 +93,11 @@ def test_statistics_that_are_not_finite_name_calibration_and_input(make_problem,
     problem = make_problem(64, 128)
     found = getattr(problem.statistics, field)
     (found[0, 128] if field == "hessians" else found).view(-1)[9] = value
-    with pytest.raises(UnfitLayer, match=f"^layer blocks.0.linear: calibration c has NaN or Inf in {message} of its input blocks.0.linear"):
+    with pytest.raises(
+        UnfitLayer,
+        match=f"^layer blocks.0.linear: calibration c has NaN or Inf in {message} of its input "
+        "blocks.0.linear",
+    ):
         problem_with(problem)
 
 
@@ -91,7 +107,11 @@ def test_a_failed_factorisation_names_the_layer(make_problem, method, monkeypatc
     problem = make_problem(64, 128)
     problem.statistics.hessians[0, 128] = -torch.ones(128, 128) + 1.5 * torch.eye(128)
     chosen = METHODS[method]
-    with pytest.raises(UnfitLayer, match=r"^layer blocks.0.linear: cannot be fitted, .*; its weight goes up to [\d.e-]+; its input up to "):
+    with pytest.raises(
+        UnfitLayer,
+        match=r"^layer blocks.0.linear: cannot be fitted, .*; its weight goes up to [\d.e-]+; its input up "
+        r"to ",
+    ):
         fit_problem(problem, chosen, chosen.config)
 
 
@@ -111,22 +131,36 @@ def test_what_was_fitted_is_finite(make_problem):
     """fp16 cannot hold the scales of these weights."""
     problem = make_problem(64, 128, calibrated=False)
     problem = replace(problem, weight=problem.weight.float() * 1e7)
-    fitted = METHODS["rtn"].fit(replace(problem, weight=problem.weight.bfloat16()), METHODS["rtn"].config).layer
+    fitted = (
+        METHODS["rtn"].fit(replace(problem, weight=problem.weight.bfloat16()), METHODS["rtn"].config).layer
+    )
     narrow = fitted.tensors | {"weight_scale": fitted.tensors["weight_scale"].half()}
-    method = replace(METHODS["rtn"], fit=lambda p, c: Fitted(QuantizedLayer(fitted.name, fitted.spec, narrow)))
-    with pytest.raises(UnfitLayer, match=r"^layer blocks.0.linear: NaN or Inf in the weight_scale that was fitted to it, in float16"):
+    method = replace(
+        METHODS["rtn"], fit=lambda p, c: Fitted(QuantizedLayer(fitted.name, fitted.spec, narrow))
+    )
+    with pytest.raises(
+        UnfitLayer,
+        match=r"^layer blocks.0.linear: NaN or Inf in the weight_scale that was fitted to it, in float16",
+    ):
         fit_problem(problem, method, method.config)
 
 
 def test_a_report_has_no_quality_of_nan(make_problem):
     problem = make_problem(64, 128)
     layer = METHODS["rtn"].fit(problem, METHODS["rtn"].config).layer
-    broken = QuantizedLayer(layer.name, layer.spec, layer.tensors | {"bias": torch.full_like(layer.tensors["bias"], float("nan"))})
-    with pytest.raises(UnfitLayer, match=r"^layer blocks.0.linear: its quantized output on 512 held-out tokens is not finite"):
+    broken = QuantizedLayer(
+        layer.name, layer.spec, layer.tensors | {"bias": torch.full_like(layer.tensors["bias"], float("nan"))}
+    )
+    with pytest.raises(
+        UnfitLayer, match=r"^layer blocks.0.linear: its quantized output on 512 held-out tokens is not finite"
+    ):
         output_sqnr(problem, broken)
     assert output_sqnr(problem, broken, "select") == -float("inf")
     problem.statistics.tokens[1, 0] = float("nan")
-    with pytest.raises(UnfitLayer, match=r"^layer blocks.0.linear: its full-precision output on 512 held-out tokens is not finite"):
+    with pytest.raises(
+        UnfitLayer,
+        match=r"^layer blocks.0.linear: its full-precision output on 512 held-out tokens is not finite",
+    ):
         output_sqnr(problem, layer)
 
 
@@ -137,7 +171,9 @@ def test_an_adapter_that_overflows_names_the_layer(make_problem):
         bake(layer, Side(64, 128, low_rank=[LowRank(down, up * 2)]))
     dense = torch.randn(64, 128)
     dense[3, 5] = float("inf")
-    with pytest.raises(UnfitLayer, match=r"^layer blocks.0.linear: (cannot be fitted|NaN or Inf in the proj_)"):
+    with pytest.raises(
+        UnfitLayer, match=r"^layer blocks.0.linear: (cannot be fitted|NaN or Inf in the proj_)"
+    ):
         bake(layer, Side(64, 128, dense=dense), rank=8)
 
 
@@ -148,7 +184,9 @@ def test_the_file_is_named_too(tmp_path, tiny_state, value):
     save_file(state, tmp_path / "m.safetensors")
     chosen = METHODS["svdquant"]
     with pytest.raises(
-        UnfitLayer, match=r"m.safetensors: layer single_blocks.1.linear2: (its weight goes up to 3e\+38|NaN or Inf in its weight)"
+        UnfitLayer,
+        match=r"m.safetensors: layer single_blocks.1.linear2: (its weight goes up to 3e\+38|NaN or Inf in "
+        r"its weight)",
     ):
         quantize_file(tmp_path / "m.safetensors", tmp_path / "q.safetensors", chosen, chosen.config)
     assert not (tmp_path / "q.safetensors").exists()
@@ -159,7 +197,11 @@ def test_only_failures_of_linear_algebra_are_renamed():
         1 / 0  # noqa: B018
     with pytest.raises(UnfitLayer, match="^layer a: cannot be fitted, "), naming("a"):
         torch.linalg.cholesky(-torch.eye(2))
-    with pytest.raises(UnfitLayer, match=r"^m.safetensors: layer a: cannot be fitted, "), of_file(Path("m.safetensors")), naming("a"):
+    with (
+        pytest.raises(UnfitLayer, match=r"^m.safetensors: layer a: cannot be fitted, "),
+        of_file(Path("m.safetensors")),
+        naming("a"),
+    ):
         lowrank.truncated(lambda rows: torch.full((4, 4), float("nan"))[rows], (4, 4), 2)
 
 

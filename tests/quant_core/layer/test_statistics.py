@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.layer.statistics import InputStatistics, NonFiniteActivation, hessian_blocks, reservoir_keys
+from comfyui_nibble.quant_core.layer.statistics import (
+    InputStatistics,
+    NonFiniteActivation,
+    hessian_blocks,
+    reservoir_keys,
+)
 
 
 def make(width=128, reservoir=32):
@@ -33,7 +38,13 @@ def test_reservoir_does_not_depend_on_order():
 def test_keys_depend_on_the_place_alone():
     a = reservoir_keys(0, "layer", 3, 1, 1, 5)
     assert torch.equal(a, reservoir_keys(0, "layer", 3, 1, 1, 5))
-    for other in ((1, "layer", 3, 1, 1), (0, "other", 3, 1, 1), (0, "layer", 4, 1, 1), (0, "layer", 3, 2, 1), (0, "layer", 3, 1, 2)):
+    for other in (
+        (1, "layer", 3, 1, 1),
+        (0, "other", 3, 1, 1),
+        (0, "layer", 4, 1, 1),
+        (0, "layer", 3, 2, 1),
+        (0, "layer", 3, 1, 2),
+    ):
         assert not torch.equal(a, reservoir_keys(*other, 5))
 
 
@@ -66,7 +77,13 @@ def test_non_finite_activation_is_named(value):
 
 def test_hessian_blocks_keep_parts_and_groups_whole():
     assert hessian_blocks([(0, 3072)], 3072) == ((0, 3072),)
-    assert hessian_blocks([(0, 3072), (3072, 15360)], 3072) == ((0, 3072), (3072, 6144), (6144, 9216), (9216, 12288), (12288, 15360))
+    assert hessian_blocks([(0, 3072), (3072, 15360)], 3072) == (
+        (0, 3072),
+        (3072, 6144),
+        (6144, 9216),
+        (9216, 12288),
+        (12288, 15360),
+    )
     assert hessian_blocks([(0, 4608)], 3072) == ((0, 2304), (2304, 4608))
     for start, stop in hessian_blocks([(0, 64 * 7)], 128):
         assert start % 64 == stop % 64 == 0
@@ -78,7 +95,10 @@ def test_hessian_blocks_keep_parts_and_groups_whole():
 
 def test_padded_statistics_are_those_of_padded_tokens():
     x, zeros = torch.randn(50, 100), (0, 28)
-    whole, short = InputStatistics.empty("layer", 128, ((0, 64), (64, 128))), InputStatistics.empty("layer", 100, ((0, 64), (64, 100)))
+    whole, short = (
+        InputStatistics.empty("layer", 128, ((0, 64), (64, 128))),
+        InputStatistics.empty("layer", 100, ((0, 64), (64, 100))),
+    )
     for s, tokens in ((whole, torch.nn.functional.pad(x, zeros)), (short, x)):
         s.update(tokens)
         s.hold_out(tokens[:20], torch.arange(20, dtype=torch.float64), 0.5)
@@ -103,7 +123,8 @@ def test_activations_whose_squares_overflow_name_their_place(dtype):
     x[3, 77] = -1e30
     with pytest.raises(
         NonFiniteActivation,
-        match=r"^Values up to 1e\+30 at the input of layer layer, channel 77, sample 4, step 9. Their squares, summed over 8 ",
+        match=r"^Values up to 1e\+30 at the input of layer layer, channel 77, sample 4, step 9. Their "
+        r"squares, summed over 8 ",
     ):
         make().check_finite(x, 4, 9)
     InputStatistics.empty("layer", 128, ()).check_finite(x, 4, 9)  # no second moments to overflow
@@ -115,7 +136,9 @@ def test_the_bound_on_second_moments_counts_the_tokens_so_far():
         s.check_finite(x, 0, step)
         s.update(x)
     assert torch.isfinite(s.hessians[0, 128]).all()
-    with pytest.raises(NonFiniteActivation, match="sample 0, step 85. Their squares, summed over 344 tokens, overflow fp32"):
+    with pytest.raises(
+        NonFiniteActivation, match="sample 0, step 85. Their squares, summed over 344 tokens, overflow fp32"
+    ):
         s.check_finite(x, 0, 85)
 
 

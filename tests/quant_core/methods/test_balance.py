@@ -24,7 +24,8 @@ def test_riccati_and_roots():
 
 
 def test_moments_that_are_kronecker_products_are_balanced_exactly():
-    """Both sides then have the same covariance, P^T S P = P^-1 G P^-T up to a constant, which is the least the traces can have."""
+    """Both sides then have the same covariance, P^T S P = P^-1 G P^-T up to a constant, which is the least
+    the traces can have."""
     sizes = (4, 6)
     s, g = torch.kron(spd(4, 2), spd(6, 3)), torch.kron(spd(4, 4), spd(6, 5))
     m = torch.kron(*metric(s, g, sizes, 0.0))

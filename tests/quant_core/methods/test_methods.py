@@ -18,13 +18,16 @@ def fitted(problem, name, **options):
 
 
 def test_order_of_the_methods_under_outliers(make_problem):
-    """The planted failure (per tensor) must fail, and each method must beat the one before it by what it is for."""
+    """The planted failure (per tensor) must fail, and each method must beat the one before it by what it is
+    for."""
     db = {}
     for name in ("rtn", "convrot", "svdquant", "svdquant_r"):
         problem = make_problem(384, 512)
         db[name] = output_sqnr(problem, fitted(problem, name).layer)
     problem = make_problem(384, 512)
-    db["naive"] = output_sqnr(problem, METHODS["rtn"].fit(problem, RTNConfig(activation="tensor", weight="tensor")).layer)
+    db["naive"] = output_sqnr(
+        problem, METHODS["rtn"].fit(problem, RTNConfig(activation="tensor", weight="tensor")).layer
+    )
     assert db["naive"] < 3
     assert db["rtn"] < 10
     assert db["svdquant"] > db["rtn"] + 8
@@ -88,7 +91,9 @@ def test_same_inputs_give_the_same_bytes(make_problem):
 
 def test_float16_models_keep_float16(make_problem):
     layer = fitted(make_problem(128, 256, dtype=torch.float16), "svdquant").layer
-    assert {layer.tensors[k].dtype for k in ("weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")} == {torch.float16}
+    assert {
+        layer.tensors[k].dtype for k in ("weight_scale", "smooth_factor", "proj_down", "proj_up", "bias")
+    } == {torch.float16}
 
 
 def test_unknown_names_are_listed():
@@ -107,14 +112,22 @@ def test_weight_only_error(make_problem):
 
 
 def embedding_problem(make_problem, rows=96):
-    """A modulation layer: its input is a nonlinear function of a timestep and of a text vector of few directions."""
+    """A modulation layer: its input is a nonlinear function of a timestep and of a text vector of few
+    directions."""
     problem = make_problem(384, 256, calibrated=False)
     g = torch.Generator().manual_seed(3)
-    time, text, mix = torch.randn(256, 8, generator=g), torch.randn(256, 4, generator=g), torch.randn(256, 256, generator=g) / 16
+    time, text, mix = (
+        torch.randn(256, 8, generator=g),
+        torch.randn(256, 4, generator=g),
+        torch.randn(256, 256, generator=g) / 16,
+    )
 
     def inputs(count):
         t = torch.rand(count, 1, generator=g)
-        waves = torch.cat([torch.sin(t * k) for k in range(1, 9)], 1) @ time.T + torch.randn(count, 4, generator=g) @ text.T * 0.5
+        waves = (
+            torch.cat([torch.sin(t * k) for k in range(1, 9)], 1) @ time.T
+            + torch.randn(count, 4, generator=g) @ text.T * 0.5
+        )
         return torch.nn.functional.silu(torch.nn.functional.silu(waves) @ mix)
 
     statistics = InputStatistics.empty("blocks.0.linear", 256, ((0, 256),))
@@ -128,7 +141,12 @@ def test_calibrated_modulation_is_far_better_than_rounding(make_problem):
     """Few rows, nearly of low rank: 96 to fit 256 channels, judged on others."""
     problem = embedding_problem(make_problem)
     db = {}
-    for name, rank, use_gptq in (("nearest", 0, False), ("gptq", 0, True), ("low rank", 16, False), ("both", 16, True)):
+    for name, rank, use_gptq in (
+        ("nearest", 0, False),
+        ("gptq", 0, True),
+        ("low rank", 16, False),
+        ("both", 16, True),
+    ):
         fit = weight_only.fit(problem, rank, use_gptq)
         assert fit.layer.spec.weight_only
         assert fit.layer.spec.rank == (rank if "low_rank" in fit.choices else 0)
@@ -151,16 +169,21 @@ def test_weight_only_keeps_what_is_best_on_held_out_rows(make_problem):
     """Statistics of another input: GPTQ and the low rank fit what never comes, and plain rounding stays."""
     problem = embedding_problem(make_problem)
     other = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
-    problem.statistics.tokens, problem.statistics.keys = other.bfloat16(), torch.linspace(0, 1, 64, dtype=torch.float64)
+    problem.statistics.tokens, problem.statistics.keys = (
+        other.bfloat16(),
+        torch.linspace(0, 1, 64, dtype=torch.float64),
+    )
     assert weight_only.fit(problem, 0, True).choices == {"rounding": "nearest"}
 
 
-# -- the pieces ----------------------------------------------------------------------------------------------------------
+# -- the pieces
 
 
 def test_truncated_svd_is_the_best_of_its_rank():
     g = torch.Generator().manual_seed(0)
-    a = torch.randn(96, 24, generator=g) @ torch.randn(24, 128, generator=g) + 0.1 * torch.randn(96, 128, generator=g)
+    a = torch.randn(96, 24, generator=g) @ torch.randn(24, 128, generator=g) + 0.1 * torch.randn(
+        96, 128, generator=g
+    )
     v, u = truncated(lambda rows: a[rows], a.shape, 16)
     s = torch.linalg.svdvals(a)
     assert float((a - u @ v.T).norm()) < 1.001 * float(s[16:].norm())
@@ -194,7 +217,11 @@ def test_dead_input_does_not_stop_gptq():
 
 def test_gptq_beats_rounding_on_tokens_it_has_not_seen():
     g = torch.Generator().manual_seed(0)
-    w, x, y = torch.randn(64, 256, generator=g), outlier_tokens(8192, 256, 1, strength=4), outlier_tokens(512, 256, 2, strength=4)
+    w, x, y = (
+        torch.randn(64, 256, generator=g),
+        outlier_tokens(8192, 256, 1, strength=4),
+        outlier_tokens(512, 256, 2, strength=4),
+    )
     from comfyui_nibble.kernels.operator.quantizers import absmax_scale, dequantize, quantize
 
     scale = absmax_scale(w, 4, "group")

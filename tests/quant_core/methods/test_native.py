@@ -24,12 +24,15 @@ def fit(problem, **options):
 def smooth_problem(make_problem, seed=0, **kwargs):
     """Without outliers: correlated tokens and Gaussian weights."""
     problem = make_problem(192, 512, calibrated=False, seed=seed, **kwargs)
-    problem.weight = (torch.randn(192, 512, generator=torch.Generator().manual_seed(seed)) / 512**0.5).bfloat16()
+    problem.weight = (
+        torch.randn(192, 512, generator=torch.Generator().manual_seed(seed)) / 512**0.5
+    ).bfloat16()
     return problem
 
 
 @pytest.mark.parametrize(
-    ("quality", "what"), [(3, "W4A4 per channel H256"), (12, "W8A8 per channel H256"), (24, "W8A8 per channel H256"), (60, None)]
+    ("quality", "what"),
+    [(3, "W4A4 per channel H256"), (12, "W8A8 per channel H256"), (24, "W8A8 per channel H256"), (60, None)],
 )
 def test_the_cheapest_that_is_good_enough(make_problem, quality, what):
     """Under the outliers of these tokens 4 bits reach 4.7 dB and 8 bits 25.6."""
@@ -44,14 +47,19 @@ def test_the_cheapest_that_is_good_enough(make_problem, quality, what):
 
 
 def test_gptq_in_the_rotated_space_is_kept_where_it_is_better(make_problem):
-    plain, full = fit(p := make_problem(192, 512), quality_db=0, gptq=False), fit(q := make_problem(192, 512), quality_db=0)
+    plain, full = (
+        fit(p := make_problem(192, 512), quality_db=0, gptq=False),
+        fit(q := make_problem(192, 512), quality_db=0),
+    )
     assert full.choices == {"rounding": "gptq, clipped"}
     assert plain.choices["rounding"].startswith("nearest")
     assert output_sqnr(q, full.layer) > output_sqnr(p, plain.layer) + 0.8
     # Independent tokens leave nothing to win; the select tokens say so.
     problem = make_problem(192, 512)
     for block in problem.statistics.hessians:
-        problem.statistics.hessians[block] = torch.diag(torch.logspace(-6, 6, block[1] - block[0]))  # of some other model
+        problem.statistics.hessians[block] = torch.diag(
+            torch.logspace(-6, 6, block[1] - block[0])
+        )  # of some other model
     assert fit(problem, quality_db=0).choices["rounding"].startswith("nearest")
 
 
@@ -98,7 +106,17 @@ def test_layers_whose_width_comfyui_reads_are_not_packed(make_problem):
 
 def test_from_the_command_line(tmp_path):
     out = tmp_path / "q.safetensors"
-    nibble("quantize", tiny_flux.CHECKPOINT, out, "--method", "native", "--set", "quality_db=16", "--device", "cpu")
+    nibble(
+        "quantize",
+        tiny_flux.CHECKPOINT,
+        out,
+        "--method",
+        "native",
+        "--set",
+        "quality_db=16",
+        "--device",
+        "cpu",
+    )
     opened = PackFile(out)
     assert exported.losses(opened.specs) == {}
     assert {s.parts[0].weight.bits for s in opened.specs.values()} == {4, 8}
@@ -108,7 +126,9 @@ def test_from_the_command_line(tmp_path):
 def test_a_report_says_why_a_layer_stays(make_problem):
     problem = make_problem(64, 256, calibrated=False)
     tensors = {f"{problem.layer.name}.weight": problem.weight}
-    [(layer, row)] = quantize_layers([problem.layer], tensors.__getitem__, tensors, METHOD, METHOD.configured(quality_db=60))
+    [(layer, row)] = quantize_layers(
+        [problem.layer], tensors.__getitem__, tensors, METHOD, METHOD.configured(quality_db=60)
+    )
     assert layer is None
     assert row.what == "16 bit"
     assert row.note.startswith("at 8 bits 40.4 dB")

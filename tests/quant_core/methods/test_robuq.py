@@ -29,13 +29,18 @@ def ternary(weight, scale):
     return dequantize(quantize(weight, scale, 2, "channel"), scale, "channel")
 
 
-# -- the ternary optimum -------------------------------------------------------------------------------------------------
+# -- the ternary optimum
 
 
 def rows(kind):
     g = torch.Generator().manual_seed(5)
     w = torch.randn(40, 48, generator=g, dtype=torch.float64)
-    return {"normal": w, "heavy": w**3, "flat": w.sign() * torch.rand(w.shape, generator=g), "few": w * (w.abs() > 1.5)}[kind].float()
+    return {
+        "normal": w,
+        "heavy": w**3,
+        "flat": w.sign() * torch.rand(w.shape, generator=g),
+        "few": w * (w.abs() > 1.5),
+    }[kind].float()
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy", "flat", "few"])
@@ -43,11 +48,15 @@ def test_ternary_scale_is_the_optimum_over_all_thresholds(kind):
     """Against every threshold, each with the scale that is best for it."""
     weight = rows(kind)
     scale = ternary_scale(weight)
-    for row, found in zip(weight.double(), (weight - ternary(weight, scale)).square().sum(1).tolist(), strict=True):
+    for row, found in zip(
+        weight.double(), (weight - ternary(weight, scale)).square().sum(1).tolist(), strict=True
+    ):
         best = row.square().sum()
         for threshold in row.abs().tolist():
             codes = row.sign() * (row.abs() >= threshold)
-            best = min(best, (row - codes * (row * codes).sum() / codes.abs().sum().clamp(min=1)).square().sum())
+            best = min(
+                best, (row - codes * (row * codes).sum() / codes.abs().sum().clamp(min=1)).square().sum()
+            )
         assert found == pytest.approx(float(best), rel=1e-5)
 
 
@@ -65,7 +74,7 @@ def test_ternary_of_rows_without_spread():
     assert ternary_scale(weight).flatten().tolist() == [0, 3, 2]
 
 
-# -- the clip ------------------------------------------------------------------------------------------------------------
+# -- the clip
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
@@ -83,13 +92,23 @@ def test_sigma_clip_is_the_best_on_a_gaussian(bits):
 
 def test_clip_is_searched_on_tokens_that_choose(make_problem):
     """3 bits: 12.8 dB with absmax, 14.4 at the Gaussian's clip, and the search is not worse than that."""
-    absmax, start, full = (decibel(make_problem, activation_bits=3, clip=c) for c in ((), (1.0,), ROBUQ.config.clip))
+    absmax, start, full = (
+        decibel(make_problem, activation_bits=3, clip=c) for c in ((), (1.0,), ROBUQ.config.clip)
+    )
     assert start > absmax + 1
     assert full > start - 0.1
     problem = make_problem(64, 512)
-    clip = lambda **o: ROBUQ.fit(make_problem(64, 512), ROBUQ.configured(**o)).layer.spec.parts[0].activation.clip
+    clip = lambda **o: (
+        ROBUQ.fit(make_problem(64, 512), ROBUQ.configured(**o)).layer.spec.parts[0].activation.clip
+    )
     assert clip(clip=()) == 1
-    assert clip(activation_bits=2) < clip(activation_bits=3) < clip(activation_bits=4) < clip(activation_bits=8) == 1
+    assert (
+        clip(activation_bits=2)
+        < clip(activation_bits=3)
+        < clip(activation_bits=4)
+        < clip(activation_bits=8)
+        == 1
+    )
     fitted = ROBUQ.fit(problem, ROBUQ.config)
     assert fitted.choices["clip"] == f"{fitted.layer.spec.parts[0].activation.clip:g}"
 
@@ -103,10 +122,12 @@ def test_search_finds_the_clip_from_a_bad_start(make_problem, monkeypatch):
 def test_clip_without_data_is_that_of_gaussian_tokens(make_problem):
     layer = ROBUQ.fit(make_problem(32, 1024, calibrated=False), ROBUQ.config).layer
     tokens = torch.randn(4096, 1024, generator=torch.Generator().manual_seed(2))
-    assert layer.spec.parts[0].activation.clip == pytest.approx(2.45 / float(tokens.abs().amax(1).median()), rel=0.01)
+    assert layer.spec.parts[0].activation.clip == pytest.approx(
+        2.45 / float(tokens.abs().amax(1).median()), rel=0.01
+    )
 
 
-# -- the layer -----------------------------------------------------------------------------------------------------------
+# -- the layer
 
 
 def test_robuq_is_far_above_ternary_rounding(make_problem):
@@ -117,9 +138,12 @@ def test_robuq_is_far_above_ternary_rounding(make_problem):
     assert rtn < 6
 
 
-@pytest.mark.parametrize(("option", "margin"), [({"smooth": ((0.0, 0.0),)}, 8), ({"rank": 0}, 1.5), ({"iterations": 0}, 0.4)])
+@pytest.mark.parametrize(
+    ("option", "margin"), [({"smooth": ((0.0, 0.0),)}, 8), ({"rank": 0}, 1.5), ({"iterations": 0}, 0.4)]
+)
 def test_each_ingredient_earns_its_place(make_problem, option, margin):
-    """16.1 dB; 5.2, 13.9 and 15.4 without. The first: a rotation does not remove channel outliers, smoothing does."""
+    """16.1 dB; 5.2, 13.9 and 15.4 without. The first: a rotation does not remove channel outliers, smoothing
+    does."""
     assert decibel(make_problem) > decibel(make_problem, **option) + margin
 
 
@@ -145,7 +169,9 @@ def test_layer_is_ternary_and_survives_a_file(make_problem, tmp_path):
         (2, "channel", 64, 16),
         (2, "channel", 256, 16),
     ]
-    assert [(p.activation.bits, p.activation.granularity, p.activation.unsigned) for p in layer.spec.parts] == [(3, "token", False)] * 2
+    assert [
+        (p.activation.bits, p.activation.granularity, p.activation.unsigned) for p in layer.spec.parts
+    ] == [(3, "token", False)] * 2
     assert {k.split(".")[0] for k in fitted.choices} == {"0", "1"}
     assert layer.tensors["weight"].shape == (96, 704 // 4)
     fields = layer.tensors["weight"].view(torch.uint8)
@@ -168,7 +194,9 @@ def test_runs_on_tensor_cores(make_problem, bits, arch):
 
 
 def test_parts_that_share_a_launch_are_multiples_of_128(make_problem):
-    layer = ROBUQ.fit(make_problem(64, 320, (Part(0, 64), Part(64, 320)), calibrated=False), ROBUQ.config).layer
+    layer = ROBUQ.fit(
+        make_problem(64, 320, (Part(0, 64), Part(64, 320)), calibrated=False), ROBUQ.config
+    ).layer
     choice = choose(layer.spec, Target("cuda", 89, (3, 6)))
     assert choice.path == "eager"
     assert "a slice of 64 channels, not a multiple of 128" in str(choice)
@@ -211,14 +239,17 @@ def test_modulation_takes_its_rank_and_gptq(make_problem):
     assert fit_problem(problem, ROBUQ, ROBUQ.config).layer.spec.weight_only
 
 
-# -- GPTQ at given scales ------------------------------------------------------------------------------------------------
+# -- GPTQ at given scales
 
 
 def test_gptq_keeps_given_scales_over_a_whole_row():
-    """300 channels, more than one block of GPTQ: with H = I nothing is pushed on, and the codes are those of rounding."""
+    """300 channels, more than one block of GPTQ: with H = I nothing is pushed on, and the codes are those of
+    rounding."""
     weight = torch.randn(24, 300, generator=torch.Generator().manual_seed(0))
     scale = ternary_scale(weight)
-    codes, scales = gptq.quantize(weight.T.clone(), {(0, 300): torch.eye(300)}, 2, 300, torch.float32, scales=scale.T.clone())
+    codes, scales = gptq.quantize(
+        weight.T.clone(), {(0, 300): torch.eye(300)}, 2, 300, torch.float32, scales=scale.T.clone()
+    )
     assert torch.equal(codes.T, quantize(weight, scale, 2, "channel"))
     assert torch.equal(scales, scale.T)
 
@@ -227,7 +258,10 @@ def test_scales_after_gptq_are_the_best_for_its_codes(make_problem):
     """In the metric of correlated data, cut into two blocks; each row's error has its minimum there."""
     part = RobuQPart(make_problem(24, 192), Part(0, 192), ROBUQ.config)
     x = outlier_tokens(2048, 192, 1, strength=4)
-    blocks = {b: gptq.upper_factor((x[:, slice(*b)].T @ x[:, slice(*b)]) / 2048, 0.01) for b in ((0, 128), (128, 192))}
+    blocks = {
+        b: gptq.upper_factor((x[:, slice(*b)].T @ x[:, slice(*b)]) / 2048, 0.01)
+        for b in ((0, 128), (128, 192))
+    }
     weight = part.weight.float()
     codes, scales = part._gptq_codes(weight.T.clone(), {"scales": ternary_scale(weight).bfloat16()}, blocks)
     assert set(codes.unique().tolist()) == {-1, 0, 1}

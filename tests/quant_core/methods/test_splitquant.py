@@ -6,12 +6,23 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels.operator.spec import LinearSpec, parse
-from comfyui_nibble.kernels.operator.transforms import fold_weight, kronecker, transform_activation, unfold_weight
+from comfyui_nibble.kernels.operator.transforms import (
+    fold_weight,
+    kronecker,
+    transform_activation,
+    unfold_weight,
+)
 from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name
-from comfyui_nibble.quant_core.methods.factors import NoBalancedFactors, balanced, hadamard_factor, slice_width, start_factor
+from comfyui_nibble.quant_core.methods.factors import (
+    NoBalancedFactors,
+    balanced,
+    hadamard_factor,
+    slice_width,
+    start_factor,
+)
 from comfyui_nibble.quant_core.methods.splitquant import SplitQuantConfig, fit
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
@@ -22,18 +33,35 @@ def randn(*shape, seed=0):
 
 def test_factors_of_the_widths_in_use():
     """Those of the paper's table for 3072, 1152 and 12288 channels."""
-    widths = {3072: (48, 64), 768: (24, 32), 192: (12, 16), 1152: (32, 36), 288: (16, 18), 72: (8, 9), 12288: (96, 128)}
+    widths = {
+        3072: (48, 64),
+        768: (24, 32),
+        192: (12, 16),
+        1152: (32, 36),
+        288: (16, 18),
+        72: (8, 9),
+        12288: (96, 128),
+    }
     assert {w: balanced(w) for w in widths} == widths
-    with pytest.raises(NoBalancedFactors, match="61 channels a slice have no factors but 1; the nearest that do are 60 and 62"):
+    with pytest.raises(
+        NoBalancedFactors,
+        match="61 channels a slice have no factors but 1; the nearest that do are 60 and 62",
+    ):
         balanced(61)
-    with pytest.raises(NoBalancedFactors, match="5 slices do not divide 3072 channels; the nearest that do: 4 and 6"):
+    with pytest.raises(
+        NoBalancedFactors, match="5 slices do not divide 3072 channels; the nearest that do: 4 and 6"
+    ):
         slice_width(3072, 5)
 
 
 @pytest.mark.parametrize("pairs", [1, 4])
 def test_fold_is_the_inverse(pairs):
-    """To fp64: (W T^-1)(T x) = W x, and unfolding gives W back, with affine factors of a shared pair and of one a slice."""
-    factors = tuple(torch.linalg.qr(randn(pairs, n, n).double())[0] * (1 + randn(pairs, n, 1).double().abs()) for n in (6, 8))
+    """To fp64: (W T^-1)(T x) = W x, and unfolding gives W back, with affine factors of a shared pair and of
+    one a slice."""
+    factors = tuple(
+        torch.linalg.qr(randn(pairs, n, n).double())[0] * (1 + randn(pairs, n, 1).double().abs())
+        for n in (6, 8)
+    )
     w, x, s = randn(10, 192).double(), randn(7, 192).double(), randn(192).double().abs() + 0.5
     folded = fold_weight(w, s, 0, factors)
     assert relative_error(x @ w.T, transform_activation(x, s, 0, factors=factors) @ folded.T) < 1e-13
@@ -47,7 +75,8 @@ def test_transform_is_the_kronecker_product_on_each_slice():
 
 
 def test_starts_are_orthogonal():
-    """Hadamard ones also where a size is no power of two, and no value of 24 = 8 x 3 or of 18 = 2 x 9 above what the odd rest spreads."""
+    """Hadamard ones also where a size is no power of two, and no value of 24 = 8 x 3 or of 18 = 2 x 9 above
+    what the odd rest spreads."""
     for n in (1, 3, 16, 18, 24, 47):
         for p in (start_factor(n, 0), hadamard_factor(n)):
             torch.testing.assert_close(p @ p.T, torch.eye(n), atol=1e-5, rtol=0)
@@ -61,7 +90,8 @@ def test_what_each_piece_is_worth(make_problem):
     for name, change in {"rotated": {"gptq": False}, "gptq": {}, "clip": {"clip": True}}.items():
         problem = make_problem(256, 1024)
         db[name] = output_sqnr(problem, fit(problem, dataclasses.replace(SplitQuantConfig(), **change)).layer)
-    # 16.7, 18.4 and 19.7 dB. Smoothing takes all outliers of this layer, so that the rotation itself is worth nothing here.
+    # 16.7, 18.4 and 19.7 dB. Smoothing takes all outliers of this layer, so that the rotation itself is worth
+    # nothing here.
     assert db["gptq"] > db["rotated"] + 1
     assert db["clip"] > db["gptq"] + 0.8
 
@@ -98,17 +128,24 @@ def made(weight, tokens, parts=None):
     statistics = InputStatistics.empty("layer", k, [(p.start, p.stop) for p in layer.parts])
     held = tokens[:1024]
     statistics.update(tokens[1024:])
-    statistics.hold_out(held, torch.rand(len(held), generator=torch.Generator().manual_seed(3), dtype=torch.float64), 0.5)
+    statistics.hold_out(
+        held, torch.rand(len(held), generator=torch.Generator().manual_seed(3), dtype=torch.float64), 0.5
+    )
     return Problem(layer, weight.bfloat16(), None, statistics)
 
 
 @pytest.fixture(scope="module")
 def correlated():
-    """Channels mixed by rows and by columns of each slice's (16, 16), which a scale for each channel cannot undo, and rows of W, too."""
-    mix = lambda seed: randn(16, 16, seed=seed) @ torch.diag(torch.logspace(-1, 1, 16)) @ randn(16, 16, seed=seed + 1) / 16
+    """Channels mixed by rows and by columns of each slice's (16, 16), which a scale for each channel cannot
+    undo, and rows of W, too."""
+    mix = lambda seed: (
+        randn(16, 16, seed=seed) @ torch.diag(torch.logspace(-1, 1, 16)) @ randn(16, 16, seed=seed + 1) / 16
+    )
     x = kronecker(randn(5120, 512), mix(1)[None], mix(3)[None])
     w = kronecker(randn(256, 512, seed=7), mix(11)[None], mix(13)[None])
-    scale = randn(512, seed=9).exp()  # what smoothing takes: moments that leave it out are balanced for another layer, 1.6 dB worse
+    scale = randn(
+        512, seed=9
+    ).exp()  # what smoothing takes: moments that leave it out are balanced for another layer, 1.6 dB worse
     return made(w / w.norm() * 16 / scale, x * scale)
 
 
@@ -121,20 +158,25 @@ def test_affine_is_worth_it_where_channels_are_correlated(correlated):
 
 
 def test_affine_without_second_moments_is_the_orthogonal_start(correlated):
-    blind = dataclasses.replace(correlated, statistics=dataclasses.replace(correlated.statistics, hessians={}))
+    blind = dataclasses.replace(
+        correlated, statistics=dataclasses.replace(correlated.statistics, hessians={})
+    )
     fitted = [db_of(blind, transform=t)[1] for t in ("affine", "orthogonal")]
     assert fitted[0].choices["transform"] == "orthogonal"
     assert torch.equal(*(f.layer.tensors["weight"] for f in fitted))
 
 
 def test_affine_factors_and_an_order_fold_away(correlated):
-    """To fp64, with the factors and the order as a layer stores them: unfolded and back in raw order the weight is W."""
+    """To fp64, with the factors and the order as a layer stores them: unfolded and back in raw order the
+    weight is W."""
     order = torch.randperm(512, generator=torch.Generator().manual_seed(5))
     layer = db_of(correlated, transform="affine", gptq=False)[1].layer
     (factors,) = (tuple(f.double() for f in pair) for pair in layer.spec.factors(layer.tensors))
     w, x, s = correlated.weight.double(), randn(40, 512).double(), layer.tensors["smooth_factor"].double()
     folded = fold_weight(w[:, order], s, 0, factors)
-    assert relative_error(x @ w.T, transform_activation(x[:, order], s, 0, factors=factors) @ folded.T) < 1e-12
+    assert (
+        relative_error(x @ w.T, transform_activation(x[:, order], s, 0, factors=factors) @ folded.T) < 1e-12
+    )
     back = torch.empty_like(w).index_copy_(1, order, unfold_weight(folded, s, 0, factors))
     assert relative_error(w, back) < 1e-12
 
@@ -149,7 +191,10 @@ def test_transforms_by_name(make_problem, transform):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"transform": "learned"}, "transform must be one of identity, hadamard, orthogonal, affine, found 'learned'"),
+        (
+            {"transform": "learned"},
+            "transform must be one of identity, hadamard, orthogonal, affine, found 'learned'",
+        ),
         ({"scales": "row"}, "scales must be one of token, slice, group, found 'row'"),
         ({"worst": 32}, "worst must be one of 0, 64, 128, found 32"),
     ],
@@ -169,9 +214,15 @@ def test_slice_scales_are_parts(make_problem, per_slice):
         (i, i + 256, (16, 16), False) for i in (0, 256, 512, 768)
     ]
     assert layer.tensors["weight_scale"].shape == (4, 128)
-    assert (layer.spec.order, layer.spec.describe()) == (False, "W4A4 per channel and slice smooth 4 slices 16x16")
+    assert (layer.spec.order, layer.spec.describe()) == (
+        False,
+        "W4A4 per channel and slice smooth 4 slices 16x16",
+    )
     assert db > whole + 0.7  # 1.06 measured
-    folded = [fold_weight(problem.weight.float(), layer.tensors["smooth_factor"].float(), 0, f) for f in layer.spec.factors(layer.tensors)]
+    folded = [
+        fold_weight(problem.weight.float(), layer.tensors["smooth_factor"].float(), 0, f)
+        for f in layer.spec.factors(layer.tensors)
+    ]
     for i, (got, scale) in enumerate(zip(folded, layer.tensors["weight_scale"], strict=True)):
         torch.testing.assert_close(scale, got[:, 256 * i : 256 * (i + 1)].abs().amax(1) / 7)
 
@@ -187,7 +238,8 @@ def test_group_scales(make_problem):
 
 @pytest.fixture(scope="module")
 def burdened():
-    """A layer of two parts where 40 channels of the second are large in x and in W alike: smoothing cannot trade one for the other."""
+    """A layer of two parts where 40 channels of the second are large in x and in W alike: smoothing cannot
+    trade one for the other."""
     x, w = randn(5120, 768), randn(128, 768, seed=2)
     heavy = 256 + torch.randperm(512, generator=torch.Generator().manual_seed(4))[:40]
     x[:, heavy] *= 8
@@ -201,19 +253,31 @@ def test_worst_channels_go_to_8_bit_where_that_helps(burdened):
     assert fitted.choices["worst"].startswith("8 bit 64 channels by ")
     assert after > before + 8  # 26.2 and 36.9 dB
     *first, last = fitted.layer.spec.parts
-    assert (last.start, last.stop, last.weight.bits, last.activation.bits, last.kronecker) == (704, 768, 8, 8, ())
+    assert (last.start, last.stop, last.weight.bits, last.activation.bits, last.kronecker) == (
+        704,
+        768,
+        8,
+        8,
+        (),
+    )
     assert [(p.start, p.stop) for p in first] == [(0, 256), (256, 704)]
     order = fitted.layer.tensors["channel_order"]
     assert set(heavy.tolist()) <= set(order[704:].tolist())
     assert torch.equal(order[:256], torch.arange(256).int())
     assert fitted.layer.spec.describe().endswith("64 channels at 8 bit")
-    assert sqnr_db(problem.weight.float(), fitted.layer.dequantize()) > sqnr_db(problem.weight.float(), plain.layer.dequantize()) + 5
+    assert (
+        sqnr_db(problem.weight.float(), fitted.layer.dequantize())
+        > sqnr_db(problem.weight.float(), plain.layer.dequantize()) + 5
+    )
 
 
 def test_worst_channels_stay_where_nothing_asks_for_it(burdened, make_problem):
     """Above the guard, and where the gain is below the margin: the very layer of the plain fit."""
     problem, _ = burdened
-    for p, options in ((problem, {"worst": 64, "guard_db": 5.0}), (make_problem(128, 1024), {"worst": 64, "guard_db": 99.0})):
+    for p, options in (
+        (problem, {"worst": 64, "guard_db": 5.0}),
+        (make_problem(128, 1024), {"worst": 64, "guard_db": 99.0}),
+    ):
         plain, guarded = db_of(p)[1], db_of(p, **options)[1]
         assert "worst" not in guarded.choices
         assert guarded.layer.spec == plain.layer.spec
@@ -221,7 +285,8 @@ def test_worst_channels_stay_where_nothing_asks_for_it(burdened, make_problem):
 
 
 def test_channels_are_dealt_out_only_where_that_helps():
-    """Where the first slice holds all that is large in x and in W, each slice then gets a quarter of it; not where channels are alike."""
+    """Where the first slice holds all that is large in x and in W, each slice then gets a quarter of it; not
+    where channels are alike."""
     x, w = randn(5120, 1024), randn(128, 1024, seed=2)
     for t in (x, w):
         t[:, :256] *= 6
@@ -237,12 +302,15 @@ def test_channels_are_dealt_out_only_where_that_helps():
 
 
 def test_second_moments_in_blocks(make_problem):
-    """Blocks narrower than a part or across its slices still serve GPTQ and affine factors: what is between blocks counts as 0."""
+    """Blocks narrower than a part or across its slices still serve GPTQ and affine factors: what is between
+    blocks counts as 0."""
     problem = make_problem(128, 1024)
     whole = problem.statistics
     ((_, h),) = whole.hessians.items()
     cut = {(a, a + 512): h[a : a + 512, a : a + 512] for a in (0, 512)}
-    blocked = dataclasses.replace(problem, statistics=dataclasses.replace(whole, hessians=cut, blocks=tuple(cut)))
+    blocked = dataclasses.replace(
+        problem, statistics=dataclasses.replace(whole, hessians=cut, blocks=tuple(cut))
+    )
     nearest = db_of(problem, gptq=False)[0]
     for slices in (4, 1):
         db, fitted = db_of(blocked, transform="affine", slices=slices)

@@ -8,14 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.quant_core.precision.allocate import Budget, allocate, pareto, parse_budget, reference_cost, uniform
+from comfyui_nibble.quant_core.precision.allocate import (
+    Budget,
+    allocate,
+    pareto,
+    parse_budget,
+    reference_cost,
+    uniform,
+)
 from comfyui_nibble.quant_core.precision.budget import BudgetError, Totals
 from comfyui_nibble.quant_core.precision.sensitivity import Cell, Sensitivity
 
 
 def layer(name, n, k, *cells, fixed=False):
-    """cells: (entry, noise, bytes, activation bits, weight bits). The cost is 2 a weight, 1 at 2 activation bits and 4 in 16 bit."""
-    made = {entry: Cell(noise, nbytes, a, w, {2: 1.0, 16: 4.0}.get(a, 2.0) * n * k) for entry, noise, nbytes, a, w in cells}
+    """cells: (entry, noise, bytes, activation bits, weight bits). The cost is 2 a weight, 1 at 2 activation
+    bits and 4 in 16 bit."""
+    made = {
+        entry: Cell(noise, nbytes, a, w, {2: 1.0, 16: 4.0}.get(a, 2.0) * n * k)
+        for entry, noise, nbytes, a, w in cells
+    }
     return Sensitivity(name, "b", k, n, fixed, made)
 
 
@@ -23,13 +34,23 @@ def random_table(seed, layers=5, bits=(2, 3, 4, 8)):
     r, table = random.Random(seed), []
     for i in range(layers):
         n, k, noise = 64 * r.randint(1, 12), 64 * r.randint(1, 6), r.uniform(0.01, 0.1)
-        cells = [(f"A{b}", noise * r.uniform(0.6, 1) / 2**b, n * k // 4 + r.randint(0, 50) * b, b, r.choice((2, 4))) for b in bits]
+        cells = [
+            (
+                f"A{b}",
+                noise * r.uniform(0.6, 1) / 2**b,
+                n * k // 4 + r.randint(0, 50) * b,
+                b,
+                r.choice((2, 4)),
+            )
+            for b in bits
+        ]
         table.append(layer(f"l{i}", n, k, *cells))
     return table
 
 
 def exhaustive(table, budget, weights=None, held=0):
-    """(least noise, what it reaches) of all assignments that meet the budget, None where none does; and all that can be reached."""
+    """(least noise, what it reaches) of all assignments that meet the budget, None where none does; and all
+    that can be reached."""
     best, reachable, weights = None, set(), weights or {}
     for pick in itertools.product(*(s.cells.values() for s in table)):
         if budget.kind == "memory":
@@ -38,7 +59,9 @@ def exhaustive(table, budget, weights=None, held=0):
             quantized = [[c.cost for c in s.cells.values() if c.activation_bits < 16] for s in table]
             reached = sum(c.cost for c in pick) / sum(map(max, quantized))
         else:
-            reached = sum(budget.of(c) * s.weights for c, s in zip(pick, table, strict=True)) / sum(s.weights for s in table)
+            reached = sum(budget.of(c) * s.weights for c, s in zip(pick, table, strict=True)) / sum(
+                s.weights for s in table
+            )
         noise = sum(weights.get(s.name, 1) * c.noise for c, s in zip(pick, table, strict=True))
         reachable.add(reached)
         low = -math.inf if budget.kind in ("memory", "speed") else 0.99 * budget.value
@@ -48,7 +71,12 @@ def exhaustive(table, budget, weights=None, held=0):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from(["activation", "weight", "memory", "speed"]), st.floats(0.02, 1.1), st.booleans())
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["activation", "weight", "memory", "speed"]),
+    st.floats(0.02, 1.1),
+    st.booleans(),
+)
 def test_equals_exhaustive_search(seed, kind, place, weighted):
     """Also that a budget is refused exactly where nothing meets it, with the closest two that can be met."""
     table = random_table(seed, bits=(2, 3, 4, 16))
@@ -57,7 +85,10 @@ def test_equals_exhaustive_search(seed, kind, place, weighted):
     budget = Budget(kind, reachable[0] * 0.97 + place * (reachable[-1] - reachable[0]))
     best, reachable = exhaustive(table, budget, weights)
     if best is None:
-        below, above = [r for r in reachable if r <= budget.value][-2:], [r for r in reachable if r > budget.value][:2]
+        below, above = (
+            [r for r in reachable if r <= budget.value][-2:],
+            [r for r in reachable if r > budget.value][:2],
+        )
         two = below[-1:] + above[:1] if below and above else below or above
         with pytest.raises(BudgetError) as error:
             allocate(table, budget, weights)
@@ -67,13 +98,23 @@ def test_equals_exhaustive_search(seed, kind, place, weighted):
     assert math.isclose(found.noise, best, rel_tol=1e-12)
     assert found.reached <= budget.value * (1 + 1e-5)
     cells = [s.cells[found.layers[s.name]] for s in table]
-    assert math.isclose(found.noise, sum((weights or {}).get(s.name, 1) * c.noise for s, c in zip(table, cells, strict=True)))
+    assert math.isclose(
+        found.noise, sum((weights or {}).get(s.name, 1) * c.noise for s, c in zip(table, cells, strict=True))
+    )
     assert found.cost == sum(c.cost for c in cells)
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
-    ("kind", "share"), [("activation", 0.2), ("activation", 0.6), ("memory", 0.3), ("memory", 0.9), ("speed", 0.1), ("speed", 0.7)]
+    ("kind", "share"),
+    [
+        ("activation", 0.2),
+        ("activation", 0.6),
+        ("memory", 0.3),
+        ("memory", 0.9),
+        ("speed", 0.1),
+        ("speed", 0.7),
+    ],
 )
 def test_budget_is_met_within_one_percent(seed, kind, share):
     """228 layers, bytes without a common step."""
@@ -92,7 +133,11 @@ def test_steps_cost_at_most_one_a_layer(monkeypatch):
     monkeypatch.setattr(module, "STEPS", 64)
     problem = module._Problem(table, budget, {}, 0)
     coarse = allocate(table, budget)
-    assert exact.noise <= coarse.noise <= allocate_at(table, budget.value - 5 * problem.step, monkeypatch, module).noise + 1e-15
+    assert (
+        exact.noise
+        <= coarse.noise
+        <= allocate_at(table, budget.value - 5 * problem.step, monkeypatch, module).noise + 1e-15
+    )
     assert coarse.reached <= budget.value
 
 
@@ -110,7 +155,10 @@ TABLE = [
 
 def test_the_layer_that_gains_most_is_raised():
     assert allocate(TABLE, Budget("activation", 3)).layers == {"a": "A4", "b": "A2"}
-    assert allocate(TABLE, Budget("activation", 3), {"a": 0.1}).layers == {"a": "A2", "b": "A4"}  # 0.009 against 0.01
+    assert allocate(TABLE, Budget("activation", 3), {"a": 0.1}).layers == {
+        "a": "A2",
+        "b": "A4",
+    }  # 0.009 against 0.01
     assert allocate(TABLE, Budget("activation", 4)).layers == {"a": "A4", "b": "A4"}
 
 
@@ -119,16 +167,21 @@ def test_memory_pays_for_what_has_no_choice():
     assert allocate(TABLE, Budget("memory", 137), held=100).reached == 137
     assert allocate(TABLE, Budget("memory", 137), held=100).layers == {"a": "A4", "b": "A2"}
     assert allocate(TABLE, Budget("memory", 10**6), held=100).reached == 147
-    with pytest.raises(BudgetError, match=r"2 layers meets 0.126 KB\. The closest that can be met: 0.127 KB and 0.137 KB"):
+    with pytest.raises(
+        BudgetError, match=r"2 layers meets 0.126 KB\. The closest that can be met: 0.127 KB and 0.137 KB"
+    ):
         allocate(TABLE, Budget("memory", 126), held=100)
 
 
 @pytest.mark.parametrize(
-    ("bits", "closest"), [(1, "2 activation bits on average and 3 act"), (2.5, "2 act.* and 3 act"), (5, "3 act.* and 4 act")]
+    ("bits", "closest"),
+    [(1, "2 activation bits on average and 3 act"), (2.5, "2 act.* and 3 act"), (5, "3 act.* and 4 act")],
 )
 def test_average_that_nothing_meets(bits, closest):
     with pytest.raises(
-        BudgetError, match=f"no assignment of the 2 layers meets {bits:g} activation bits.* The closest that can be met: {closest}"
+        BudgetError,
+        match=f"no assignment of the 2 layers meets {bits:g} activation bits.* The closest that can be met: "
+        f"{closest}",
     ):
         allocate(TABLE, Budget("activation", bits))
 
@@ -147,7 +200,9 @@ def test_speed_is_relative_to_the_most_expensive_quantized_entry():
     assert uniform(table, "16 bit", Budget("speed", 1)).reached == 2
     assert allocate(table, Budget("speed", 9)).layers == {"a": "16 bit", "b": "16 bit"}
     with pytest.raises(
-        BudgetError, match=r"meets 0.4x the .* met: 0.5x the reference cost and 0.6667x the reference cost\. 1x is the cost by"
+        BudgetError,
+        match=r"meets 0.4x the .* met: 0.5x the reference cost and 0.6667x the reference cost\. 1x is the "
+        r"cost by",
     ):
         allocate(table, Budget("speed", 0.4))
     curve = pareto(table, Budget("speed", 1))
@@ -175,7 +230,9 @@ def test_pareto_is_the_optimum_of_every_budget():
     assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(curve))
     for value, noise in curve:
         assert math.isclose(noise, exhaustive(table, Budget("memory", value))[0], rel_tol=1e-12)
-    assert curve[0][0] == min(sum(c.nbytes for c in pick) for pick in itertools.product(*(s.cells.values() for s in table)))
+    assert curve[0][0] == min(
+        sum(c.nbytes for c in pick) for pick in itertools.product(*(s.cells.values() for s in table))
+    )
 
 
 def test_uniform():
@@ -206,7 +263,11 @@ def test_budgets_as_text(text, budget):
     assert parse_budget(text) == budget
 
 
-@pytest.mark.parametrize("text", ["", "3", "A", "A0", "A1.2.3", "12 potatoes", "-4GB", "A.", "MB", "x", "0x", "A3x", "3%%"])
+@pytest.mark.parametrize(
+    "text", ["", "3", "A", "A0", "A1.2.3", "12 potatoes", "-4GB", "A.", "MB", "x", "0x", "A3x", "3%%"]
+)
 def test_budgets_that_mean_nothing(text):
-    with pytest.raises(BudgetError, match="expected an average of bits.* or a cost such as 0.8x or 80%. 1x is"):
+    with pytest.raises(
+        BudgetError, match="expected an average of bits.* or a cost such as 0.8x or 80%. 1x is"
+    ):
         parse_budget(text)

@@ -6,7 +6,14 @@ import random
 
 import pytest
 
-from comfyui_nibble.quant_core.precision.budget import BudgetError, Option, Unit, decibel, for_memory, for_quality
+from comfyui_nibble.quant_core.precision.budget import (
+    BudgetError,
+    Option,
+    Unit,
+    decibel,
+    for_memory,
+    for_quality,
+)
 
 
 def unit(name, noise, *options, layers=1):
@@ -55,7 +62,10 @@ def test_memory_is_the_optimum(seed, smaller):
 @pytest.mark.parametrize("seed", range(10))
 def test_coarse_steps_cost_at_most_one_a_unit(seed):
     units = random_units(seed)
-    units = [Unit(u.name, u.noise, tuple(Option(o.precision, o.extra * 1000, o.noise) for o in u.options)) for u in units]
+    units = [
+        Unit(u.name, u.noise, tuple(Option(o.precision, o.extra * 1000, o.noise) for o in u.options))
+        for u in units
+    ]
     budget, steps = 400_000, 64
     extra, noise = total(units, for_memory(units, budget, steps))
     assert extra <= budget
@@ -93,7 +103,11 @@ def test_quality_takes_the_cheapest_that_reaches_it():
         unit("never", 0.04, ("W4A8", 0, 0.03), ("W8A8", 10, 0.02)),
         unit("worse", 0.05, ("W4A8", 0, 0.06)),
     ]
-    assert {n: o.precision for n, o in for_quality(units, 20).items()} == {"a little": "W4A8", "more": "W8A8", "never": "W8A8"}
+    assert {n: o.precision for n, o in for_quality(units, 20).items()} == {
+        "a little": "W4A8",
+        "more": "W8A8",
+        "never": "W8A8",
+    }
 
 
 def test_quality_of_a_block_is_that_of_its_mean_noise():

@@ -15,7 +15,14 @@ from comfyui_nibble.quant_core.layer.problem import output_sqnr
 from comfyui_nibble.quant_core.layer.row import Row
 from comfyui_nibble.quant_core.methods import METHODS, weight_only
 from comfyui_nibble.quant_core.precision.budget import for_memory, for_quality
-from comfyui_nibble.quant_core.precision.guard import Measured, as_units, by_layer, candidates, measure, noise_of
+from comfyui_nibble.quant_core.precision.guard import (
+    Measured,
+    as_units,
+    by_layer,
+    candidates,
+    measure,
+    noise_of,
+)
 from comfyui_nibble.quant_core.precision.guard_report import Decision, as_text, rows_after
 from comfyui_nibble.tests.support import sqnr_db
 
@@ -35,8 +42,13 @@ def test_each_precision_is_better_than_the_one_below(make_problem, parts, method
     layer = quantized(problem, method)
     found = {c.precision: c for c in candidates(problem, layer)}
     assert list(found) == higher(layer.spec) == ["W4A8", "W8A8", "16 bit"]
-    db = [output_sqnr(problem, layer), output_sqnr(problem, found["W4A8"].layer), output_sqnr(problem, found["W8A8"].layer)]
-    # 1.7 dB and more where the weights' noise is most of it, 6 dB at best; without smoothing a row's scale is lost on outliers.
+    db = [
+        output_sqnr(problem, layer),
+        output_sqnr(problem, found["W4A8"].layer),
+        output_sqnr(problem, found["W8A8"].layer),
+    ]
+    # 1.7 dB and more where the weights' noise is most of it, 6 dB at best; without smoothing a row's scale is
+    # lost on outliers.
     assert db[1] > db[0] + 1.5
     assert db[2] > db[1] + 13
     if method != "convrot":
@@ -52,18 +64,27 @@ def test_bytes(make_problem, parts):
     found = {c.precision: c for c in candidates(problem, layer)}
     assert found["W4A8"].nbytes == layer.nbytes
     # codes, an fp32 scale a row and part, smoothing and the bias in 16 bit
-    assert found["W8A8"].nbytes == found["W8A8"].layer.nbytes == 192 * 512 + 4 * 192 * len(parts) + 2 * 512 + 2 * 192
+    assert (
+        found["W8A8"].nbytes
+        == found["W8A8"].layer.nbytes
+        == 192 * 512 + 4 * 192 * len(parts) + 2 * 512 + 2 * 192
+    )
     assert found["16 bit"].nbytes == 2 * 192 * 512 + 2 * 192
 
 
 def test_w4a8_shares_every_tensor(make_problem):
     layer = quantized(make_problem(96, 512, HALVES))
     again = w4a8(layer)
-    assert {k: t.data_ptr() for k, t in again.tensors.items()} == {k: t.data_ptr() for k, t in layer.tensors.items()}
+    assert {k: t.data_ptr() for k, t in again.tensors.items()} == {
+        k: t.data_ptr() for k, t in layer.tensors.items()
+    }
     for before, after in zip(layer.spec.parts, again.spec.parts, strict=True):
         assert (after.activation.bits, after.activation.unsigned, after.activation.clip) == (8, False, 1.0)
         assert replace(after, activation=before.activation) == before
-        assert (after.activation.shift, after.activation.granularity) == (before.activation.shift, before.activation.granularity)
+        assert (after.activation.shift, after.activation.granularity) == (
+            before.activation.shift,
+            before.activation.granularity,
+        )
 
 
 def test_w8a8_keeps_transforms_and_gives_the_bias_back(make_problem):
@@ -73,7 +94,9 @@ def test_w8a8_keeps_transforms_and_gives_the_bias_back(make_problem):
     assert [p.rotation for p in again.spec.parts] == [p.rotation for p in layer.spec.parts]
     assert torch.equal(again.tensors["smooth_factor"], layer.tensors["smooth_factor"])
     assert torch.equal(again.tensors["bias"], problem.bias)
-    assert not torch.equal(layer.tensors["bias"].to(problem.bias.dtype), problem.bias)  # it holds the correction of the shift
+    assert not torch.equal(
+        layer.tensors["bias"].to(problem.bias.dtype), problem.bias
+    )  # it holds the correction of the shift
     assert {p.activation.shift for p in again.spec.parts} == {0.0}
     assert again.spec.rank == 0
     assert sqnr_db(problem.weight.float(), again.dequantize()) > 40
@@ -93,7 +116,11 @@ def test_raised_layers_stay_on_tensor_cores(make_problem, parts):
     problem = make_problem(96, parts[-1].stop, parts)
     layer = quantized(problem)
     assert choose(layer.spec, ADA).path == "int4 tensor cores"
-    assert choose(w4a8(layer).spec, ADA).path == choose(w8a8(problem, layer).spec, ADA).path == "int8 tensor cores"
+    assert (
+        choose(w4a8(layer).spec, ADA).path
+        == choose(w8a8(problem, layer).spec, ADA).path
+        == "int8 tensor cores"
+    )
 
 
 def test_what_is_above(make_problem):
@@ -125,22 +152,52 @@ def test_measured_numbers(make_problem):
     problem = make_problem(96, 512)
     layer, name = quantized(problem), problem.layer.name
     tensors = {f"{name}.weight": problem.weight, f"{name}.bias": problem.bias}
-    (m,) = measure([problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics), ("W8A8",))
+    (m,) = measure(
+        [problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics), ("W8A8",)
+    )
     raised = w8a8(problem, layer)
     assert m == Measured(
-        name, "blocks.0", "W4A4", layer.nbytes, noise_of(problem, layer), {"W8A8": (raised.nbytes, noise_of(problem, raised))}
+        name,
+        "blocks.0",
+        "W4A4",
+        layer.nbytes,
+        noise_of(problem, layer),
+        {"W8A8": (raised.nbytes, noise_of(problem, raised))},
     )
     problem.statistics.tokens = problem.statistics.tokens[:1]
-    with pytest.raises(CalibrationError, match=r"no held-out tokens of layer blocks.0.linear .* 2 samples or more"):
+    with pytest.raises(
+        CalibrationError, match=r"no held-out tokens of layer blocks.0.linear .* 2 samples or more"
+    ):
         list(measure([problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics)))
 
 
-# -- layers, blocks and the report, on numbers ---------------------------------------------------------------------------
+# -- layers, blocks and the report, on numbers
 
 MEASURED = [
-    Measured("b.0.x", "b.0", "W4A4", 1024, 0.02, {"W4A8": (1024, 0.015), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
-    Measured("b.0.y", "b.0", "W4A4", 1024, 0.004, {"W4A8": (1024, 0.005), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
-    Measured("b.1.x", "b.1", "W4A4", 1024, 0.006, {"W4A8": (1024, 0.003), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)}),
+    Measured(
+        "b.0.x",
+        "b.0",
+        "W4A4",
+        1024,
+        0.02,
+        {"W4A8": (1024, 0.015), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
+    ),
+    Measured(
+        "b.0.y",
+        "b.0",
+        "W4A4",
+        1024,
+        0.004,
+        {"W4A8": (1024, 0.005), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
+    ),
+    Measured(
+        "b.1.x",
+        "b.1",
+        "W4A4",
+        1024,
+        0.006,
+        {"W4A8": (1024, 0.003), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
+    ),
 ]
 ALL = ("W4A8", "W8A8", "16 bit")
 
@@ -166,7 +223,10 @@ def test_a_layer_of_a_block_that_would_measure_worse_stays():
 
 def test_report_of_a_quality_budget():
     text = as_text(decide("quality", 22), "FLUX.1, Nibble Guard")
-    assert "FLUX.1, Nibble Guard: every layer at 22 dB or more at the least extra memory; allowed: W4A8, W8A8, 16 bit" in text
+    assert (
+        "FLUX.1, Nibble Guard: every layer at 22 dB or more at the least extra memory; allowed: W4A8, "
+        "W8A8, 16 bit"
+    ) in text
     assert "1 of 3 measured layers raised: 1 to W8A8" in text
     assert "Memory of these layers: 3.0 KiB -> 4.0 KiB, +1.0 KiB" in text
     # means of 0.02, 0.004, 0.006 and of 0.0001, 0.004, 0.006
@@ -179,7 +239,13 @@ def test_report_of_a_quality_budget():
 
 def test_report_says_what_misses_the_target():
     text = as_text(
-        decide("quality", 22, allowed=("W4A8",), measured=[replace(m, options={"W4A8": m.options["W4A8"]}) for m in MEASURED]), ""
+        decide(
+            "quality",
+            22,
+            allowed=("W4A8",),
+            measured=[replace(m, options={"W4A8": m.options["W4A8"]}) for m in MEASURED],
+        ),
+        "",
     )
     assert "b.0.x: worst" not in text
     assert "below the target 22 dB, the nearest that the allowed precisions come" in text
@@ -195,7 +261,10 @@ def test_report_of_a_memory_budget():
     assert "3.0 KiB -> 4.0 KiB, +1.0 KiB of 1.1 KiB allowed" in text
     assert "worst of 3; takes away 66.3% of all noise" in text  # 0.0199 of 0.03
     assert "no. 2 of 3 from the worst; takes away 10.0% of all noise" in text
-    assert "Not raised further, 0.1 KiB of the budget are left: b.0.x at 40.0 dB (16 bit: +2.0 KiB, exact); b.1.x" in text
+    assert (
+        "Not raised further, 0.1 KiB of the budget are left: b.0.x at 40.0 dB (16 bit: +2.0 KiB, exact); "
+        "b.1.x"
+    ) in text
 
 
 def test_nothing_to_raise():
@@ -209,7 +278,10 @@ def test_rows(make_problem):
     problem = make_problem(96, 512)
     raised = w8a8(problem, quantized(problem))
     plan = [replace(problem.layer, name=m.name, block=m.block) for m in MEASURED]
-    rows = [Row(m.name, m.block, 512, 96, "W4A4 g64 r16", 1.0, 1024, choices={"smooth": "rms"}).to_json() for m in MEASURED]
+    rows = [
+        Row(m.name, m.block, 512, 96, "W4A4 g64 r16", 1.0, 1024, choices={"smooth": "rms"}).to_json()
+        for m in MEASURED
+    ]
     rows.append(Row("b.0.mod", "b.0", 512, 96, "W4A16 g64", None, 99).to_json())
     decision = replace(decide("quality", 25), layers={"b.0.x": "16 bit", "b.1.x": "W8A8"})
     made = {"b.0.x": None, "b.1.x": QuantizedLayer("b.1.x", raised.spec, raised.tensors)}

@@ -18,13 +18,20 @@ from comfyui_nibble.quant_core.training import trainer as trainer_file
 from comfyui_nibble.quant_core.training.plot import plot
 from comfyui_nibble.quant_core.training.presets import UNTRAINED, Preset
 from comfyui_nibble.quant_core.training.reconstruct import TrainConfig, installed
-from comfyui_nibble.quant_core.training.trainer import NoChain, NoTrajectory, require_chain, require_trajectory
+from comfyui_nibble.quant_core.training.trainer import (
+    NoChain,
+    NoTrajectory,
+    require_chain,
+    require_trajectory,
+)
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
 
 BLOCKS = ["double_blocks.0", "single_blocks.0", "single_blocks.1"]
 TRAINED = Preset(TrainConfig(("transform", "smooth", "bias"), steps=3, rate=2e-3, calls=2), None)
 BOTH = Preset(
-    TrainConfig(("scale", "bias"), steps=2, rate=2e-3, calls=2), TrainConfig(("bias", "scale"), steps=3, rate=2e-3, calls=2), span=2
+    TrainConfig(("scale", "bias"), steps=2, rate=2e-3, calls=2),
+    TrainConfig(("bias", "scale"), steps=3, rate=2e-3, calls=2),
+    span=2,
 )
 FAST = {"smooth": ((0.5, 0.5),), "gptq": False}
 ROBUQ = {
@@ -82,7 +89,11 @@ def test_untrained_is_layer_by_layer(small, untrained):
     layers, rows, _ = untrained
     assert [name for name, _ in blocks_of(small.plan)] == BLOCKS
     method, get = by_name("splitquant"), small.checkpoint.get
-    done = list(quantize_layers(small.plan, get, small.checkpoint.shapes, method, method.configured(**FAST), small.calibration))
+    done = list(
+        quantize_layers(
+            small.plan, get, small.checkpoint.shapes, method, method.configured(**FAST), small.calibration
+        )
+    )
     same_layers(layers, {layer.name: layer for layer, _ in done})
     assert without_seconds(rows) == without_seconds([row for _, row in done])
 
@@ -103,7 +114,9 @@ def stopped_and_gone_on(small, folder, preset, checks, at, **options):
     return small.quantize(folder, preset, **options)
 
 
-@pytest.mark.parametrize(("preset", "options"), [(TRAINED, FAST), (BOTH, ROBUQ)], ids=["splitquant", "robuq, distilled"])
+@pytest.mark.parametrize(
+    ("preset", "options"), [(TRAINED, FAST), (BOTH, ROBUQ)], ids=["splitquant", "robuq, distilled"]
+)
 def test_stopped_run_goes_on_bit_for_bit(small, tmp_path, preset, options):
     count, yields = [], []
     whole = small.quantize(
@@ -124,18 +137,29 @@ def test_stopped_run_goes_on_bit_for_bit(small, tmp_path, preset, options):
 
 @pytest.mark.arithmetic
 def test_training_is_told_and_taken_where_it_helps(small, untrained, tmp_path, monkeypatch):
-    """The two-stream block gains for real: 0.48 to 0.55 dB, as sums are ordered. Those of the one-stream blocks, -0.02 to 0.06 dB, are
-    within what that order moves, so the judge is told what to find there: one better, one worse; nor does the prediction's error follow
-    from the first block alone."""
+    """The two-stream block gains for real: 0.48 to 0.55 dB, as sums are ordered. Those of the one-stream
+    blocks, -0.02 to 0.06 dB, are within what that order moves, so the judge is told what to find there: one
+    better, one worse; nor does the prediction's error follow from the first block alone."""
     real, found = trainer_file.Trainer._ratio, {"single_blocks.0": 10**0.02, "single_blocks.1": 10**-0.03}
-    monkeypatch.setattr(trainer_file.Trainer, "_ratio", lambda self, run, *args: found.get(BLOCKS[run.first]) or real(self, run, *args))
-    preset = Preset(replace(TRAINED.blocks, steps=12, kinds=("transform", "smooth", "rounding", "bias")), None)
+    monkeypatch.setattr(
+        trainer_file.Trainer,
+        "_ratio",
+        lambda self, run, *args: found.get(BLOCKS[run.first]) or real(self, run, *args),
+    )
+    preset = Preset(
+        replace(TRAINED.blocks, steps=12, kinds=("transform", "smooth", "rounding", "bias")), None
+    )
     layers, rows, trainer = small.quantize(tmp_path / "s", preset, **FAST)
     log = json.loads(trainer.losses.read_text())
-    assert {name: entry["kept"] for name, entry in log.items()} == dict(zip(BLOCKS, (True, False, True), strict=True))
+    assert {name: entry["kept"] for name, entry in log.items()} == dict(
+        zip(BLOCKS, (True, False, True), strict=True)
+    )
     assert log["double_blocks.0"]["gain_db"] > 0.2
     assert (log["single_blocks.0"]["gain_db"], log["single_blocks.1"]["gain_db"]) == (-0.2, 0.3)
-    told = {"double_blocks.0": f"trained {log['double_blocks.0']['gain_db']:+.1f} dB", "single_blocks.1": "trained +0.3 dB"}
+    told = {
+        "double_blocks.0": f"trained {log['double_blocks.0']['gain_db']:+.1f} dB",
+        "single_blocks.1": "trained +0.3 dB",
+    }
     told["single_blocks.0"] = "kept its start (-0.2 dB trained)"
     for row in rows:
         weight_only = row.name.endswith(("mod.lin", "modulation.lin"))
@@ -161,7 +185,9 @@ def test_diverging_training_keeps_the_start(small, untrained, tmp_path):
     for block, entry in json.loads(trainer.losses.read_text()).items():
         assert entry["gain_db"] > -0.05, block  # the parameters are back where they began
     assert prediction_error(trainer, layers) < 1.02 * prediction_error(trainer, untrained[0])
-    same = lambda row: torch.equal(layers[row.name].tensors["weight"], untrained[0][row.name].tensors["weight"])
+    same = lambda row: torch.equal(
+        layers[row.name].tensors["weight"], untrained[0][row.name].tensors["weight"]
+    )
     kept = [row for row in rows if row.choices.get("training", "").startswith("kept its start")]
     assert all(same(row) for row in kept)
 
@@ -173,7 +199,9 @@ def test_a_layer_whose_linear_algebra_fails_is_named(small, tmp_path, monkeypatc
 
     monkeypatch.setattr(trainer_file, step, fails)
     with pytest.raises(
-        UnfitLayer, match=r"^layer double_blocks.0.\S+: cannot be fitted, The diagonal element 3 is zero; its weight goes up to"
+        UnfitLayer,
+        match=r"^layer double_blocks.0.\S+: cannot be fitted, The diagonal element 3 is zero; its weight "
+        r"goes up to",
     ):
         small.quantize(tmp_path / "s", TRAINED, **FAST)
 
@@ -197,11 +225,15 @@ def at_odd_places(layer):
 
 
 @pytest.mark.parametrize("skipped", [True, False])
-def test_layers_of_files_are_computed_with_at_pytorchs_own_alignment(small, untrained, tmp_path, monkeypatch, skipped):
+def test_layers_of_files_are_computed_with_at_pytorchs_own_alignment(
+    small, untrained, tmp_path, monkeypatch, skipped
+):
     places, real = [], trainer_file.installed
 
     def installed(layers, modules):
-        places.extend(t.data_ptr() % 64 for layer in layers.values() for t in getattr(layer, "tensors", {}).values())
+        places.extend(
+            t.data_ptr() % 64 for layer in layers.values() for t in getattr(layer, "tensors", {}).values()
+        )
         return real(layers, modules)
 
     monkeypatch.setattr(trainer_file, "installed", installed)
@@ -215,7 +247,9 @@ def test_layers_of_files_are_computed_with_at_pytorchs_own_alignment(small, untr
         trainer.skip(1, layers)
     else:
         keys = small.checkpoint.shapes
-        problems = {m.name: problem_of(m, small.checkpoint.get, keys, small.calibration, "cpu") for m in members}
+        problems = {
+            m.name: problem_of(m, small.checkpoint.get, keys, small.calibration, "cpu") for m in members
+        }
         trainer.run(1, problems, layers, BLOCKS[0])
     assert places
     assert set(places) == {0}
@@ -226,7 +260,10 @@ def test_distilled_runs(small, tmp_path):
     preset = Preset(None, TrainConfig(("bias", "scale", "low_rank"), steps=12, rate=1e-2, calls=3), span=2)
     layers, rows, trainer = small.quantize(tmp_path / "s", preset, **ROBUQ)
     log = json.loads(trainer.losses.read_text())
-    assert list(log) == ["distilled-double_blocks.0-to-single_blocks.0", "distilled-single_blocks.1-to-prediction"]
+    assert list(log) == [
+        "distilled-double_blocks.0-to-single_blocks.0",
+        "distilled-single_blocks.1-to-prediction",
+    ]
     assert all(entry["kept"] and entry["gain_db"] > 0.03 for entry in log.values())
     assert layers.keys() == start.keys() == {layer.name for layer in small.plan}
     assert [row.name for row in rows] == [layer.name for layer in small.plan]
@@ -257,7 +294,9 @@ def test_blocks_whose_error_is_amplified_learn_slower(small, tmp_path, monkeypat
     preset = Preset(TrainConfig(("bias",), steps=1, rate=8e-3, calls=1, adaptive=adaptive), None)
     small.quantize(tmp_path / "s", preset, **FAST)
     assert rates == pytest.approx(
-        dict.fromkeys(BLOCKS, 8e-3) if not adaptive else {"double_blocks.0": 8e-3, "single_blocks.0": 8e-3, "single_blocks.1": 2e-3}
+        dict.fromkeys(BLOCKS, 8e-3)
+        if not adaptive
+        else {"double_blocks.0": 8e-3, "single_blocks.0": 8e-3, "single_blocks.1": 2e-3}
     )
 
 
@@ -285,13 +324,18 @@ def test_calibrations_without_recorded_calls_are_refused(small, tmp_path):
     with pytest.raises(NoTrajectory, match="training needs a calibration, found none"):
         require_trajectory(None)
     merge([small.calibration.path, small.calibration.path], tmp_path / "merged")
-    with pytest.raises(NoTrajectory, match=r"merged: holds no recorded inputs of the network to train on.*Calibrate again, or set"):
+    with pytest.raises(
+        NoTrajectory,
+        match=r"merged: holds no recorded inputs of the network to train on.*Calibrate again, or set",
+    ):
         require_trajectory(Calibration(tmp_path / "merged"))
     require_trajectory(small.calibration)
 
 
 def test_families_whose_blocks_are_no_chain_are_refused():
-    with pytest.raises(NoChain, match=r"those of SDXL also read what other blocks computed. Set training to none"):
+    with pytest.raises(
+        NoChain, match=r"those of SDXL also read what other blocks computed. Set training to none"
+    ):
         require_chain(SDXL, [])
     plan = FLUX.layers(flux_shapes(hidden=128))
     require_chain(FLUX, plan)

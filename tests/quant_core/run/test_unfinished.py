@@ -50,7 +50,9 @@ def test_a_damaged_piece_is_made_again(tmp_path, layer):
 
 def test_pieces_of_another_run_are_never_assembled(tmp_path, layer):
     """As two processes once wrote a mixture: the file is there under the right name, made by other options."""
-    one, two = (Unfinished(tmp_path / f"{m}.partial", "flux", SETTINGS | {"method": m}) for m in ("robuq", "rtn"))
+    one, two = (
+        Unfinished(tmp_path / f"{m}.partial", "flux", SETTINGS | {"method": m}) for m in ("robuq", "rtn")
+    )
     one.save("a", "h", {layer.name: layer}, [])
     [path] = one.folder.glob("*.nibble.safetensors")
     path.rename(two.folder / path.name)
@@ -64,7 +66,9 @@ def test_other_options_are_refused_by_name(tmp_path, layer):
     store.save("a", "h", {layer.name: layer}, [])
     before = sorted(p.name for p in store.folder.iterdir())
     with pytest.raises(
-        OtherRun, match=r"x.partial: 1 finished pieces of another run, since 20.* \(settings.group: 64 there, 32 here\)\. Go on with"
+        OtherRun,
+        match=r"x.partial: 1 finished pieces of another run, since 20.* \(settings.group: 64 there, 32 "
+        r"here\)\. Go on with",
     ):
         Unfinished(store.folder, "flux", SETTINGS | {"settings": {"group": 32}})
     assert sorted(p.name for p in store.folder.iterdir()) == before
@@ -73,7 +77,9 @@ def test_other_options_are_refused_by_name(tmp_path, layer):
 def test_a_folder_of_the_users_is_left_alone(tmp_path):
     (tmp_path / "x.partial").mkdir()
     (tmp_path / "x.partial" / "notes.txt").write_text("mine")
-    with pytest.raises(NotOurs, match=r"x.partial: is in the way of unfinished work, and Nibble has not made it\. Move it"):
+    with pytest.raises(
+        NotOurs, match=r"x.partial: is in the way of unfinished work, and Nibble has not made it\. Move it"
+    ):
         Unfinished(tmp_path / "x.partial", "flux", SETTINGS)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(NotOurs, match="file: is in the way"):
@@ -102,12 +108,16 @@ def test_a_folder_of_0_6_is_named_and_can_be_removed(tmp_path, layer):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("unit", ["../../escaped/blocks.0", "/etc/blocks.0", "a\0b", "x" * 300, "..", "CON", "a/b\\c"])
+@pytest.mark.parametrize(
+    "unit", ["../../escaped/blocks.0", "/etc/blocks.0", "a\0b", "x" * 300, "..", "CON", "a/b\\c"]
+)
 def test_a_name_never_becomes_a_path(tmp_path, layer, unit):
     store = Unfinished(tmp_path / "in" / "x.partial", "flux", SETTINGS)
     store.save(unit, "h", {layer.name: layer}, [])
     assert store.take(unit, "h")
-    assert sorted(p.name for p in tmp_path.rglob("*.safetensors")) == [f"{atomic.file_name(unit)}.nibble.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("*.safetensors")) == [
+        f"{atomic.file_name(unit)}.nibble.safetensors"
+    ]
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 

@@ -14,11 +14,15 @@ BLOCKS = {f"blocks.{i}.{x}.weight": (128, 128) for i in range(2) for x in "qkv"}
 
 
 def rows_of(family, shapes, **nbytes):
-    return [Row(x.name, x.block, x.in_features, x.out_features, "W4A4", nbytes=9, **nbytes) for x in family.mapped(shapes)]
+    return [
+        Row(x.name, x.block, x.in_features, x.out_features, "W4A4", nbytes=9, **nbytes)
+        for x in family.mapped(shapes)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("family", "shapes"), [(FLUX, flux_shapes()), (CHROMA, chroma_shapes()), (WAN, wan_shapes()), (SDXL, sdxl_shapes())]
+    ("family", "shapes"),
+    [(FLUX, flux_shapes()), (CHROMA, chroma_shapes()), (WAN, wan_shapes()), (SDXL, sdxl_shapes())],
 )
 def test_every_layer_has_one_row(family, shapes):
     done = rows_of(family, shapes)
@@ -38,7 +42,10 @@ def why(family, shapes, done=()):
 def test_reasons_of_a_map():
     notes = why(SDXL, sdxl_shapes(), rows_of(SDXL, sdxl_shapes()))
     assert notes["input_blocks.0.0"] == "3x3 convolution"
-    assert notes["input_blocks.1.0.emb_layers.1"] == "kept by the map: the time vector of a residual block, 0.6 % of SDXL"
+    assert (
+        notes["input_blocks.1.0.emb_layers.1"]
+        == "kept by the map: the time vector of a residual block, 0.6 % of SDXL"
+    )
     assert notes["label_emb.0.0"] == "embedder, kept by the map"
     notes = why(FLUX, flux_shapes(), rows_of(FLUX, flux_shapes()))
     assert notes["img_in"] == notes["final_layer.linear"] == "first or last projection, kept by the map"
@@ -80,7 +87,13 @@ def test_reasons_of_the_rules():
 
 def test_a_report_counts_the_whole_model():
     """FLUX.2 dev as 0.5 quantized it: a fourth of its weights."""
-    shapes = {"a.weight": (1000, 8000), "b.0.weight": (1000, 12000), "b.1.weight": (1000, 12000), "bias": (1000,), "c.weight": (10, 100)}
+    shapes = {
+        "a.weight": (1000, 8000),
+        "b.0.weight": (1000, 12000),
+        "b.1.weight": (1000, 12000),
+        "bias": (1000,),
+        "c.weight": (10, 100),
+    }
     rows = [Row("a", "x", 8000, 1000, "W4A4", nbytes=4_600_000)]
     rows += [Row(f"b.{i}", "", 12000, 1000, "16 bit", note="embedder, kept by the map") for i in range(2)]
     rows += [Row("c", "x", 100, 10, "16 bit", note="8.1 dB")]

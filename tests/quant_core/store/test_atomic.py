@@ -55,14 +55,18 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "models").write_bytes(b"")
-    with pytest.raises(OSError, match=r"models/q.safetensors: cannot be written \(.*\)\. Choose another place"):
+    with pytest.raises(
+        OSError, match=r"models/q.safetensors: cannot be written \(.*\)\. Choose another place"
+    ):
         require_writable(tmp_path / "models" / "q.safetensors")
 
 
-# -- what is read is not written over -----------------------------------------------------------------------------------------
+# -- what is read is not written over
 
 
-@pytest.mark.parametrize("alias", ["itself", "symbolic link", "hard link", "link to its folder", "..", "link as input"])
+@pytest.mark.parametrize(
+    "alias", ["itself", "symbolic link", "hard link", "link to its folder", "..", "link as input"]
+)
 def test_no_name_of_an_input_is_written(tmp_path, alias):
     (tmp_path / "in").mkdir()
     source = tmp_path / "in" / "m.safetensors"
@@ -80,21 +84,26 @@ def test_no_name_of_an_input_is_written(tmp_path, alias):
     (tmp_path / "folder").symlink_to(tmp_path / "in", target_is_directory=True)
     inputs = [tmp_path / "other", tmp_path / "link" if alias == "link as input" else source]
     with pytest.raises(
-        OverInput, match=rf"^{re.escape(str(out))}: is read by this command \(.*\), and would be written over\. Name another"
+        OverInput,
+        match=rf"^{re.escape(str(out))}: is read by this command \(.*\), and would be written over\. Name "
+        r"another",
     ):
         require_output(out, inputs)
     require_output(tmp_path / "in" / "other.safetensors", inputs)
     assert source.read_bytes() == b"weights"
 
 
-# -- room -----------------------------------------------------------------------------------------------------------------------
+# -- room
 
 
 def test_a_disk_that_is_too_small_is_named_before_the_work(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 2_000_000, 2_000_000))
     path = tmp_path / "new" / "q.safetensors"
-    with pytest.raises(NoRoom, match=r"q.safetensors: 3.0 MB are needed, 2.0 MB are free\. Make room, or choose another place"):
+    with pytest.raises(
+        NoRoom,
+        match=r"q.safetensors: 3.0 MB are needed, 2.0 MB are free\. Make room, or choose another place",
+    ):
         require_room(path, 3_000_000)
     require_room(path, 1_000_000)
     with pytest.raises(NoRoom, match="3.0 MB are needed"):
@@ -113,12 +122,17 @@ def limited():
 
 def test_a_limit_on_files_is_named_before_the_work(tmp_path, limited):
     limited(100_000)
-    with pytest.raises(NoRoom, match=r"q.safetensors: 0.4 MB are needed, files may have 0.1 MB here \(ulimit -f\)"):
+    with pytest.raises(
+        NoRoom, match=r"q.safetensors: 0.4 MB are needed, files may have 0.1 MB here \(ulimit -f\)"
+    ):
         save_tensors(tmp_path / "q.safetensors", {"a": torch.zeros(100_000)}, {})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("write", [lambda p: save_tensors(p, {"a": torch.zeros(100_000)}, {}), lambda p: save_text(p, "x" * 400_000)])
+@pytest.mark.parametrize(
+    "write",
+    [lambda p: save_tensors(p, {"a": torch.zeros(100_000)}, {}), lambda p: save_text(p, "x" * 400_000)],
+)
 def test_a_write_that_fails_halfway_is_named_and_keeps_what_was_there(tmp_path, limited, monkeypatch, write):
     """Another process may fill the disk after the check."""
     monkeypatch.setattr("comfyui_nibble.quant_core.store.atomic.require_room", lambda *args: None)
@@ -126,14 +140,16 @@ def test_a_write_that_fails_halfway_is_named_and_keeps_what_was_there(tmp_path, 
     path.write_bytes(b"old")
     limited(100_000)
     with pytest.raises(
-        NoRoom, match=r"q.safetensors: files may not become that large; .*MB are free\. Make room.*what was there before is kept"
+        NoRoom,
+        match=r"q.safetensors: files may not become that large; .*MB are free\. Make room.*what was there "
+        r"before is kept",
     ):
         write(path)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-# -- names and rights ----------------------------------------------------------------------------------------------------------
+# -- names and rights
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
@@ -144,7 +160,9 @@ def test_new_files_have_the_rights_of_any_other(tmp_path, umask):
         save_text(tmp_path / "s", "x")
     finally:
         os.umask(before)
-    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys("ts", 0o666 & ~umask)
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys(
+        "ts", 0o666 & ~umask
+    )
 
 
 def test_a_replaced_file_keeps_its_rights(tmp_path):
@@ -166,7 +184,10 @@ KILLED = """
 
 def test_what_a_killed_run_leaves_is_known_as_ours_and_removed_by_the_next(tmp_path):
     path = tmp_path / "model.safetensors"
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], check=False).returncode == -9
+    assert (
+        subprocess.run([sys.executable, "-c", textwrap.dedent(KILLED), str(path)], check=False).returncode
+        == -9
+    )
     [left] = tmp_path.iterdir()
     assert left.name.startswith(".model.safetensors.")
     assert left.name.endswith(".nibble-tmp")

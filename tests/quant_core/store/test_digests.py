@@ -59,7 +59,10 @@ def test_every_dtype_has_a_hash(tmp_path, dtype):
     save_tensors(tmp_path / "t", tensors, {"about": "x"})
     assert check(tmp_path / "t") == sum(t.nbytes for t in tensors.values())
     flip(tmp_path / "t", 8 * header_bytes(tmp_path / "t") + 3)
-    with pytest.raises(CheckpointError, match=r"t: 1 of 3 tensors are not what was written: (a|scalar)\. Download it or make it again"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"t: 1 of 3 tensors are not what was written: (a|scalar)\. Download it or make it again",
+    ):
         check(tmp_path / "t")
 
 
@@ -102,9 +105,14 @@ def test_a_changed_description_is_an_error_at_opening(copy):
         text = f.metadata()["nibble"]
     rewritten(
         copy,
-        nibble=text.replace('"samples": ', '"samples":  ') if '"samples": ' in text else text.replace('"method": "rtn"', '"method": "rtm"'),
+        nibble=text.replace('"samples": ', '"samples":  ')
+        if '"samples": ' in text
+        else text.replace('"method": "rtn"', '"method": "rtm"'),
     )
-    with pytest.raises(PackError, match=r"q.safetensors: its header is not the one that was written: the file is damaged\. Download it"):
+    with pytest.raises(
+        PackError,
+        match=r"q.safetensors: its header is not the one that was written: the file is damaged\. Download it",
+    ):
         PackFile(copy)
 
 
@@ -131,11 +139,17 @@ def test_an_entry_of_hashes_under_another_name_is_an_error(copy):
     with safe_open(copy, "pt") as f:
         text = f.metadata()["nibble_xxh3"]
     rewritten(copy, nibble_xxh3=None, nibble_xxh2=text)
-    with pytest.raises(PackError, match="q.safetensors: header entry 'nibble_xxh2': expected the name 'nibble_xxh3': the file is damaged"):
+    with pytest.raises(
+        PackError,
+        match="q.safetensors: header entry 'nibble_xxh2': expected the name 'nibble_xxh3': the file is "
+        "damaged",
+    ):
         PackFile(copy)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"description": 1, "tensors": {}}', '{"tensors": {}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"description": 1, "tensors": {}}', '{"tensors": {}}', "[" * 100_000]
+)
 def test_hashes_that_are_none_are_named(copy, text):
     rewritten(copy, nibble_xxh3=text)
     with pytest.raises(PackError, match="q.safetensors: header entry 'nibble_xxh3': expected hashes, found"):
@@ -145,7 +159,10 @@ def test_hashes_that_are_none_are_named(copy, text):
 def test_files_of_earlier_versions_have_none(copy):
     rewritten(copy, nibble_xxh3=None)
     assert PackFile(copy).verify() == -1
-    with pytest.raises(ValueError, match=r"q.safetensors: has no hashes to compare with: it was not written by Nibble 0\.7 or later"):
+    with pytest.raises(
+        ValueError,
+        match=r"q.safetensors: has no hashes to compare with: it was not written by Nibble 0\.7 or later",
+    ):
         verified(copy)
 
 
@@ -165,7 +182,9 @@ def test_side_data_are_finite(copy, leaf, value):
     save_file(state, copy, metadata)
     file = PackFile(copy)
     file.sound_layer("double_blocks.0.img_attn.proj")
-    with pytest.raises(CheckpointError, match=rf"q.safetensors: {name}.{leaf}: NaN or Inf\. The file is damaged"):
+    with pytest.raises(
+        CheckpointError, match=rf"q.safetensors: {name}.{leaf}: NaN or Inf\. The file is damaged"
+    ):
         file.sound_layer(name)
 
 

@@ -19,15 +19,23 @@ with only_run(Path(sys.argv[1]), "quantizes m.safetensors with rtn"):
 
 
 def other(target):
-    process = subprocess.Popen([sys.executable, "-c", OTHER, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     return process
 
 
 def test_another_run_is_named(tmp_path):
     target, process = tmp_path / "models" / "q.safetensors", other(tmp_path / "models" / "q.safetensors")
-    who = rf"q.safetensors: another run is writing this \(process {process.pid} on {socket.gethostname()}, since 20.*, quantizes m.safetensors"
-    with pytest.raises(Busy, match=who + r" with rtn\)\. Wait for it or stop it, or choose another place"), only_run(target, "x"):
+    who = (
+        rf"q.safetensors: another run is writing this \(process {process.pid} on {socket.gethostname()}, "
+        r"since 20.*, quantizes m.safetensors"
+    )
+    with (
+        pytest.raises(Busy, match=who + r" with rtn\)\. Wait for it or stop it, or choose another place"),
+        only_run(target, "x"),
+    ):
         pass
     assert is_held(target.with_name(".q.safetensors.nibble-lock"))
     process.communicate("\n")

@@ -22,7 +22,9 @@ def test_a_header_above_the_limit_is_not_parsed(tmp_path, monkeypatch):
     monkeypatch.setattr(safe, "safe_open", None)
     path = write(tmp_path / "m.safetensors", {"__metadata__": {"a": "x" * 1000}})
     with pytest.raises(
-        CheckpointError, match=r"m.safetensors: its header has 1027 bytes, expected at most 1000\. It is no model, or is damaged"
+        CheckpointError,
+        match=r"m.safetensors: its header has 1027 bytes, expected at most 1000\. It is no model, or is "
+        r"damaged",
     ):
         open_safetensors(path)
 
@@ -40,13 +42,19 @@ def test_a_header_above_the_limit_is_not_parsed(tmp_path, monkeypatch):
 def test_a_header_that_would_take_much_memory_is_not_parsed(tmp_path, monkeypatch, header):
     monkeypatch.setattr(safe, "safe_open", None)
     path = write(tmp_path / "m.safetensors", header)
-    with pytest.raises(CheckpointError, match=r"m.safetensors: its header of \d+ bytes would take \d+ MB to read, expected at most 180"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"m.safetensors: its header of \d+ bytes would take \d+ MB to read, expected at most 180",
+    ):
         open_safetensors(path)
 
 
 def test_headers_of_large_models_are_read(tmp_path):
     """30,000 tensors, and 10 MB of text."""
-    header = {f"blocks.{i}.attn.to_q.weight": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]} for i in range(30_000)}
+    header = {
+        f"blocks.{i}.attn.to_q.weight": {"dtype": "BF16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]}
+        for i in range(30_000)
+    }
     header["__metadata__"] = {"workflow": "x" * 10_000_000}
     file = open_safetensors(write(tmp_path / "m.safetensors", header, bytes(60_000)))
     assert len(file.keys()) == 30_000
@@ -65,6 +73,12 @@ def test_a_tensor_that_is_not_there_names_the_file_and_the_tensor(tmp_path):
 
 
 def test_a_dtype_that_pytorch_does_not_have_names_the_file_and_the_tensor(tmp_path):
-    path = write(tmp_path / "m.safetensors", {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, bytes(3))
-    with pytest.raises(CheckpointError, match=r"m.safetensors: (a: cannot be read|not a whole safetensors file)"):
+    path = write(
+        tmp_path / "m.safetensors",
+        {"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}},
+        bytes(3),
+    )
+    with pytest.raises(
+        CheckpointError, match=r"m.safetensors: (a: cannot be read|not a whole safetensors file)"
+    ):
         open_safetensors(path).get_tensor("a")

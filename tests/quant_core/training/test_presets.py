@@ -25,5 +25,8 @@ def test_every_name_of_every_method():
 def test_errors_say_what_to_choose():
     with pytest.raises(ValueError, match=r"unknown training 'long'. Choose of: none, standard, best\."):
         preset("splitquant", "long")
-    with pytest.raises(ValueError, match=r"method svdquant has no training; splitquant and robuq have. Set training to none\."):
+    with pytest.raises(
+        ValueError,
+        match=r"method svdquant has no training; splitquant and robuq have. Set training to none\.",
+    ):
         preset("svdquant", "best")

@@ -9,7 +9,14 @@ from safetensors import safe_open
 from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.quant_core.training.reconstruct import Run, TrainConfig, installed, judged, losses_of, train
+from comfyui_nibble.quant_core.training.reconstruct import (
+    Run,
+    TrainConfig,
+    installed,
+    judged,
+    losses_of,
+    train,
+)
 from comfyui_nibble.quant_core.training.segments import Chain
 from comfyui_nibble.quant_core.training.student import Student
 
@@ -19,7 +26,8 @@ STREAM = {"blocks.0.img": 0, "blocks.0.txt": 1}.get
 
 
 class Pair(torch.nn.Module):
-    """Both outputs depend on both layers. Adds to its streams in place, to what a norm has kept for its gradient too, as ComfyUI's do."""
+    """Both outputs depend on both layers. Adds to its streams in place, to what a norm has kept for its
+    gradient too, as ComfyUI's do."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +85,16 @@ class World:
         with torch.no_grad():
             targets = {c: self.chain.run(c, 0, stop, None) for c in everything}
         self.evaluations = 0
-        return Run(0, stop, self.calls, self.held, {c: c // STEPS for c in everything}, dict.fromkeys(everything, 1.0), None, targets)
+        return Run(
+            0,
+            stop,
+            self.calls,
+            self.held,
+            {c: c // STEPS for c in everything},
+            dict.fromkeys(everything, 1.0),
+            None,
+            targets,
+        )
 
     def students(self, stop=1, kinds=("scale", "bias", "rounding")):
         """With biases that are off, so that there is something to learn."""
@@ -86,7 +103,9 @@ class World:
         for name in LAYERS[: 2 if stop == 1 else 3]:
             module = self.modules[name][0][0]
             layer = Layer(name, name.rpartition(".")[0], 64, 64, (Part(0, 64),), name)
-            problem = Problem(layer, module.weight.detach(), module.bias + 0.1 * torch.randn(64, generator=off), None)
+            problem = Problem(
+                layer, module.weight.detach(), module.bias + 0.1 * torch.randn(64, generator=off), None
+            )
             method = METHODS["rtn"]
             out[name] = Student(problem, method.fit(problem, method.config).layer, kinds)
         return out
@@ -108,7 +127,7 @@ def same(a, b):
 CONFIG = TrainConfig(("scale", "bias", "rounding"), steps=12, rate=1e-2, calls=3)
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------------
+# -- the loss
 
 
 @pytest.mark.parametrize("coherence", [0.0, 4.0])
@@ -119,20 +138,27 @@ def test_loss_is_that_of_its_definition(world, coherence):
         got = losses_of(world.chain, run, calls, coherence)
         outputs = [world.chain.run(c, 0, 1, None) for c in calls]
     for i in range(2):
-        e = torch.stack([run.weight[c] ** 0.5 * (o[i] - run.targets[c][i]) for c, o in zip(calls, outputs, strict=True)])
+        e = torch.stack(
+            [run.weight[c] ** 0.5 * (o[i] - run.targets[c][i]) for c, o in zip(calls, outputs, strict=True)]
+        )
         want = e.square().mean() + coherence * 3 * e.mean(0).square().mean()
         assert got[i].item() == pytest.approx(want.item(), rel=1e-5)
     assert not any("forward" in m.__dict__ for m in world.network.modules())
 
 
 def test_coherent_errors_weigh_more(world):
-    """The same error at each of n calls costs 1 + coherence n times its energy, one that turns its sign at each nothing more."""
+    """The same error at each of n calls costs 1 + coherence n times its energy, one that turns its sign at
+    each nothing more."""
     run = world.run()
     e = [0.1 * torch.randn_like(t) for t in run.targets[0]]
     for sign, factor in ((lambda c: 1, 1 + 4.0 * 4), (lambda c: (-1) ** c, 1)):
-        shifted = {c: tuple(t + sign(c) * d for t, d in zip(run.targets[c], e, strict=True)) for c in run.targets}
+        shifted = {
+            c: tuple(t + sign(c) * d for t, d in zip(run.targets[c], e, strict=True)) for c in run.targets
+        }
         found = losses_of(world.chain, Run(**(vars(run) | {"targets": shifted})), [0, 1, 2, 3], 4.0)
-        assert [float(f) for f in found] == pytest.approx([factor * float(d.square().mean()) for d in e], rel=1e-4)
+        assert [float(f) for f in found] == pytest.approx(
+            [factor * float(d.square().mean()) for d in e], rel=1e-4
+        )
 
 
 def test_judged_is_the_mean_over_held_out_runs(world):
@@ -142,10 +168,12 @@ def test_judged_is_the_mean_over_held_out_runs(world):
         parts = [losses_of(world.chain, run, calls, 4.0) for calls in (run.held[:4], run.held[4:])]
     want = [float(a + b) / 2 for a, b in zip(*parts, strict=True)]
     assert judged(world.chain, run, students, world.modules, 4.0) == pytest.approx(want, rel=1e-6)
-    assert judged(world.chain, run, {n: s.layer() for n, s in students.items()}, world.modules, 4.0) == pytest.approx(want, rel=0.02)
+    assert judged(
+        world.chain, run, {n: s.layer() for n, s in students.items()}, world.modules, 4.0
+    ) == pytest.approx(want, rel=0.02)
 
 
-# -- training ----------------------------------------------------------------------------------------------------------------
+# -- training
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -166,17 +194,34 @@ def gradients(world, run, isolate):
     students, found = world.students(), {}
 
     def on_step(step, loss):
-        found.update({f"{n}.{k}": p.grad for n, s in students.items() for k, p in s.named_parameters() if p.grad is not None})
+        found.update(
+            {
+                f"{n}.{k}": p.grad
+                for n, s in students.items()
+                for k, p in s.named_parameters()
+                if p.grad is not None
+            }
+        )
         return False
 
-    train(world.chain, run, students, world.modules, TrainConfig(CONFIG.kinds, steps=1, isolate=isolate), STREAM, on_step=on_step)
+    train(
+        world.chain,
+        run,
+        students,
+        world.modules,
+        TrainConfig(CONFIG.kinds, steps=1, isolate=isolate),
+        STREAM,
+        on_step=on_step,
+    )
     return found
 
 
 def test_a_stream_s_gradient_does_not_know_the_other_s_loss(world):
     run = world.run()
     other = {c: (img, txt + torch.randn(txt.shape)) for c, (img, txt) in run.targets.items()}
-    plain, shifted = (gradients(world, Run(**(vars(run) | {"targets": t})), True) for t in (run.targets, other))
+    plain, shifted = (
+        gradients(world, Run(**(vars(run) | {"targets": t})), True) for t in (run.targets, other)
+    )
     assert len(plain) == 6
     for name in plain:
         assert torch.equal(plain[name], shifted[name]) == name.startswith("blocks.0.img"), name
@@ -211,7 +256,9 @@ def test_calls_of_a_step_are_of_one_sample_and_depend_on_seed_and_step_alone(wor
 def test_divergence_ends_at_the_best_state(world):
     run, students = world.run(), world.students()
     start = parameters(students)
-    done = train(world.chain, run, students, world.modules, TrainConfig(("scale",), steps=10, rate=1e3), STREAM)
+    done = train(
+        world.chain, run, students, world.modules, TrainConfig(("scale",), steps=10, rate=1e3), STREAM
+    )
     assert "times the first at step 1" in done.note or "loss nan" in done.note or "loss inf" in done.note
     assert same(parameters(students), start)
     assert len(done.losses) <= 2
@@ -220,7 +267,9 @@ def test_divergence_ends_at_the_best_state(world):
 def test_nan_ends_at_the_best_state(world):
     """The one of the least held-out loss, in units of where it began."""
     run, students = world.run(), world.students()
-    ratio = lambda: [j / s for j, s in zip(judged(world.chain, run, students, world.modules, 4.0), start, strict=True)]
+    ratio = lambda: [
+        j / s for j, s in zip(judged(world.chain, run, students, world.modules, 4.0), start, strict=True)
+    ]
     start = judged(world.chain, run, students, world.modules, 4.0)
     seen = []
 
@@ -239,7 +288,7 @@ def test_nan_ends_at_the_best_state(world):
     assert same(parameters(students), best[1])
 
 
-# -- going on ----------------------------------------------------------------------------------------------------------------
+# -- going on
 
 
 class Stopped(Exception):
@@ -272,7 +321,16 @@ def test_killed_run_goes_on_from_its_last_checkpoint(world, tmp_path):
     want = train(world.chain, run, whole, world.modules, CONFIG, STREAM)
     world.evaluations, world.dies_at = 0, 8 * CONFIG.calls + 2
     with pytest.raises(SystemExit):
-        train(world.chain, run, world.students(), world.modules, CONFIG, STREAM, checkpoint, lambda step, loss: step % 3 == 2)
+        train(
+            world.chain,
+            run,
+            world.students(),
+            world.modules,
+            CONFIG,
+            STREAM,
+            checkpoint,
+            lambda step, loss: step % 3 == 2,
+        )
     world.evaluations, world.dies_at, students = 0, None, world.students()
     got = train(world.chain, run, students, world.modules, CONFIG, STREAM, checkpoint)
     assert world.evaluations == (12 - 6) * CONFIG.calls
@@ -331,7 +389,13 @@ def test_a_checkpoint_is_a_safetensors_file(world, tmp_path):
         plain, keys = json.loads(f.metadata()["nibble_training"]), set(f.keys())
     assert len(plain["losses"]) == 7
     assert plain["schedule"]["last_epoch"] == 7
-    assert {"parameters.0", "good.0", "optimizer.0.step", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= keys
+    assert {
+        "parameters.0",
+        "good.0",
+        "optimizer.0.step",
+        "optimizer.0.exp_avg",
+        "optimizer.0.exp_avg_sq",
+    } <= keys
 
 
 def test_layers_that_stand_in_several_modules(world):
@@ -343,4 +407,6 @@ def test_layers_that_stand_in_several_modules(world):
     x = torch.randn(5, 64)
     for found in (student, layer):
         with installed({"x": found}, modules), torch.no_grad():
-            assert torch.equal(torch.cat([h(x) for h in halves], 1), torch.cat([found(x)[:, :24], found(x)[:, 24:]], 1))
+            assert torch.equal(
+                torch.cat([h(x) for h in halves], 1), torch.cat([found(x)[:, :24], found(x)[:, 24:]], 1)
+            )

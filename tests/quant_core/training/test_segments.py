@@ -141,7 +141,10 @@ def test_forwards_that_were_replaced_before_come_back(network):
     """ComfyUI and other packs set forwards of their own on modules."""
     own = lambda x: x
     network.single[0].forward = own
-    with pytest.raises(ZeroDivisionError), replaced({network.single[0]: lambda x: 1 / 0, network.single[1]: lambda x: x}):
+    with (
+        pytest.raises(ZeroDivisionError),
+        replaced({network.single[0]: lambda x: 1 / 0, network.single[1]: lambda x: x}),
+    ):
         network.single[0](0)
     assert network.single[0].forward is own
     assert "forward" not in network.single[1].__dict__

@@ -8,7 +8,14 @@ from comfyui_nibble.kernels.operator.quantizers import quantize
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import METHODS, by_name, fit_problem
-from comfyui_nibble.quant_core.training.student import CLIP_START, KINDS, Factor, Student, cayley, round_through
+from comfyui_nibble.quant_core.training.student import (
+    CLIP_START,
+    KINDS,
+    Factor,
+    Student,
+    cayley,
+    round_through,
+)
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
@@ -22,7 +29,9 @@ def fitted(problem, name, **options):
 
 
 def codes(layer: QuantizedLayer):
-    return torch.cat([unpack(packed, spec.weight.bits) for spec, packed, _, _ in layer.spec.split(layer.tensors)], 1)
+    return torch.cat(
+        [unpack(packed, spec.weight.bits) for spec, packed, _, _ in layer.spec.split(layer.tensors)], 1
+    )
 
 
 TWO = (Part(0, 256), Part(256, 512, True))
@@ -83,7 +92,7 @@ def problem_output(problem, x):
     return x @ problem.weight.float().T + problem.bias.float()
 
 
-# -- gradients ---------------------------------------------------------------------------------------------------------------
+# -- gradients
 
 
 def test_rounding_passes_the_gradient():
@@ -100,15 +109,19 @@ def one_layer(make_problem, shrink):
     start = fitted(problem, "rtn")
     scale = start.tensors["weight_scale"].float() * shrink
     packed = pack(quantize(problem.weight.float(), scale.T, 4, "channel"), 4)
-    return problem, QuantizedLayer(start.name, start.spec, start.tensors | {"weight": packed, "weight_scale": scale})
+    return problem, QuantizedLayer(
+        start.name, start.spec, start.tensors | {"weight": packed, "weight_scale": scale}
+    )
 
 
 @pytest.mark.parametrize("shrink", [1.02, 0.4])
 def test_gradient_of_a_scale_is_lsq_s(make_problem, shrink):
-    """q - w / s inside the range, the largest code outside (LSQ, equation 3), times s as log s is what is trained."""
+    """q - w / s inside the range, the largest code outside (LSQ, equation 3), times s as log s is what is
+    trained."""
     problem, start = one_layer(make_problem, shrink)
     student = Student(problem, start, ("scale",))
-    # One-hot tokens are exact at 4 bits: the output is the rounded weight. `rounding` is a constant: 0 inside its cell.
+    # One-hot tokens are exact at 4 bits: the output is the rounded weight. `rounding` is a constant: 0 inside
+    # its cell.
     direction = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     student.bias.requires_grad_(False)
     (student(torch.eye(64)) * direction).sum().backward()
@@ -152,7 +165,7 @@ def test_gradient_of_the_rounding(make_problem):
     torch.testing.assert_close(student.parts[0].rounding.grad, scale, rtol=1e-5, atol=0)
 
 
-# -- transforms --------------------------------------------------------------------------------------------------------------
+# -- transforms
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 16, 16), (3, 9, 9)])
@@ -172,7 +185,9 @@ def test_cayley_is_a_rotation(shape, size):
 @pytest.mark.parametrize("affine", [False, True])
 def test_both_of_a_factor_are_inverse(affine):
     g = torch.Generator().manual_seed(0)
-    start = torch.linalg.qr(torch.randn(2, 12, 12, generator=g))[0] * (0.5 + torch.rand(2, 12, 1, generator=g))
+    start = torch.linalg.qr(torch.randn(2, 12, 12, generator=g))[0] * (
+        0.5 + torch.rand(2, 12, 1, generator=g)
+    )
     factor = Factor(start, affine)
     p, back = factor.both()
     assert relative_error(start, p) < 1e-6
@@ -187,7 +202,7 @@ def test_both_of_a_factor_are_inverse(affine):
     assert kept == (not affine)
 
 
-# -- what is trained ---------------------------------------------------------------------------------------------------------
+# -- what is trained
 
 LEAVES = {
     "transform": {"u"}, "smooth": {"smooth"}, "clip": {"clip"}, "scale": {"scale"}, "threshold": {"threshold"},
@@ -225,7 +240,11 @@ def test_bias_is_made_where_there_is_none(make_problem):
 
 @pytest.mark.parametrize(
     ("name", "kinds", "gain"),
-    [("convrot", ("scale",), 0.8), ("robuq", ("scale", "threshold", "rounding"), 1.5), ("splitquant", ("transform", "smooth"), 0.5)],
+    [
+        ("convrot", ("scale",), 0.8),
+        ("robuq", ("scale", "threshold", "rounding"), 1.5),
+        ("splitquant", ("transform", "smooth"), 0.5),
+    ],
 )
 def test_training_on_a_layer_s_output(make_problem, name, kinds, gain):
     """The held-out error falls by at least `gain` dB in 40 steps."""

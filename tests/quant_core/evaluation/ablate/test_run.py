@@ -34,7 +34,11 @@ def one_thread():
 
 def quick(entries):
     """With one smoothing and without GPTQ."""
-    fast = lambda m: replace(m, config=replace(m.config, smooth=((0.5, 0.5),), gptq=False)) if m.name == "splitquant" else m
+    fast = lambda m: (
+        replace(m, config=replace(m.config, smooth=((0.5, 0.5),), gptq=False))
+        if m.name == "splitquant"
+        else m
+    )
     return [replace(entry, method=fast(entry.method)) for entry in entries]
 
 
@@ -73,7 +77,11 @@ def test_rows_have_their_figures(done):
         assert row["prediction_db"] < row["coherent_db"]
     assert one["coherent_db"] > convrot["coherent_db"] + 3  # hard outliers, no smoothing
     # 256 wide: (16 + 16) a channel and (8 + 8); 1024: (32 + 32) and (16 + 16).
-    specs = ((256, 768), (256, 256), (256, 1024), (1024, 256)) * 2 + ((256, 1792), (256, 256), (1024, 256)) * 2
+    specs = ((256, 768), (256, 256), (256, 1024), (1024, 256)) * 2 + (
+        (256, 1792),
+        (256, 256),
+        (1024, 256),
+    ) * 2
     product = sum(k * n for k, n in specs)
     assert one["cost"] == pytest.approx(sum(k * {256: 32, 1024: 64}[k] for k, _ in specs) / product)
     assert four["cost"] == pytest.approx(sum(k * {256: 16, 1024: 32}[k] for k, _ in specs) / product)
@@ -92,7 +100,11 @@ def test_stopped_run_goes_on(done, monkeypatch):
     path.write_text(json.dumps(whole | {"layers": whole["layers"][:2]}))
     measured, real = [], ablation.measure
     monkeypatch.setattr(
-        ablation, "measure", lambda world, entry, *args, **kwargs: measured.append(entry.name) or real(world, entry, *args, **kwargs)
+        ablation,
+        "measure",
+        lambda world, entry, *args, **kwargs: (
+            measured.append(entry.name) or real(world, entry, *args, **kwargs)
+        ),
     )
     again = ablation.run(folder, quick(ROWS), best=0, **SMALL)
     assert measured == [ROWS[2].name]
@@ -108,7 +120,9 @@ def test_stopped_run_goes_on(done, monkeypatch):
     assert measured == [other.name]
     assert changed[1]["settings"]["config"]["seed"] == 1
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"rows.json: not a table of an ablation .*Delete it to measure again"):
+    with pytest.raises(
+        ValueError, match=r"rows.json: not a table of an ablation .*Delete it to measure again"
+    ):
         ablation.run(folder, quick(ROWS), **SMALL)
 
 
@@ -130,7 +144,9 @@ def test_table_and_picture(done, tmp_path):
     _, rows = done
     lines = ablation.as_text(rows).splitlines()
     assert lines[0].split() == " ".join(["row", *ablation.COLUMNS.values()]).split()
-    assert [line.split("  ")[0] for line in lines[1:4]] == [r["name"] for r in sorted(rows, key=lambda r: -r["coherent_db"])]
+    assert [line.split("  ")[0] for line in lines[1:4]] == [
+        r["name"] for r in sorted(rows, key=lambda r: -r["coherent_db"])
+    ]
     convrot = next(line for line in lines if line.startswith("convrot"))
     assert f"{rows[0]['coherent_db']:.2f}" in convrot
     assert "0.26%" in convrot
@@ -146,7 +162,9 @@ def test_command(done, tmp_path, monkeypatch):
     asked = SimpleNamespace(args=None)
     monkeypatch.setattr(splitquant, "entries", lambda quick: ["quick"] * quick)
     monkeypatch.setattr(ablation, "run", lambda *args: setattr(asked, "args", args) or rows)
-    result = CliRunner().invoke(app, ["ablate", "splitquant", "--out", str(tmp_path), "--quick", "--severity", "0.4"])
+    result = CliRunner().invoke(
+        app, ["ablate", "splitquant", "--out", str(tmp_path), "--quick", "--severity", "0.4"]
+    )
     assert result.exit_code == 0, result.output
     assert asked.args[:3] == (tmp_path, ["quick"], 0.4)
     assert result.stdout == (tmp_path / "ablation.txt").read_text() == ablation.as_text(rows) + "\n"

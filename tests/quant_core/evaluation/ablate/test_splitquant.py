@@ -2,7 +2,15 @@ from collections import Counter
 
 import torch
 
-from comfyui_nibble.quant_core.evaluation.ablate.splitquant import BASELINES, DEFAULT, FACTORS, SLICES, WIDTHS, entries, factorial
+from comfyui_nibble.quant_core.evaluation.ablate.splitquant import (
+    BASELINES,
+    DEFAULT,
+    FACTORS,
+    SLICES,
+    WIDTHS,
+    entries,
+    factorial,
+)
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.methods.factors import balanced, hadamard_factor, start_factor
@@ -46,7 +54,9 @@ def test_order_and_names():
     assert trained[0].preset == PRESETS["splitquant"]["standard"]
     assert trained[-1].preset == PRESETS["splitquant"]["best"]
     blocks = [e.preset for e in trained if "in blocks" in e.name]
-    assert len({(p.blocks.coherence, p.blocks.isolate, p.blocks.adaptive) for p in blocks}) == len(blocks) == 8
+    assert (
+        len({(p.blocks.coherence, p.blocks.isolate, p.blocks.adaptive) for p in blocks}) == len(blocks) == 8
+    )
     assert all(p.distill is None for p in blocks)
     assert not any(e.preset != UNTRAINED for e in entries(quick=True))
 
@@ -55,5 +65,8 @@ def test_settings_are_those_of_the_name():
     for entry in entries():
         if entry.levels:
             levels, config = dict(entry.levels), entry.settings["config"]
-            assert (config["slices"], config["per_slice"]) == (levels["slices"], levels["pairs"] == "per slice")
+            assert (config["slices"], config["per_slice"]) == (
+                levels["slices"],
+                levels["pairs"] == "per slice",
+            )
             assert all(config[k] == levels[k] for k in ("transform", "scales", "clip"))

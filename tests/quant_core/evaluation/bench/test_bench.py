@@ -1,4 +1,5 @@
-"""The bench: it runs without a GPU, finds a wrong kernel, and its arithmetic is right. No time is asserted anywhere.
+"""The bench: it runs without a GPU, finds a wrong kernel, and its arithmetic is right. No time is asserted
+anywhere.
 
 What runs kernels does so in processes of its own, which have Triton's interpreter.
 """
@@ -16,7 +17,16 @@ from torch.nn import functional as F
 from comfyui_nibble.kernels.plan import lower
 from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.kernels.tuning import Problem, candidates
-from comfyui_nibble.quant_core.evaluation.bench import baselines, cases, machine, model, ours, report, run, timing
+from comfyui_nibble.quant_core.evaluation.bench import (
+    baselines,
+    cases,
+    machine,
+    model,
+    ours,
+    report,
+    run,
+    timing,
+)
 from comfyui_nibble.quant_core.evaluation.bench.cases import Case
 from comfyui_nibble.tests.support import relative_error
 
@@ -25,10 +35,20 @@ COLUMNS = {"qgemm", "operator", "operator + LoRA", "operator channel", "split4"}
 
 
 def python(code, cwd, interpret=True):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"XDG_CACHE_HOME": str(cwd), "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "XDG_CACHE_HOME": str(cwd),
+        "OMP_NUM_THREADS": "1",
+    }
     if interpret:
         env["TRITON_INTERPRET"] = "1"
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_command_without_a_gpu_compares_and_says_that_nothing_was_timed(tmp_path):
@@ -83,7 +103,8 @@ def test_wrong_kernel_fails_the_case_and_is_not_timed(tmp_path):
 
 
 def test_a_whole_run_with_a_made_up_clock(tmp_path):
-    """All that a GPU's run does but the clock: columns, comfy-kitchen's calls, tuning, the model, targets, a column that raises."""
+    """All that a GPU's run does but the clock: columns, comfy-kitchen's calls, tuning, the model, targets, a
+    column that raises."""
     code = """
         import sys
         import torch
@@ -127,7 +148,8 @@ def test_a_whole_run_with_a_made_up_clock(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"), [({"device": "cpu", "tune": True}, "--tune"), ({"device": "cpu", "with_model": True}, "--model")]
+    ("asked", "words"),
+    [({"device": "cpu", "tune": True}, "--tune"), ({"device": "cpu", "with_model": True}, "--model")],
 )
 def test_what_needs_a_gpu_is_refused_without_one(tmp_path, asked, words):
     with pytest.raises(ValueError, match=words):
@@ -173,8 +195,16 @@ def test_measure_queues_calls_over_all_copies(monkeypatch):
     monkeypatch.setattr(timing, "l2_bytes", lambda device: 40)
     x = torch.zeros(8)  # 32 bytes: three copies
     found = timing.measure(timing.Work(lambda t: log.append(t.data_ptr()), (x,)), "cuda")
-    # One sample of three calls in a millisecond is the estimate: a third of a millisecond a call, so one call a sample.
-    assert (found.ms, found.min_ms, found.p90_ms, found.group, found.copies, found.samples) == (1.0, 1.0, 1.0, 1, 3, timing.SAMPLES[1])
+    # One sample of three calls in a millisecond is the estimate: a third of a millisecond a call, so one call
+    # a sample.
+    assert (found.ms, found.min_ms, found.p90_ms, found.group, found.copies, found.samples) == (
+        1.0,
+        1.0,
+        1.0,
+        1,
+        3,
+        timing.SAMPLES[1],
+    )
     last = log[len(log) - log[::-1].index("sleep") :]
     calls = [item for item in last if not isinstance(item, str)]
     assert last[0] == "event"
@@ -214,7 +244,17 @@ def made_up_row(n, k, m=cases.FLUX_TOKENS, **ms):
 
 def test_targets():
     n, k, m = 9216, 3072, cases.FLUX_TOKENS
-    wide = made_up_row(n, k, torch=3.0, torch_int8=1.8, qgemm=2.0, operator=2.0, split4=2.2, quantize_token=1.0, quantize_transform=1.05)
+    wide = made_up_row(
+        n,
+        k,
+        torch=3.0,
+        torch_int8=1.8,
+        qgemm=2.0,
+        operator=2.0,
+        split4=2.2,
+        quantize_token=1.0,
+        quantize_transform=1.05,
+    )
     wide["cells"]["operator + LoRA"] = timed(2.08)
     narrow = made_up_row(3072, k, torch=2.5, torch_int8=None, qgemm=1.5, operator=2.0, split4=1.5)
     other = made_up_row(n, k, 256, torch=3.0, operator=1.0)
@@ -222,7 +262,9 @@ def test_targets():
     found = report.targets([wide, narrow, other], {"int8_flops": ceiling}, 90)
     stated = {(t["case"], t["target"]): (t["value"], t["met"]) for t in found}
     assert len(stated) == len(found) == 14
-    at = lambda row, start: next(v for (case, target), v in stated.items() if case == row["name"] and target.startswith(start))
+    at = lambda row, start: next(
+        v for (case, target), v in stated.items() if case == row["name"] and target.startswith(start)
+    )
     assert at(wide, "operator at least 1.5 x torch") == (1.5, True)
     assert at(wide, "qgemm at least 0.9") == (0.9, True)
     assert at(wide, "qgemm at least 0.65") == (pytest.approx(0.65), True)
@@ -242,11 +284,28 @@ def test_text_of_numbers_and_refusals():
     assert report.cell_text(timed(2.0)) == "   2.0000 ms (min 2.0000, p90 2.0000)    500.0 TFLOP/s   1.50 x"
     row = made_up_row(3072, 3072, torch=3.0, torch_fp8=None, qgemm=2.0)
     row["checks"] = {
-        "qgemm": {"naive": {"ok": False, "error": 0.5, "worst": None, "finite": False}, "eager": report.refused("out of memory")}
+        "qgemm": {
+            "naive": {"ok": False, "error": 0.5, "worst": None, "finite": False},
+            "eager": report.refused("out of memory"),
+        }
     }
-    facts = dict.fromkeys(("driver", "cuda", "comfy_kitchen", "commit"), "") | {"device": "Card", "backend": "cuda", "arch": 90}
-    doc = {"machine": facts | {"torch": "2", "triton": "3"}, "date": "today", "command": "nibble bench", "dtype": "bfloat16", "timed": True}
-    doc |= {"ceilings": {"bf16_flops": 6e14, "int8_flops": None, "bytes_per_s": 3e12}, "rows": [row], "errors": ["split4: out of memory"]}
+    facts = dict.fromkeys(("driver", "cuda", "comfy_kitchen", "commit"), "") | {
+        "device": "Card",
+        "backend": "cuda",
+        "arch": 90,
+    }
+    doc = {
+        "machine": facts | {"torch": "2", "triton": "3"},
+        "date": "today",
+        "command": "nibble bench",
+        "dtype": "bfloat16",
+        "timed": True,
+    }
+    doc |= {
+        "ceilings": {"bf16_flops": 6e14, "int8_flops": None, "bytes_per_s": 3e12},
+        "rows": [row],
+        "errors": ["split4: out of memory"],
+    }
     doc |= {"model": {"torch": report.refused("too large")}, "targets": report.targets([row], {}, 90)}
     text = report.as_text(doc)
     for line in (
@@ -301,7 +360,9 @@ def test_every_case_has_a_kernel_of_one_launch_and_a_tile(arch):
             (step,) = lower(column.spec(case.n, case.k), column.target(target))
             assert (step.planes > 0) == (column.int8 or arch not in (75, *cases.NATIVE_INT4))
             assert step.block == 0 or step.block % 32 == 0
-            problem = Problem(step.kernel, step.planes, step.scales, step.swap, case.m, case.n, step.row_bytes, step.block)
+            problem = Problem(
+                step.kernel, step.planes, step.scales, step.swap, case.m, case.n, step.row_bytes, step.block
+            )
             assert candidates(target, problem)
 
 
@@ -333,16 +394,20 @@ def plain_flux(m, image, text, vector):
     """The model written out with plain functions, for one double and one single block."""
     full = lambda layer, x: F.linear(x, layer.weight, layer.bias)
     modulated = lambda x, scale, shift: (
-        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() * (1 + scale) + shift
+        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() * (1 + scale)
+        + shift
     )
     normed = lambda x, scale: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
     tanh_gelu = lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     tokens, heads, width = len(text) + len(image), 2, 64
     angle = torch.outer(
-        torch.arange(tokens, dtype=torch.float64), 10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+        torch.arange(tokens, dtype=torch.float64),
+        10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2)),
     )
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-    turned = lambda x: torch.view_as_real(torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+    turned = lambda x: torch.view_as_real(
+        torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn
+    ).flatten(-2)
 
     def split(block, qkv):
         q, k, v = (t.unflatten(-1, (heads, width)) for t in qkv.chunk(3, -1))
@@ -364,7 +429,9 @@ def plain_flux(m, image, text, vector):
     for name, x, part in (("text", txt, attended[: len(text)]), ("image", img, attended[len(text) :])):
         _, _, gate, shift, scale, mlp_gate = mods[name]
         x = x + gate * full(pair[name].proj, part)
-        streams.append(x + mlp_gate * full(pair[name].mlp2, tanh_gelu(full(pair[name].mlp0, modulated(x, scale, shift)))))
+        streams.append(
+            x + mlp_gate * full(pair[name].mlp2, tanh_gelu(full(pair[name].mlp0, modulated(x, scale, shift))))
+        )
     x, block = torch.cat(streams), m.single_blocks[0]
     shift, scale, gate = full(block.mod, act).chunk(3, -1)
     out = full(block.linear1, modulated(x, scale, shift))
@@ -376,7 +443,10 @@ def plain_flux(m, image, text, vector):
 
 @torch.no_grad()
 def test_float_model_is_the_plain_one():
-    m, given = model.build(TINY_MODEL, torch.float64, "cpu", None), model.inputs(TINY_MODEL, torch.float64, "cpu")
+    m, given = (
+        model.build(TINY_MODEL, torch.float64, "cpu", None),
+        model.inputs(TINY_MODEL, torch.float64, "cpu"),
+    )
     for name, norm in m.named_parameters():
         if name.endswith((".query", ".key")):
             norm.copy_(torch.rand(norm.shape, dtype=norm.dtype) + 0.5)

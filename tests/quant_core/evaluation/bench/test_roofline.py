@@ -1,9 +1,18 @@
-"""What the data sheets allow the transform in the quantizer, at FLUX's 4608 tokens: the target is 1.1 times the plain quantizer."""
+"""What the data sheets allow the transform in the quantizer, at FLUX's 4608 tokens: the target is 1.1 times
+the plain quantizer."""
 
 import pytest
 
 from comfyui_nibble.quant_core.evaluation.bench import roofline
-from comfyui_nibble.quant_core.evaluation.bench.roofline import A100, CARDS, H100, RTX_3090, RTX_4090, ratio, transform_flops
+from comfyui_nibble.quant_core.evaluation.bench.roofline import (
+    A100,
+    CARDS,
+    H100,
+    RTX_3090,
+    RTX_4090,
+    ratio,
+    transform_flops,
+)
 
 M = 4608
 
@@ -18,8 +27,8 @@ def test_bytes_and_products_by_hand():
     assert transform_flops(M, 16, 18, 3) == 2 * M * 4 * 16 * 32 * 48
 
 
-# (p1, p2, slices): cards on which the products take no longer than the memory, by the time of the quantizer with the transform over that
-# without it; the others follow with theirs.
+# (p1, p2, slices): cards on which the products take no longer than the memory, by the time of the quantizer
+# with the transform over that without it; the others follow with theirs.
 WITHIN = {
     (24, 32, 4): (CARDS, {}),
     (48, 64, 1): ((RTX_4090, A100, H100), {RTX_3090: 1.80}),
@@ -42,9 +51,14 @@ def test_transform_within_the_plain_quantizer(sizes):
 
 
 def test_why_the_products_take_fp16_and_once():
-    """tf32 would do for four slices of 3072 channels on three cards; for 12288 it, or a second transform, breaks the target."""
+    """tf32 would do for four slices of 3072 channels on three cards; for 12288 it, or a second transform,
+    breaks the target."""
     assert ratio(RTX_4090, M, 24, 32, 4, rate=0.5) == 1.0
     assert ratio(RTX_4090, M, 24, 32, 4, rate=0.5, times=2) == pytest.approx(1.67, abs=0.01)
-    assert ratio(RTX_4090, M, 48, 64, 4, rate=0.5) == ratio(RTX_4090, M, 48, 64, 4, times=2) == pytest.approx(1.67, abs=0.01)
+    assert (
+        ratio(RTX_4090, M, 48, 64, 4, rate=0.5)
+        == ratio(RTX_4090, M, 48, 64, 4, times=2)
+        == pytest.approx(1.67, abs=0.01)
+    )
     assert ratio(A100, M, 48, 64, 4, rate=0.5) == pytest.approx(1.78, abs=0.01)
     assert ratio(H100, M, 48, 64, 4, rate=0.5) == 1.0

@@ -1,4 +1,5 @@
-"""`--tune` keeps the fastest tile whose output is right: a candidate that is wrong, writes nothing or fails is never saved."""
+"""`--tune` keeps the fastest tile whose output is right: a candidate that is wrong, writes nothing or fails
+is never saved."""
 
 from types import SimpleNamespace
 
@@ -13,16 +14,20 @@ from comfyui_nibble.quant_core.evaluation.bench import cases, tune
 from comfyui_nibble.quant_core.evaluation.bench.timing import Work
 
 HOPPER = Target("cuda", 90, (3, 6))
-CASE, COLUMN = cases.Case("tiny", 48, 256, 100), cases.Column("operator", "operator", "channel", rank=cases.RANK)
+CASE, COLUMN = (
+    cases.Case("tiny", 48, 256, 100),
+    cases.Column("operator", "operator", "channel", rank=cases.RANK),
+)
 DEFAULT, GLUON = [
-    next(t for t in tuning.candidates(HOPPER, tune.problem_of(CASE, COLUMN, HOPPER)) if t.gluon is gluon) for gluon in (False, True)
+    next(t for t in tuning.candidates(HOPPER, tune.problem_of(CASE, COLUMN, HOPPER)) if t.gluon is gluon)
+    for gluon in (False, True)
 ]
 
 
 @pytest.fixture
 def tuned(monkeypatch, tmp_path):
-    """A function: what `tune` returns where launches with a Gluon tile are done by `gluon(y)`, on the right output, and the others
-    are right and slower; and the tile in the cache's file."""
+    """A function: what `tune` returns where launches with a Gluon tile are done by `gluon(y)`, on the right
+    output, and the others are right and slower; and the tile in the cache's file."""
     monkeypatch.setattr(tuning, "cache_path", lambda target: tmp_path / "tiles.json")
     tuning.cache_for.cache_clear()
 

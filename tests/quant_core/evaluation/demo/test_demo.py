@@ -95,6 +95,8 @@ def test_contact_sheet_is_written(hard, tmp_path):
     from PIL import Image
 
     report, shown = hard
-    run.contact_sheet(tmp_path / "sheet.png", {"mild": shown, "hard": shown}, {"mild": report, "hard": report})
+    run.contact_sheet(
+        tmp_path / "sheet.png", {"mild": shown, "hard": shown}, {"mild": report, "hard": report}
+    )
     assert Image.open(tmp_path / "sheet.png").width > 1000
     assert "naive" in run.as_text({"mild": report, **report})

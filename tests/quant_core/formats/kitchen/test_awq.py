@@ -31,12 +31,16 @@ def plain():
     """A weight-only layer without a low rank, as data-free fits of modulation are."""
     g = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(N, K, generator=g) / 16).bfloat16(), torch.randn(N, generator=g).bfloat16()
-    return weight_only.fit(Problem(Layer(NAME, NAME, K, N, (Part(0, K),), NAME, True), weight, bias, None)).layer
+    return weight_only.fit(
+        Problem(Layer(NAME, NAME, K, N, (Part(0, K),), NAME, True), weight, bias, None)
+    ).layer
 
 
 def with_low_rank(layer, down, up):
     part = replace(layer.spec.parts[0], rank=down.shape[1])
-    return QuantizedLayer(layer.name, replace(layer.spec, parts=(part,)), layer.tensors | {"proj_down": down, "proj_up": up})
+    return QuantizedLayer(
+        layer.name, replace(layer.spec, parts=(part,)), layer.tensors | {"proj_down": down, "proj_up": up}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +53,9 @@ def zeroed(plain):
 @pytest.fixture(scope="module")
 def low_rank(plain):
     g = torch.Generator().manual_seed(2)
-    return with_low_rank(plain, torch.randn(K, 4, generator=g).bfloat16(), torch.randn(N, 4, generator=g).bfloat16())
+    return with_low_rank(
+        plain, torch.randn(K, 4, generator=g).bfloat16(), torch.randn(N, 4, generator=g).bfloat16()
+    )
 
 
 def x():
@@ -58,7 +64,8 @@ def x():
 
 @pytest.mark.parametrize("kind", ["plain", "zeroed"])
 def test_it_computes_the_same_in_comfy_kitchen(request, tmp_path, kind):
-    """The layer as a newer ComfyUI makes it of the file: format, group size and the two tensors beside the codes."""
+    """The layer as a newer ComfyUI makes it of the file: format, group size and the two tensors beside the
+    codes."""
     layer = request.getfixturevalue(kind)
     native.save(tmp_path / "a", {NAME: layer}, {}, {}, awq=True)
     t = {k.removeprefix(f"{NAME}."): v for k, v in load_file(tmp_path / "a").items()}
@@ -71,9 +78,14 @@ def test_it_computes_the_same_in_comfy_kitchen(request, tmp_path, kind):
         "bias": (torch.bfloat16, (N,)),
     }
     scale, zeros = t["weight_scale"].float(), t["weight_zeros"].float()
-    params = TensorCoreAWQW4A16Layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=(N, K), zeros=zeros, group_size=64)
+    params = TensorCoreAWQW4A16Layout.Params(
+        scale=scale, orig_dtype=torch.float32, orig_shape=(N, K), zeros=zeros, group_size=64
+    )
     assert relative_error(layer.dequantize(), TensorCoreAWQW4A16Layout.dequantize(t["weight"], params)) < 1e-6
-    assert relative_error(layer(x()), awq.gemv_awq_w4a16(x(), t["weight"], scale, zeros, t["bias"].float())) < 1e-5
+    assert (
+        relative_error(layer(x()), awq.gemv_awq_w4a16(x(), t["weight"], scale, zeros, t["bias"].float()))
+        < 1e-5
+    )
 
 
 def test_a_low_rank_of_its_own_is_a_loss(low_rank, zeroed, plain):
@@ -83,12 +95,15 @@ def test_a_low_rank_of_its_own_is_a_loss(low_rank, zeroed, plain):
     assert native.losses(specs, layers.get) == said
     assert kitchen_out.losses(specs, layers.get) == said
     assert set(native.losses(specs)) == set(kitchen_out.losses(specs)) == set(specs)
-    with pytest.raises(ValueError, match="layer low rank has 4-bit weights for 16-bit activations with a low rank of 4"):
+    with pytest.raises(
+        ValueError, match="layer low rank has 4-bit weights for 16-bit activations with a low rank of 4"
+    ):
         native.save("never", layers, {}, {}, awq=True)
 
 
 @pytest.mark.parametrize(
-    ("version", "yes"), [("0.31", False), ("0.33.0", False), ("0.37.9", False), ("0.38", True), ("v0.46.1", True), ("1.0", True)]
+    ("version", "yes"),
+    [("0.31", False), ("0.33.0", False), ("0.37.9", False), ("0.38", True), ("v0.46.1", True), ("1.0", True)],
 )
 def test_which_comfyui_has_it(version, yes):
     assert native.has_awq(version) == yes
@@ -137,13 +152,26 @@ def test_a_low_rank_is_dropped_where_that_is_asked_for(modulated, tmp_path):
     layers = {n: held.layer(n) for n in held.specs}
     g, spec = torch.Generator().manual_seed(4), held.specs[name]
     down = torch.randn(spec.in_features, 8, generator=g) / spec.in_features**0.5
-    layers[name] = with_low_rank(layers[name], down.bfloat16(), (0.02 * torch.randn(spec.out_features, 8, generator=g)).bfloat16())
+    layers[name] = with_low_rank(
+        layers[name], down.bfloat16(), (0.02 * torch.randn(spec.out_features, 8, generator=g)).bfloat16()
+    )
     path, out = tmp_path / "ranked.safetensors", tmp_path / "out.safetensors"
     pack.save(path, layers, {k: held.tensor(k) for k in held.rest}, held.family, {}, [])
     with pytest.raises(ValueError, match=r"replacement awq: .*Ask for one of 0.38 or newer \(--comfyui 0.38"):
         nibble("convert", path, out, "--to", "native", "--lossy", "--replacement", "awq")
-    said = nibble("convert", path, out, "--to", "native", "--lossy", "--comfyui", "0.38", "--replacement", "awq")
-    assert f"1 as W4A16 rounded to nearest instead, {name}: it has 4-bit weights for 16-bit activations with a low rank of 8" in said
+    said = nibble(
+        "convert", path, out, "--to", "native", "--lossy", "--comfyui", "0.38", "--replacement", "awq"
+    )
+    assert (
+        f"1 as W4A16 rounded to nearest instead, {name}: it has 4-bit weights for 16-bit activations with "
+        "a low rank of 8"
+    ) in said
     back = open_quantized(out)
-    assert all(back.specs[n].weight_only and back.specs[n].parts[0].weight.bits == 4 for n in held.specs if held.specs[n].weight_only)
-    assert 0.01 < relative_error(layers[name].dequantize(), back.layer(name).dequantize()) < 0.15  # rounded once more
+    assert all(
+        back.specs[n].weight_only and back.specs[n].parts[0].weight.bits == 4
+        for n in held.specs
+        if held.specs[n].weight_only
+    )
+    assert (
+        0.01 < relative_error(layers[name].dequantize(), back.layer(name).dequantize()) < 0.15
+    )  # rounded once more

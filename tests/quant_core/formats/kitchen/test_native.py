@@ -22,7 +22,10 @@ from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
 SHAPES = flux_shapes(1, 0, 256, 64, 64)
 NAMES = ("double_blocks.0.img_attn.proj", "double_blocks.0.txt_attn.proj", "double_blocks.0.img_mlp.2")
-METADATA = {"provenance": {"method": "convrot", "nibble": "0"}, "report": [Row(NAMES[0], "double_blocks.0", 64, 64, "16 bit").to_json()]}
+METADATA = {
+    "provenance": {"method": "convrot", "nibble": "0"},
+    "report": [Row(NAMES[0], "double_blocks.0", 64, 64, "16 bit").to_json()],
+}
 
 
 @pytest.fixture
@@ -33,7 +36,9 @@ def layers(make_problem):
         n, k = SHAPES[f"{name}.weight"]
         problem = make_problem(n, k, fit_tokens=256)
         layer = convrot.fit(problem, convrot.config).layer
-        out[name] = {NAMES[1]: w4a8, NAMES[2]: lambda layer, problem=problem: w8a8(problem, layer)}.get(name, lambda layer: layer)(layer)
+        out[name] = {NAMES[1]: w4a8, NAMES[2]: lambda layer, problem=problem: w8a8(problem, layer)}.get(
+            name, lambda layer: layer
+        )(layer)
     return {name: replace(layer, name=name) for name, layer in out.items()}
 
 
@@ -45,7 +50,9 @@ def rest():
 def test_from_the_packs_own_file_and_back_no_byte_changes(layers, rest, tmp_path):
     nibble.save(tmp_path / "own", layers, rest, "flux", METADATA["provenance"], METADATA["report"])
     own = nibble.PackFile(tmp_path / "own")
-    native.save(tmp_path / "a", {n: own.layer(n) for n in own.specs}, {k: own.tensor(k) for k in own.rest}, METADATA)
+    native.save(
+        tmp_path / "a", {n: own.layer(n) for n in own.specs}, {k: own.tensor(k) for k in own.rest}, METADATA
+    )
     opened = KitchenFile(tmp_path / "a")
     assert opened.specs == own.specs
     assert opened.family == "flux"
@@ -54,7 +61,12 @@ def test_from_the_packs_own_file_and_back_no_byte_changes(layers, rest, tmp_path
         for key, tensor in opened.layer(name).tensors.items():
             assert torch.equal(tensor, layer.tensors[key]), (name, key)
             assert tensor.dtype == layer.tensors[key].dtype
-    native.save(tmp_path / "b", {n: opened.layer(n) for n in opened.specs}, {k: opened.tensor(k) for k in opened.rest}, METADATA)
+    native.save(
+        tmp_path / "b",
+        {n: opened.layer(n) for n in opened.specs},
+        {k: opened.tensor(k) for k in opened.rest},
+        METADATA,
+    )
     before, after = load_file(tmp_path / "a"), load_file(tmp_path / "b")
     assert list(before) == list(after)
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
@@ -68,7 +80,11 @@ def test_both_declarations_say_the_same_in_comfyuis_words(layers, rest, tmp_path
     with safe_open(tmp_path / "a", "pt") as f:
         header = json.loads(f.metadata()["_quantization_metadata"])["layers"]
         export = json.loads(f.metadata()["nibble_export"])
-    in_tensors = {k.removesuffix(".comfy_quant"): json.loads(bytes(t.tolist())) for k, t in tensors.items() if k.endswith(".comfy_quant")}
+    in_tensors = {
+        k.removesuffix(".comfy_quant"): json.loads(bytes(t.tolist()))
+        for k, t in tensors.items()
+        if k.endswith(".comfy_quant")
+    }
     assert header == in_tensors
     assert header == {
         NAMES[0]: {"format": "convrot_w4a4", "convrot_groupsize": 256},
@@ -82,9 +98,15 @@ def test_comfy_kitchens_tensors_take_them(layers, rest, tmp_path):
     """The very constructor that ComfyUI calls."""
     native.save(tmp_path / "a", layers, rest, METADATA)
     tensors = load_file(tmp_path / "a")
-    for name, layout, extra in ((NAMES[0], TensorCoreConvRotW4A4Layout, {}), (NAMES[2], TensorWiseINT8Layout, {"convrot": True})):
+    for name, layout, extra in (
+        (NAMES[0], TensorCoreConvRotW4A4Layout, {}),
+        (NAMES[2], TensorWiseINT8Layout, {"convrot": True}),
+    ):
         params = layout.Params(
-            scale=tensors[f"{name}.weight_scale"], orig_dtype=torch.float32, orig_shape=SHAPES[f"{name}.weight"], **extra
+            scale=tensors[f"{name}.weight_scale"],
+            orig_dtype=torch.float32,
+            orig_shape=SHAPES[f"{name}.weight"],
+            **extra,
         )
         made = QuantizedTensor(tensors[f"{name}.weight"], layout.__name__, params)
         torch.testing.assert_close(made.dequantize(), layers[name].dequantize(), rtol=1e-5, atol=1e-6)
@@ -94,7 +116,12 @@ def spec(weight, activation, rotation=256, **more):
     return LinearSpec(512, 64, (PartSpec(0, 512, weight, activation, rotation=rotation, **more),))
 
 
-ROW4, ROW8, TOKEN4, TOKEN8 = WeightSpec(4, "channel"), WeightSpec(8, "channel"), ActivationSpec(4, "token"), ActivationSpec(8, "token")
+ROW4, ROW8, TOKEN4, TOKEN8 = (
+    WeightSpec(4, "channel"),
+    WeightSpec(8, "channel"),
+    ActivationSpec(4, "token"),
+    ActivationSpec(8, "token"),
+)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +146,10 @@ def test_what_stock_comfyui_runs(made, want):
         (spec(ROW4, TOKEN4, 0), "no rotation; convrot_w4a4 takes 16, 64 or 256"),
         (spec(ROW4, TOKEN4, 128), "a rotation of 128 channels; convrot_w4a4 takes"),
         (spec(ROW8, TOKEN8, 4), "a rotation of 4 channels; int8_tensorwise takes"),
-        (spec(ROW4, replace(TOKEN4, clip=0.9)), "4-bit signed activations per token clipped at 0.9 of absmax; ComfyUI has 4-bit"),
+        (
+            spec(ROW4, replace(TOKEN4, clip=0.9)),
+            "4-bit signed activations per token clipped at 0.9 of absmax; ComfyUI has 4-bit",
+        ),
         (spec(ROW8, TOKEN4), "4-bit signed activations per token; ComfyUI has 8-bit"),
         (spec(ROW8, replace(TOKEN8, shift=0.17), 0), "shifted by 0.17; ComfyUI has 8-bit"),
         (spec(ROW4, ActivationSpec()), "activations per group"),
@@ -128,9 +158,15 @@ def test_what_stock_comfyui_runs(made, want):
         (spec(WeightSpec(2, "channel"), TOKEN4), "weights of 2 bits"),
         (spec(ROW4, TOKEN4, 0, kronecker=(16, 32)), "a learned transform"),
         (spec(ROW4, TOKEN4, rank=16), "a low rank or smoothing with weights of 4 bits per channel"),
-        (spec(WeightSpec(), ActivationSpec(), 0), r"groups or a low rank \(svdquant_w4a4\), which ComfyUI's own loader does not read"),
+        (
+            spec(WeightSpec(), ActivationSpec(), 0),
+            r"groups or a low rank \(svdquant_w4a4\), which ComfyUI's own loader does not read",
+        ),
         (replace(spec(ROW4, TOKEN4), order=True), "an order of in-channels"),
-        (LinearSpec(512, 64, (PartSpec(0, 256, ROW4, TOKEN4), PartSpec(256, 512, ROW4, TOKEN4))), "2 ranges of in-channels"),
+        (
+            LinearSpec(512, 64, (PartSpec(0, 256, ROW4, TOKEN4), PartSpec(256, 512, ROW4, TOKEN4))),
+            "2 ranges of in-channels",
+        ),
     ],
 )
 def test_what_it_does_not_run(made, reason):
@@ -159,7 +195,9 @@ def test_widths_that_comfyui_reads_are_not_packed(name, packed):
 def test_a_layer_that_is_not_native_is_not_written(layers, rest, make_problem, tmp_path):
     other = METHODS["svdquant"].fit(make_problem(64, 256, calibrated=False), METHODS["svdquant"].config).layer
     with pytest.raises(
-        ValueError, match=r"layer blocks\.9 has smoothing, groups or a low rank.*8 or 16 bit, or quantize the model with the method native"
+        ValueError,
+        match=r"layer blocks\.9 has smoothing, groups or a low rank.*8 or 16 bit, or quantize the model with "
+        r"the method native",
     ):
         native.save(tmp_path / "a", layers | {"blocks.9": other}, rest, METADATA)
     assert not list(tmp_path.iterdir())

@@ -30,15 +30,23 @@ def state():
 
 
 def marker(conf):
-    return torch.tensor(list((conf if isinstance(conf, str) else json.dumps(conf)).encode()), dtype=torch.uint8)
+    return torch.tensor(
+        list((conf if isinstance(conf, str) else json.dumps(conf)).encode()), dtype=torch.uint8
+    )
 
 
 def written(path, state, tensors, conf=None, header=None, name=NAME, prefix=""):
     """A model with one layer replaced. tensors: {leaf: tensor}; conf, header: the two declarations."""
-    out = {k: t for k, t in state.items() if k != f"{name}.weight"} | {f"{name}.{leaf}": t for leaf, t in tensors.items()}
+    out = {k: t for k, t in state.items() if k != f"{name}.weight"} | {
+        f"{name}.{leaf}": t for leaf, t in tensors.items()
+    }
     if conf is not None:
         out[f"{name}.comfy_quant"] = conf if isinstance(conf, torch.Tensor) else marker(conf)
-    metadata = {} if header is None else {"_quantization_metadata": header if isinstance(header, str) else json.dumps({"layers": header})}
+    metadata = (
+        {}
+        if header is None
+        else {"_quantization_metadata": header if isinstance(header, str) else json.dumps({"layers": header})}
+    )
     save_file({prefix + k: t.contiguous() for k, t in out.items()}, path, metadata=metadata)
     return path
 
@@ -60,11 +68,14 @@ def check(path, theirs, x, limit=1e-5):
     """Our layer, by the fp32 path and by the exact specification, against comfy-kitchen's eager forward."""
     layer = KitchenFile(path).layer(NAME)
     assert layer_error(theirs, layer(x), x, layer.spec, layer.tensors) < limit
-    assert layer_error(theirs, naive.quant_linear(x, layer.spec, layer.tensors), x, layer.spec, layer.tensors) < limit
+    assert (
+        layer_error(theirs, naive.quant_linear(x, layer.spec, layer.tensors), x, layer.spec, layer.tensors)
+        < limit
+    )
     return layer
 
 
-# -- numerics ----------------------------------------------------------------------------------------------------------------
+# -- numerics
 
 
 def svdquant(unsigned, seed=0, rank=16):
@@ -86,14 +97,26 @@ def svdquant_forward(t, x, bias, unsigned):
         scale=f["weight_scale"], orig_dtype=torch.float32, orig_shape=(N, K), proj_down=f["proj_down"], proj_up=f["proj_up"],
         smooth_factor=f["smooth_factor"], act_unsigned=unsigned,
     )  # fmt: skip
-    return torch.nn.functional.linear(x, QuantizedTensor(t["weight"], "TensorCoreSVDQuantW4A4Layout", params), bias.float())
+    return torch.nn.functional.linear(
+        x, QuantizedTensor(t["weight"], "TensorCoreSVDQuantW4A4Layout", params), bias.float()
+    )
 
 
 def tiles(t):
-    """kitchen_tile_packed_w4a4 of natural tensors: (N/128, K/64, 32, 128), (N/128, K/64, 128) and (N/128, R, 128)."""
-    w = t["weight"].view(N // 128, 32, 4, K // 64, 32).permute(0, 3, 1, 2, 4).reshape(N // 128, K // 64, 32, 128)
+    """kitchen_tile_packed_w4a4 of natural tensors: (N/128, K/64, 32, 128), (N/128, K/64, 128) and (N/128, R,
+    128)."""
+    w = (
+        t["weight"]
+        .view(N // 128, 32, 4, K // 64, 32)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(N // 128, K // 64, 32, 128)
+    )
     scale = t["weight_scale"].view(K // 64, N // 128, 128).transpose(0, 1)
-    return t | {"weight": w, "weight_scale": scale, "proj_up": t["proj_up"].view(N // 128, 128, -1).transpose(1, 2)}
+    return t | {
+        "weight": w,
+        "weight_scale": scale,
+        "proj_up": t["proj_up"].view(N // 128, 128, -1).transpose(1, 2),
+    }
 
 
 KITCHEN = {leaf: f"weight_{leaf}" for leaf in ("proj_down", "proj_up", "smooth_factor")}
@@ -127,12 +150,16 @@ def test_convrot(write, state, size):
     assert relative_error(made.dequantize(), layer.dequantize()) < 1e-6
 
 
-@pytest.mark.parametrize("options", [{}, {"per_channel": True}, {"per_channel": True, "convrot": True, "convrot_groupsize": 64}])
+@pytest.mark.parametrize(
+    "options", [{}, {"per_channel": True}, {"per_channel": True, "convrot": True, "convrot_groupsize": 64}]
+)
 def test_int8(write, state, options):
     made = QuantizedTensor.from_float(weight(), "TensorWiseINT8Layout", **options)
     conf = {"format": "int8_tensorwise"} | {k: v for k, v in options.items() if k.startswith("convrot")}
     layer = check(
-        write(made.state_dict("weight"), conf), torch.nn.functional.linear(tokens(), made, state[f"{NAME}.bias"].float()), tokens()
+        write(made.state_dict("weight"), conf),
+        torch.nn.functional.linear(tokens(), made, state[f"{NAME}.bias"].float()),
+        tokens(),
     )
     assert layer.spec.parts[0].weight.granularity == ("channel" if options else "tensor")
 
@@ -144,12 +171,21 @@ def test_int8_as_comfy_quants_marks_it(write):
 
 
 def test_int8_activations_of_convrot(write, state):
-    """linear_dtype int8: on cards comfy-kitchen quantizes x to 8 bits then. Its int8_linear on the unpacked codes is the same product."""
+    """linear_dtype int8: on cards comfy-kitchen quantizes x to 8 bits then. Its int8_linear on the unpacked
+    codes is the same product."""
     made = QuantizedTensor.from_float(weight(), "TensorCoreConvRotW4A4Layout", convrot_groupsize=64)
     stored = made.state_dict("weight")
-    path = write(stored, {"format": "convrot_w4a4", "params": {"convrot_groupsize": 64, "linear_dtype": "int8"}})
+    path = write(
+        stored, {"format": "convrot_w4a4", "params": {"convrot_groupsize": 64, "linear_dtype": "int8"}}
+    )
     theirs = quantization.int8_linear(
-        tokens(), unpack(stored["weight"], 4), stored["weight_scale"], state[f"{NAME}.bias"], torch.float32, True, 64
+        tokens(),
+        unpack(stored["weight"], 4),
+        stored["weight_scale"],
+        state[f"{NAME}.bias"],
+        torch.float32,
+        True,
+        64,
     )
     check(path, theirs, tokens())
 
@@ -158,7 +194,9 @@ def test_int8_activations_of_convrot(write, state):
 def test_full_precision_products(write, state, conf):
     """full_precision_matrix_mult: ComfyUI dequantizes the weight and leaves x as it is."""
     layout = "TensorCoreConvRotW4A4Layout" if conf["format"] == "convrot_w4a4" else "TensorWiseINT8Layout"
-    made = QuantizedTensor.from_float(weight(), layout, **({"per_channel": True, "convrot": True} if "convrot" in conf else {}))
+    made = QuantizedTensor.from_float(
+        weight(), layout, **({"per_channel": True, "convrot": True} if "convrot" in conf else {})
+    )
     path = write(made.state_dict("weight"), conf | {"full_precision_matrix_mult": True})
     layer = check(path, tokens() @ made.dequantize().T + state[f"{NAME}.bias"].float(), tokens())
     assert layer.spec.weight_only
@@ -171,12 +209,19 @@ def test_awq(write, state, zeros):
     scale = (torch.rand(K // 64, N, generator=g) * 0.01 + 0.002).bfloat16()
     zero = (0.02 * torch.randn(K // 64, N, generator=g)).bfloat16()
     bias = state[f"{NAME}.bias"].float()
-    path = write({"weight": pack(codes, 4), "weight_scale": scale, zeros: zero}, {"format": "awq_w4a16", "group_size": 64})
+    path = write(
+        {"weight": pack(codes, 4), "weight_scale": scale, zeros: zero},
+        {"format": "awq_w4a16", "group_size": 64},
+    )
     theirs = awq.gemv_awq_w4a16(tokens(), pack(codes, 4), scale.float(), zero.float(), bias)
     layer = check(path, theirs, tokens())
     assert layer.spec.weight_only
-    params = TensorCoreAWQW4A16Layout.Params(scale=scale.float(), orig_dtype=torch.float32, orig_shape=(N, K), zeros=zero.float())
-    assert relative_error(TensorCoreAWQW4A16Layout.dequantize(pack(codes, 4), params), layer.dequantize()) < 1e-6
+    params = TensorCoreAWQW4A16Layout.Params(
+        scale=scale.float(), orig_dtype=torch.float32, orig_shape=(N, K), zeros=zero.float()
+    )
+    assert (
+        relative_error(TensorCoreAWQW4A16Layout.dequantize(pack(codes, 4), params), layer.dequantize()) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -187,7 +232,15 @@ def test_float8_is_read_as_bf16(write, dtype):
     tensors, other, scale = load_file(path), "double_blocks.0.txt_mlp.2", torch.tensor(0.0125)
     tensors[f"{other}.weight"] = (tensors[f"{other}.weight"].float() / scale).to(dtype)
     conf = {"format": str(dtype).removeprefix("torch.")}
-    save_file(tensors | {f"{other}.weight_scale": scale, f"{other}.input_scale": scale.clone(), f"{other}.comfy_quant": marker(conf)}, path)
+    save_file(
+        tensors
+        | {
+            f"{other}.weight_scale": scale,
+            f"{other}.input_scale": scale.clone(),
+            f"{other}.comfy_quant": marker(conf),
+        },
+        path,
+    )
     opened = KitchenFile(path)
     assert list(opened.specs) == [NAME]
     assert f"{other}.weight" in opened.rest
@@ -198,7 +251,7 @@ def test_float8_is_read_as_bf16(write, dtype):
     assert "float8 layers (1) are read as bf16" in opened.notes[0]
 
 
-# -- names and shapes --------------------------------------------------------------------------------------------------------
+# -- names and shapes
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +269,12 @@ def convrot():
 def test_prefixes_and_both_declarations(write, convrot, prefix, where):
     conf = {"format": "convrot_w4a4", "convrot_groupsize": 256}
     name = NAME if where == "header without prefix" else prefix + NAME
-    path = write(convrot, None if where.startswith("header") else conf, {name: conf} if where != "tensor" else None, prefix=prefix)
+    path = write(
+        convrot,
+        None if where.startswith("header") else conf,
+        {name: conf} if where != "tensor" else None,
+        prefix=prefix,
+    )
     opened = KitchenFile(path)
     assert opened.family == "flux"
     assert opened.logical_shapes() == SHAPES
@@ -230,12 +288,17 @@ def test_prefixes_and_both_declarations(write, convrot, prefix, where):
 def test_a_whole_checkpoint(write, int8):
     path = write(int8, {"format": "int8_tensorwise"}, prefix="model.diffusion_model.")
     encoder = "text_encoders.t5.block.0"
-    tensors = load_file(path) | {f"{encoder}.weight": torch.zeros(4, 4, dtype=torch.int8), f"{encoder}.weight_scale": torch.ones(())}
+    tensors = load_file(path) | {
+        f"{encoder}.weight": torch.zeros(4, 4, dtype=torch.int8),
+        f"{encoder}.weight_scale": torch.ones(()),
+    }
     header = {"layers": {encoder: {"format": "int8_tensorwise"}}}
     save_file(tensors, path, metadata={"_quantization_metadata": json.dumps(header)})
     opened = KitchenFile(path)
     assert list(opened.specs) == [NAME]
-    assert opened.notes == ("tensors outside of the diffusion model (2), of text encoders or a VAE, are left out",)
+    assert opened.notes == (
+        "tensors outside of the diffusion model (2), of text encoders or a VAE, are left out",
+    )
 
 
 def test_sniffing(write, int8):
@@ -250,7 +313,7 @@ def test_a_static_input_scale_is_not_used(write, int8):
     assert not any("input_scale" in k for k in opened.rest)
 
 
-# -- round trips -------------------------------------------------------------------------------------------------------------
+# -- round trips
 
 
 @pytest.mark.parametrize("unsigned", [False, True])
@@ -261,7 +324,12 @@ def test_svdquant_comes_back_with_the_same_bytes(write, tmp_path, unsigned):
     opened = KitchenFile(path)
     again = tmp_path / "again.safetensors"
     layers = {n: opened.layer(n) for n in opened.specs}
-    kitchen_out.save(again, layers, {k: opened.tensor(k) for k in opened.rest}, {"provenance": {"method": "x"}, "report": []})
+    kitchen_out.save(
+        again,
+        layers,
+        {k: opened.tensor(k) for k in opened.rest},
+        {"provenance": {"method": "x"}, "report": []},
+    )
     before, after = load_file(path), load_file(again)
     assert set(before) == set(after)
     assert all(torch.equal(before[k], after[k]) and before[k].dtype == after[k].dtype for k in before)
@@ -269,7 +337,7 @@ def test_svdquant_comes_back_with_the_same_bytes(write, tmp_path, unsigned):
     assert KitchenFile(again).provenance == {"method": "x"}
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------------
+# -- what is refused
 
 INT8 = {"format": "int8_tensorwise"}
 CONVROT = {"format": "convrot_w4a4"}
@@ -290,18 +358,30 @@ CONVROT = {"format": "convrot_w4a4"}
         ({}, "unknown format 'None'"),
         ({"format": "nvfp4"}, "nvfp4 is one of ComfyUI's own.*load it with Load Diffusion Model"),
         ({"format": "mxfp8"}, "mxfp8 is one of ComfyUI's own.*load it with Load Diffusion Model"),
-        ({"format": "asym_w4a8_int8"}, "asym_w4a8_int8 is one of ComfyUI's own.*load it with Load Diffusion Model"),
+        (
+            {"format": "asym_w4a8_int8"},
+            "asym_w4a8_int8 is one of ComfyUI's own.*load it with Load Diffusion Model",
+        ),
         (CONVROT | {"convrot_groupsize": 128}, "convrot_groupsize: expected 16, 64 or 256, found 128"),
         (CONVROT | {"convrot_groupsize": None}, "convrot_groupsize: expected int, found 'None'"),
         (CONVROT | {"convrot_groupsize": "wide"}, "convrot_groupsize: expected int, found 'wide'"),
         (CONVROT | {"convrot_groupsize": [256]}, r"convrot_groupsize: expected int, found '\[256\]'"),
         (CONVROT | {"convrot_groupsize": float("inf")}, "convrot_groupsize: expected int, found 'inf'"),
-        (CONVROT | {"convrot_groupsize": -256}, "convrot_groupsize: expected 16, 64 or 256, found -256, no power of 4"),
-        (INT8 | {"convrot": True, "convrot_groupsize": True}, "convrot_groupsize: expected 16, 64 or 256, found 1, no power of 4"),
+        (
+            CONVROT | {"convrot_groupsize": -256},
+            "convrot_groupsize: expected 16, 64 or 256, found -256, no power of 4",
+        ),
+        (
+            INT8 | {"convrot": True, "convrot_groupsize": True},
+            "convrot_groupsize: expected 16, 64 or 256, found 1, no power of 4",
+        ),
         (CONVROT | {"linear_dtype": None}, "linear_dtype: expected int4 or int8, found 'None'"),
         (CONVROT | {"linear_dtype": "fp8"}, "linear_dtype: expected int4 or int8, found 'fp8'"),
         ({"format": "awq_w4a16", "group_size": 128}, "group_size: expected 64, found 128"),
-        ({"format": "svdquant_w4a4", "lowrank_branch_input_basis": "post_smoothing"}, "acts on the smoothed input, expected 'raw'"),
+        (
+            {"format": "svdquant_w4a4", "lowrank_branch_input_basis": "post_smoothing"},
+            "acts on the smoothed input, expected 'raw'",
+        ),
     ],
 )
 def test_bad_declarations(write, int8, conf, said):
@@ -318,10 +398,14 @@ def test_bad_declarations(write, int8, conf, said):
         ("[]", "expected an object with 'layers'"),
         ('{"layers": []}', "expected an object with 'layers'"),
         ({NAME: "int8_tensorwise"}, f"layer {NAME}: expected an object, found str"),
-        ({"double_blocks.7.img_mlp.0": INT8}, r"declares the layer double_blocks\.7\.img_mlp\.0 as int8_tensorwise, but the tensor"),
+        (
+            {"double_blocks.7.img_mlp.0": INT8},
+            r"declares the layer double_blocks\.7\.img_mlp\.0 as int8_tensorwise, but the tensor",
+        ),
         (
             {NAME: INT8 | {"convrot": True}},
-            "comfy_quant says 'int8_tensorwise, no rotation, 8-bit x', the header.*says 'int8_tensorwise, rotation 256",
+            "comfy_quant says 'int8_tensorwise, no rotation, 8-bit x', the header.*says 'int8_tensorwise, "
+            "rotation 256",
         ),
     ],
 )
@@ -339,13 +423,25 @@ def without(tensors, leaf):
     [
         (lambda t: without(t, "weight_scale"), "int8_tensorwise asks for weight_scale, which is missing"),
         (lambda t: without(t, "weight"), "int8_tensorwise asks for weight, which is missing"),
-        (lambda t: t | {"weight": t["weight"].float()}, r"img_mlp\.2\.weight: expected the dtype I8, found F32"),
+        (
+            lambda t: t | {"weight": t["weight"].float()},
+            r"img_mlp\.2\.weight: expected the dtype I8, found F32",
+        ),
         (lambda t: t | {"weight": t["weight"].view(2, -1, K)}, "expected 2 dimensions, found the shape"),
         (lambda t: t | {"weight": t["weight"][:, :200]}, "expected in-channels in groups of 16, found 200"),
-        (lambda t: t | {"weight_scale": t["weight_scale"].int()}, "weight_scale: expected the dtype F16 or BF16 or F32, found I32"),
-        (lambda t: t | {"weight_scale": t["weight_scale"][:7]}, r"weight_scale: expected the shape \(256,\) or \(256, 1\).*found \(7, 1\)"),
+        (
+            lambda t: t | {"weight_scale": t["weight_scale"].int()},
+            "weight_scale: expected the dtype F16 or BF16 or F32, found I32",
+        ),
+        (
+            lambda t: t | {"weight_scale": t["weight_scale"][:7]},
+            r"weight_scale: expected the shape \(256,\) or \(256, 1\).*found \(7, 1\)",
+        ),
         (lambda t: t | {"bias": torch.zeros(7)}, r"bias: expected the shape \(256,\), found \(7,\)"),
-        (lambda t: t | {"pre_quant_scale": torch.ones(K)}, "pre_quant_scale is no tensor of int8_tensorwise and may change"),
+        (
+            lambda t: t | {"pre_quant_scale": torch.ones(K)},
+            "pre_quant_scale is no tensor of int8_tensorwise and may change",
+        ),
     ],
 )
 def test_bad_tensors(write, int8, change, said):
@@ -360,10 +456,22 @@ def test_bad_tensors(write, int8, change, said):
         (lambda t: t | {"weight_proj_up": t["proj_up"].clone()}, "found both weight_proj_up and proj_up"),
         (lambda t: t | {"proj_up": t["proj_up"][:, :3]}, r"proj_up: expected the shape \(256, 16\)"),
         (lambda t: t | {"proj_down": t["proj_down"][:64]}, r"proj_down: expected the shape \(1024, 16\)"),
-        (lambda t: t | {"weight_scale": t["weight_scale"].T}, r"weight_scale: expected the shape \(16, 256\)"),
-        (lambda t: t | {"weight_scale": t["weight_scale"].float()}, "weight_scale: expected the dtype F16 or BF16, found F32"),
-        (lambda t: t | {"smooth_factor": t["smooth_factor"][:8]}, r"smooth_factor: expected the shape \(1024,\)"),
-        (lambda t: t | {"weight": t["weight"].view(2, 16, 64, 64)}, r"weight: expected the shape \(2, 16, 32, 128\)"),
+        (
+            lambda t: t | {"weight_scale": t["weight_scale"].T},
+            r"weight_scale: expected the shape \(16, 256\)",
+        ),
+        (
+            lambda t: t | {"weight_scale": t["weight_scale"].float()},
+            "weight_scale: expected the dtype F16 or BF16, found F32",
+        ),
+        (
+            lambda t: t | {"smooth_factor": t["smooth_factor"][:8]},
+            r"smooth_factor: expected the shape \(1024,\)",
+        ),
+        (
+            lambda t: t | {"weight": t["weight"].view(2, 16, 64, 64)},
+            r"weight: expected the shape \(2, 16, 32, 128\)",
+        ),
     ],
 )
 def test_bad_svdquant_tensors(write, change, said):
@@ -381,9 +489,14 @@ def test_awq_of_absurd_width(write):
 
 def test_nothing_that_this_pack_runs(write):
     fp8 = {"weight": weight().to(torch.float8_e4m3fn), "weight_scale": torch.ones(())}
-    with pytest.raises(CheckpointError, match=r"no layer .* \(found: 1 float8_e4m3fn\)\. Load it with Load Diffusion Model"):
+    with pytest.raises(
+        CheckpointError, match=r"no layer .* \(found: 1 float8_e4m3fn\)\. Load it with Load Diffusion Model"
+    ):
         KitchenFile(write(fp8, {"format": "float8_e4m3fn"}))
-    with pytest.raises(CheckpointError, match=r"weight_scale: expected the shape \(\) or \(1,\) or \(256, 1\), found \(256,\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"weight_scale: expected the shape \(\) or \(1,\) or \(256, 1\), found \(256,\)",
+    ):
         KitchenFile(write(fp8 | {"weight_scale": torch.ones(N)}, {"format": "float8_e4m3fn"}))
 
 

@@ -1,4 +1,5 @@
-"""The index maps against loops over single elements, each put where `tests/assets/nunchaku.py` says that a kernel looks for it."""
+"""The index maps against loops over single elements, each put where `tests/assets/nunchaku.py` says that a
+kernel looks for it."""
 
 import pytest
 import torch
@@ -44,13 +45,21 @@ def test_scale(groups, n):
 @pytest.mark.parametrize(("channels", "rank"), [(128, 16), (256, 48)])
 def test_low_rank(channels, rank):
     natural = torch.arange(channels * rank, dtype=torch.float32).view(channels, rank).half()
-    down, up = torch.empty(channels * rank, dtype=torch.float16), torch.empty(channels * rank, dtype=torch.float16)
+    down, up = (
+        torch.empty(channels * rank, dtype=torch.float16),
+        torch.empty(channels * rank, dtype=torch.float16),
+    )
     for c in range(channels):
         for r in range(rank):
             block = c // 16 * (rank // 16) + r // 16
-            down[fragment_place(r, c, block)] = natural[c, r]  # ranks are the rows of the first product's fragment
+            down[fragment_place(r, c, block)] = natural[
+                c, r
+            ]  # ranks are the rows of the first product's fragment
             up[fragment_place(c, r, block)] = natural[c, r]
-    for stored, unpack, pack_back in ((down, layout.unpack_down, layout.pack_down), (up, layout.unpack_up, layout.pack_up)):
+    for stored, unpack, pack_back in (
+        (down, layout.unpack_down, layout.pack_down),
+        (up, layout.unpack_up, layout.pack_up),
+    ):
         stored = stored.view(channels, rank)
         assert torch.equal(unpack(stored), natural)
         assert torch.equal(pack_back(natural), stored)

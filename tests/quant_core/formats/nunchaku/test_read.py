@@ -1,4 +1,5 @@
-"""Reading and writing nunchaku's files, against what random files hold in natural order (tests/assets/nunchaku.py)."""
+"""Reading and writing nunchaku's files, against what random files hold in natural order
+(tests/assets/nunchaku.py)."""
 
 import json
 
@@ -26,7 +27,9 @@ def same(a, b):
     assert (a.specs, a.rest, a.family) == (b.specs, b.rest, b.family)
     for name in a.specs:
         first, second = a.layer(name).tensors, b.layer(name).tensors
-        assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first), name
+        assert all(torch.equal(first[k], second[k]) and first[k].dtype == second[k].dtype for k in first), (
+            name
+        )
     assert all(torch.equal(a.tensor(k), b.tensor(k)) for k in a.rest)
 
 
@@ -38,7 +41,11 @@ def linear(x, own, unsigned=False):
     scale = smoothed.abs().amax(-1, keepdim=True) / top
     codes = (smoothed / scale).round().clamp(low, top)
     weight = own["codes"].view(len(own["codes"]), -1, 64) * own["scale"].T[..., None]
-    return torch.einsum("mgk,ngk->mn", codes * scale, weight) + x @ own["down"] @ own["up"].T + own.get("bias", 0)
+    return (
+        torch.einsum("mgk,ngk->mn", codes * scale, weight)
+        + x @ own["down"] @ own["up"].T
+        + own.get("bias", 0)
+    )
 
 
 def modulation(x, own):
@@ -64,14 +71,23 @@ def test_every_layer_of_flux_computes_what_nunchaku_does(model, tmp_path):
         "double_blocks.0.txt_mlp.0": (x, linear(x, own[f"{D}ff_context.net.0.proj"])),
         "double_blocks.0.txt_mlp.2": (after, linear(after, own[f"{D}ff_context.net.2"], unsigned=True)),
         "single_blocks.0.modulation.lin": (x, modulation(x, own[f"{S}norm.linear"])),
-        "single_blocks.0.linear1": (x, torch.cat([linear(x, own[f"{S}attn.to_qkv"]), linear(x, own[f"{S}mlp_fc1"])], 1)),
-        "single_blocks.0.linear2": (both, linear(x, own[f"{S}attn.to_out"]) + linear(after, own[f"{S}mlp_fc2"], unsigned=True)),
+        "single_blocks.0.linear1": (
+            x,
+            torch.cat([linear(x, own[f"{S}attn.to_qkv"]), linear(x, own[f"{S}mlp_fc1"])], 1),
+        ),
+        "single_blocks.0.linear2": (
+            both,
+            linear(x, own[f"{S}attn.to_out"]) + linear(after, own[f"{S}mlp_fc2"], unsigned=True),
+        ),
     }
     assert set(opened.specs) == set(expected)
     for name, (given, wanted) in expected.items():
         assert relative_error(wanted, opened.layer(name)(given)) < 1e-5, name
     assert opened.specs["single_blocks.0.linear1"].rank == 32  # both branches of 16 side by side
-    assert [(p.stop, p.activation.shift) for p in opened.specs["single_blocks.0.linear2"].parts] == [(h, 0.0), (5 * h, 0.171875)]
+    assert [(p.stop, p.activation.shift) for p in opened.specs["single_blocks.0.linear2"].parts] == [
+        (h, 0.0),
+        (5 * h, 0.171875),
+    ]
     assert opened.notes == ()
 
 
@@ -81,8 +97,13 @@ def test_the_rest_of_flux(model, tmp_path):
     shift, scale = model.file["norm_out.linear.weight"].chunk(2)
     assert torch.equal(opened.tensor("final_layer.adaLN_modulation.1.weight"), torch.cat([scale, shift]))
     assert torch.equal(opened.tensor("txt_in.weight"), model.file["context_embedder.weight"])
-    assert torch.equal(opened.tensor("double_blocks.0.txt_attn.norm.key_norm.scale"), model.file[f"{D}attn.norm_added_k.weight"])
-    assert torch.equal(opened.tensor("single_blocks.0.norm.query_norm.scale"), model.file[f"{S}attn.norm_q.weight"])
+    assert torch.equal(
+        opened.tensor("double_blocks.0.txt_attn.norm.key_norm.scale"),
+        model.file[f"{D}attn.norm_added_k.weight"],
+    )
+    assert torch.equal(
+        opened.tensor("single_blocks.0.norm.query_norm.scale"), model.file[f"{S}attn.norm_q.weight"]
+    )
 
 
 def test_all_four_forms_of_flux_are_one_model(model, tmp_path):
@@ -92,14 +113,24 @@ def test_all_four_forms_of_flux_are_one_model(model, tmp_path):
     folder = write(tmp_path / "two", blocks, None, "transformer_blocks.safetensors").parent
     write(folder, {k: t for k, t in old.items() if k not in blocks}, None, "unquantized_layers.safetensors")
     prefixed = write(tmp_path / "prefixed", {f"model.diffusion_model.{k}": t for k, t in model.file.items()})
-    for path in (one, folder, folder / "transformer_blocks.safetensors", folder / "unquantized_layers.safetensors", prefixed):
+    for path in (
+        one,
+        folder,
+        folder / "transformer_blocks.safetensors",
+        folder / "unquantized_layers.safetensors",
+        prefixed,
+    ):
         same(NunchakuFile(path), NunchakuFile(new))
 
 
 def test_what_is_one_of_these_files(model, tmp_path):
     assert is_nunchaku("a.safetensors", model.file, None)
     assert is_nunchaku("a.safetensors", made.old_names(model.file), {})
-    assert not is_nunchaku("a.safetensors", ["encoder.block.0.qweight", "encoder.block.0.wscales", "encoder.block.0.wzeros"], None)
+    assert not is_nunchaku(
+        "a.safetensors",
+        ["encoder.block.0.qweight", "encoder.block.0.wscales", "encoder.block.0.wzeros"],
+        None,
+    )
     assert not is_nunchaku("a.safetensors", ["double_blocks.0.img_attn.qkv.weight"], INT4)
     assert not is_nunchaku(tmp_path, [], None)
     write(tmp_path, {"a": torch.ones(1)}, None, "unquantized_layers.safetensors")
@@ -112,21 +143,32 @@ def test_flux_round_trip_to_the_same_bytes(zero_point, tmp_path):
     first = write(tmp_path, made.old_names(model.file))
     opened = NunchakuFile(first)
     ranks = {
-        opened.specs[f"{stem}.1.{leaf}"].rank for stem, leaf in (("double_blocks", "img_mod.lin"), ("single_blocks", "modulation.lin"))
+        opened.specs[f"{stem}.1.{leaf}"].rank
+        for stem, leaf in (("double_blocks", "img_mod.lin"), ("single_blocks", "modulation.lin"))
     }
     assert ranks == ({2} if zero_point else {4})  # two groups of 64, zero + 8 scale in one column or apart
     layers = {name: opened.layer(name) for name in opened.specs}
     assert losses(opened.specs, "flux") == {}
-    notes = save(tmp_path / "again.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, "flux", {"method": "svdquant"})
+    notes = save(
+        tmp_path / "again.safetensors",
+        layers,
+        {k: opened.tensor(k) for k in opened.rest},
+        "flux",
+        {"method": "svdquant"},
+    )
     assert notes == []
     before, after = load_file(first), load_file(tmp_path / "again.safetensors")
     assert set(before) == set(after)
-    assert [k for k in before if before[k].dtype != after[k].dtype or not torch.equal(before[k], after[k])] == []
+    assert [
+        k for k in before if before[k].dtype != after[k].dtype or not torch.equal(before[k], after[k])
+    ] == []
     with safe_open(tmp_path / "again.safetensors", "pt") as f:
         header = f.metadata()
     assert json.loads(header["quantization_config"])["rank"] == 16
     assert (
-        json.loads(header["config"])["num_single_layers"] == json.loads(header["comfy_config"])["model_config"]["depth_single_blocks"] == 2
+        json.loads(header["config"])["num_single_layers"]
+        == json.loads(header["comfy_config"])["model_config"]["depth_single_blocks"]
+        == 2
     )
     assert header["model_class"] == "NunchakuFluxTransformer2dModel"
     assert NunchakuFile(tmp_path / "again.safetensors").provenance == {"method": "svdquant"}
@@ -143,7 +185,8 @@ def test_rows_with_a_smoothing_of_their_own(tmp_path):
     weight += own["up"].float() @ own["down"].float().T
     found = layer.dequantize()
     assert opened.notes == (
-        f"single_blocks.0.linear1: {S}mlp_fc1 has a smoothing of its own and is quantized again behind the first one's "
+        f"single_blocks.0.linear1: {S}mlp_fc1 has a smoothing of its own and is quantized again behind the "
+        "first one's "
         f"({sqnr_db(weight, found[384:]):.1f} dB of its weight)",
     )
     assert sqnr_db(weight, found[384:]) > 15  # 4 bits, smoothings up to four times apart within a group
@@ -165,7 +208,10 @@ def read_and_written(model, tmp_path, family, file=None):
     assert opened.family == family
     layers = {name: opened.layer(name) for name in opened.specs}
     assert losses(opened.specs, family) == {}
-    assert save(tmp_path / "again.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, family, {}) == []
+    assert (
+        save(tmp_path / "again.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, family, {})
+        == []
+    )
     again = load_file(tmp_path / "again.safetensors")
     assert {k: t.shape for k, t in again.items()} == {k: t.shape for k, t in model.file.items()}
     assert [k for k, t in model.file.items() if not torch.equal(again[k], t)] == []
@@ -175,12 +221,20 @@ def read_and_written(model, tmp_path, family, file=None):
 def test_qwen_image(tmp_path):
     model = made.qwen_image()
     opened, own, x = read_and_written(model, tmp_path, "qwen_image"), model.natural, tokens(128)
-    for joined, names in (("to_qkv", ("to_q", "to_k", "to_v")), ("add_qkv_proj", ("add_q_proj", "add_k_proj", "add_v_proj"))):
+    for joined, names in (
+        ("to_qkv", ("to_q", "to_k", "to_v")),
+        ("add_qkv_proj", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ):
         found = torch.cat([opened.layer(f"{D}attn.{name}")(x) for name in names], 1)
         assert relative_error(linear(x, own[f"{D}attn.{joined}"]), found) < 1e-5
     assert relative_error(modulation(x, own[f"{D}txt_mod.1"]), opened.layer(f"{D}txt_mod.1")(x)) < 1e-5
     after = gelu_tokens(512)
-    assert relative_error(linear(after, own[f"{D}img_mlp.net.2"], True), opened.layer(f"{D}img_mlp.net.2")(after)) < 1e-5
+    assert (
+        relative_error(
+            linear(after, own[f"{D}img_mlp.net.2"], True), opened.layer(f"{D}img_mlp.net.2")(after)
+        )
+        < 1e-5
+    )
     assert torch.equal(opened.tensor("txt_norm.weight"), model.file["txt_norm.weight"])
 
 
@@ -194,7 +248,12 @@ def test_z_image(refiners, tmp_path):
     value, gate = y.chunk(2, 1)  # diffusers' SwiGLU: value * silu(gate); Z-Image's own: silu(w1 x) * w3 x
     assert relative_error(value, opened.layer("layers.0.feed_forward.w3")(x)) < 1e-5
     assert relative_error(gate, opened.layer("layers.0.feed_forward.w1")(x)) < 1e-5
-    assert relative_error(linear(x, model.natural["layers.0.attention.to_qkv"]), opened.layer("layers.0.attention.qkv")(x)) < 1e-5
+    assert (
+        relative_error(
+            linear(x, model.natural["layers.0.attention.to_qkv"]), opened.layer("layers.0.attention.qkv")(x)
+        )
+        < 1e-5
+    )
     assert not opened.specs["layers.0.feed_forward.w2"].parts[0].activation.unsigned
     if not refiners:
         w3, w1 = model.file["noise_refiner.0.feed_forward.net.0.proj.weight"].chunk(2)
@@ -209,7 +268,9 @@ def test_sdxl(tmp_path):
     model = made.sdxl()
     opened, x = NunchakuFile(write(tmp_path, made.old_names(model.file, modules=False))), tokens(128)
     theirs = "down_blocks.1.attentions.0.transformer_blocks.0."
-    ours = next(name for name in opened.specs if name.startswith("input_blocks") and name.endswith("attn1.to_q")).removesuffix("attn1.to_q")
+    ours = next(
+        name for name in opened.specs if name.startswith("input_blocks") and name.endswith("attn1.to_q")
+    ).removesuffix("attn1.to_q")
     found = torch.cat([opened.layer(f"{ours}attn1.to_{c}")(x) for c in "qkv"], 1)
     assert relative_error(linear(x, model.natural[f"{theirs}attn1.to_qkv"]), found) < 1e-5
     for name in ("attn2.to_q", "ff.net.0.proj"):
@@ -220,7 +281,7 @@ def test_sdxl(tmp_path):
     assert set(losses(opened.specs, "sdxl")) == set(opened.specs)
 
 
-# -- what is refused -------------------------------------------------------------------------------------------------------
+# -- what is refused
 
 
 def header(**weight):
@@ -237,7 +298,10 @@ def header(**weight):
         ({"quantization_config": "{"}, "'quantization_config' is not JSON"),
         ({"quantization_config": "[" * 200000}, "is not JSON"),
         ({"quantization_config": "[]"}, "expected an object, found list"),
-        ({"quantization_config": " " * (1 << 20) + "{}"}, "expected at most 1048576 characters, found 1048578"),
+        (
+            {"quantization_config": " " * (1 << 20) + "{}"},
+            "expected at most 1048576 characters, found 1048578",
+        ),
         ({"provenance": "nothing"}, "'provenance' is not JSON"),
     ],
 )
@@ -259,23 +323,41 @@ Q = f"{D}attn.to_qkv"
         (lambda f: f.pop(f"{Q}.qweight"), "its tensor qweight is missing"),
         (lambda f: f.pop(f"{D}norm1.linear.wzeros"), "its tensor wzeros is missing"),
         (lambda f: f.pop(f"{Q}.proj_up"), f"{Q}.proj_down: expected proj_up beside proj_down, found none"),
-        (lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].float()}), f"{Q}.wscales: expected the dtype BF16 or F16, found F32"),
+        (
+            lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].float()}),
+            f"{Q}.wscales: expected the dtype BF16 or F16, found F32",
+        ),
         (lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].to(torch.float8_e4m3fn)}), "NVFP4"),
         (lambda f: f.update({f"{Q}.wcscales": f[f"{Q}.bias"]}), "NVFP4"),
         (
             lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].T.contiguous()}),
             r"wscales: expected the shape \(2, 384\).*found \(384, 2\)",
         ),
-        (lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"].to(torch.int32)}), "qweight: expected the dtype I8, found I32"),
-        (lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"][:100]}), "qweight: expected rows of 3 layers of one size, found 100"),
-        (lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"][:99]}), "multiples of 128 out- and 128 in-channels, found 99 and 128"),
-        (lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"].flatten()}), "qweight: expected two dimensions"),
+        (
+            lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"].to(torch.int32)}),
+            "qweight: expected the dtype I8, found I32",
+        ),
+        (
+            lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"][:100]}),
+            "qweight: expected rows of 3 layers of one size, found 100",
+        ),
+        (
+            lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"][:99]}),
+            "multiples of 128 out- and 128 in-channels, found 99 and 128",
+        ),
+        (
+            lambda f: f.update({f"{Q}.qweight": f[f"{Q}.qweight"].flatten()}),
+            "qweight: expected two dimensions",
+        ),
         (lambda f: f.update({f"{Q}.bias": f[f"{Q}.bias"][:-1]}), r"bias: expected the shape \(384,\)"),
         (
             lambda f: f.update({f"{Q}.proj_down": f[f"{Q}.proj_down"][:, :8]}),
             "proj_down: expected a rank that is a multiple of 16, found 8",
         ),
-        (lambda f: f.update({f"{Q}.proj_up": f[f"{Q}.proj_up"][:, :0]}), r"proj_up: expected the shape \(384, 16\)"),
+        (
+            lambda f: f.update({f"{Q}.proj_up": f[f"{Q}.proj_up"][:, :0]}),
+            r"proj_up: expected the shape \(384, 16\)",
+        ),
         (
             lambda f: f.update({f"{D}norm1.linear.proj_down": torch.ones(2, 2)}),
             "expected a modulation layer without a low-rank branch, found one",
@@ -284,24 +366,47 @@ Q = f"{D}attn.to_qkv"
             lambda f: f.update({"proj_out.qweight": f[f"{Q}.qweight"]}),
             "proj_out.qweight: nunchaku has no quantized layer of this name in FLUX.1",
         ),
-        (lambda f: [f.pop(k) for k in list(f) if k.startswith(f"{S}mlp_fc2.")], rf"expected {S}mlp_fc2.qweight, found none: a part of"),
-        (lambda f: [f.pop(k) for k in list(f) if k.startswith(f"{S}mlp_fc1.")], rf"expected {S}mlp_fc1.qweight, found none: a part of"),
+        (
+            lambda f: [f.pop(k) for k in list(f) if k.startswith(f"{S}mlp_fc2.")],
+            rf"expected {S}mlp_fc2.qweight, found none: a part of",
+        ),
+        (
+            lambda f: [f.pop(k) for k in list(f) if k.startswith(f"{S}mlp_fc1.")],
+            rf"expected {S}mlp_fc1.qweight, found none: a part of",
+        ),
         (
             lambda f: [f.pop(k) for k in list(f) if k.startswith(f"{S}attn.to_qkv.")],
             rf"expected {S}qkv_proj.qweight, found none: a part of",
         ),
         (lambda f: f.pop(f"{D}attn.norm_q.weight"), rf"expected {D}norm_q.weight, found none"),
         (lambda f: f.pop("x_embedder.weight"), "not a whole FLUX.1 model: expected x_embedder.weight"),
-        (lambda f: f.update({f"{D}qkv_proj.qweight": f[f"{Q}.qweight"]}), f"two versions of nunchaku.*{D}qkv_proj.qweight and .*attn"),
-        (lambda f: f.update({f"{D}ff.net.2.lora_up": f.pop(f"{D}ff.net.2.proj_up")}), "names of two versions of nunchaku.*lora_up and"),
         (
-            lambda f: f.update(
-                {f"transformer_blocks.2{k.removeprefix('transformer_blocks.0')}": t for k, t in list(f.items()) if k.startswith(D)}
-            ),
-            "expected the blocks transformer_blocks.0 to transformer_blocks.2, found none of transformer_blocks.1",
+            lambda f: f.update({f"{D}qkv_proj.qweight": f[f"{Q}.qweight"]}),
+            f"two versions of nunchaku.*{D}qkv_proj.qweight and .*attn",
         ),
         (
-            lambda f: f.update({f"transformer_blocks.99999.{k.removeprefix(D)}": t for k, t in list(f.items()) if k.startswith(Q)}),
+            lambda f: f.update({f"{D}ff.net.2.lora_up": f.pop(f"{D}ff.net.2.proj_up")}),
+            "names of two versions of nunchaku.*lora_up and",
+        ),
+        (
+            lambda f: f.update(
+                {
+                    f"transformer_blocks.2{k.removeprefix('transformer_blocks.0')}": t
+                    for k, t in list(f.items())
+                    if k.startswith(D)
+                }
+            ),
+            "expected the blocks transformer_blocks.0 to transformer_blocks.2, found none of "
+            "transformer_blocks.1",
+        ),
+        (
+            lambda f: f.update(
+                {
+                    f"transformer_blocks.99999.{k.removeprefix(D)}": t
+                    for k, t in list(f.items())
+                    if k.startswith(Q)
+                }
+            ),
             "no quantized layer of this name",
         ),
     ],
@@ -318,7 +423,12 @@ def test_contradictions_are_named(change, message, model, tmp_path):
 @pytest.mark.parametrize(
     ("model", "key", "change", "message"),
     [
-        (made.flux, "norm_out.linear.bias", lambda t: t[:-1], r"norm_out\.linear\.bias: expected two halves of rows, found \(255,\)"),
+        (
+            made.flux,
+            "norm_out.linear.bias",
+            lambda t: t[:-1],
+            r"norm_out\.linear\.bias: expected two halves of rows, found \(255,\)",
+        ),
         (
             made.z_image,
             "noise_refiner.0.attention.to_q.weight",
@@ -341,8 +451,12 @@ def test_half_of_the_older_folder(model, tmp_path):
 
 
 def test_another_model(model, tmp_path):
-    file = {k.replace("transformer_blocks", "sana_blocks"): t for k, t in model.file.items() if "single" not in k}
-    with pytest.raises(CheckpointError, match=r"of no model that can be read here \(FLUX\.1, Qwen-Image, SDXL, Z-Image\)"):
+    file = {
+        k.replace("transformer_blocks", "sana_blocks"): t for k, t in model.file.items() if "single" not in k
+    }
+    with pytest.raises(
+        CheckpointError, match=r"of no model that can be read here \(FLUX\.1, Qwen-Image, SDXL, Z-Image\)"
+    ):
         NunchakuFile(write(tmp_path, file))
 
 

@@ -31,7 +31,8 @@ def ours(tiny_state):
 
 
 def in_the_file(layer):
-    """A layer's bias behind what the format makes of it: 16 bits, with 1 added to the scales of modulation layers."""
+    """A layer's bias behind what the format makes of it: 16 bits, with 1 added to the scales of modulation
+    layers."""
     bias = layer.tensors["bias"].float()
     if not layer.spec.weight_only:
         return bias.bfloat16().float()
@@ -45,29 +46,48 @@ def test_a_model_of_ours(ours, tmp_path):
     assert losses({name: layer.spec for name, layer in layers.items()}, "flux") == {}
     notes = save(tmp_path / "ours.safetensors", layers, rest, "flux", {})
     opened = NunchakuFile(tmp_path / "ours.safetensors")
-    # Four modulation layers with 1 added, two layers behind GELU and the halves of two with a correction in fp32.
+    # Four modulation layers with 1 added, two layers behind GELU and the halves of two with a correction in
+    # fp32.
     change = max(
-        (layer.tensors["bias"].float() - opened.layer(name).tensors["bias"].float()).abs().max().item() for name, layer in layers.items()
+        (layer.tensors["bias"].float() - opened.layer(name).tensors["bias"].float()).abs().max().item()
+        for name, layer in layers.items()
     )
-    assert notes == [f"biases of 8 of nunchaku's modules are rounded to torch.bfloat16, by at most {change:.2g}"]
+    assert notes == [
+        f"biases of 8 of nunchaku's modules are rounded to torch.bfloat16, by at most {change:.2g}"
+    ]
     assert set(opened.specs) == set(layers)
     assert all(torch.equal(opened.tensor(k), t) for k, t in rest.items())
-    assert {layer.rank for layer in opened.specs.values() if not layer.weight_only} == {32}  # 24, filled up; linear1's is one branch again
+    assert {layer.rank for layer in opened.specs.values() if not layer.weight_only} == {
+        32
+    }  # 24, filled up; linear1's is one branch again
     for name, layer in layers.items():
         again, k = opened.layer(name), layer.spec.in_features
-        x = torch.cat([tokens(256), gelu_tokens(1024)], 1) if k == 1280 else gelu_tokens(k) if k == 1024 else tokens(k)
+        x = (
+            torch.cat([tokens(256), gelu_tokens(1024)], 1)
+            if k == 1280
+            else gelu_tokens(k)
+            if k == 1024
+            else tokens(k)
+        )
         assert torch.equal(again.tensors["bias"].float(), in_the_file(layer)), name
         assert relative_error(layer(x) - layer.tensors["bias"], again(x) - again.tensors["bias"]) < 1e-5, name
         assert reads_back(again, layer), name
-        for key, other in {"weight": 1, "weight_scale": 1.02, "proj_up": 1.02, "bias": 0.1}.items() if name.endswith("mlp.2") else ():
-            changed_tensor = (again.tensors[key] + other if key in ("weight", "bias") else again.tensors[key] * other).to(
-                again.tensors[key].dtype
-            )
-            assert not reads_back(QuantizedLayer(name, again.spec, again.tensors | {key: changed_tensor}), layer), key
+        for key, other in (
+            {"weight": 1, "weight_scale": 1.02, "proj_up": 1.02, "bias": 0.1}.items()
+            if name.endswith("mlp.2")
+            else ()
+        ):
+            changed_tensor = (
+                again.tensors[key] + other if key in ("weight", "bias") else again.tensors[key] * other
+            ).to(again.tensors[key].dtype)
+            assert not reads_back(
+                QuantizedLayer(name, again.spec, again.tensors | {key: changed_tensor}), layer
+            ), key
 
 
 def changed(spec, **fields):
-    """The spec with other fields in its first part; those of weight and activation by weight_x and activation_x."""
+    """The spec with other fields in its first part; those of weight and activation by weight_x and
+    activation_x."""
     part = spec.parts[0]
     for side in ("weight", "activation"):
         own = {k.removeprefix(f"{side}_"): v for k, v in fields.items() if k.startswith(f"{side}_")}
@@ -79,23 +99,47 @@ def changed(spec, **fields):
 @pytest.mark.parametrize(
     ("layer", "fields", "why"),
     [
-        ("double_blocks.0.img_mlp.0", {"rotation": 64}, r"rotates its input \(Hadamard 64\), which nunchaku does not"),
-        ("double_blocks.0.img_mlp.0", {"kronecker": (16, 16)}, "has a learned transform, which nunchaku does not"),
+        (
+            "double_blocks.0.img_mlp.0",
+            {"rotation": 64},
+            r"rotates its input \(Hadamard 64\), which nunchaku does not",
+        ),
+        (
+            "double_blocks.0.img_mlp.0",
+            {"kronecker": (16, 16)},
+            "has a learned transform, which nunchaku does not",
+        ),
         (
             "double_blocks.0.img_mlp.0",
             {"weight_granularity": "channel"},
             "has 4-bit weights, one scale per channel; nunchaku has 4 bits, one for 64 channels",
         ),
         ("single_blocks.0.linear1", {"weight_bits": 2}, "has 2-bit weights"),
-        ("single_blocks.0.linear2", {"activation_bits": 8}, "has 8-bit activations per group, clip 1; nunchaku has 4 bits"),
-        ("single_blocks.0.linear2", {"activation_clip": 0.9}, "clip 0.9; nunchaku has 4 bits, 64 channels, clip 1"),
-        ("double_blocks.0.img_attn.qkv", {"activation": None}, "is weight-only, and has 4-bit activations in nunchaku"),
+        (
+            "single_blocks.0.linear2",
+            {"activation_bits": 8},
+            "has 8-bit activations per group, clip 1; nunchaku has 4 bits",
+        ),
+        (
+            "single_blocks.0.linear2",
+            {"activation_clip": 0.9},
+            "clip 0.9; nunchaku has 4 bits, 64 channels, clip 1",
+        ),
+        (
+            "double_blocks.0.img_attn.qkv",
+            {"activation": None},
+            "is weight-only, and has 4-bit activations in nunchaku",
+        ),
         (
             "double_blocks.0.txt_mlp.2",
             {"activation_unsigned": False, "activation_shift": 0.0},
             "signed activations with a shift of 0; nunchaku's are unsigned",
         ),
-        ("double_blocks.0.img_mod.lin", {"rank": 32}, "has a low-rank branch of rank 32, and nunchaku's modulation layers have none"),
+        (
+            "double_blocks.0.img_mod.lin",
+            {"rank": 32},
+            "has a low-rank branch of rank 32, and nunchaku's modulation layers have none",
+        ),
         ("double_blocks.0.img_mod.lin", {"smooth": True}, "and weight-only without smoothing in nunchaku"),
     ],
 )
@@ -112,17 +156,27 @@ def test_other_losses(ours, tmp_path):
     order = specs["single_blocks.0.linear1"]
     assert (
         "in an order of its own"
-        in losses(specs | {"single_blocks.0.linear1": replace(order, order=True)}, "flux")["single_blocks.0.linear1"]
+        in losses(specs | {"single_blocks.0.linear1": replace(order, order=True)}, "flux")[
+            "single_blocks.0.linear1"
+        ]
     )
     left = {name: spec for name, spec in specs.items() if name != "double_blocks.0.img_attn.proj"}
-    assert losses(left, "flux") == {"double_blocks.0.img_attn.proj": "stays in 16 bits here, and is one of nunchaku's quantized layers"}
+    assert losses(left, "flux") == {
+        "double_blocks.0.img_attn.proj": "stays in 16 bits here, and is one of nunchaku's quantized layers"
+    }
     more = specs | {"txt_in": specs["double_blocks.0.img_mlp.0"]}
     assert losses(more, "flux") == {"txt_in": "is W4A4 g64 r24, and stays in 16 bits in nunchaku"}
     odd = replace(specs["double_blocks.0.img_mlp.0"], out_features=1000)
-    assert "needs multiples of 128 and 128" in losses(specs | {"double_blocks.0.img_mlp.0": odd}, "flux")["double_blocks.0.img_mlp.0"]
+    assert (
+        "needs multiples of 128 and 128"
+        in losses(specs | {"double_blocks.0.img_mlp.0": odd}, "flux")["double_blocks.0.img_mlp.0"]
+    )
     assert "is of a PixArt" in losses({"blocks.0.attn.qkv": odd}, "pixart")["blocks.0.attn.qkv"]
     del (some := dict(layers))["double_blocks.0.img_attn.proj"]
-    with pytest.raises(SpecError, match=r"1 layers cannot be written for nunchaku, among them double_blocks\.0\.img_attn\.proj"):
+    with pytest.raises(
+        SpecError,
+        match=r"1 layers cannot be written for nunchaku, among them double_blocks\.0\.img_attn\.proj",
+    ):
         save(tmp_path / "x.safetensors", some, rest, "flux", {})
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -133,7 +187,9 @@ def test_a_low_rank_that_is_no_offset(ours, tmp_path):
     name = "double_blocks.0.img_mod.lin"
     held = layers[name]
     low = {"proj_down": torch.randn(256, 4).bfloat16(), "proj_up": torch.randn(1536, 4).bfloat16()}
-    with pytest.raises(SpecError, match=rf"layer {name} cannot be written for nunchaku: its low rank is no offset"):
+    with pytest.raises(
+        SpecError, match=rf"layer {name} cannot be written for nunchaku: its low rank is no offset"
+    ):
         save(
             tmp_path / "x.safetensors",
             layers | {name: QuantizedLayer(name, changed(held.spec, rank=4), held.tensors | low)},
@@ -144,7 +200,8 @@ def test_a_low_rank_that_is_no_offset(ours, tmp_path):
 
 
 def test_offsets_without_zeros_in_16_bits(ours, tmp_path):
-    """An offset of another maker, whose zero = offset - 8 scale is no bf16 number: it is rounded, and said to be."""
+    """An offset of another maker, whose zero = offset - 8 scale is no bf16 number: it is rounded, and said to
+    be."""
     layers, rest = ours
     name = "double_blocks.0.img_mod.lin"
     held, g = layers[name], torch.Generator().manual_seed(0)
@@ -153,7 +210,9 @@ def test_offsets_without_zeros_in_16_bits(ours, tmp_path):
     low = {"proj_down": torch.eye(4).repeat_interleave(64, 0).bfloat16(), "proj_up": up}
     held = QuantizedLayer(name, changed(held.spec, rank=4), held.tensors | low)
     notes = save(tmp_path / "x.safetensors", layers | {name: held}, rest, "flux", {})
-    assert notes[:1] == [f"{name}: zeros of its groups are rounded to torch.bfloat16, which has no room for offset - 8 scale"]
+    assert notes[:1] == [
+        f"{name}: zeros of its groups are rounded to torch.bfloat16, which has no room for offset - 8 scale"
+    ]
     found = NunchakuFile(tmp_path / "x.safetensors").layer(name).dequantize()
     assert (found - held.dequantize()).abs().max() <= scale.float().max() * 8 / 2**8
 
@@ -167,10 +226,14 @@ def test_layers_that_nunchaku_joins_get_one_smoothing(tmp_path):
     own = layers[name].tensors["smooth_factor"] * (0.8 + 0.4 * torch.rand(128, generator=g)).bfloat16()
     layers[name] = QuantizedLayer(name, layers[name].spec, layers[name].tensors | {"smooth_factor": own})
     weight = layers[name].dequantize()
-    notes = save(tmp_path / "again.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, "qwen_image", {})
+    notes = save(
+        tmp_path / "again.safetensors", layers, {k: opened.tensor(k) for k in opened.rest}, "qwen_image", {}
+    )
     again = NunchakuFile(tmp_path / "again.safetensors")
     decibels = sqnr_db(weight, again.layer(name).dequantize())
-    assert notes == [f"{name} takes the smoothing of {D}attn.to_q, quantized again at {decibels:.1f} dB of its weight"]
+    assert notes == [
+        f"{name} takes the smoothing of {D}attn.to_q, quantized again at {decibels:.1f} dB of its weight"
+    ]
     assert decibels > 20
     assert again.specs[name].rank == 16
     assert torch.equal(again.layer(f"{D}attn.to_q").dequantize(), layers[f"{D}attn.to_q"].dequantize())
@@ -178,12 +241,25 @@ def test_layers_that_nunchaku_joins_get_one_smoothing(tmp_path):
 
 def test_weight_only_layers_that_nunchaku_has_in_16_bits(tmp_path):
     opened = NunchakuFile(write(tmp_path, made.z_image().file))
-    layers, rest = {name: opened.layer(name) for name in opened.specs}, {k: opened.tensor(k) for k in opened.rest}
+    layers, rest = (
+        {name: opened.layer(name) for name in opened.specs},
+        {k: opened.tensor(k) for k in opened.rest},
+    )
     name, weight = "layers.0.adaLN_modulation.0", rest.pop("layers.0.adaLN_modulation.0.weight")
     part = PartSpec(0, 256, activation=None)
     scale = (weight.float().view(512, 4, 64).abs().amax(-1) / 7).bfloat16()
-    codes = (weight.float().view(512, 4, 64) / scale[..., None].float()).round().clamp(-7, 7).to(torch.int8).view(512, 256)
-    tensors = {"weight": pack(codes, 4), "weight_scale": scale.T.contiguous(), "bias": rest.pop(f"{name}.bias")}
+    codes = (
+        (weight.float().view(512, 4, 64) / scale[..., None].float())
+        .round()
+        .clamp(-7, 7)
+        .to(torch.int8)
+        .view(512, 256)
+    )
+    tensors = {
+        "weight": pack(codes, 4),
+        "weight_scale": scale.T.contiguous(),
+        "bias": rest.pop(f"{name}.bias"),
+    }
     layers[name] = QuantizedLayer(name, LinearSpec(256, 512, (part,)), tensors)
     notes = save(tmp_path / "again.safetensors", layers, rest, "z_image", {})
     assert notes == [f"1 weight-only layers are stored in 16 bits, as nunchaku has them: {name}"]
@@ -195,10 +271,18 @@ def test_weight_only_layers_that_nunchaku_has_in_16_bits(tmp_path):
 def test_fp16_has_no_room(ours, tmp_path):
     layers, rest = ours
     half = {
-        name: QuantizedLayer(name, layer.spec, {k: t.half() if t.is_floating_point() else t for k, t in layer.tensors.items()})
+        name: QuantizedLayer(
+            name, layer.spec, {k: t.half() if t.is_floating_point() else t for k, t in layer.tensors.items()}
+        )
         for name, layer in layers.items()
     }
     save(tmp_path / "half.safetensors", half, rest, "flux", {})
-    assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {torch.int8, torch.int32, torch.float16}
-    with pytest.raises(SpecError, match=r"img_in\.bias: values up to 1e\+05 are too large for torch\.float16"):
+    assert {t.dtype for t in load_file(tmp_path / "half.safetensors").values()} == {
+        torch.int8,
+        torch.int32,
+        torch.float16,
+    }
+    with pytest.raises(
+        SpecError, match=r"img_in\.bias: values up to 1e\+05 are too large for torch\.float16"
+    ):
         save(tmp_path / "half.safetensors", half, rest | {"img_in.bias": torch.full((256,), 1e5)}, "flux", {})
