@@ -23,7 +23,14 @@ from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.tests.test_floors import FLOORS, ROOT, arrows, room_of, sources, uphill
 
 PACK = Path(comfyui_nibble.__file__).parent  # as imported, which may be by a link
-BLANK = {tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+BLANK = {
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.COMMENT,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
 
 
 def longest_file() -> tuple[int, Path]:
@@ -50,7 +57,9 @@ def tokens_a_line() -> float:
         docs = {
             line
             for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+            if isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
             for line in range(node.lineno, node.end_lineno + 1)
         }
         read = io.StringIO(source).readline
@@ -69,7 +78,11 @@ def traced(run: Callable[[], object], inside: Callable[[], object] | None = None
     def watch(frame, event, _):
         nonlocal calls, moves
         file = frame.f_code.co_filename
-        if event not in ("call", "return") or not any(file.startswith(f) for f in folders) or (inside and inside()):
+        if (
+            event not in ("call", "return")
+            or not any(file.startswith(f) for f in folders)
+            or (inside and inside())
+        ):
             return
         if event == "call":
             calls += 1
@@ -123,7 +136,9 @@ def fit() -> tuple[int, int]:
     """`traced` of one layer's way from its weight to a quantized layer with its row of the report, rounded to nearest."""
     shapes = {"double_blocks.0.img_mlp.0.weight": (128, 64), "double_blocks.0.img_mlp.0.bias": (128,)}
     layer = next(layer for layer in FLUX.mapped(shapes) if layer.name == "double_blocks.0.img_mlp.0")
-    state = {key: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for key, shape in shapes.items()}
+    state = {
+        key: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for key, shape in shapes.items()
+    }
     method = METHODS["svdquant"]
     run = lambda: list(quantize_layers([layer], state.__getitem__, shapes, method, method.configured()))
     run()
@@ -132,7 +147,9 @@ def fit() -> tuple[int, int]:
 
 def figures() -> dict[str, object]:
     graph = arrows()
-    rooms = {(room_of(a), room_of(b)) for a, others in graph.items() for b in others if room_of(a) != room_of(b)}
+    rooms = {
+        (room_of(a), room_of(b)) for a, others in graph.items() for b in others if room_of(a) != room_of(b)
+    }
     (lines, file), long = longest_file(), long_functions()
     calls, _ = forward()
     return {

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import choose
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, naive
@@ -106,7 +107,10 @@ def test_eager_equals_naive(name):
         (torch.randn(2, spec.in_features), torch.randn(48, 2), 0),
     ]
     assert (
-        relative_error(naive.quant_linear(x, spec, tensors, lora), eager.quant_linear(x, spec, tensors, lora))
+        relative_error(
+            naive.quant_linear(x, spec, tensors, lora),
+            eager.quant_linear(x, *with_lora(spec, tensors, lora, x.dtype)),
+        )
         < 1e-6
     )
 

@@ -1,4 +1,4 @@
-"""The activation quantizer in Triton's interpreter against `naive.quantize_activation`."""
+"""The activation quantizer in Triton's interpreter against `operator.quantizers.quantize_activation`."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.operator import quantizers
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.quantizers import TINY
 from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
+from comfyui_nibble.kernels.quant_activation import launch
 from comfyui_nibble.tests.kernels.layers import inputs
 from comfyui_nibble.tests.support import relative_error
 
@@ -44,7 +44,7 @@ def run(x, part, planes, smooth=None, down=None, before=None):
     scale = torch.full((x.shape[1] // 64 if grouped else count, x.shape[0]), 99.0)
     low = None if down is None else x.new_full((x.shape[0], count * down.shape[1]), 99.0)
     kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
-    ops.quantize_activation(
+    launch.quantize_activation(
         x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits, act.unsigned, grouped,
         part.rotation, act.shift, act.clip, kind, eps,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_rows_of_a_wider_tensor_and_the_right_part_of_a_buffer():
     first, in two planes."""
     wide, part = inputs(5, 320, HALF), part_of(64, SIGNED[2])
     x, codes, scale = wide[:, 192:320], torch.zeros(5, 256, dtype=torch.int8), torch.empty(2, 5)
-    ops.quantize_activation(
+    launch.quantize_activation(
         x, codes[:, 64:], scale, None, None, None, None, None, 64, 2, 2, 4, False, True, 0, 0.0, 1.0, *NOTHING[:1], 0.0
     )  # fmt: skip
     want, want_scale = expected(x, part)
