@@ -14,12 +14,11 @@ from ..kernels import paths_of
 from ..kernels.target import target_of
 from ..quant_core.calibration.gains import SAMPLES, STEPS, of_calibration
 from ..quant_core.calibration.observe import measured
-from ..quant_core.precision.allocate import decide, parse_budget, untouched, with_choice
+from ..quant_core.precision.allocate import measure_and_decide, parse_budget, with_choice
 from ..quant_core.precision.menu import MENUS, MIXED, MixedConfig
 from ..quant_core.precision.menu import menu as menu_of
 from ..quant_core.precision.plot import pixels
 from ..quant_core.precision.report import as_text
-from ..quant_core.precision.sensitivity import sensitivity
 from ..quant_core.run.layers import require_statistics
 from ..quant_core.run.provenance import provenance
 from ..quant_core.run.report import as_text as rows_as_text
@@ -84,19 +83,11 @@ class NibbleAllocateBits(io.ComfyNode):
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
             settings = provenance(fingerprint, "sensitivity", config, calibration)
-            table = sensitivity(
-                plan,
-                source.get,
-                source.shapes,
-                calibration,
-                config,
-                table_path(calibration, settings),
-                settings,
-                device,
-                steps,
+            table = table_path(calibration, settings)
+            size = lambda tensor: narrow(tensor).nbytes
+            done = measure_and_decide(
+                source, plan, calibration, asked, config, gains, table, settings, device, steps, size
             )
-            held = sum(narrow(source.get(k)).nbytes for k in untouched(source.keys, table))
-            done = decide(table, asked, config, gains, held)
             chosen = replace(config, layers=done.allocation.layers)
             origin = provenance(fingerprint, MIXED.name, chosen, calibration)
             origin["allocation"] = {

@@ -158,9 +158,7 @@ def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device
     table = Table(Path(f"{calibration.path}.{key}.guard.json"), settings, "measured layers")
     done = {row.name: row for row in table.parsed(lambda row: Measured(**row))}
     left = [layer for layer in plan if layer.name not in done]
-    for found in steps(
-        measure(left, layers, source.get, source.shapes, calibration, allowed, device), len(left)
-    ):
+    for found in steps(measure(left, layers, source, calibration, allowed, device), len(left)):
         done[found.name] = found
         table.add(asdict(found))
     return [done[layer.name] for layer in plan]
@@ -170,7 +168,7 @@ def make(source, layer, quantized, precision, rest, device):
     """The layer at a precision, on the CPU; None at 16 bit, where its original tensors go to `rest`."""
     if precision == "W4A8":  # the same tensors: nothing to load, nothing to copy
         return w4a8(quantized)
-    problem = problem_of(layer, source.get, source.shapes, None, device)
+    problem = problem_of(layer, source, None, device)
     if precision == "W8A8":
         return w8a8(problem, quantized.to(device)).to("cpu")
     tensors = {"weight": problem.original.reshape(quantized.spec.logical_shape)} | (

@@ -20,6 +20,7 @@ from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.test_floors import FLOORS, ROOT, arrows, room_of, sources, uphill
 
 PACK = Path(comfyui_nibble.__file__).parent  # as imported, which may be by a link
@@ -140,7 +141,7 @@ def fit() -> tuple[int, int]:
         key: torch.randn(shape, generator=torch.Generator().manual_seed(1)) for key, shape in shapes.items()
     }
     method = METHODS["svdquant"]
-    run = lambda: list(quantize_layers([layer], state.__getitem__, shapes, method, method.configured()))
+    run = lambda: list(quantize_layers([layer], Tensors(state), method, method.configured()))
     run()
     return traced(run)
 

@@ -68,7 +68,6 @@ class ModelSource:
                 "full-precision model"
             )
         require_carriable(patcher)
-        self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
         # A rule about names may take an embedding for a layer, or a convolution with strides.
