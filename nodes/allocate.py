@@ -32,6 +32,36 @@ from .host.types import CalibrationType
 
 NAME = "Nibble Allocate Bits"
 
+MENU_TEXT = " ".join(f"{name}: {', '.join(e.name for e in entries)}." for name, entries in MENUS.items())
+DESCRIPTION = (
+    "Measures every layer at each precision of a menu, gives each the one that leaves the least noise within "
+    "a budget, and quantizes. Stopped runs go on where they were."
+)
+TOOLTIPS = {
+    "model": "The full-precision model. LoRAs on it are merged and quantized with it.",
+    "calibration": (
+        "From Nibble Calibrate on the same model, with 2 samples or more. What is measured is kept beside "
+        "it, so that another budget measures nothing again."
+    ),
+    "budget": (
+        "A3: 3 activation bits on average. W2.5: weight bits. 600MB or 6.5GB: the size of the whole file. "
+        "0.8x or 80%: at most this cost by the speed proxy, 1x with every layer at the menu's most expensive "
+        "quantized entry (int8 products; all W4A4 is 0.5x, 16 bit 2x)."
+    ),
+    "menu": f"What a layer may be. {MENU_TEXT}",
+    "use_gains": (
+        "Weigh each layer's noise by how much of it arrives at the end of a sampling, replayed from inputs "
+        "that the calibration recorded. Runs the network 10 times for each layer."
+    ),
+    "rank": "Rank of the 16-bit branches. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths.",
+    "gptq": "Also try GPTQ rounding and keep it where it is better on held-out tokens.",
+}
+OUTPUT_TOOLTIPS = {
+    "model": "The quantized model; takes samplers, LoRA loaders and Nibble Save Model.",
+    "report": "What each layer takes and what the alternatives are. Connect to Preview as Text.",
+    "plot": "Bits of each layer, and the least error of every other budget. Connect to Preview Image.",
+}
+
 
 class NibbleAllocateBits(io.ComfyNode):
     @classmethod
@@ -40,30 +70,33 @@ class NibbleAllocateBits(io.ComfyNode):
             node_id="NibbleAllocateBits",
             display_name=NAME,
             category="Nibble",
-            description="Measures every layer at each precision of a menu, gives each the one that leaves the "
-                "least noise within a budget, and quantizes. Stopped runs go on where they were.",
-            search_aliases=["mixed precision", "bit allocation", "ternary", "robuq", "budget", "ampn", "sensitivity"],
+            description=DESCRIPTION,
+            search_aliases=[
+                "mixed precision",
+                "bit allocation",
+                "ternary",
+                "robuq",
+                "budget",
+                "ampn",
+                "sensitivity",
+            ],
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision model. LoRAs on it are merged and quantized with it."),
-                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the same model, with 2 samples or more. What is measured is "
-                    "kept beside it, so that another budget measures nothing again."),
-                io.String.Input("budget", default="A3", tooltip="A3: 3 activation bits on average. W2.5: weight bits. 600MB or 6.5GB: the size of the "
-                    "whole file. 0.8x or 80%: at most this cost by the speed proxy, 1x with every layer at "
-                    "the menu's most expensive quantized entry (int8 products; all W4A4 is 0.5x, 16 bit "
-                    "2x)."),
-                io.Combo.Input("menu", options=list(MENUS), default="mixed", tooltip="What a layer may be. " + " ".join(f"{name}: {', '.join(e.name for e in entries)}." for name, entries in MENUS.items())),
-                io.Boolean.Input("use_gains", default=True, tooltip="Weigh each layer's noise by how much of it arrives at the end of a sampling, replayed "
-                    "from inputs that the calibration recorded. Runs the network 10 times for each layer."),
-                io.Int.Input("rank", default=32, min=0, max=256, step=16, advanced=True, tooltip="Rank of the 16-bit branches. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."),
-                io.Boolean.Input("gptq", default=True, advanced=True, tooltip="Also try GPTQ rounding and keep it where it is better on held-out tokens."),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
+                CalibrationType.Input("calibration", tooltip=TOOLTIPS["calibration"]),
+                io.String.Input("budget", default="A3", tooltip=TOOLTIPS["budget"]),
+                io.Combo.Input("menu", options=list(MENUS), default="mixed", tooltip=TOOLTIPS["menu"]),
+                io.Boolean.Input("use_gains", default=True, tooltip=TOOLTIPS["use_gains"]),
+                io.Int.Input(
+                    "rank", default=32, min=0, max=256, step=16, advanced=True, tooltip=TOOLTIPS["rank"]
+                ),
+                io.Boolean.Input("gptq", default=True, advanced=True, tooltip=TOOLTIPS["gptq"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="The quantized model; takes samplers, LoRA loaders and Nibble Save Model."),
-                io.String.Output("report", tooltip="What each layer takes and what the alternatives are. Connect to Preview as Text."),
-                io.Image.Output("plot", tooltip="Bits of each layer, and the least error of every other budget. Connect to Preview "
-                    "Image."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
+                io.Image.Output("plot", tooltip=OUTPUT_TOOLTIPS["plot"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, calibration, budget, menu, use_gains, rank, gptq):

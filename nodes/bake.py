@@ -21,6 +21,23 @@ from .host.source import feed
 
 NAME = "Nibble Bake LoRA"
 
+DESCRIPTION = (
+    "Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file carries them. "
+    "Nothing is quantized again."
+)
+TOOLTIPS = {
+    "model": "A model quantized by Nibble with LoRA loaders behind it.",
+    "rank": (
+        "0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added to the "
+        "layer's. Above 0: at most this many columns a layer, its own included; the report states what is "
+        "lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) need it."
+    ),
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save Model.",
+    "report": "Rank before and after, and the error of each layer. Connect to Preview as Text.",
+}
+
 
 class NibbleBakeLora(io.ComfyNode):
     @classmethod
@@ -29,22 +46,17 @@ class NibbleBakeLora(io.ComfyNode):
             node_id="NibbleBakeLora",
             display_name=NAME,
             category="Nibble",
-            description="Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file "
-                "carries them. Nothing is quantized again.",
+            description=DESCRIPTION,
             search_aliases=["lora", "merge", "fold", "fuse", "bake"],
             inputs=[
-                io.Model.Input("model", tooltip="A model quantized by Nibble with LoRA loaders behind it."),
-                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip="0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added "
-                    "to the layer's. Above 0: at most this many columns a layer, its own included; the "
-                    "report states what is lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) "
-                    "need it."),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
+                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip=TOOLTIPS["rank"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save "
-                    "Model."),
-                io.String.Output("report", tooltip="Rank before and after, and the error of each layer. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model, rank):

@@ -33,6 +33,45 @@ from .host.types import CalibrationType
 NAME = "Nibble Guard"
 QUALITY, MEMORY = "quality (dB)", "memory (MiB)"
 
+DESCRIPTION = (
+    "Measures each layer of a quantized model on the calibration's held-out tokens and keeps the worst at "
+    "W4A8, W8A8 or 16 bit, under a stated quality or memory budget."
+)
+TOOLTIPS = {
+    "model": "The full-precision model that the other one was quantized from, with the same LoRAs.",
+    "quantized": (
+        "The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays as it is."
+    ),
+    "calibration": (
+        "From Nibble Calibrate on the full-precision model; errors are measured on its held-out tokens."
+    ),
+    "budget": (
+        "quality: raise what is below quality_db, at the least extra memory. memory: take away as much noise "
+        "as fits into memory_mib."
+    ),
+    "quality_db": (
+        "For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB is an error "
+        "of 1 % of the energy."
+    ),
+    "memory_mib": (
+        "For memory: how much larger the model may get. At 0 layers may still become W4A8, which costs speed "
+        "on some cards but no memory."
+    ),
+    "unit": "layer: each on its own. block: the layers of a transformer block change together.",
+    "allow_w4a8": (
+        "Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards with INT4 "
+        "tensor cores."
+    ),
+    "allow_w8a8": (
+        "Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of about 4.5."
+    ),
+    "allow_16_bit": "Allow the original weight in 16 bit. It has no error, so every quality can be reached.",
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save Model.",
+    "report": "What was raised and why, and what it costs. Connect to Preview as Text.",
+}
+
 
 class NibbleGuard(io.ComfyNode):
     @classmethod
@@ -41,34 +80,36 @@ class NibbleGuard(io.ComfyNode):
             node_id="NibbleGuard",
             display_name=NAME,
             category="Nibble",
-            description="Measures each layer of a quantized model on the calibration's held-out tokens and keeps "
-                "the worst at W4A8, W8A8 or 16 bit, under a stated quality or memory budget.",
+            description=DESCRIPTION,
             search_aliases=["mixed precision", "sensitivity", "w8a8", "w4a8", "quality", "budget", "repair"],
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision model that the other one was quantized from, with the same LoRAs."),
-                io.Model.Input("quantized", tooltip="The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays "
-                    "as it is."),
-                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the full-precision model; errors are measured on its "
-                    "held-out tokens."),
-                io.Combo.Input("budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip="quality: raise what is below quality_db, at the least extra memory. memory: take away "
-                    "as much noise as fits into memory_mib."),
-                io.Float.Input("quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip="For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB "
-                    "is an error of 1 % of the energy."),
-                io.Float.Input("memory_mib", default=256.0, min=0.0, max=1048576.0, step=16.0, tooltip="For memory: how much larger the model may get. At 0 layers may still become W4A8, "
-                    "which costs speed on some cards but no memory."),
-                io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip="layer: each on its own. block: the layers of a transformer block change together."),
-                io.Boolean.Input("allow_w4a8", default=True, tooltip="Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards "
-                    "with INT4 tensor cores."),
-                io.Boolean.Input("allow_w8a8", default=True, tooltip="Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of "
-                    "about 4.5."),
-                io.Boolean.Input("allow_16_bit", default=True, tooltip="Allow the original weight in 16 bit. It has no error, so every quality can be reached."),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
+                io.Model.Input("quantized", tooltip=TOOLTIPS["quantized"]),
+                CalibrationType.Input("calibration", tooltip=TOOLTIPS["calibration"]),
+                io.Combo.Input(
+                    "budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip=TOOLTIPS["budget"]
+                ),
+                io.Float.Input(
+                    "quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip=TOOLTIPS["quality_db"]
+                ),
+                io.Float.Input(
+                    "memory_mib",
+                    default=256.0,
+                    min=0.0,
+                    max=1048576.0,
+                    step=16.0,
+                    tooltip=TOOLTIPS["memory_mib"],
+                ),
+                io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip=TOOLTIPS["unit"]),
+                io.Boolean.Input("allow_w4a8", default=True, tooltip=TOOLTIPS["allow_w4a8"]),
+                io.Boolean.Input("allow_w8a8", default=True, tooltip=TOOLTIPS["allow_w8a8"]),
+                io.Boolean.Input("allow_16_bit", default=True, tooltip=TOOLTIPS["allow_16_bit"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save "
-                    "Model."),
-                io.String.Output("report", tooltip="What was raised and why, and what it costs. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

@@ -8,6 +8,26 @@ from .host.contents import take_apart
 from .host.patcher import NibblePatcher
 from .host.swapping import NAME, report_text, require_same_architecture, swap
 
+DESCRIPTION = (
+    "Takes some blocks or layers of a model from another one of the same architecture, to find out which of "
+    "them quantization hurts."
+)
+TOOLTIPS = {
+    "model_a": "The model to start from; sampling settings and all that is not swapped come from it.",
+    "model_b": (
+        "The model that the chosen blocks come from. One of the two is quantized by Nibble, the other as "
+        "well or in full precision."
+    ),
+    "blocks": (
+        "What to take from model_b, one a line or with ; between: 'double 0-3', 'single 5,7,9', 'blocks 2', "
+        "module names with *, such as '*.mlp' or '*linear2', or 'all'."
+    ),
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble Save Model.",
+    "report": "What came from which model, and how large the result is. Connect to Preview as Text.",
+}
+
 
 class NibbleSwapBlocks(io.ComfyNode):
     @classmethod
@@ -16,22 +36,18 @@ class NibbleSwapBlocks(io.ComfyNode):
             node_id="NibbleSwapBlocks",
             display_name=NAME,
             category="Nibble",
-            description="Takes some blocks or layers of a model from another one of the same architecture, to find "
-                "out which of them quantization hurts.",
+            description=DESCRIPTION,
             search_aliases=["swap", "mix", "merge", "ablation", "sensitivity", "which block"],
             inputs=[
-                io.Model.Input("model_a", tooltip="The model to start from; sampling settings and all that is not swapped come from it."),
-                io.Model.Input("model_b", tooltip="The model that the chosen blocks come from. One of the two is quantized by Nibble, "
-                    "the other as well or in full precision."),
-                io.String.Input("blocks", default="double 0", multiline=True, tooltip="What to take from model_b, one a line or with ; between: 'double 0-3', 'single "
-                    "5,7,9', 'blocks 2', module names with *, such as '*.mlp' or '*linear2', or 'all'."),
+                io.Model.Input("model_a", tooltip=TOOLTIPS["model_a"]),
+                io.Model.Input("model_b", tooltip=TOOLTIPS["model_b"]),
+                io.String.Input("blocks", default="double 0", multiline=True, tooltip=TOOLTIPS["blocks"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble "
-                    "Save Model."),
-                io.String.Output("report", tooltip="What came from which model, and how large the result is. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, model_a, model_b, blocks):

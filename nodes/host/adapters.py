@@ -139,7 +139,8 @@ def by(shape) -> str:
 
 
 def _shape(adapter, flat):
-    """(n, k) of an adapter's difference; None where only applying it tells. flat: (n, k) of what it is for."""
+    """(n, k) of an adapter's difference; None where only applying it tells. flat: (n, k) of what it is
+    for."""
     w = adapter.weights
     if isinstance(adapter, LoRAAdapter):
         return (w[0].shape[0], w[1].shape[1:].numel()) if w[3] is None else None

@@ -48,7 +48,8 @@ def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
 
 
 def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of keys."""
+    """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of
+    keys."""
     out = {}
     for name, spec in specs.items():
         out[f"{name}.weight"] = torch.empty(spec.logical_shape, dtype=dtype, device="meta")

@@ -63,7 +63,8 @@ def sort(
 
 
 def of_another_shape(adapters: dict, target_of) -> dict[str, str]:
-    """{key: reason} of the adapters that cannot act beside their layer, on its input and output as they are."""
+    """{key: reason} of the adapters that cannot act beside their layer, on its input and output as they
+    are."""
     found = {}
     for key, value in adapters.items():
         if target := target_of(key):

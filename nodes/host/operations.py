@@ -324,8 +324,8 @@ def operations_for(
                 return channels_first(y, self.spatial)
 
             def _tensors_on(self, device):
-                """({name: tensor on `device`}, the stream that copied or None). A layer left in memory is
-                copied at each call, on a stream of its own, so that the copy runs beside the layer before it."""
+                """({name: tensor on `device`}, the stream that copied or None). A layer left in memory is copied
+                at each call, on a stream of its own, so that the copy runs beside the layer before it."""
                 # No `:=` in here: torch.compile breaks the graph at it.
                 held = {
                     k: getattr(self, k) for k in (*TENSOR_NAMES, *self.loose) if getattr(self, k) is not None

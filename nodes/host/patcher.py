@@ -156,11 +156,10 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if missing:
             logging.warning(f"Nibble: {unmatched.sentence(missing)}")
         if sliced := [k[0] for k in loaded if not isinstance(k, str)]:
+            what = "for parts of fused layers are left out by the bypass loader"
             logging.warning(
-                "Nibble: "
-                f"{unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. "
-                "Load this "
-                "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
+                f"Nibble: {unmatched.sentence(sliced, what)}. Load this LoRA with LoraLoaderModelOnly, which "
+                "changes no packed weight either."
             )
 
     def get_key_patches(self, filter_prefix=None, **kwargs):
@@ -176,7 +175,8 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can
         load."""
         raise RuntimeError(
-            "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes would lose its layer descriptions"
+            "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes "
+            "would lose its layer descriptions"
         )
 
     # -- memory
