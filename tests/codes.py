@@ -104,8 +104,8 @@ def _running_as(running, quantizer):
 
 
 def kept(quantizer=quantizers):
-    """Within, a Codes is filled. quantizer: the module `kernels.operator.quantizers` of the pack that
-    runs, where there are two."""
+    """Within, a Codes is filled. quantizer: the module `kernels.operator.quantizers` of the pack that runs,
+    where there are two."""
     return _running_as(Codes(), quantizer)
 
 

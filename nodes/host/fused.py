@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 
 from ...kernels.prologue import Gelu
-from .operations import is_quantized
+from .packed import is_quantized
 
 GELU = Gelu()
 
@@ -36,7 +36,7 @@ class Fused(torch.nn.Sequential):
     layer and must see its input."""
 
     def forward(self, x):
-        modules, before = list(self), None
+        modules, prologue = list(self), None
         for i, module in enumerate(modules):
             following = modules[i + 1] if i + 1 < len(modules) else None
             if (
@@ -44,8 +44,8 @@ class Fused(torch.nn.Sequential):
                 and _fits(module, following)
                 and not (following.wrapped or following._forward_pre_hooks)
             ):
-                before = GELU
+                prologue = GELU
                 continue
-            x = module(x) if before is None else module(x, before=before)
-            before = None
+            x = module(x) if prologue is None else module(x, prologue=prologue)
+            prologue = None
         return x

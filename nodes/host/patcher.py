@@ -16,7 +16,7 @@ from . import unmatched
 from .adapters import UnsupportedPatch, effective, side_of
 from .bare import WRAPPED, in_network
 from .fitting import EXAMPLES, Target, left_out, of_another_shape, sort
-from .operations import is_quantized
+from .packed import is_quantized
 from .real_values import PackedWeight
 
 MADE_FOR_ANOTHER = "the LoRA was made for another one"
@@ -250,7 +250,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         for name, module in self.packed_layers():
             wanted = effective(patches.get(f"{name}.weight", []))
             key = Stack(wanted)
-            if key != module.attached:
+            if key != module.attached.key:
                 module.attach(
                     key,
                     lambda name=name, module=module, wanted=wanted: self._side(name, module, wanted),
