@@ -12,9 +12,9 @@ from ..quant_core.layer.bake import Baked, bake
 from ..quant_core.layer.linear import QuantizedLayer
 from .host.adapters import effective, side_of
 from .host.bare import PREFIX
-from .host.build import build, frame_after
+from .host.build import build, frame_like
 from .host.contents import take_apart
-from .host.inherited import keep_sampling_patches
+from .host.inherited import inherit_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.source import feed
@@ -80,24 +80,24 @@ class NibbleBakeLora(io.ComfyNode):
                 "read back. Load that LoRA with LoraLoaderModelOnly."
             )
         with torch.inference_mode(False), torch.no_grad():
-            half = take_apart(model)
+            contents = take_apart(model)
             device = comfy.model_management.get_torch_device()
-            baked, layers = [], dict(half.layers)
+            baked, layers = [], dict(contents.layers)
             names = [n for n in layers if _patches(model, f"{n}.weight") or _patches(model, f"{n}.bias")]
             for name in steps(names, len(names)):
                 done = _bake(model, layers[name].to(device), rank, device)
                 layers[name] = done.layer.to("cpu")
                 baked.append(Baked(layers[name], done.before, done.error))
-            rest = {k: _merged(model, k, t, device) for k, t in half.rest.items()}
-            merged = [k for k in half.rest if rest[k] is not half.rest[k]]
-            info = half.info | {
-                "report": _rows(half.info["report"], baked),
-                "provenance": _provenance(model, half.info, rank),
+            rest = {k: _merged(model, k, t, device) for k, t in contents.rest.items()}
+            merged = [k for k in contents.rest if rest[k] is not contents.rest[k]]
+            info = contents.info | {
+                "report": _rows(contents.info["report"], baked),
+                "provenance": _provenance(model, contents.info, rank),
             }
             specs = {name: layer.spec for name, layer in layers.items()}
-            out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_after(model))
-        keep_sampling_patches(model, out)
-        return io.NodeOutput(out, report_text(baked, merged, half.layers, rank))
+            out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_like(model))
+        inherit_sampling_patches(model, out)
+        return io.NodeOutput(out, report_text(baked, merged, contents.layers, rank))
 
 
 def _patches(model, key):

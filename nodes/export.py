@@ -6,7 +6,7 @@ from ..quant_core.convert import convert
 from ..quant_core.convert.replace import AS, SMALL
 from ..quant_core.formats.kitchen.native import AWQ, OLDEST
 from .host.progress import steps
-from .host.saving import Held, free_path, require_savable
+from .host.saving import LoadedModel, free_path, require_savable
 
 NAME = "Nibble Export Model"
 
@@ -91,6 +91,6 @@ class NibbleExportModel(io.ComfyNode):
     def execute(cls, model, format, filename_prefix, lossy, replacement, comfyui=OLDEST):
         require_savable(model, NAME)
         path = free_path(filename_prefix)
-        planned = convert.plan(Held(model, path), format, comfyui)
+        planned = convert.plan(LoadedModel(model, path), format, comfyui)
         text = "\n".join(convert.convert(planned, path, lossy=lossy, replacement=replacement, progress=steps))
         return io.NodeOutput(str(path), text, ui=ui.PreviewText(text))

@@ -21,9 +21,9 @@ from ..quant_core.run.layers import problem_of
 from ..quant_core.run.provenance import VERSION
 from ..quant_core.run.unfinished import hash_of
 from ..quant_core.store.table import Table
-from .host.build import ATTACHMENT, build, frame_after
+from .host.build import ATTACHMENT, build, frame_like
 from .host.contents import take_apart
-from .host.inherited import keep_sampling_patches
+from .host.inherited import inherit_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.quantized import make_room
@@ -142,8 +142,8 @@ class NibbleGuard(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
-            half, frame = take_apart(quantized), frame_after(quantized)
-            layers, rest = half.layers, half.rest
+            contents, frame = take_apart(quantized), frame_like(quantized)
+            layers, rest = contents.layers, contents.rest
             plan = [
                 layer
                 for layer in as_observed(source.layers, calibration)
@@ -182,7 +182,7 @@ class NibbleGuard(io.ComfyNode):
                 "source": f"{info['source']}, raised by {NAME}",
             }
             result = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
-        keep_sampling_patches(quantized, result)
+        inherit_sampling_patches(quantized, result)
         result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
         _, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(

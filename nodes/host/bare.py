@@ -30,8 +30,8 @@ def bare(patcher):
             stack.enter_context(clone.use_ejected())
         taken = []
         try:
-            for name, before in patcher.object_patches_backup.items():
-                taken.append((name, comfy.utils.set_attr(model, name, before)))
+            for name, plain in patcher.object_patches_backup.items():
+                taken.append((name, comfy.utils.set_attr(model, name, plain)))
             yield model
         finally:
             for name, put_on in reversed(taken):
@@ -45,19 +45,19 @@ def _injected(patcher) -> list:
     return [p for p in loaded if p is not None and p.is_clone(patcher) and p.is_injected]
 
 
-def original(patcher, key, now):
-    """A tensor of the shared model before any patch of weights, where `now` is what the bare model holds
+def original(patcher, key, held):
+    """A tensor of the shared model before any patch of weights, where `held` is what the bare model holds
     under the key of its state dict."""
-    held = (
+    backups = (
         (patcher.object_patches_backup, lambda kept: kept),
         (patcher.backup, lambda kept: kept.weight),
         (patcher.hook_backup, lambda kept: kept[0]),
         (getattr(patcher, "backup_buffers", {}), lambda kept: kept),
     )
-    for backup, tensor in held:
+    for backup, tensor in backups:
         # A weight that was patched while a wrapped block was in place is kept under the name that it had
         # there.
         name = key if key in backup else next((k for k in backup if k.replace(WRAPPED, "") == key), None)
         if name is not None:
             return tensor(backup[name])
-    return now
+    return held

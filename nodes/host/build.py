@@ -14,7 +14,7 @@ from ...quant_core.layer.linear import QuantizedLayer
 from ...quant_core.layer.precisions import to_w8a8
 from ...quant_core.run.report import as_report
 from .bare import PREFIX, bare, original
-from .frame import DetectionError, Frame, after, of_file
+from .frame import DetectionError, Frame, like, of_file
 from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
@@ -58,9 +58,9 @@ def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     return out
 
 
-def frame_after(patcher) -> Frame:
+def frame_like(patcher) -> Frame:
     """An empty model like a MODEL, quantized or not, for layers as this machine's card wants them."""
-    return after(patcher, _for_this_card)
+    return like(patcher, _for_this_card)
 
 
 def frame_of_file(origin, specs, rest, source, family) -> Frame:
@@ -115,7 +115,7 @@ def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
         specs,
         rest,
         patcher.attachments[ATTACHMENT],
-        frame_after(patcher),
+        frame_like(patcher),
     )
 
 
@@ -126,12 +126,12 @@ def unpatched(patcher: NibblePatcher):
     place.
     """
 
-    before = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()
+    plain = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()
     layers = {}
     for full, module in patcher.packed_layers():
         layer = module.layer(full.removeprefix(PREFIX))
-        tensors = {leaf: before(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
+        tensors = {leaf: plain(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
         layers[layer.name] = module.original or QuantizedLayer(layer.name, layer.spec, tensors)
     with bare(patcher) as model:
         state = model.diffusion_model.state_dict()
-    return layers, {k: before(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}
+    return layers, {k: plain(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}

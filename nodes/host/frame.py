@@ -54,13 +54,13 @@ class Frame:
         model, self._model, self._take = self._model, None, take
         network = model.diffusion_model
         if not self.network_names:
-            before = {id(t): key for key, t in state.items()}
+            stored_as = {id(t): key for key, t in state.items()}
             state = model.model_config.process_unet_state_dict(dict(state))
             layer = lambda key: key.removesuffix(".weight")
             self._renamed = {
-                layer(key): layer(before[id(t)])
+                layer(key): layer(stored_as[id(t)])
                 for key, t in state.items()
-                if id(t) in before and key.endswith(".weight")
+                if id(t) in stored_as and key.endswith(".weight")
             }
         missing, unexpected = network.load_state_dict(state, strict=False)
         buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
@@ -79,15 +79,15 @@ class Frame:
         return model
 
 
-def after(patcher, prepare: Callable) -> Frame:
+def like(patcher, prepare: Callable) -> Frame:
     """A model of the same class, config, prediction type, sampling and latent format, with the same tensors
     outside of its network."""
     with bare(patcher) as source:
         origin = origin_of(patcher, (patcher.attachments.get(ATTACHMENT) or {}).get("origin"))
-        return Frame(lambda operations: _after(source, origin, operations), origin, True, prepare)
+        return Frame(lambda operations: _like(source, origin, operations), origin, True, prepare)
 
 
-def _after(source, origin, operations):
+def _like(source, origin, operations):
     config = _config_like(source.model_config, operations)
     kind = source.model_type
     config.model_type = lambda *args, **kwargs: kind  # of the source it must hold nothing: a second model

@@ -192,7 +192,7 @@ class Packable:
             # ComfyUI's bypass loaders put their own there, which must see the layer's real input.
             super().__setattr__("wrapped", getattr(value, "__func__", None) is not type(self).forward)
         elif name in FUNCTIONS and is_quantized(self):
-            value = RealValues.before(self, name, value)
+            value = RealValues.in_front_of(value, self, name)
         super().__setattr__(name, value)
 
     # -- computing

@@ -50,7 +50,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             model.nibble_layers = {
                 name: module for name, module in model.named_modules() if is_quantized(module)
             }
-        self._sides = self._said = None
+        self._sides = self._logged = None
 
     def packed_layers(self):
         """(name, module) of the quantized layers; names as in the state dict, without a leaf."""
@@ -133,7 +133,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if key == BYPASS:
             self._check_bypass()
             if key in self.injections:
-                injections = [_both(self.injections[key], injections)]
+                injections = [_joined(self.injections[key], injections)]
         super().set_injections(key, injections, *args, **kwargs)
 
     def _check_bypass(self):
@@ -216,9 +216,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
     def load(self, *args, **kwargs):
         self.unpatch_hooks()
         self._attach(self.patches)  # before the sizes are taken
-        if self._said != self.patches_uuid and self._shapes():
+        if self._logged != self.patches_uuid and self._shapes():
             logging.info(f"Nibble: {self.lora_summary()}")
-        self._said = self.patches_uuid
+        self._logged = self.patches_uuid
         super().load(*args, **kwargs)
         self._take_off_functions()
 
@@ -315,7 +315,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             self.model.nibble_hooked = False
 
 
-def _both(first, second) -> comfy.patcher_extension.PatcherInjection:
+def _joined(first, second) -> comfy.patcher_extension.PatcherInjection:
     def inject(patcher):
         for injection in (*first, *second):
             injection.inject(patcher)

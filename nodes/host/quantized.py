@@ -20,8 +20,8 @@ from ...quant_core.run.unquantized import kept_rows
 from ...quant_core.store.lock import only_run
 from ...quant_core.training.presets import UNTRAINED
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
-from .build import build, frame_after
-from .inherited import keep_sampling_patches, uncompiled
+from .build import build, frame_like
+from .inherited import inherit_sampling_patches, uncompiled
 from .progress import steps
 
 
@@ -62,12 +62,12 @@ def _trainer(model, source, plan, calibration, store, preset):
 @contextmanager
 def _in_training():
     """ComfyUI's own flag: its kernels of rotary embeddings have no gradient."""
-    before = comfy.model_management.in_training
+    was_training = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:
         yield
     finally:
-        comfy.model_management.in_training = before
+        comfy.model_management.in_training = was_training
 
 
 def make_room(plan, device):
@@ -91,7 +91,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
         require_trajectory(calibration)
         require_chain(source.family, plan)
         provenance["training"] = asdict(preset)
-    frame = frame_after(model)  # whatever ComfyUI cannot make fails before the fit
+    frame = frame_like(model)  # whatever ComfyUI cannot make fails before the fit
     folder = store_path(calibration, source, provenance, "training" if trained else "partial")
     with only_run(folder, f"quantizes with {method.name}"):
         store = Unfinished(folder, source.family.name, provenance)
@@ -126,7 +126,7 @@ def _built(model, source, plan, calibration, provenance, frame, layers, rows):
     }
     specs = {name: layer.spec for name, layer in layers.items()}
     made = build(lambda name: _in_memory(layers.pop(name, None)), specs, rest, info, frame)
-    keep_sampling_patches(model, made)
+    inherit_sampling_patches(model, made)
     return made, specs
 
 

@@ -38,8 +38,8 @@ class RealValues:
         return RealValues(memo.get(id(layer), layer), self._name)
 
     @classmethod
-    def before(cls, layer, name: str, functions: list) -> list:
-        """`functions` behind the layer's own, as ComfyUI sets, extends and empties the list."""
+    def in_front_of(cls, functions: list, layer, name: str) -> list:
+        """`functions` behind the one for this layer, as ComfyUI sets, extends and empties the list."""
         return [cls(layer, name), *(f for f in functions if not isinstance(f, cls))]
 
 

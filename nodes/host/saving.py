@@ -11,7 +11,7 @@ from .build import ATTACHMENT, unpatched
 from .patcher import NibblePatcher
 
 
-class Held(Opened):
+class LoadedModel(Opened):
     """A loaded model as the source of a conversion."""
 
     kind = "the model in the graph"

@@ -12,10 +12,10 @@ from comfy.nested_tensor import NestedTensor
 from ...quant_core.families import detect
 from ...quant_core.families.fingerprint import fingerprint
 from ...quant_core.formats.scaled import FP8, computable, real_values
-from .adapters import by, reshaped, wanted
+from .adapters import reshaped, times, wanted
 from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
-from .inherited import EXAMPLES, require_carriable
+from .inherited import EXAMPLES, require_inheritable
 from .merging import unmergeable
 from .operations import replaceable
 
@@ -36,7 +36,7 @@ class ModelSource:
     network, modules: the bare network and {name: module} of it; get(key): the weight with its patches merged,
     in its own float dtype, 8-bit ones in bf16.
 
-    Raises, before anything is read but names and shapes, QuantizedSource, CannotCount and MisfitPatch for
+    Raises, before anything is read but names and shapes, QuantizedSource, NotInheritable and MisfitPatch for
     what is on the model and cannot be quantized with it.
     """
 
@@ -67,7 +67,7 @@ class ModelSource:
                 f"{packed[0]}{f' in {kind}' if kind else ''}); connect the "
                 "full-precision model"
             )
-        require_carriable(patcher)
+        require_inheritable(patcher)
         self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
@@ -100,7 +100,9 @@ class ModelSource:
                     continue
                 fitting.append(patch)
                 if shape := reshaped(patch[1], wanted(patch, self.shapes[key])):
-                    misfits.append(f"{key}: a LoRA that makes {by(shape)} weights of {by(self.shapes[key])}")
+                    misfits.append(
+                        f"{key}: a LoRA that makes {times(shape)} weights of {times(self.shapes[key])}"
+                    )
             self._patches[full] = fitting
         for name, patches in self._bypassed.items():
             key = f"{name}.weight"
