@@ -43,6 +43,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     def __init__(self, model, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
+        _observe_loaders()
         if not hasattr(model, "nibble_size"):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
@@ -327,6 +328,14 @@ def _joined(first, second) -> comfy.patcher_extension.PatcherInjection:
     return comfy.patcher_extension.PatcherInjection(inject=inject, eject=eject)
 
 
+@functools.cache
+def _observe_loaders():
+    """Once, with the first model: importing this changes nothing of ComfyUI's. Not again with the next ones,
+    as another pack may have wrapped what we did."""
+    unmatched.observe()
+    _refuse_idle_bypass()
+
+
 def _without_patches(module, leaf) -> bool:
     """Takes ModelPatcher's patches off the functions of a tensor. Whether there was one."""
     functions = getattr(module, f"{leaf}_function", ())
@@ -356,7 +365,3 @@ def _refuse_idle_bypass():
 
     load_bypass_lora_for_models.nibble_observes = True
     comfy.sd.load_bypass_lora_for_models = load_bypass_lora_for_models
-
-
-unmatched.observe()
-_refuse_idle_bypass()

@@ -1,5 +1,10 @@
 """Which keys of a LoRA file found no layer. ComfyUI only logs them, those of hook LoRAs not at all, and hands
-on the rest."""
+on the rest.
+
+A patcher never sees the file: ComfyUI's loaders call the function `comfy.lora.load_lora`, keep its result and
+give that to `add_patches`, or, where it is empty, nothing. So that function itself is wrapped, from the first
+quantized model of a process on; `observe` says what the wrapper does.
+"""
 
 import functools
 import threading
