@@ -8,10 +8,12 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
+from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.gains import SAMPLES, STEPS, of_calibration
 from ..quant_core.calibration.observe import measured
 from ..quant_core.precision.allocate import decide, parse_budget, untouched, with_choice
@@ -65,7 +67,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleAllocateBits(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleAllocateBits",
             display_name=NAME,
@@ -99,7 +101,16 @@ class NibbleAllocateBits(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, calibration, budget, menu, use_gains, rank, gptq):
+    def execute(
+        cls,
+        model: ModelPatcher,
+        calibration: Calibration,
+        budget: str,
+        menu: str,
+        use_gains: bool,
+        rank: int,
+        gptq: bool,
+    ) -> io.NodeOutput:
         asked, config = parse_budget(budget), MixedConfig(menu_of(menu), rank, gptq)
         source = ModelSource(model)
         fingerprint = source.fingerprint()
@@ -163,7 +174,9 @@ class NibbleAllocateBits(io.ComfyNode):
         return io.NodeOutput(made, "\n".join(text), picture)
 
 
-def gains_of(model, source, calibration, names) -> dict[str, float]:
+def gains_of(
+    model: ModelPatcher, source: ModelSource, calibration: Calibration, names: list[str]
+) -> dict[str, float]:
     """{layer: factor}; the model is loaded only where something is left to measure. source: the ModelSource
     of it."""
 
@@ -174,7 +187,7 @@ def gains_of(model, source, calibration, names) -> dict[str, float]:
     return of_calibration(calibration, names, network, model.load_device, steps)
 
 
-def table_path(calibration, settings) -> Path:
+def table_path(calibration: Calibration, settings: dict) -> Path:
     """Beside the calibration; one file for each menu, rank and GPTQ."""
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     return Path(f"{calibration.path}.{key}.sensitivity.json")

@@ -5,6 +5,7 @@ import hashlib
 import comfy.lora
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..quant_core.layer.adapters import bias_correction
@@ -41,7 +42,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleBakeLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleBakeLora",
             display_name=NAME,
@@ -59,7 +60,7 @@ class NibbleBakeLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, rank):
+    def execute(cls, model: ModelPatcher, rank: int) -> io.NodeOutput:
         if not isinstance(model, NibblePatcher):
             raise ValueError(
                 f"{NAME}: the model was not quantized by Nibble. ComfyUI merges LoRAs into full-precision "
@@ -147,7 +148,7 @@ def _rows(rows, baked):
     ]
 
 
-def report_text(baked, merged, before, rank) -> str:
+def report_text(baked: list[Baked], merged: list[str], before: dict[str, QuantizedLayer], rank: int) -> str:
     """Largest error first."""
     grown = sum(b.layer.nbytes - before[b.layer.name].nbytes for b in baked)
     kept = f"at most {rank} columns a layer" if rank else "every column kept"

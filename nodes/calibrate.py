@@ -9,6 +9,8 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..quant_core import calibration
@@ -57,7 +59,7 @@ CALIBRATE_OUTPUT_TOOLTIPS = {
 
 class NibbleCalibrate(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleCalibrate",
             display_name="Nibble Calibrate",
@@ -124,19 +126,19 @@ class NibbleCalibrate(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        conditioning,
-        latent_image,
-        sampler_name,
-        scheduler,
-        steps,
-        cfg,
-        seed,
-        samples,
-        memory_gb,
-        second_moments,
-        negative=None,
-    ):
+        model: ModelPatcher,
+        conditioning: dict,
+        latent_image: dict,
+        sampler_name: str,
+        scheduler: str,
+        steps: int,
+        cfg: float,
+        seed: int,
+        samples: int,
+        memory_gb: float,
+        second_moments: bool,
+        negative: list | None = None,
+    ) -> io.NodeOutput:
         source = ModelSource(model)
         prompts = [
             [entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])
@@ -258,7 +260,7 @@ PROMPTS_OUTPUT_TOOLTIPS = {
 
 class NibbleCalibrationPrompts(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleCalibrationPrompts",
             display_name="Nibble Calibration Prompts",
@@ -274,7 +276,7 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, clip, prompts, count):
+    def execute(cls, clip: CLIP, prompts: str, count: int) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()] or default_prompts()
         lines = lines[:count]
         out = []

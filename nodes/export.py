@@ -1,5 +1,6 @@
 """Nibble Export Model."""
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..quant_core.convert import convert
@@ -46,7 +47,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleExportModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleExportModel",
             display_name=NAME,
@@ -88,7 +89,15 @@ class NibbleExportModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, format, filename_prefix, lossy, replacement, comfyui=OLDEST):
+    def execute(
+        cls,
+        model: ModelPatcher,
+        format: str,
+        filename_prefix: str,
+        lossy: bool,
+        replacement: str,
+        comfyui: str = OLDEST,
+    ) -> io.NodeOutput:
         require_savable(model, NAME)
         path = free_path(filename_prefix)
         planned = convert.plan(LoadedModel(model, path), format, comfyui)

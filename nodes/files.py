@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import nibble
@@ -30,7 +31,7 @@ SAVE_OUTPUT_TOOLTIPS = {
 
 class NibbleSaveModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleSaveModel",
             display_name="Nibble Save Model",
@@ -53,7 +54,7 @@ class NibbleSaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, base3=False):
+    def execute(cls, model: ModelPatcher, filename_prefix: str, base3: bool = False) -> io.NodeOutput:
         require_savable(model, "Nibble Save Model")
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
@@ -83,7 +84,7 @@ LOAD_OUTPUT_TOOLTIPS = {
 
 class NibbleLoadDiffusionModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleLoadDiffusionModel",
             display_name="Nibble Load Diffusion Model",
@@ -101,10 +102,10 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def fingerprint_inputs(cls, model_name: str) -> int | str:
         path = folder_paths.get_full_path("diffusion_models", model_name)
         return Path(path).stat().st_mtime_ns if path else model_name
 
     @classmethod
-    def execute(cls, model_name):
+    def execute(cls, model_name: str) -> io.NodeOutput:
         return io.NodeOutput(load(folder_paths.get_full_path_or_raise("diffusion_models", model_name)))

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
+from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.observe import measured as as_observed
+from ..quant_core.families.layer import Layer
+from ..quant_core.layer.linear import QuantizedLayer
 from ..quant_core.layer.precisions import PRECISIONS, higher, w4a8, w8a8
 from ..quant_core.precision.budget import for_memory, for_quality
 from ..quant_core.precision.guard import Measured, as_units, by_layer, measure
@@ -75,7 +79,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleGuard(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleGuard",
             display_name=NAME,
@@ -114,17 +118,17 @@ class NibbleGuard(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        quantized,
-        calibration,
-        budget,
-        quality_db,
-        memory_mib,
-        unit,
-        allow_w4a8,
-        allow_w8a8,
-        allow_16_bit,
-    ):
+        model: ModelPatcher,
+        quantized: ModelPatcher,
+        calibration: Calibration,
+        budget: str,
+        quality_db: float,
+        memory_mib: float,
+        unit: str,
+        allow_w4a8: bool,
+        allow_w8a8: bool,
+        allow_16_bit: bool,
+    ) -> io.NodeOutput:
         allowed = tuple(
             p for p, wanted in zip(PRECISIONS, (allow_w4a8, allow_w8a8, allow_16_bit), strict=True) if wanted
         )
@@ -190,7 +194,15 @@ class NibbleGuard(io.ComfyNode):
         )
 
 
-def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device) -> list[Measured]:
+def kept_numbers(
+    plan: list[Layer],
+    layers: dict[str, QuantizedLayer],
+    source: ModelSource,
+    fingerprint: str,
+    calibration: Calibration,
+    allowed: tuple[str, ...],
+    device: torch.device | str,
+) -> list[Measured]:
     """Of `measure`, in the order of `plan`. Beside the calibration they stay for a run that goes on, and for
     another budget."""
     settings = {"model": fingerprint, "calibration": calibration.hash, "allowed": allowed, "nibble": VERSION}
@@ -207,7 +219,14 @@ def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device
     return [done[layer.name] for layer in plan]
 
 
-def make(source, layer, quantized, precision, rest, device):
+def make(
+    source: ModelSource,
+    layer: Layer,
+    quantized: QuantizedLayer,
+    precision: str,
+    rest: dict[str, torch.Tensor],
+    device: torch.device | str,
+) -> QuantizedLayer | None:
     """The layer at a precision, on the CPU; None at 16 bit, where its original tensors go to `rest`."""
     if precision == "W4A8":  # the same tensors: nothing to load, nothing to copy
         return w4a8(quantized)
@@ -222,7 +241,7 @@ def make(source, layer, quantized, precision, rest, device):
     return None
 
 
-def guarded(provenance: dict, decision: Decision, calibration) -> dict:
+def guarded(provenance: dict, decision: Decision, calibration: Calibration) -> dict:
     """The provenance of a quantized model with what Guard did; a second Guard adds to the list."""
     entry = {
         "budget": decision.by,
@@ -236,7 +255,7 @@ def guarded(provenance: dict, decision: Decision, calibration) -> dict:
     return provenance | {"guard": [*provenance.get("guard", ()), entry]}
 
 
-def require_guardable(quantized, fingerprint):
+def require_guardable(quantized: ModelPatcher, fingerprint: str) -> None:
     """Raises ValueError where `quantized` is not a Nibble model made from the model of this fingerprint, or
     has injections."""
     if not isinstance(quantized, NibblePatcher):

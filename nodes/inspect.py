@@ -23,7 +23,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleInspect(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleInspect",
             display_name="Nibble Inspect",
@@ -42,7 +42,7 @@ class NibbleInspect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_name):
+    def execute(cls, model_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         text = as_text(describe(path, comfy.model_management.get_torch_device()))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

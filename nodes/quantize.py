@@ -2,10 +2,12 @@
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
+from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.observe import measured
 from ..quant_core.methods import METHODS, by_name
 from ..quant_core.run.provenance import provenance
@@ -58,7 +60,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleQuantize(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleQuantize",
             display_name="Nibble Quantize",
@@ -90,7 +92,15 @@ class NibbleQuantize(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, method, rank, gptq, calibration=None, training="none"):
+    def execute(
+        cls,
+        model: ModelPatcher,
+        method: str,
+        rank: int,
+        gptq: bool,
+        calibration: Calibration | None = None,
+        training: str = "none",
+    ) -> io.NodeOutput:
         chosen, trained = by_name(method), preset(method, training)
         source = ModelSource(model)
         config = chosen.configured(

@@ -1,6 +1,7 @@
 """Nibble Swap Blocks."""
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..quant_core.families.select import SelectionError, modules_of, select
@@ -31,7 +32,7 @@ OUTPUT_TOOLTIPS = {
 
 class NibbleSwapBlocks(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleSwapBlocks",
             display_name=NAME,
@@ -50,7 +51,7 @@ class NibbleSwapBlocks(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model_a, model_b, blocks):
+    def execute(cls, model_a: ModelPatcher, model_b: ModelPatcher, blocks: str) -> io.NodeOutput:
         if not any(isinstance(m, NibblePatcher) for m in (model_a, model_b)):
             raise ValueError(
                 f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize "

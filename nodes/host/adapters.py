@@ -7,6 +7,7 @@ GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.lora
@@ -20,6 +21,11 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from comfy.weight_adapter.oft import OFTAdapter
 
 from ...quant_core.layer.adapters import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
+from ...quant_core.layer.linear import QuantizedLayer
+
+Shape = tuple[int, ...]
+# ModelPatcher's: (strength, value, strength_model, offset, function).
+Patch = tuple[float, object, float, tuple[int, int, int] | None, Callable | None]
 
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT"}
 
@@ -39,7 +45,7 @@ class Region:
     columns: int
 
     @classmethod
-    def of(cls, offset, out_features, in_features):
+    def of(cls, offset: tuple[int, int, int] | None, out_features: int, in_features: int) -> "Region":
         first, rows, column, columns = 0, out_features, 0, in_features
         if offset is not None and offset[0] == 0:
             first, rows = offset[1:]
@@ -48,18 +54,18 @@ class Region:
         return cls(first, rows, column, columns)
 
 
-def replaces(patch) -> bool:
+def replaces(patch: Patch) -> bool:
     """Whether a patch takes the place of the weight, whatever its strength."""
     return isinstance(patch[1], tuple) and len(patch[1]) == 2 and patch[1][0] == "set"
 
 
-def only_scales(patch) -> bool:
+def only_scales(patch: Patch) -> bool:
     """Whether a patch is no more than its factor, `strength_model`. ComfyUI looks at no value at strength 0:
     nodes that multiply layers hand on `(None,)`."""
     return not patch[0] and not replaces(patch)
 
 
-def refused(patch, shape) -> str:
+def refused(patch: Patch, shape: Shape) -> str:
     """Why no packed tensor of a shape can take a patch, whichever model that was made for; "" if it can."""
     value = patch[1]
     if to := reshaped(value, wanted(patch, shape)):
@@ -76,7 +82,7 @@ def refused(patch, shape) -> str:
     return unusable(patch, shape) if kind in ("diff", "set") else f"a patch of the unknown kind {kind!r}"
 
 
-def unusable(patch, shape) -> str:
+def unusable(patch: Patch, shape: Shape) -> str:
     """Why ComfyUI itself would stop at a patch of a tensor of a shape, when it loads the model and not
     before; "" if it would not."""
     value, want = patch[1], wanted(patch, shape)
@@ -90,7 +96,7 @@ def unusable(patch, shape) -> str:
     return ""
 
 
-def misfit(patch, shape) -> str:
+def misfit(patch: Patch, shape: Shape) -> str:
     """What a patch made for another shape is; "" if it fits, or where only applying it tells."""
     value = patch[1]
     want = reshaped(value, wanted(patch, shape)) or wanted(patch, shape)
@@ -108,7 +114,7 @@ def misfit(patch, shape) -> str:
     return f"a full difference of {times(tensors[0].shape)} on {times(want)} weights"
 
 
-def wanted(patch, shape) -> tuple:
+def wanted(patch: Patch, shape: Shape) -> tuple:
     """The shape of what a patch changes: of all the tensor, or of the range in its offset (dimension, start,
     length)."""
     want = list(shape)
@@ -117,7 +123,7 @@ def wanted(patch, shape) -> tuple:
     return tuple(want)
 
 
-def reshaped(value, shape) -> tuple | None:
+def reshaped(value: object, shape: Shape) -> tuple | None:
     """The shape that a patch gives to a tensor of `shape`; None where it is the same. BFL's control LoRAs
     widen the input layer so."""
     to = value.weights[5] if isinstance(value, LoRAAdapter) else None
@@ -134,7 +140,7 @@ def _parts(value):
     return (value[0], value[1]) if len(value) == 2 else (f"tuple of {len(value)}", ())
 
 
-def times(shape) -> str:
+def times(shape: Shape) -> str:
     """A shape as text, such as 3072 x 64."""
     return " x ".join(str(int(n)) for n in shape)
 
@@ -163,12 +169,12 @@ def _shape(adapter, flat):
     return None
 
 
-def effective(patches) -> list:
+def effective(patches: Sequence[Patch]) -> list:
     """Those that change a weight: at strength 0 only ComfyUI's "set", and what also scales the weight, do."""
     return [p for p in patches if p[0] or p[2] != 1.0 or replaces(p)]
 
 
-def side_of(patches, layer, key: str, device) -> Side:
+def side_of(patches: Sequence[Patch], layer: QuantizedLayer, key: str, device: torch.device | str) -> Side:
     """What `patches` put beside a QuantizedLayer, computed on `device`. Raises UnsupportedPatch."""
     side = Side(layer.spec.out_features, layer.spec.in_features)
     shape = layer.spec.logical_shape

@@ -23,7 +23,9 @@ class SideParameters:
     rows: tuple[int, ...]
 
     @classmethod
-    def of(cls, side: Side, layer: QuantizedLayer, dtype: torch.dtype, device) -> "SideParameters":
+    def of(
+        cls, side: Side, layer: QuantizedLayer, dtype: torch.dtype, device: torch.device | str
+    ) -> "SideParameters":
         """`side` in `dtype` on `device`; the layer's own low rank, and what a gain scales, are merged into
         it."""
         spec, tensors = side.merged(layer.to(side.device), dtype)

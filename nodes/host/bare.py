@@ -5,10 +5,13 @@ into the shared model and leaves them there after sampling; what was there befor
 clones share as well.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
 
 NETWORK = "diffusion_model"
 PREFIX = f"{NETWORK}."
@@ -21,7 +24,7 @@ def in_network(name: str) -> bool:
 
 
 @contextmanager
-def bare(patcher):
+def bare(patcher: ModelPatcher) -> Iterator[torch.nn.Module]:
     """Within, `patcher.model` has the modules that it was loaded with, under their own names; gives it.
     Weights may still be patched: `original` knows what they were."""
     model = patcher.model
@@ -45,7 +48,7 @@ def _injected(patcher) -> list:
     return [p for p in loaded if p is not None and p.is_clone(patcher) and p.is_injected]
 
 
-def original(patcher, key, held):
+def original(patcher: ModelPatcher, key: str, held: torch.Tensor) -> torch.Tensor:
     """A tensor of the shared model before any patch of weights, where `held` is what the bare model holds
     under the key of its state dict."""
     backups = (

@@ -8,11 +8,13 @@ would have made of it.
 import inspect
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
+from .adapters import Patch
 from .inherited import NotInheritable
 
 # What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and
@@ -25,7 +27,7 @@ INJECTED = (
 )  # dtypes of a layer in which its adapter is held once it was injected
 
 
-def patches_of(patcher, names: dict) -> dict[str, list]:
+def patches_of(patcher: ModelPatcher, names: dict) -> dict[str, list]:
     """{layer: [ModelPatcher's tuples]} of what the injections on a MODEL add to its layers. names: {module:
     its name}, of the network.
 
@@ -65,7 +67,7 @@ def _patch(hook):
     return hook.multiplier, type(hook.adapter)(hook.adapter.loaded_keys, weights), 1.0, None, None
 
 
-def as_injected(patch, dtype):
+def as_injected(patch: Patch, dtype: torch.dtype) -> Patch:
     """The same patch in the dtype that the first sampling run leaves it in, by which a model is recognized
     before and after it."""
     strength, adapter, *rest = patch

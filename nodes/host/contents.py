@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.scaled import computable
 from ...quant_core.layer.linear import QuantizedLayer
@@ -39,7 +40,7 @@ class Contents:
         return sum(layer.nbytes for layer in self.layers.values()) + sum(t.nbytes for t in self.rest.values())
 
 
-def take_apart(patcher) -> Contents:
+def take_apart(patcher: ModelPatcher) -> Contents:
     """The tensors are the model's own where it is on the CPU; a model on a card is unloaded first, or each
     would be copied from there.
 

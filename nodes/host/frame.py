@@ -12,6 +12,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.supported_models
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.origin import Origin, names_text
 from .bare import NETWORK, bare
@@ -37,12 +38,12 @@ class Frame:
     checkpoint's, which ComfyUI renames as it loads.
     """
 
-    def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable):
+    def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable) -> None:
         self._take, self._renamed = None, {}
         operations = operations_for(lambda name: self._take(self._renamed.get(name, name)), prepare)
         self.origin, self.network_names, self._model = origin, network_names, make(operations)
 
-    def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str):
+    def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str) -> torch.nn.Module:
         """Loads the network's tensors and gives the model away. take(name of a linear layer): its
         QuantizedLayer or None; the entry of a quantized one in `state` only says that it is there.
 
@@ -79,7 +80,7 @@ class Frame:
         return model
 
 
-def like(patcher, prepare: Callable) -> Frame:
+def like(patcher: ModelPatcher, prepare: Callable) -> Frame:
     """A model of the same class, config, prediction type, sampling and latent format, with the same tensors
     outside of its network."""
     with bare(patcher) as source:

@@ -7,6 +7,7 @@ import types
 
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, set_torch_compile_wrapper
 
@@ -19,7 +20,7 @@ SETTINGS = (str, int, float, bool, type(None), torch.dtype)
 class NotInheritable(ValueError):
     """Something on a model that can neither be worked into its weights nor be put onto another model."""
 
-    def __init__(self, what: str, found: list[str], advice: str = ""):
+    def __init__(self, what: str, found: list[str], advice: str = "") -> None:
         more = f" and {len(found) - EXAMPLES} more" if len(found) > EXAMPLES else ""
         super().__init__(
             f"this model has {what} on {', '.join(found[:EXAMPLES])}{more}, which act on its own layers: a "
@@ -28,7 +29,7 @@ class NotInheritable(ValueError):
         )
 
 
-def require_inheritable(model):
+def require_inheritable(model: ModelPatcher) -> None:
     """Raises NotInheritable for weight wrappers, and for object patches of the network that
     `inherit_sampling_patches` leaves behind."""
     if model.weight_wrapper_patches:
@@ -38,7 +39,7 @@ def require_inheritable(model):
         raise NotInheritable("object patches", found)
 
 
-def inherit_sampling_patches(model, onto):
+def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
     """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, settings
     of the network) onto the one that is made of it, where it stays in force. The network is compiled again
     where it was compiled as a whole; modules that were compiled one by one are not, and the log says so."""
@@ -64,7 +65,7 @@ def inherit_sampling_patches(model, onto):
         )
 
 
-def uncompiled(model):
+def uncompiled(model: ModelPatcher) -> ModelPatcher:
     """A clone that computes the same without torch.compile: graphs that are compiled already do not see hooks
     and replaced layers."""
     compiled, held = _compiled(model), model.wrappers.get(WrappersMP.APPLY_MODEL, {})

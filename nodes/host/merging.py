@@ -4,10 +4,10 @@ without it."""
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 
-from .adapters import misfit, only_scales, times, unusable, wanted
+from .adapters import Patch, misfit, only_scales, times, unusable, wanted
 
 
-def unmergeable(patch, shape: tuple[int, ...]) -> str:
+def unmergeable(patch: Patch, shape: tuple[int, ...]) -> str:
     """Why a patch, ModelPatcher's tuple, does not go into a tensor of this shape; "" where it does, or no
     more than scales it."""
     value, offset = patch[1], patch[3]

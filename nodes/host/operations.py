@@ -31,7 +31,14 @@ def operations_for(
 class PackableLinear(Packable):
     """A linear layer without tensors until it loads."""
 
-    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         torch.nn.Module.__init__(self)
         self._begin(in_features, out_features, bias, dtype)
 
@@ -39,7 +46,16 @@ class PackableLinear(Packable):
 class PackableConvolution(Packable):
     """A convolution that may be a linear layer over the channels, and has no tensors then until it loads."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, *args, device=None, dtype=None, **kwargs):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        *args: object,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: object,
+    ) -> None:
         one = kernel_size in (1, (1,), (1, 1))
         made_on = "meta" if one else device
         super().__init__(in_channels, out_channels, kernel_size, *args, device=made_on, dtype=dtype, **kwargs)

@@ -150,26 +150,40 @@ class Packable:
         """The bias that goes with `real_weight`: the model's own."""
         return self.convert_bias(cast).to(cast.dtype)
 
-    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs) -> torch.Tensor:
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: object) -> torch.Tensor:
         """What ModelPatcher reads when this layer is merged into another model: real values."""
         if not is_quantized(self):
             return weight
         return self.layer().to(weight.device).dequantize().view(self._shape)
 
-    def convert_bias(self, bias: torch.Tensor, inplace: bool = False, **kwargs) -> torch.Tensor:
+    def convert_bias(self, bias: torch.Tensor, inplace: bool = False, **kwargs: object) -> torch.Tensor:
         """The model's own bias: the stored one also holds the correction for shifted activations."""
         correction = bias_correction(self.layer()) if is_quantized(self) else None
         return bias if correction is None else bias + correction.to(bias.device)
 
     # -- values that ModelPatcher writes
 
-    def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **kwargs):
+    def set_bias(
+        self,
+        bias: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: object,
+    ) -> torch.Tensor | None:
         """As ComfyUI's layers have it, for a bias as `convert_bias` gives it."""
         correction = bias_correction(self.layer()) if is_quantized(self) else None
         bias = (bias if correction is None else bias - correction.to(bias.device)).to(self.bias.dtype)
         return self._set("bias", bias, inplace_update, return_weight)
 
-    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+    def set_weight(
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: object,
+    ) -> torch.Tensor | None:
         """As ComfyUI's layers have it; raises RequantizationError where the layer is quantized."""
         if is_quantized(self):
             raise RequantizationError(
@@ -198,7 +212,11 @@ class Packable:
     # -- computing
 
     def forward(
-        self, x: torch.Tensor, *args, prologue: Callable[[torch.Tensor], torch.Tensor] | None = None, **kwargs
+        self,
+        x: torch.Tensor,
+        *args: object,
+        prologue: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: object,
     ) -> torch.Tensor:
         """prologue: the module in front that the activation quantizer computes in its place, which was not
         called."""

@@ -10,22 +10,31 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
 
+from ...kernels.operator.spec import LinearSpec
+from ...quant_core.calibration.file import Calibration
 from ...quant_core.calibration.gains import of_calibration
+from ...quant_core.families.layer import Layer
 from ...quant_core.layer.linear import QuantizedLayer
+from ...quant_core.layer.row import Row
+from ...quant_core.methods import Method
 from ...quant_core.run.layers import leave_out, require_statistics
 from ...quant_core.run.stages import blocks_of, finished, quantize_blocks, steps_of
 from ...quant_core.run.unfinished import Unfinished
 from ...quant_core.run.unquantized import kept_rows
 from ...quant_core.store.lock import only_run
-from ...quant_core.training.presets import UNTRAINED
+from ...quant_core.training.presets import UNTRAINED, Preset
 from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
 from .build import build, frame_like
 from .inherited import inherit_sampling_patches, uncompiled
+from .patcher import NibblePatcher
 from .progress import steps
+from .source import ModelSource
 
 
-def store_path(calibration, source, provenance, kind) -> Path:
+def store_path(calibration: Calibration | None, source: ModelSource, provenance: dict, kind: str) -> Path:
     """Where a run keeps what is finished: beside the calibration, or where it would be; a folder for each
     choice of options."""
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
@@ -70,7 +79,7 @@ def _in_training():
         comfy.model_management.in_training = was_training
 
 
-def make_room(plan, device):
+def make_room(plan: list[Layer], device: torch.device | str) -> None:
     """fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight."""
     if not comfy.model_management.is_device_cpu(device) and plan:
         comfy.model_management.free_memory(
@@ -78,7 +87,17 @@ def make_room(plan, device):
         )
 
 
-def quantized(model, source, plan, method, config, calibration, provenance, device, preset=UNTRAINED):
+def quantized(
+    model: ModelPatcher,
+    source: ModelSource,
+    plan: list[Layer],
+    method: Method,
+    config: object,
+    calibration: Calibration | None,
+    provenance: dict,
+    device: torch.device | str,
+    preset: Preset = UNTRAINED,
+) -> tuple[NibblePatcher, list[Row], dict[str, LinearSpec], list[str]]:
     """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer:
     LinearSpec}, lines for the report on what a stopped run has left).
 

@@ -7,6 +7,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.ops
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.families import detect
@@ -40,7 +41,7 @@ class ModelSource:
     what is on the model and cannot be quantized with it.
     """
 
-    def __init__(self, patcher):
+    def __init__(self, patcher: ModelPatcher) -> None:
         self.patcher = patcher
         with bare(patcher) as model:
             self.network = model.diffusion_model
@@ -138,7 +139,7 @@ class ModelSource:
             held = getattr(module, f"convert_{leaf}")(copy, inplace=True)
         return computable(held).detach()
 
-    def get(self, key) -> torch.Tensor:
+    def get(self, key: str) -> torch.Tensor:
         base = self._base(key)
         name, _, leaf = key.rpartition(".")
         patches = [
@@ -169,7 +170,7 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def feed(digest, value):
+def feed(digest: "hashlib._Hash", value: object) -> None:
     """Hashes tensors (up to 4096 values each), numbers, text and any nesting of them; functions by their
     name."""
     if isinstance(value, torch.Tensor):

@@ -7,7 +7,7 @@ import torch
 
 from ...quant_core.families import UnknownArchitecture, by_name, detect
 from ...quant_core.families.fingerprint import fingerprint
-from ...quant_core.families.select import block_lists, modules_of
+from ...quant_core.families.select import Selection, block_lists, modules_of
 from ...quant_core.run.provenance import VERSION
 from .bare import PREFIX
 from .build import build, frame_like
@@ -18,7 +18,7 @@ from .patcher import NibblePatcher
 NAME = "Nibble Swap Blocks"
 
 
-def swap(a: Contents, b: Contents, chosen) -> NibblePatcher:
+def swap(a: Contents, b: Contents, chosen: Selection) -> NibblePatcher:
     """The chosen modules of b in a, all of each: packed layers, norms, modulation, and the LoRA patches on
     them.
 
@@ -93,7 +93,7 @@ def _rows(a, b, chosen):
     return rows
 
 
-def require_same_architecture(a: dict, b: dict):
+def require_same_architecture(a: dict, b: dict) -> None:
     """Raises ValueError with what both models are and the first tensors that differ. a, b: {key: logical
     shape}."""
     differing = [k for k in a | b if a.get(k) != b.get(k)]
@@ -119,7 +119,7 @@ def _signature(shapes):
     return ", ".join([title, *lists, f"hidden width {width}"])
 
 
-def report_text(a: Contents, b: Contents, chosen, model) -> str:
+def report_text(a: Contents, b: Contents, chosen: Selection, model: NibblePatcher) -> str:
     """What came from where. Layers are those that are quantized in at least one of the two."""
     what = lambda m, name: m.layers[name].spec.describe() if name in m.layers else "full precision"
     layers = [k.removesuffix(".weight") for k in a.shapes if k.removesuffix(".weight") in a.layers | b.layers]
