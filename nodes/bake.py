@@ -5,6 +5,7 @@ import hashlib
 import comfy.lora
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..quant_core.layer.adapters import bias_correction
@@ -12,42 +13,54 @@ from ..quant_core.layer.bake import Baked, bake
 from ..quant_core.layer.linear import QuantizedLayer
 from .host.adapters import effective, side_of
 from .host.bare import PREFIX
-from .host.build import build, frame_after
+from .host.build import build, frame_like
 from .host.contents import take_apart
-from .host.inherited import keep_sampling_patches
+from .host.inherited import inherit_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.source import feed
 
 NAME = "Nibble Bake LoRA"
 
+DESCRIPTION = (
+    "Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file carries them. "
+    "Nothing is quantized again."
+)
+TOOLTIPS = {
+    "model": "A model quantized by Nibble with LoRA loaders behind it.",
+    "rank": (
+        "0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added to the "
+        "layer's. Above 0: at most this many columns a layer, its own included; the report states what is "
+        "lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) need it."
+    ),
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save Model.",
+    "report": "Rank before and after, and the error of each layer. Connect to Preview as Text.",
+}
+
 
 class NibbleBakeLora(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleBakeLora",
             display_name=NAME,
             category="Nibble",
-            description="Writes the LoRAs on a quantized model into its low-rank branches, so that the saved file "
-                "carries them. Nothing is quantized again.",
+            description=DESCRIPTION,
             search_aliases=["lora", "merge", "fold", "fuse", "bake"],
             inputs=[
-                io.Model.Input("model", tooltip="A model quantized by Nibble with LoRA loaders behind it."),
-                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip="0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added "
-                    "to the layer's. Above 0: at most this many columns a layer, its own included; the "
-                    "report states what is lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) "
-                    "need it."),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
+                io.Int.Input("rank", default=0, min=0, max=1024, step=8, tooltip=TOOLTIPS["rank"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the LoRAs in it, for samplers, further LoRA loaders and Nibble Save "
-                    "Model."),
-                io.String.Output("report", tooltip="Rank before and after, and the error of each layer. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model, rank):
+    def execute(cls, model: ModelPatcher, rank: int) -> io.NodeOutput:
         if not isinstance(model, NibblePatcher):
             raise ValueError(
                 f"{NAME}: the model was not quantized by Nibble. ComfyUI merges LoRAs into full-precision "
@@ -68,24 +81,24 @@ class NibbleBakeLora(io.ComfyNode):
                 "read back. Load that LoRA with LoraLoaderModelOnly."
             )
         with torch.inference_mode(False), torch.no_grad():
-            half = take_apart(model)
+            contents = take_apart(model)
             device = comfy.model_management.get_torch_device()
-            baked, layers = [], dict(half.layers)
+            baked, layers = [], dict(contents.layers)
             names = [n for n in layers if _patches(model, f"{n}.weight") or _patches(model, f"{n}.bias")]
             for name in steps(names, len(names)):
                 done = _bake(model, layers[name].to(device), rank, device)
                 layers[name] = done.layer.to("cpu")
                 baked.append(Baked(layers[name], done.before, done.error))
-            rest = {k: _merged(model, k, t, device) for k, t in half.rest.items()}
-            merged = [k for k in half.rest if rest[k] is not half.rest[k]]
-            info = half.info | {
-                "report": _rows(half.info["report"], baked),
-                "provenance": _provenance(model, half.info, rank),
+            rest = {k: _merged(model, k, t, device) for k, t in contents.rest.items()}
+            merged = [k for k in contents.rest if rest[k] is not contents.rest[k]]
+            info = contents.info | {
+                "report": _rows(contents.info["report"], baked),
+                "provenance": _provenance(model, contents.info, rank),
             }
             specs = {name: layer.spec for name, layer in layers.items()}
-            out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_after(model))
-        keep_sampling_patches(model, out)
-        return io.NodeOutput(out, report_text(baked, merged, half.layers, rank))
+            out = build(lambda name: layers.pop(name, None), specs, rest, info, frame_like(model))
+        inherit_sampling_patches(model, out)
+        return io.NodeOutput(out, report_text(baked, merged, contents.layers, rank))
 
 
 def _patches(model, key):
@@ -135,7 +148,7 @@ def _rows(rows, baked):
     ]
 
 
-def report_text(baked, merged, before, rank) -> str:
+def report_text(baked: list[Baked], merged: list[str], before: dict[str, QuantizedLayer], rank: int) -> str:
     """Largest error first."""
     grown = sum(b.layer.nbytes - before[b.layer.name].nbytes for b in baked)
     kept = f"at most {rank} columns a layer" if rank else "every column kept"

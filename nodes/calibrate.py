@@ -9,6 +9,8 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..quant_core import calibration
@@ -22,63 +24,76 @@ from .host.progress import steps as progress_steps
 from .host.source import ModelSource, feed
 from .host.types import CalibrationType
 
+CALIBRATE_DESCRIPTION = (
+    "Samples with the model and gathers statistics of its layers' inputs, for Nibble Quantize. Stopped runs "
+    "go on where they were."
+)
+CALIBRATE_TOOLTIPS = {
+    "model": "The full-precision model, with the LoRAs that you want to be quantized into it.",
+    "positive": "Prompts to calibrate on. Each entry of a list counts as one prompt.",
+    "negative": "Negative prompt, for models that use cfg above 1.",
+    "latent_image": (
+        "Size and kind of the latents to sample, as for KSampler. Your usual size is best; half of it is "
+        "enough."
+    ),
+    "sampler_name": "The sampler you generate with.",
+    "scheduler": "The scheduler you generate with.",
+    "steps": "Steps of each sampling run. About half of what you generate with is enough.",
+    "cfg": "Guidance; 1 for FLUX.",
+    "seed": "Seed of the first run; each further run adds 1.",
+    "samples": "Sampling runs, over the prompts in turn. Every fourth is held out to judge by.",
+    "memory_gb": (
+        "Memory for the statistics of one pass, mostly on the computing device. Where it is too small for "
+        "the whole model, the runs are repeated for one part of the blocks after another (6 passes for "
+        "FLUX.1 at 4 GB)."
+    ),
+    "second_moments": (
+        "Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times smaller statistics "
+        "(3 GB instead of 22 GB for FLUX.1), but neither GPTQ nor whitening."
+    ),
+}
+CALIBRATE_OUTPUT_TOOLTIPS = {
+    "calibration": "Connect to Nibble Quantize.",
+}
+
 
 class NibbleCalibrate(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleCalibrate",
             display_name="Nibble Calibrate",
             category="Nibble",
-            description="Samples with the model and gathers statistics of its layers' inputs, for Nibble Quantize. "
-            "Stopped runs go on where they were.",
+            description=CALIBRATE_DESCRIPTION,
             search_aliases=["calibration", "quantization", "svdquant", "imatrix"],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The full-precision model, with the LoRAs that you want to be quantized into it.",
-                ),
+                io.Model.Input("model", tooltip=CALIBRATE_TOOLTIPS["model"]),
                 io.Autogrow.Input(
                     "conditioning",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Conditioning.Input(
-                            "positive",
-                            tooltip="Prompts to calibrate on. Each entry of a list counts as one prompt.",
-                        ),
+                        io.Conditioning.Input("positive", tooltip=CALIBRATE_TOOLTIPS["positive"]),
                         prefix="positive",
                         min=1,
                         max=16,
                     ),
                 ),
-                io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Negative prompt, for models that use cfg above 1."
-                ),
-                io.Latent.Input(
-                    "latent_image",
-                    tooltip="Size and kind of the latents to sample, as for KSampler. Your usual size is best; "
-                    "half of it is enough.",
-                ),
+                io.Conditioning.Input("negative", optional=True, tooltip=CALIBRATE_TOOLTIPS["negative"]),
+                io.Latent.Input("latent_image", tooltip=CALIBRATE_TOOLTIPS["latent_image"]),
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
                     default="euler",
-                    tooltip="The sampler you generate with.",
+                    tooltip=CALIBRATE_TOOLTIPS["sampler_name"],
                 ),
                 io.Combo.Input(
                     "scheduler",
                     options=comfy.samplers.KSampler.SCHEDULERS,
                     default="simple",
-                    tooltip="The scheduler you generate with.",
+                    tooltip=CALIBRATE_TOOLTIPS["scheduler"],
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=12,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of each sampling run. About half of what you generate with is enough.",
-                ),
+                io.Int.Input("steps", default=12, min=1, max=1000, tooltip=CALIBRATE_TOOLTIPS["steps"]),
                 io.Float.Input(
-                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance; 1 for FLUX."
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=CALIBRATE_TOOLTIPS["cfg"]
                 ),
                 io.Int.Input(
                     "seed",
@@ -86,15 +101,9 @@ class NibbleCalibrate(io.ComfyNode):
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,
-                    tooltip="Seed of the first run; each further run adds 1.",
+                    tooltip=CALIBRATE_TOOLTIPS["seed"],
                 ),
-                io.Int.Input(
-                    "samples",
-                    default=16,
-                    min=1,
-                    max=4096,
-                    tooltip="Sampling runs, over the prompts in turn. Every fourth is held out to judge by.",
-                ),
+                io.Int.Input("samples", default=16, min=1, max=4096, tooltip=CALIBRATE_TOOLTIPS["samples"]),
                 io.Float.Input(
                     "memory_gb",
                     default=4.0,
@@ -102,38 +111,34 @@ class NibbleCalibrate(io.ComfyNode):
                     max=512.0,
                     step=0.1,
                     advanced=True,
-                    tooltip="Memory for the statistics of one pass, mostly on the computing device. Where it "
-                    "is too small for the whole model, the runs are repeated for one part of the "
-                    "blocks after another (6 passes for FLUX.1 at 4 GB).",
+                    tooltip=CALIBRATE_TOOLTIPS["memory_gb"],
                 ),
                 io.Boolean.Input(
                     "second_moments",
                     default=True,
                     advanced=True,
-                    tooltip="Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times "
-                    "smaller statistics (3 GB instead of 22 GB for FLUX.1), but neither GPTQ nor "
-                    "whitening.",
+                    tooltip=CALIBRATE_TOOLTIPS["second_moments"],
                 ),
             ],
-            outputs=[CalibrationType.Output("calibration", tooltip="Connect to Nibble Quantize.")],
+            outputs=[CalibrationType.Output("calibration", tooltip=CALIBRATE_OUTPUT_TOOLTIPS["calibration"])],
         )
 
     @classmethod
     def execute(
         cls,
-        model,
-        conditioning,
-        latent_image,
-        sampler_name,
-        scheduler,
-        steps,
-        cfg,
-        seed,
-        samples,
-        memory_gb,
-        second_moments,
-        negative=None,
-    ):
+        model: ModelPatcher,
+        conditioning: dict,
+        latent_image: dict,
+        sampler_name: str,
+        scheduler: str,
+        steps: int,
+        cfg: float,
+        seed: int,
+        samples: int,
+        memory_gb: float,
+        second_moments: bool,
+        negative: list | None = None,
+    ) -> io.NodeOutput:
         source = ModelSource(model)
         prompts = [
             [entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])
@@ -174,9 +179,8 @@ class NibbleCalibrate(io.ComfyNode):
             Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
         )
 
-        bar = comfy.utils.ProgressBar(
-            samples * steps
-        )  # in sampling steps; the total is set when the work left is known
+        # In sampling steps; the total is set when the work left is known.
+        bar = comfy.utils.ProgressBar(samples * steps)
 
         def progress(items, total):
             bar.total = total * steps
@@ -188,9 +192,19 @@ class NibbleCalibrate(io.ComfyNode):
             noise = comfy.sample.prepare_noise(latent, seed + sample)
             with linear_layers_called():
                 comfy.sample.sample(
-                    plain, noise, steps, cfg, sampler_name, scheduler, prompts[sample % len(prompts)], negative, latent,
-                    callback=callback, disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed + sample,
-                )  # fmt: skip
+                    plain,
+                    noise,
+                    steps,
+                    cfg,
+                    sampler_name,
+                    scheduler,
+                    prompts[sample % len(prompts)],
+                    negative,
+                    latent,
+                    callback=callback,
+                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                    seed=seed + sample,
+                )
 
         def run(sample, capture):
             with capture.watched(network, _timestep):
@@ -231,42 +245,38 @@ class NibbleCalibrate(io.ComfyNode):
         return io.NodeOutput(done)
 
 
+PROMPTS_DESCRIPTION = (
+    "Encodes a list of prompts, one a line, for Nibble Calibrate. A list of 64 comes with the pack."
+)
+PROMPTS_TOOLTIPS = {
+    "clip": "The model's text encoder.",
+    "prompts": "One prompt a line, in the style you generate with. Empty: the 64 prompts of the pack.",
+    "count": "How many to encode, from the top. As many as Nibble Calibrate has samples.",
+}
+PROMPTS_OUTPUT_TOOLTIPS = {
+    "conditioning": "One entry a prompt. Connect to Nibble Calibrate.",
+}
+
+
 class NibbleCalibrationPrompts(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleCalibrationPrompts",
             display_name="Nibble Calibration Prompts",
             category="Nibble",
-            description="Encodes a list of prompts, one a line, for Nibble Calibrate. A list of 64 comes with the "
-            "pack.",
+            description=PROMPTS_DESCRIPTION,
             search_aliases=["calibration", "prompts"],
             inputs=[
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    tooltip="One prompt a line, in the style you generate with. Empty: the 64 prompts of the "
-                    "pack.",
-                ),
-                io.Int.Input(
-                    "count",
-                    default=16,
-                    min=1,
-                    max=4096,
-                    tooltip="How many to encode, from the top. As many as Nibble Calibrate has samples.",
-                ),
+                io.Clip.Input("clip", tooltip=PROMPTS_TOOLTIPS["clip"]),
+                io.String.Input("prompts", multiline=True, default="", tooltip=PROMPTS_TOOLTIPS["prompts"]),
+                io.Int.Input("count", default=16, min=1, max=4096, tooltip=PROMPTS_TOOLTIPS["count"]),
             ],
-            outputs=[
-                io.Conditioning.Output(
-                    "conditioning", tooltip="One entry a prompt. Connect to Nibble Calibrate."
-                )
-            ],
+            outputs=[io.Conditioning.Output("conditioning", tooltip=PROMPTS_OUTPUT_TOOLTIPS["conditioning"])],
         )
 
     @classmethod
-    def execute(cls, clip, prompts, count):
+    def execute(cls, clip: CLIP, prompts: str, count: int) -> io.NodeOutput:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()] or default_prompts()
         lines = lines[:count]
         out = []

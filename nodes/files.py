@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..quant_core.formats import nibble
@@ -10,43 +11,50 @@ from ..quant_core.run.report import file_storage
 from .host.build import ATTACHMENT, load, unpatched
 from .host.saving import free_path, narrow, require_savable
 
+SAVE_DESCRIPTION = (
+    "Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion Model."
+)
+SAVE_TOOLTIPS = {
+    "model": "A model quantized by Nibble. LoRAs on it go through Nibble Bake LoRA first.",
+    "filename_prefix": (
+        "Folder and name within the output folder. Files in output/diffusion_models can be loaded at once."
+    ),
+    "base3": (
+        "Ternary weights take 1.6 instead of 2 bits in the file. Memory stays the same; versions before 0.4 "
+        "cannot read it."
+    ),
+}
+SAVE_OUTPUT_TOOLTIPS = {
+    "path": "Where the file is.",
+}
+
 
 class NibbleSaveModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleSaveModel",
             display_name="Nibble Save Model",
             category="Nibble",
-            description="Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion "
-            "Model.",
+            description=SAVE_DESCRIPTION,
             search_aliases=["save", "export", "checkpoint"],
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A model quantized by Nibble. LoRAs on it go through Nibble Bake LoRA first.",
-                ),
+                io.Model.Input("model", tooltip=SAVE_TOOLTIPS["model"]),
                 io.String.Input(
                     "filename_prefix",
                     default="diffusion_models/nibble",
-                    tooltip="Folder and name within the output folder. Files in output/diffusion_models can be "
-                    "loaded at once.",
+                    tooltip=SAVE_TOOLTIPS["filename_prefix"],
                 ),
                 io.Boolean.Input(
-                    "base3",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Ternary weights take 1.6 instead of 2 bits in the file. Memory stays the same; "
-                    "versions before 0.4 cannot read it.",
+                    "base3", default=False, optional=True, advanced=True, tooltip=SAVE_TOOLTIPS["base3"]
                 ),
             ],
-            outputs=[io.String.Output("path", tooltip="Where the file is.")],
+            outputs=[io.String.Output("path", tooltip=SAVE_OUTPUT_TOOLTIPS["path"])],
             is_output_node=True,
         )
 
     @classmethod
-    def execute(cls, model, filename_prefix, base3=False):
+    def execute(cls, model: ModelPatcher, filename_prefix: str, base3: bool = False) -> io.NodeOutput:
         require_savable(model, "Nibble Save Model")
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
@@ -59,36 +67,45 @@ class NibbleSaveModel(io.ComfyNode):
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
 
+LOAD_DESCRIPTION = (
+    "Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit formats, and "
+    "nunchaku's INT4."
+)
+LOAD_TOOLTIPS = {
+    "model_name": (
+        "A file from the diffusion_models folders, output/diffusion_models included. Of a nunchaku folder "
+        "either of its two files."
+    ),
+}
+LOAD_OUTPUT_TOOLTIPS = {
+    "model": "The quantized model; takes samplers and LoRA loaders as any other.",
+}
+
+
 class NibbleLoadDiffusionModel(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleLoadDiffusionModel",
             display_name="Nibble Load Diffusion Model",
             category="Nibble",
-            description="Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit "
-            "formats, and nunchaku's INT4.",
+            description=LOAD_DESCRIPTION,
             search_aliases=["load", "unet", "int4", "svdquant", "nunchaku", "kitchen"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
-                    tooltip="A file from the diffusion_models folders, output/diffusion_models included. Of a "
-                    "nunchaku folder either of its two files.",
+                    tooltip=LOAD_TOOLTIPS["model_name"],
                 )
             ],
-            outputs=[
-                io.Model.Output(
-                    "model", tooltip="The quantized model; takes samplers and LoRA loaders as any other."
-                )
-            ],
+            outputs=[io.Model.Output("model", tooltip=LOAD_OUTPUT_TOOLTIPS["model"])],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def fingerprint_inputs(cls, model_name: str) -> int | str:
         path = folder_paths.get_full_path("diffusion_models", model_name)
         return Path(path).stat().st_mtime_ns if path else model_name
 
     @classmethod
-    def execute(cls, model_name):
+    def execute(cls, model_name: str) -> io.NodeOutput:
         return io.NodeOutput(load(folder_paths.get_full_path_or_raise("diffusion_models", model_name)))

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..kernels import paths_of
 from ..kernels.target import target_of
+from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.observe import measured as as_observed
+from ..quant_core.families.layer import Layer
+from ..quant_core.layer.linear import QuantizedLayer
 from ..quant_core.layer.precisions import PRECISIONS, higher, w4a8, w8a8
 from ..quant_core.precision.budget import for_memory, for_quality
 from ..quant_core.precision.guard import Measured, as_units, by_layer, measure
@@ -21,9 +25,9 @@ from ..quant_core.run.layers import problem_of
 from ..quant_core.run.provenance import VERSION
 from ..quant_core.run.unfinished import hash_of
 from ..quant_core.store.table import Table
-from .host.build import ATTACHMENT, build, frame_after
+from .host.build import ATTACHMENT, build, frame_like
 from .host.contents import take_apart
-from .host.inherited import keep_sampling_patches
+from .host.inherited import inherit_sampling_patches
 from .host.patcher import NibblePatcher
 from .host.progress import steps
 from .host.quantized import make_room
@@ -33,57 +37,98 @@ from .host.types import CalibrationType
 NAME = "Nibble Guard"
 QUALITY, MEMORY = "quality (dB)", "memory (MiB)"
 
+DESCRIPTION = (
+    "Measures each layer of a quantized model on the calibration's held-out tokens and keeps the worst at "
+    "W4A8, W8A8 or 16 bit, under a stated quality or memory budget."
+)
+TOOLTIPS = {
+    "model": "The full-precision model that the other one was quantized from, with the same LoRAs.",
+    "quantized": (
+        "The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays as it is."
+    ),
+    "calibration": (
+        "From Nibble Calibrate on the full-precision model; errors are measured on its held-out tokens."
+    ),
+    "budget": (
+        "quality: raise what is below quality_db, at the least extra memory. memory: take away as much noise "
+        "as fits into memory_mib."
+    ),
+    "quality_db": (
+        "For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB is an error "
+        "of 1 % of the energy."
+    ),
+    "memory_mib": (
+        "For memory: how much larger the model may get. At 0 layers may still become W4A8, which costs speed "
+        "on some cards but no memory."
+    ),
+    "unit": "layer: each on its own. block: the layers of a transformer block change together.",
+    "allow_w4a8": (
+        "Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards with INT4 "
+        "tensor cores."
+    ),
+    "allow_w8a8": (
+        "Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of about 4.5."
+    ),
+    "allow_16_bit": "Allow the original weight in 16 bit. It has no error, so every quality can be reached.",
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save Model.",
+    "report": "What was raised and why, and what it costs. Connect to Preview as Text.",
+}
+
 
 class NibbleGuard(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleGuard",
             display_name=NAME,
             category="Nibble",
-            description="Measures each layer of a quantized model on the calibration's held-out tokens and keeps "
-                "the worst at W4A8, W8A8 or 16 bit, under a stated quality or memory budget.",
+            description=DESCRIPTION,
             search_aliases=["mixed precision", "sensitivity", "w8a8", "w4a8", "quality", "budget", "repair"],
             inputs=[
-                io.Model.Input("model", tooltip="The full-precision model that the other one was quantized from, with the same LoRAs."),
-                io.Model.Input("quantized", tooltip="The model to improve, from Nibble Quantize or Nibble Load Diffusion Model. It stays "
-                    "as it is."),
-                CalibrationType.Input("calibration", tooltip="From Nibble Calibrate on the full-precision model; errors are measured on its "
-                    "held-out tokens."),
-                io.Combo.Input("budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip="quality: raise what is below quality_db, at the least extra memory. memory: take away "
-                    "as much noise as fits into memory_mib."),
-                io.Float.Input("quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip="For quality: SQNR that each layer, or the mean noise of each block, must reach. 20 dB "
-                    "is an error of 1 % of the energy."),
-                io.Float.Input("memory_mib", default=256.0, min=0.0, max=1048576.0, step=16.0, tooltip="For memory: how much larger the model may get. At 0 layers may still become W4A8, "
-                    "which costs speed on some cards but no memory."),
-                io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip="layer: each on its own. block: the layers of a transformer block change together."),
-                io.Boolean.Input("allow_w4a8", default=True, tooltip="Allow 8-bit activations on the same 4-bit weights. No extra memory; slower on cards "
-                    "with INT4 tensor cores."),
-                io.Boolean.Input("allow_w8a8", default=True, tooltip="Allow 8-bit weights and activations, without a low rank: 8 bits a weight instead of "
-                    "about 4.5."),
-                io.Boolean.Input("allow_16_bit", default=True, tooltip="Allow the original weight in 16 bit. It has no error, so every quality can be reached."),
+                io.Model.Input("model", tooltip=TOOLTIPS["model"]),
+                io.Model.Input("quantized", tooltip=TOOLTIPS["quantized"]),
+                CalibrationType.Input("calibration", tooltip=TOOLTIPS["calibration"]),
+                io.Combo.Input(
+                    "budget", options=[QUALITY, MEMORY], default=QUALITY, tooltip=TOOLTIPS["budget"]
+                ),
+                io.Float.Input(
+                    "quality_db", default=24.0, min=1.0, max=100.0, step=0.5, tooltip=TOOLTIPS["quality_db"]
+                ),
+                io.Float.Input(
+                    "memory_mib",
+                    default=256.0,
+                    min=0.0,
+                    max=1048576.0,
+                    step=16.0,
+                    tooltip=TOOLTIPS["memory_mib"],
+                ),
+                io.Combo.Input("unit", options=["layer", "block"], default="layer", tooltip=TOOLTIPS["unit"]),
+                io.Boolean.Input("allow_w4a8", default=True, tooltip=TOOLTIPS["allow_w4a8"]),
+                io.Boolean.Input("allow_w8a8", default=True, tooltip=TOOLTIPS["allow_w8a8"]),
+                io.Boolean.Input("allow_16_bit", default=True, tooltip=TOOLTIPS["allow_16_bit"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save "
-                    "Model."),
-                io.String.Output("report", tooltip="What was raised and why, and what it costs. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
         cls,
-        model,
-        quantized,
-        calibration,
-        budget,
-        quality_db,
-        memory_mib,
-        unit,
-        allow_w4a8,
-        allow_w8a8,
-        allow_16_bit,
-    ):
+        model: ModelPatcher,
+        quantized: ModelPatcher,
+        calibration: Calibration,
+        budget: str,
+        quality_db: float,
+        memory_mib: float,
+        unit: str,
+        allow_w4a8: bool,
+        allow_w8a8: bool,
+        allow_16_bit: bool,
+    ) -> io.NodeOutput:
         allowed = tuple(
             p for p, wanted in zip(PRECISIONS, (allow_w4a8, allow_w8a8, allow_16_bit), strict=True) if wanted
         )
@@ -101,8 +146,8 @@ class NibbleGuard(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
-            half, frame = take_apart(quantized), frame_after(quantized)
-            layers, rest = half.layers, half.rest
+            contents, frame = take_apart(quantized), frame_like(quantized)
+            layers, rest = contents.layers, contents.rest
             plan = [
                 layer
                 for layer in as_observed(source.layers, calibration)
@@ -141,7 +186,7 @@ class NibbleGuard(io.ComfyNode):
                 "source": f"{info['source']}, raised by {NAME}",
             }
             result = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
-        keep_sampling_patches(quantized, result)
+        inherit_sampling_patches(quantized, result)
         result.patches, result.patches_uuid = {k: list(v) for k, v in quantized.patches.items()}, uuid.uuid4()
         _, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(
@@ -149,7 +194,15 @@ class NibbleGuard(io.ComfyNode):
         )
 
 
-def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device) -> list[Measured]:
+def kept_numbers(
+    plan: list[Layer],
+    layers: dict[str, QuantizedLayer],
+    source: ModelSource,
+    fingerprint: str,
+    calibration: Calibration,
+    allowed: tuple[str, ...],
+    device: torch.device | str,
+) -> list[Measured]:
     """Of `measure`, in the order of `plan`. Beside the calibration they stay for a run that goes on, and for
     another budget."""
     settings = {"model": fingerprint, "calibration": calibration.hash, "allowed": allowed, "nibble": VERSION}
@@ -164,7 +217,14 @@ def kept_numbers(plan, layers, source, fingerprint, calibration, allowed, device
     return [done[layer.name] for layer in plan]
 
 
-def make(source, layer, quantized, precision, rest, device):
+def make(
+    source: ModelSource,
+    layer: Layer,
+    quantized: QuantizedLayer,
+    precision: str,
+    rest: dict[str, torch.Tensor],
+    device: torch.device | str,
+) -> QuantizedLayer | None:
     """The layer at a precision, on the CPU; None at 16 bit, where its original tensors go to `rest`."""
     if precision == "W4A8":  # the same tensors: nothing to load, nothing to copy
         return w4a8(quantized)
@@ -179,7 +239,7 @@ def make(source, layer, quantized, precision, rest, device):
     return None
 
 
-def guarded(provenance: dict, decision: Decision, calibration) -> dict:
+def guarded(provenance: dict, decision: Decision, calibration: Calibration) -> dict:
     """The provenance of a quantized model with what Guard did; a second Guard adds to the list."""
     entry = {
         "budget": decision.by,
@@ -193,7 +253,7 @@ def guarded(provenance: dict, decision: Decision, calibration) -> dict:
     return provenance | {"guard": [*provenance.get("guard", ()), entry]}
 
 
-def require_guardable(quantized, fingerprint):
+def require_guardable(quantized: ModelPatcher, fingerprint: str) -> None:
     """Raises ValueError where `quantized` is not a Nibble model made from the model of this fingerprint, or
     has injections."""
     if not isinstance(quantized, NibblePatcher):

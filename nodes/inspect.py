@@ -6,27 +6,43 @@ from comfy_api.latest import io, ui
 
 from ..quant_core.convert.inspect import as_text, describe
 
+DESCRIPTION = (
+    "Says what a model file holds, from its header: format, layers and the kernels they run on here, whether "
+    "stock ComfyUI can load it, and the memory it takes."
+)
+TOOLTIPS = {
+    "model_name": (
+        "A file from the diffusion_models folders: quantized by this pack, for ComfyUI, comfy-kitchen or "
+        "nunchaku, or in full precision."
+    ),
+}
+OUTPUT_TOOLTIPS = {
+    "report": "Connect to Preview as Text.",
+}
+
 
 class NibbleInspect(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleInspect",
             display_name="Nibble Inspect",
             category="Nibble",
-            description="Says what a model file holds, from its header: format, layers and the kernels they run on "
-                "here, whether stock ComfyUI can load it, and the memory it takes.",
+            description=DESCRIPTION,
             search_aliases=["info", "header", "vram", "format", "nunchaku", "svdquant"],
             inputs=[
-                io.Combo.Input("model_name", options=folder_paths.get_filename_list("diffusion_models"), tooltip="A file from the diffusion_models folders: quantized by this pack, for ComfyUI, "
-                    "comfy-kitchen or nunchaku, or in full precision."),
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list("diffusion_models"),
+                    tooltip=TOOLTIPS["model_name"],
+                )
             ],
-            outputs=[io.String.Output("report", tooltip="Connect to Preview as Text.")],
+            outputs=[io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"])],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model_name):
+    def execute(cls, model_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         text = as_text(describe(path, comfy.model_management.get_torch_device()))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

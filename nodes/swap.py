@@ -1,6 +1,7 @@
 """Nibble Swap Blocks."""
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..quant_core.families.select import SelectionError, modules_of, select
@@ -8,33 +9,49 @@ from .host.contents import take_apart
 from .host.patcher import NibblePatcher
 from .host.swapping import NAME, report_text, require_same_architecture, swap
 
+DESCRIPTION = (
+    "Takes some blocks or layers of a model from another one of the same architecture, to find out which of "
+    "them quantization hurts."
+)
+TOOLTIPS = {
+    "model_a": "The model to start from; sampling settings and all that is not swapped come from it.",
+    "model_b": (
+        "The model that the chosen blocks come from. One of the two is quantized by Nibble, the other as "
+        "well or in full precision."
+    ),
+    "blocks": (
+        "What to take from model_b, one a line or with ; between: 'double 0-3', 'single 5,7,9', 'blocks 2', "
+        "module names with *, such as '*.mlp' or '*linear2', or 'all'."
+    ),
+}
+OUTPUT_TOOLTIPS = {
+    "model": "A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble Save Model.",
+    "report": "What came from which model, and how large the result is. Connect to Preview as Text.",
+}
+
 
 class NibbleSwapBlocks(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="NibbleSwapBlocks",
             display_name=NAME,
             category="Nibble",
-            description="Takes some blocks or layers of a model from another one of the same architecture, to find "
-                "out which of them quantization hurts.",
+            description=DESCRIPTION,
             search_aliases=["swap", "mix", "merge", "ablation", "sensitivity", "which block"],
             inputs=[
-                io.Model.Input("model_a", tooltip="The model to start from; sampling settings and all that is not swapped come from it."),
-                io.Model.Input("model_b", tooltip="The model that the chosen blocks come from. One of the two is quantized by Nibble, "
-                    "the other as well or in full precision."),
-                io.String.Input("blocks", default="double 0", multiline=True, tooltip="What to take from model_b, one a line or with ; between: 'double 0-3', 'single "
-                    "5,7,9', 'blocks 2', module names with *, such as '*.mlp' or '*linear2', or 'all'."),
+                io.Model.Input("model_a", tooltip=TOOLTIPS["model_a"]),
+                io.Model.Input("model_b", tooltip=TOOLTIPS["model_b"]),
+                io.String.Input("blocks", default="double 0", multiline=True, tooltip=TOOLTIPS["blocks"]),
             ],
             outputs=[
-                io.Model.Output("model", tooltip="A new model; both inputs stay as they are. Takes samplers, LoRA loaders and Nibble "
-                    "Save Model."),
-                io.String.Output("report", tooltip="What came from which model, and how large the result is. Connect to Preview as Text."),
+                io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
-    def execute(cls, model_a, model_b, blocks):
+    def execute(cls, model_a: ModelPatcher, model_b: ModelPatcher, blocks: str) -> io.NodeOutput:
         if not any(isinstance(m, NibblePatcher) for m in (model_a, model_b)):
             raise ValueError(
                 f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize "

@@ -7,6 +7,7 @@ GLoRA, DoRA by in-channel) is a dense matrix of the layer's size.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import comfy.lora
@@ -20,6 +21,11 @@ from comfy.weight_adapter.lora import LoRAAdapter
 from comfy.weight_adapter.oft import OFTAdapter
 
 from ...quant_core.layer.adapters import Kronecker, LowRank, Side, hadamard_low_rank, kronecker_or_low_rank
+from ...quant_core.layer.linear import QuantizedLayer
+
+Shape = tuple[int, ...]
+# ModelPatcher's: (strength, value, strength_model, offset, function).
+Patch = tuple[float, object, float, tuple[int, int, int] | None, Callable | None]
 
 NAMES = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "oft": "OFT", "boft": "BOFT"}
 
@@ -39,7 +45,7 @@ class Region:
     columns: int
 
     @classmethod
-    def of(cls, offset, out_features, in_features):
+    def of(cls, offset: tuple[int, int, int] | None, out_features: int, in_features: int) -> "Region":
         first, rows, column, columns = 0, out_features, 0, in_features
         if offset is not None and offset[0] == 0:
             first, rows = offset[1:]
@@ -48,22 +54,22 @@ class Region:
         return cls(first, rows, column, columns)
 
 
-def replaces(patch) -> bool:
+def replaces(patch: Patch) -> bool:
     """Whether a patch takes the place of the weight, whatever its strength."""
     return isinstance(patch[1], tuple) and len(patch[1]) == 2 and patch[1][0] == "set"
 
 
-def only_scales(patch) -> bool:
+def only_scales(patch: Patch) -> bool:
     """Whether a patch is no more than its factor, `strength_model`. ComfyUI looks at no value at strength 0:
     nodes that multiply layers hand on `(None,)`."""
     return not patch[0] and not replaces(patch)
 
 
-def refused(patch, shape) -> str:
+def refused(patch: Patch, shape: Shape) -> str:
     """Why no packed tensor of a shape can take a patch, whichever model that was made for; "" if it can."""
     value = patch[1]
     if to := reshaped(value, wanted(patch, shape)):
-        return f"a patch that reshapes the weight to {by(to)}"
+        return f"a patch that reshapes the weight to {times(to)}"
     if isinstance(value, WeightAdapterBase) or only_scales(patch):
         return ""
     if isinstance(value, list):
@@ -76,13 +82,13 @@ def refused(patch, shape) -> str:
     return unusable(patch, shape) if kind in ("diff", "set") else f"a patch of the unknown kind {kind!r}"
 
 
-def unusable(patch, shape) -> str:
+def unusable(patch: Patch, shape: Shape) -> str:
     """Why ComfyUI itself would stop at a patch of a tensor of a shape, when it loads the model and not
     before; "" if it would not."""
     value, want = patch[1], wanted(patch, shape)
     to = reshaped(value, want)
     if to and not (len(to) == len(want) and all(a >= b for a, b in zip(to, want, strict=True))):
-        return f"a patch that reshapes the weight to {by(to)}, which has {by(want)},"
+        return f"a patch that reshapes the weight to {times(to)}, which has {times(want)},"
     if isinstance(value, tuple) and not only_scales(patch):
         kind, tensors = _parts(value)
         if kind in ("diff", "set") and not torch.is_tensor(tensors[0]):
@@ -90,7 +96,7 @@ def unusable(patch, shape) -> str:
     return ""
 
 
-def misfit(patch, shape) -> str:
+def misfit(patch: Patch, shape: Shape) -> str:
     """What a patch made for another shape is; "" if it fits, or where only applying it tells."""
     value = patch[1]
     want = reshaped(value, wanted(patch, shape)) or wanted(patch, shape)
@@ -99,16 +105,16 @@ def misfit(patch, shape) -> str:
         found = _shape(value, flat)
         if found is None or found == flat or (len(want) < 2 and math.prod(found) == flat[0]):
             return ""
-        return f"a {NAMES.get(value.name, value.name)} of {by(found)} on {by(want)} weights"
+        return f"a {NAMES.get(value.name, value.name)} of {times(found)} on {times(want)} weights"
     if not isinstance(value, tuple) or only_scales(patch):
         return ""
     kind, tensors = _parts(value)
     if kind not in ("diff", "set") or tuple(tensors[0].shape) == want:
         return ""
-    return f"a full difference of {by(tensors[0].shape)} on {by(want)} weights"
+    return f"a full difference of {times(tensors[0].shape)} on {times(want)} weights"
 
 
-def wanted(patch, shape) -> tuple:
+def wanted(patch: Patch, shape: Shape) -> tuple:
     """The shape of what a patch changes: of all the tensor, or of the range in its offset (dimension, start,
     length)."""
     want = list(shape)
@@ -117,7 +123,7 @@ def wanted(patch, shape) -> tuple:
     return tuple(want)
 
 
-def reshaped(value, shape) -> tuple | None:
+def reshaped(value: object, shape: Shape) -> tuple | None:
     """The shape that a patch gives to a tensor of `shape`; None where it is the same. BFL's control LoRAs
     widen the input layer so."""
     to = value.weights[5] if isinstance(value, LoRAAdapter) else None
@@ -134,12 +140,14 @@ def _parts(value):
     return (value[0], value[1]) if len(value) == 2 else (f"tuple of {len(value)}", ())
 
 
-def by(shape) -> str:
+def times(shape: Shape) -> str:
+    """A shape as text, such as 3072 x 64."""
     return " x ".join(str(int(n)) for n in shape)
 
 
 def _shape(adapter, flat):
-    """(n, k) of an adapter's difference; None where only applying it tells. flat: (n, k) of what it is for."""
+    """(n, k) of an adapter's difference; None where only applying it tells. flat: (n, k) of what it is
+    for."""
     w = adapter.weights
     if isinstance(adapter, LoRAAdapter):
         return (w[0].shape[0], w[1].shape[1:].numel()) if w[3] is None else None
@@ -161,12 +169,12 @@ def _shape(adapter, flat):
     return None
 
 
-def effective(patches) -> list:
+def effective(patches: Sequence[Patch]) -> list:
     """Those that change a weight: at strength 0 only ComfyUI's "set", and what also scales the weight, do."""
     return [p for p in patches if p[0] or p[2] != 1.0 or replaces(p)]
 
 
-def side_of(patches, layer, key: str, device) -> Side:
+def side_of(patches: Sequence[Patch], layer: QuantizedLayer, key: str, device: torch.device | str) -> Side:
     """What `patches` put beside a QuantizedLayer, computed on `device`. Raises UnsupportedPatch."""
     side = Side(layer.spec.out_features, layer.spec.in_features)
     shape = layer.spec.logical_shape
@@ -179,27 +187,27 @@ def side_of(patches, layer, key: str, device) -> Side:
 
     for patch in patches:
         reason = refused(patch, shape)
-        if other := misfit(patch, shape) if not reason else "":
-            reason = f"{other}, made for another model,"
+        if not reason and (mismatch := misfit(patch, shape)):
+            reason = f"{mismatch}, made for another model,"
         if reason:
             raise UnsupportedPatch(f"{key}: {reason} cannot be put beside a quantized layer")
         _add(side, patch, key, weight, device, shape[2:])
     return side
 
 
-def _add(side, patch, key, weight, device, ones):
-    """ones: behind the two dimensions of a convolution's weight, which the side does not have."""
+def _add(side, patch, key, weight, device, behind):
+    """behind: the sizes behind the two dimensions of a convolution's weight, which the side does not have."""
     strength, value, strength_model, offset, function = patch
-    at = Region.of(offset, side.out_features, side.in_features)
-    whole_rows = at.columns == side.in_features
+    region = Region.of(offset, side.out_features, side.in_features)
+    whole_rows = region.columns == side.in_features
     if only_scales(patch):
         if whole_rows or strength_model == 1.0:
-            _scale(side, at, strength_model, device)
+            _scale(side, region, strength_model, device)
         else:
-            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device, ones)
+            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device, behind)
         return
     if isinstance(value, tuple) and function is None and whole_rows:
-        _add_difference(side, value, at, strength, strength_model, device)
+        _add_difference(side, value, region, strength, strength_model, device)
         return
     term = _structured(value, device) if isinstance(value, WeightAdapterBase) else None
     if (
@@ -207,57 +215,59 @@ def _add(side, patch, key, weight, device, ones):
     ):  # reorders rows, so it commutes with the product
         term, function = LowRank(term.down, function(term.up)), None
     magnitude = _dora_scale(value)
-    by_row = magnitude is None or (magnitude.shape[0] == at.rows and isinstance(term, LowRank))
+    by_row = magnitude is None or (magnitude.shape[0] == region.rows and isinstance(term, LowRank))
     if term is not None and function is None and whole_rows and by_row:
-        _scale(side, at, strength_model, device)
+        _scale(side, region, strength_model, device)
         if magnitude is not None:
-            rows = weight()[at.first : at.first + at.rows]
+            rows = weight()[region.first : region.first + region.rows]
             ratio = magnitude.to(device, torch.float32).flatten() / (
                 rows.norm(dim=1) + torch.finfo(torch.float32).eps
             )
-            side.scale_rows(1 + strength * (ratio - 1), at.first)
+            side.scale_rows(1 + strength * (ratio - 1), region.first)
             term = LowRank(term.down, term.up * ratio[:, None])
-        _append(side, term, at.first, strength)
+        _append(side, term, region.first, strength)
     elif isinstance(term, LowRank) and function is None and magnitude is None and strength_model == 1.0:
         down = term.down.new_zeros(term.down.shape[0], side.in_features)
-        down[:, at.column : at.column + at.columns] = term.down
+        down[:, region.column : region.column + region.columns] = term.down
         side.low_rank.append(LowRank(down, term.up * strength))
     else:
-        _add_dense(side, patch, key, weight, device, ones)
+        _add_dense(side, patch, key, weight, device, behind)
 
 
-def _scale(side, at, strength_model, device):
+def _scale(side, region, strength_model, device):
     if strength_model != 1.0:
-        side.scale(float(strength_model), at.rows, at.first, device)
+        side.scale(float(strength_model), region.rows, region.first, device)
 
 
-def _add_difference(side, value, at, strength, strength_model, device):
+def _add_difference(side, value, region, strength, strength_model, device):
     """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
     kind, (tensor, *_) = _parts(value)
-    _scale(side, at, 0.0 if kind == "set" else strength_model, device)
+    _scale(side, region, 0.0 if kind == "set" else strength_model, device)
     side.add_dense(
-        tensor.to(device, torch.float32).flatten(1) * (1.0 if kind == "set" else strength), at.first
+        tensor.to(device, torch.float32).flatten(1) * (1.0 if kind == "set" else strength), region.first
     )
 
 
-def _add_dense(side, patch, key, weight, device, ones):
+def _add_dense(side, patch, key, weight, device, behind):
     """Whatever ComfyUI makes of the weight, minus the weight."""
     strength, value, *_ = patch
     current = weight()
     if torch.device(device).type == "meta":
         side.add_dense(current)
         return
-    after = comfy.lora.calculate_weight([patch], current.clone().view(*current.shape, *ones), key).flatten(1)
+    whole = current.clone().view(*current.shape, *behind)
+    patched = comfy.lora.calculate_weight([patch], whole, key).flatten(1)
     if (
         strength
         and isinstance(value, WeightAdapterBase)
-        and torch.equal(after, current)
+        and torch.equal(patched, current)
         and not _is_zero(value)
     ):
         raise UnsupportedPatch(
-            f"{key}: ComfyUI could not apply a {value.name} to {by(current.shape)} weights; its log says why"
+            f"{key}: ComfyUI could not apply a {value.name} to {times(current.shape)} weights; its log says "
+            "why"
         )
-    side.add_dense(after - current)
+    side.add_dense(patched - current)
 
 
 def _append(side, term, first, strength):

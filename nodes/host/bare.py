@@ -5,10 +5,13 @@ into the shared model and leaves them there after sampling; what was there befor
 clones share as well.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.utils
+import torch
+from comfy.model_patcher import ModelPatcher
 
 NETWORK = "diffusion_model"
 PREFIX = f"{NETWORK}."
@@ -21,7 +24,7 @@ def in_network(name: str) -> bool:
 
 
 @contextmanager
-def bare(patcher):
+def bare(patcher: ModelPatcher) -> Iterator[torch.nn.Module]:
     """Within, `patcher.model` has the modules that it was loaded with, under their own names; gives it.
     Weights may still be patched: `original` knows what they were."""
     model = patcher.model
@@ -30,8 +33,8 @@ def bare(patcher):
             stack.enter_context(clone.use_ejected())
         taken = []
         try:
-            for name, before in patcher.object_patches_backup.items():
-                taken.append((name, comfy.utils.set_attr(model, name, before)))
+            for name, plain in patcher.object_patches_backup.items():
+                taken.append((name, comfy.utils.set_attr(model, name, plain)))
             yield model
         finally:
             for name, put_on in reversed(taken):
@@ -45,19 +48,19 @@ def _injected(patcher) -> list:
     return [p for p in loaded if p is not None and p.is_clone(patcher) and p.is_injected]
 
 
-def original(patcher, key, now):
-    """A tensor of the shared model before any patch of weights, where `now` is what the bare model holds
+def original(patcher: ModelPatcher, key: str, held: torch.Tensor) -> torch.Tensor:
+    """A tensor of the shared model before any patch of weights, where `held` is what the bare model holds
     under the key of its state dict."""
-    held = (
+    backups = (
         (patcher.object_patches_backup, lambda kept: kept),
         (patcher.backup, lambda kept: kept.weight),
         (patcher.hook_backup, lambda kept: kept[0]),
         (getattr(patcher, "backup_buffers", {}), lambda kept: kept),
     )
-    for backup, tensor in held:
+    for backup, tensor in backups:
         # A weight that was patched while a wrapped block was in place is kept under the name that it had
         # there.
         name = key if key in backup else next((k for k in backup if k.replace(WRAPPED, "") == key), None)
         if name is not None:
             return tensor(backup[name])
-    return now
+    return held

@@ -2,19 +2,24 @@
 
 import logging
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...kernels import requantize_at_load
+from ...kernels.operator.spec import LinearSpec
 from ...kernels.target import target_of
 from ...quant_core.families import by_name
 from ...quant_core.formats.detect import open_quantized
+from ...quant_core.formats.origin import Origin
 from ...quant_core.layer.linear import QuantizedLayer
 from ...quant_core.layer.precisions import to_w8a8
 from ...quant_core.run.report import as_report
 from .bare import PREFIX, bare, original
-from .frame import DetectionError, Frame, after, of_file
+from .frame import DetectionError, Frame, like, of_file
 from .fused import fuse_gelu
 from .origin import ATTACHMENT
 from .patcher import NibblePatcher
@@ -24,7 +29,13 @@ from .patcher import NibblePatcher
 VERIFY = "NIBBLE_VERIFY"
 
 
-def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
+def build(
+    take: Callable[[str], QuantizedLayer | None],
+    specs: dict[str, LinearSpec],
+    rest: dict[str, torch.Tensor],
+    info: dict,
+    frame: Frame,
+) -> NibblePatcher:
     """take(name): the QuantizedLayer, called once when its module loads. specs: {name: LinearSpec}. rest:
     {key: tensor}.
 
@@ -47,8 +58,11 @@ def build(take, specs, rest, info, frame: Frame) -> NibblePatcher:
     return patcher
 
 
-def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of keys."""
+def placeholders(
+    specs: dict[str, LinearSpec], dtype: torch.dtype = torch.bfloat16
+) -> dict[str, torch.Tensor]:
+    """Meta tensors of the quantized layers' logical shapes, for ComfyUI's detection and its renaming of
+    keys."""
     out = {}
     for name, spec in specs.items():
         out[f"{name}.weight"] = torch.empty(spec.logical_shape, dtype=dtype, device="meta")
@@ -57,12 +71,18 @@ def placeholders(specs, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     return out
 
 
-def frame_after(patcher) -> Frame:
+def frame_like(patcher: ModelPatcher) -> Frame:
     """An empty model like a MODEL, quantized or not, for layers as this machine's card wants them."""
-    return after(patcher, _for_this_card)
+    return like(patcher, _for_this_card)
 
 
-def frame_of_file(origin, specs, rest, source, family) -> Frame:
+def frame_of_file(
+    origin: Origin,
+    specs: dict[str, LinearSpec],
+    rest: dict[str, torch.Tensor],
+    source: str | Path,
+    family: str,
+) -> Frame:
     """An empty model for what is in a file; see `of_file`."""
     return of_file(origin, rest | placeholders(specs), str(source), family, _for_this_card)
 
@@ -74,7 +94,7 @@ def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
     return to_w8a8(layer.to(device)).to("cpu")
 
 
-def load(path, disable_dynamic=True) -> NibblePatcher:
+def load(path: str | Path, disable_dynamic: bool = True) -> NibblePatcher:
     """A quantized file of any format that `open_quantized` reads, as a model. Weights stay memory-mapped
     until ComfyUI moves them, where the format has the layout of memory. Raises DetectionError where ComfyUI
     has no such model."""
@@ -105,7 +125,7 @@ def load(path, disable_dynamic=True) -> NibblePatcher:
     return patcher
 
 
-def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
+def rebuild(patcher: ModelPatcher, disable_dynamic: bool = True) -> NibblePatcher:
     """A second, independent model with the same layers, on the CPU."""
     layers, rest = unpatched(patcher)
     specs = {name: layer.spec for name, layer in layers.items()}
@@ -114,23 +134,23 @@ def rebuild(patcher, disable_dynamic=True) -> NibblePatcher:
         specs,
         rest,
         patcher.attachments[ATTACHMENT],
-        frame_after(patcher),
+        frame_like(patcher),
     )
 
 
-def unpatched(patcher: NibblePatcher):
+def unpatched(patcher: NibblePatcher) -> tuple[dict[str, QuantizedLayer], dict[str, torch.Tensor]]:
     """({name: QuantizedLayer}, {key: tensor} of the rest) as before any patch, on the CPU.
 
     A clone shares the modules, and may have wrapped some of them and patched biases and 16-bit weights in
     place.
     """
 
-    before = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()
+    plain = lambda key, tensor: original(patcher, PREFIX + key, tensor).detach().cpu()
     layers = {}
     for full, module in patcher.packed_layers():
         layer = module.layer(full.removeprefix(PREFIX))
-        tensors = {leaf: before(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
+        tensors = {leaf: plain(f"{layer.name}.{leaf}", t) for leaf, t in layer.tensors.items()}
         layers[layer.name] = module.original or QuantizedLayer(layer.name, layer.spec, tensors)
     with bare(patcher) as model:
         state = model.diffusion_model.state_dict()
-    return layers, {k: before(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}
+    return layers, {k: plain(k, t) for k, t in state.items() if k.rpartition(".")[0] not in layers}

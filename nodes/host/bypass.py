@@ -8,12 +8,14 @@ would have made of it.
 import inspect
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.weight_adapter import BypassInjectionManager
 from comfy.weight_adapter.loha import LoHaAdapter
 from comfy.weight_adapter.lokr import LoKrAdapter
 from comfy.weight_adapter.lora import LoRAAdapter
 
-from .inherited import CannotCount
+from .adapters import Patch
+from .inherited import NotInheritable
 
 # What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and
 # the new shape of the layer.
@@ -25,28 +27,28 @@ INJECTED = (
 )  # dtypes of a layer in which its adapter is held once it was injected
 
 
-def patches_of(patcher, names: dict) -> dict[str, list]:
+def patches_of(patcher: ModelPatcher, names: dict) -> dict[str, list]:
     """{layer: [ModelPatcher's tuples]} of what the injections on a MODEL add to its layers. names: {module:
     its name}, of the network.
 
-    Raises CannotCount for injections of another kind, and for adapters that act on a layer's output, bias and
-    all, as OFT does.
+    Raises NotInheritable for injections of another kind, and for adapters that act on a layer's output, bias
+    and all, as OFT does.
     """
-    found, others = {}, []
+    found, unreadable = {}, []
     for key, injections in patcher.injections.items():
         for injection in injections:
             if (manager := _manager(injection.inject)) is None:
-                raise CannotCount("injections", [key])
+                raise NotInheritable("injections", [key])
             for hook in manager.hooks:
                 name, patch = names.get(hook.module), _patch(hook)
                 if name is None or patch is None:
-                    others.append(name or "layers of another model")
+                    unreadable.append(name or "layers of another model")
                 else:
                     found.setdefault(name, []).append(patch)
-    if others:
-        raise CannotCount(
+    if unreadable:
+        raise NotInheritable(
             "bypass adapters that are no LoRA, LoHa or LoKr",
-            others,
+            unreadable,
             " Or load them with LoraLoaderModelOnly.",
         )
     return found
@@ -65,11 +67,11 @@ def _patch(hook):
     return hook.multiplier, type(hook.adapter)(hook.adapter.loaded_keys, weights), 1.0, None, None
 
 
-def as_injected(patch, dtype):
+def as_injected(patch: Patch, dtype: torch.dtype) -> Patch:
     """The same patch in the dtype that the first sampling run leaves it in, by which a model is recognized
     before and after it."""
-    strength, adapter, *others = patch
+    strength, adapter, *rest = patch
     if dtype not in INJECTED:
         return patch
     weights = tuple(w.to(dtype) if isinstance(w, torch.Tensor) else w for w in adapter.weights)
-    return (strength, type(adapter)(adapter.loaded_keys, weights), *others)
+    return (strength, type(adapter)(adapter.loaded_keys, weights), *rest)

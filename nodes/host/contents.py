@@ -4,18 +4,19 @@ from dataclasses import dataclass
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.scaled import computable
 from ...quant_core.layer.linear import QuantizedLayer
 from .bare import PREFIX, bare, original
 from .build import ATTACHMENT, unpatched
-from .inherited import require_carriable
+from .inherited import require_inheritable
 from .patcher import NibblePatcher
 from .source import QuantizedSource
 
 
 @dataclass(frozen=True)
-class Half:
+class Contents:
     """A model before any patch. layers: {name: QuantizedLayer}. rest: {key: tensor}. info: Nibble's
     attachment, {} for a stock model."""
 
@@ -39,14 +40,14 @@ class Half:
         return sum(layer.nbytes for layer in self.layers.values()) + sum(t.nbytes for t in self.rest.values())
 
 
-def take_apart(patcher) -> Half:
+def take_apart(patcher: ModelPatcher) -> Contents:
     """The tensors are the model's own where it is on the CPU; a model on a card is unloaded first, or each
     would be copied from there.
 
     The weights of a dynamic patcher are ComfyUI's to page in and out; they are read again into a model of
-    their own. Raises CannotCount for what `keep_sampling_patches` would leave behind.
+    their own. Raises NotInheritable for what `inherit_sampling_patches` would leave behind.
     """
-    require_carriable(patcher)
+    require_inheritable(patcher)
     if patcher.is_dynamic():
         patcher = patcher.clone(disable_dynamic=True)
     if not comfy.model_management.is_device_cpu(patcher.current_loaded_device()):
@@ -54,8 +55,8 @@ def take_apart(patcher) -> Half:
             patcher, unload_additional_models=False, all_devices=True
         )
     if isinstance(patcher, NibblePatcher):
-        return Half(patcher, *unpatched(patcher), patcher.attachments[ATTACHMENT])
-    return Half(patcher, {}, dict(_stock(patcher)), {})
+        return Contents(patcher, *unpatched(patcher), patcher.attachments[ATTACHMENT])
+    return Contents(patcher, {}, dict(_stock(patcher)), {})
 
 
 def _stock(patcher):

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from .adapters import UnsupportedPatch, misfit, only_scales, refused, reshaped, unusable
 from .unmatched import sentence
 
+# Of add_patches: a key of the state dict, or a tuple of one, an offset and perhaps a function.
+PatchKey = str | tuple
+
 EXAMPLES = 4
 
 
@@ -39,7 +42,10 @@ class Sorted:
 
 
 def sort(
-    patches: dict, strengths, target_of: Callable[[str], Target | None], file: dict | None = None
+    patches: dict,
+    strengths: tuple[float, float],
+    target_of: Callable[[str], Target | None],
+    file: dict | None = None,
 ) -> Sorted:
     """Judges patches {key or (key, offset, function): value} as ModelPatcher's add_patches takes them.
     strengths: (strength_patch, strength_model). file: all patches of the file that these are a part of.
@@ -62,8 +68,9 @@ def sort(
     return found
 
 
-def of_another_shape(adapters: dict, target_of) -> dict[str, str]:
-    """{key: reason} of the adapters that cannot act beside their layer, on its input and output as they are."""
+def of_another_shape(adapters: dict, target_of: Callable[[str], Target | None]) -> dict[str, str]:
+    """{key: reason} of the adapters that cannot act beside their layer, on its input and output as they
+    are."""
     found = {}
     for key, value in adapters.items():
         if target := target_of(key):
@@ -75,12 +82,12 @@ def of_another_shape(adapters: dict, target_of) -> dict[str, str]:
 
 
 def left_out(
-    misfits: dict[str, str], what="of the LoRA file left out, made for layers of another shape"
+    misfits: dict[str, str], what: str = "of the LoRA file left out, made for layers of another shape"
 ) -> str:
     return sentence([f"{key} ({reason})" for key, reason in misfits.items()], what)
 
 
-def parts_of(key):
+def parts_of(key: PatchKey) -> tuple[str, tuple[int, int, int] | None, Callable | None]:
     """(state dict key, offset, function) of a key of patches."""
     return (key, None, None) if isinstance(key, str) else (key[0], key[1], key[2] if len(key) > 2 else None)
 

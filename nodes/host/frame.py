@@ -12,6 +12,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.supported_models
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.origin import Origin, names_text
 from .bare import NETWORK, bare
@@ -37,12 +38,12 @@ class Frame:
     checkpoint's, which ComfyUI renames as it loads.
     """
 
-    def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable):
+    def __init__(self, make: Callable, origin: Origin, network_names: bool, prepare: Callable) -> None:
         self._take, self._renamed = None, {}
         operations = operations_for(lambda name: self._take(self._renamed.get(name, name)), prepare)
         self.origin, self.network_names, self._model = origin, network_names, make(operations)
 
-    def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str):
+    def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str) -> torch.nn.Module:
         """Loads the network's tensors and gives the model away. take(name of a linear layer): its
         QuantizedLayer or None; the entry of a quantized one in `state` only says that it is there.
 
@@ -54,13 +55,13 @@ class Frame:
         model, self._model, self._take = self._model, None, take
         network = model.diffusion_model
         if not self.network_names:
-            before = {id(t): key for key, t in state.items()}
+            stored_as = {id(t): key for key, t in state.items()}
             state = model.model_config.process_unet_state_dict(dict(state))
             layer = lambda key: key.removesuffix(".weight")
             self._renamed = {
-                layer(key): layer(before[id(t)])
+                layer(key): layer(stored_as[id(t)])
                 for key, t in state.items()
-                if id(t) in before and key.endswith(".weight")
+                if id(t) in stored_as and key.endswith(".weight")
             }
         missing, unexpected = network.load_state_dict(state, strict=False)
         buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
@@ -79,15 +80,15 @@ class Frame:
         return model
 
 
-def after(patcher, prepare: Callable) -> Frame:
+def like(patcher: ModelPatcher, prepare: Callable) -> Frame:
     """A model of the same class, config, prediction type, sampling and latent format, with the same tensors
     outside of its network."""
     with bare(patcher) as source:
         origin = origin_of(patcher, (patcher.attachments.get(ATTACHMENT) or {}).get("origin"))
-        return Frame(lambda operations: _after(source, origin, operations), origin, True, prepare)
+        return Frame(lambda operations: _like(source, origin, operations), origin, True, prepare)
 
 
-def _after(source, origin, operations):
+def _like(source, origin, operations):
     config = _config_like(source.model_config, operations)
     kind = source.model_type
     config.model_type = lambda *args, **kwargs: kind  # of the source it must hold nothing: a second model

@@ -6,12 +6,12 @@ from itertools import pairwise
 import torch
 
 from ...kernels.prologue import Gelu
-from .operations import is_quantized
+from .packed import is_quantized
 
 GELU = Gelu()
 
 
-def fuse_gelu(model: torch.nn.Module):
+def fuse_gelu(model: torch.nn.Module) -> None:
     """Of every plain Sequential in the model. Its modules stay what they are: code that calls them one by
     one, as ComfyUI's `linear_input_act` and chunked feed-forward nodes do, gets a GELU from the one and none
     from the other.
@@ -35,8 +35,8 @@ class Fused(torch.nn.Sequential):
     """A Sequential that hands a GELU to the packed layer behind it, unless something stands in front of that
     layer and must see its input."""
 
-    def forward(self, x):
-        modules, before = list(self), None
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules, prologue = list(self), None
         for i, module in enumerate(modules):
             following = modules[i + 1] if i + 1 < len(modules) else None
             if (
@@ -44,8 +44,8 @@ class Fused(torch.nn.Sequential):
                 and _fits(module, following)
                 and not (following.wrapped or following._forward_pre_hooks)
             ):
-                before = GELU
+                prologue = GELU
                 continue
-            x = module(x) if before is None else module(x, before=before)
-            before = None
+            x = module(x) if prologue is None else module(x, prologue=prologue)
+            prologue = None
         return x

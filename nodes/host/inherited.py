@@ -1,5 +1,5 @@
-"""What nodes before ours have set on a model: put onto the model that we make of it, or refused by name
-before any work."""
+"""What a model that we make inherits of what nodes before ours have set on the model it is made of; the rest
+is refused by name before any work."""
 
 import inspect
 import logging
@@ -7,6 +7,7 @@ import types
 
 import comfy.utils
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, set_torch_compile_wrapper
 
@@ -16,10 +17,10 @@ EXAMPLES = 3
 SETTINGS = (str, int, float, bool, type(None), torch.dtype)
 
 
-class CannotCount(ValueError):
+class NotInheritable(ValueError):
     """Something on a model that can neither be worked into its weights nor be put onto another model."""
 
-    def __init__(self, what: str, found: list[str], advice: str = ""):
+    def __init__(self, what: str, found: list[str], advice: str = "") -> None:
         more = f" and {len(found) - EXAMPLES} more" if len(found) > EXAMPLES else ""
         super().__init__(
             f"this model has {what} on {', '.join(found[:EXAMPLES])}{more}, which act on its own layers: a "
@@ -28,20 +29,20 @@ class CannotCount(ValueError):
         )
 
 
-def require_carriable(model):
-    """Raises CannotCount for weight wrappers, and for object patches of the network that
-    `keep_sampling_patches` does not carry."""
+def require_inheritable(model: ModelPatcher) -> None:
+    """Raises NotInheritable for weight wrappers, and for object patches of the network that
+    `inherit_sampling_patches` leaves behind."""
     if model.weight_wrapper_patches:
-        raise CannotCount("weight wrappers", list(model.weight_wrapper_patches))
-    kept = {*_settings(model), *_compiled(model)}
-    if found := [name for name in model.object_patches if in_network(name) and name not in kept]:
-        raise CannotCount("object patches", found)
+        raise NotInheritable("weight wrappers", list(model.weight_wrapper_patches))
+    inherited = {*_settings(model), *_compiled(model)}
+    if found := [name for name in model.object_patches if in_network(name) and name not in inherited]:
+        raise NotInheritable("object patches", found)
 
 
-def keep_sampling_patches(model, onto):
-    """What sampling nodes have set (ModelSamplingFlux, attention patches, wrappers, settings of the network)
-    stays in force. The network is compiled again where it was compiled as a whole; modules that were compiled
-    one by one are not, and the log says so."""
+def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
+    """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, settings
+    of the network) onto the one that is made of it, where it stays in force. The network is compiled again
+    where it was compiled as a whole; modules that were compiled one by one are not, and the log says so."""
     twin = model.clone()
     onto.model_options = twin.model_options
     outside = {
@@ -64,7 +65,7 @@ def keep_sampling_patches(model, onto):
         )
 
 
-def uncompiled(model):
+def uncompiled(model: ModelPatcher) -> ModelPatcher:
     """A clone that computes the same without torch.compile: graphs that are compiled already do not see hooks
     and replaced layers."""
     compiled, held = _compiled(model), model.wrappers.get(WrappersMP.APPLY_MODEL, {})
@@ -98,20 +99,20 @@ def _compiled(model) -> list[str]:
         ]
 
 
-def _compiles(value, before) -> bool:
+def _compiles(value, plain) -> bool:
     inner = (
         getattr(value, "_orig_mod", None)
         if isinstance(value, torch.nn.Module)
         else getattr(value, "_torchdynamo_orig_callable", None)
     )
-    return inner is not None and (inner is before or (inspect.ismethod(inner) and inner == before))
+    return inner is not None and (inner is plain or (inspect.ismethod(inner) and inner == plain))
 
 
-def _rebound(value, before, after):
+def _rebound(value, model, made):
     """Methods of the model itself, which packs replace, would go on asking the old one."""
     return (
-        types.MethodType(value.__func__, after)
-        if inspect.ismethod(value) and value.__self__ is before
+        types.MethodType(value.__func__, made)
+        if inspect.ismethod(value) and value.__self__ is model
         else value
     )
 

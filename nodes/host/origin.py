@@ -3,10 +3,12 @@ sampling settings, latent format."""
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.model_detection
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.origin import Origin, encoded
 from ...quant_core.store.safe import CheckpointError, open_safetensors
@@ -20,7 +22,7 @@ class UnrecordedModel(RuntimeError):
     """A model of which a file cannot say what it is."""
 
 
-def origin_of(patcher, known: Origin | None = None) -> Origin:
+def origin_of(patcher: ModelPatcher, known: Origin | None = None) -> Origin:
     """The Origin of a MODEL, to be called within `bare`: `host` says what it is, `beside` holds its tensors
     outside of the network.
 
@@ -53,7 +55,7 @@ def origin_of(patcher, known: Origin | None = None) -> Origin:
     )
 
 
-def outside_tensors(model) -> dict[str, torch.Tensor]:
+def outside_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """{key: tensor} of a BaseModel, all but the network's and the schedules'; in the model's own memory."""
     own = {
         key: tensor.detach()
@@ -126,7 +128,7 @@ def _config(model, metadata, config) -> dict[str, str]:
     return {"config": text} if detected(shown, {"config": text}) == want else {}
 
 
-def detected(shown: dict[str, torch.Tensor], metadata) -> tuple[type, dict] | None:
+def detected(shown: dict[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[type, dict] | None:
     """(class, unet_config) by ComfyUI's detection on tensors that may be on the meta device; None where it
     knows no such model."""
     try:

@@ -3,6 +3,8 @@ all else is refused by name."""
 
 import functools
 import logging
+from collections.abc import ItemsView
+from typing import NoReturn
 
 import comfy.lora
 import comfy.model_management
@@ -16,7 +18,7 @@ from . import unmatched
 from .adapters import UnsupportedPatch, effective, side_of
 from .bare import WRAPPED, in_network
 from .fitting import EXAMPLES, Target, left_out, of_another_shape, sort
-from .operations import is_quantized
+from .packed import Packable, is_quantized
 from .real_values import PackedWeight
 
 MADE_FOR_ANOTHER = "the LoRA was made for another one"
@@ -41,8 +43,9 @@ class Stack(tuple):
 class NibblePatcher(comfy.model_patcher.ModelPatcher):
     """Not the dynamic variant: packed layers cast themselves and are counted with all their tensors."""
 
-    def __init__(self, model, *args, **kwargs):
+    def __init__(self, model: torch.nn.Module, *args: object, **kwargs: object) -> None:
         super().__init__(model, *args, **kwargs)
+        _observe_loaders()
         if not hasattr(model, "nibble_size"):
             model.nibble_size = comfy.model_management.module_size(model)  # before anything is attached
             model.nibble_hooked = False  # whether the attached sides have a hook's patches in them
@@ -50,9 +53,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             model.nibble_layers = {
                 name: module for name, module in model.named_modules() if is_quantized(module)
             }
-        self._sides = self._said = None
+        self._sides = self._logged = None
 
-    def packed_layers(self):
+    def packed_layers(self) -> ItemsView[str, Packable]:
         """(name, module) of the quantized layers; names as in the state dict, without a leaf."""
         return self.model.nibble_layers.items()
 
@@ -64,13 +67,22 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     # -- what may be patched
 
-    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
+    def add_patches(
+        self, patches: dict, strength_patch: float = 1.0, strength_model: float = 1.0, **kwargs: object
+    ) -> list:
         """As ModelPatcher's; raises UnsupportedPatch at once for what this model cannot take, before anything
         is changed."""
         taken, left_out = self._fitting(patches, strength_patch, strength_model, MADE_FOR_ANOTHER)
         return super().add_patches(taken, strength_patch, strength_model, **kwargs) + left_out
 
-    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0, **kwargs):
+    def add_hook_patches(
+        self,
+        hook: comfy.hooks.Hook,
+        patches: dict,
+        strength_patch: float = 1.0,
+        strength_model: float = 1.0,
+        **kwargs: object,
+    ) -> list:
         """As ModelPatcher's, for LoRAs whose strength a schedule sets. Raises UnsupportedPatch as
         `add_patches` does."""
         taken, left_out = self._fitting(patches, strength_patch, strength_model, "the hook would do nothing")
@@ -119,7 +131,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             )
         return text + ", ..." * (len(dense) > EXAMPLES)
 
-    def add_weight_wrapper(self, name, *args, **kwargs):
+    def add_weight_wrapper(self, name: str, *args: object, **kwargs: object) -> None:
         if self._packed(name):
             raise UnsupportedPatch(
                 f"{name}: a weight wrapper sees float weights, and this layer is packed. Leave quantized "
@@ -127,13 +139,19 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             )
         super().add_weight_wrapper(name, *args, **kwargs)
 
-    def set_injections(self, key, injections, *args, **kwargs):
+    def set_injections(
+        self,
+        key: str,
+        injections: list[comfy.patcher_extension.PatcherInjection],
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         """A second bypass loader joins the first, where ModelPatcher would drop the first; they are taken off
         in the opposite order."""
         if key == BYPASS:
             self._check_bypass()
             if key in self.injections:
-                injections = [_both(self.injections[key], injections)]
+                injections = [_joined(self.injections[key], injections)]
         super().set_injections(key, injections, *args, **kwargs)
 
     def _check_bypass(self):
@@ -156,14 +174,13 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if missing:
             logging.warning(f"Nibble: {unmatched.sentence(missing)}")
         if sliced := [k[0] for k in loaded if not isinstance(k, str)]:
+            what = "for parts of fused layers are left out by the bypass loader"
             logging.warning(
-                "Nibble: "
-                f"{unmatched.sentence(sliced, 'for parts of fused layers are left out by the bypass loader')}. "
-                "Load this "
-                "LoRA with LoraLoaderModelOnly, which changes no packed weight either."
+                f"Nibble: {unmatched.sentence(sliced, what)}. Load this LoRA with LoraLoaderModelOnly, which "
+                "changes no packed weight either."
             )
 
-    def get_key_patches(self, filter_prefix=None, **kwargs):
+    def get_key_patches(self, filter_prefix: str | None = None, **kwargs: object) -> dict[str, list]:
         """As ModelPatcher's, with packed codes as plain tensors: a merge casts them before it asks
         `convert_weight` for real values."""
         found = super().get_key_patches(filter_prefix, **kwargs)
@@ -172,16 +189,17 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
                 found[key] = [(weight.data, *convert), *patches]
         return found
 
-    def state_dict_for_saving(self, *args, **kwargs):
+    def state_dict_for_saving(self, *args: object, **kwargs: object) -> NoReturn:
         """ComfyUI's save nodes would write packed bytes without their description: a file that nothing can
         load."""
         raise RuntimeError(
-            "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes would lose its layer descriptions"
+            "this model is quantized by Nibble; save it with Nibble Save Model, ComfyUI's own save nodes "
+            "would lose its layer descriptions"
         )
 
     # -- memory
 
-    def model_size(self):
+    def model_size(self) -> int:
         """Bytes of all tensors, scales and adapters included; adapters of this clone, whichever clone is
         loaded."""
         return self.model.nibble_size + self._side_bytes()
@@ -205,7 +223,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     # -- loading
 
-    def patch_weight_to_device(self, key, *args, **kwargs):
+    def patch_weight_to_device(self, key: str, *args: object, **kwargs: object) -> torch.Tensor | None:
         packed = self._packed(key)
         # What stands beside a packed weight is there since load(). A bias in `backup` was patched when its
         # layer was left in memory.
@@ -213,16 +231,16 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             return getattr(*packed)
         return super().patch_weight_to_device(key, *args, **kwargs)
 
-    def load(self, *args, **kwargs):
+    def load(self, *args: object, **kwargs: object) -> None:
         self.unpatch_hooks()
         self._attach(self.patches)  # before the sizes are taken
-        if self._said != self.patches_uuid and self._shapes():
+        if self._logged != self.patches_uuid and self._shapes():
             logging.info(f"Nibble: {self.lora_summary()}")
-        self._said = self.patches_uuid
+        self._logged = self.patches_uuid
         super().load(*args, **kwargs)
         self._take_off_functions()
 
-    def partially_unload(self, *args, **kwargs):
+    def partially_unload(self, *args: object, **kwargs: object) -> int:
         freed = super().partially_unload(*args, **kwargs)
         self._take_off_functions()
         return freed
@@ -250,7 +268,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         for name, module in self.packed_layers():
             wanted = effective(patches.get(f"{name}.weight", []))
             key = Stack(wanted)
-            if key != module.attached:
+            if key != module.attached.key:
                 module.attach(
                     key,
                     lambda name=name, module=module, wanted=wanted: self._side(name, module, wanted),
@@ -267,7 +285,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             patches, layer, name, comfy.model_management.get_torch_device() if heavy else module.weight.device
         )
 
-    def cleanup(self, **kwargs):
+    def cleanup(self, **kwargs: object) -> None:
         """As ModelPatcher's, at the end of a sampling run; and takes off what this clone has put on the
         shared network, which the next run puts on again: LoRA loaders would not find their keys in wrapped
         blocks."""
@@ -275,7 +293,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         for name in [name for name in self.object_patches_backup if in_network(name)]:
             comfy.utils.set_attr(self.model, name, self.object_patches_backup.pop(name))
 
-    def unpatch_model(self, device_to=None, unpatch_weights=True, **kwargs):
+    def unpatch_model(
+        self, device_to: torch.device | None = None, unpatch_weights: bool = True, **kwargs: object
+    ) -> None:
         if unpatch_weights:
             self.model.nibble_hooked = False
         super().unpatch_model(device_to, unpatch_weights, **kwargs)
@@ -284,7 +304,7 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     # -- hooks: LoRAs on a schedule or on one conditioning
 
-    def patch_hooks(self, hooks, *args, **kwargs):
+    def patch_hooks(self, hooks: comfy.hooks.HookGroup, *args: object, **kwargs: object) -> None:
         self._patching_hooks = True
         try:
             super().patch_hooks(hooks, *args, **kwargs)  # biases and layers in 16 bit
@@ -298,7 +318,9 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
 
     _patching_hooks = False
 
-    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
+    def patch_hook_weight_to_device(
+        self, hooks: comfy.hooks.HookGroup, combined_patches: dict, key: str, *args: object, **kwargs: object
+    ) -> None:
         packed = self._packed(key)
         if packed is None or packed[1] == "bias":
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
@@ -308,14 +330,14 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
             ):  # ModelPatcher copies it back as it is, so the bias as stored and not the model's own
                 cached[key] = (packed[0].bias.detach().to(cached[key][0].device, copy=True), cached[key][1])
 
-    def unpatch_hooks(self, *args, **kwargs):
+    def unpatch_hooks(self, *args: object, **kwargs: object) -> None:
         super().unpatch_hooks(*args, **kwargs)
         if self.model.nibble_hooked and not self._patching_hooks:
             self._attach(self.patches)
             self.model.nibble_hooked = False
 
 
-def _both(first, second) -> comfy.patcher_extension.PatcherInjection:
+def _joined(first, second) -> comfy.patcher_extension.PatcherInjection:
     def inject(patcher):
         for injection in (*first, *second):
             injection.inject(patcher)
@@ -325,6 +347,14 @@ def _both(first, second) -> comfy.patcher_extension.PatcherInjection:
             injection.eject(patcher)
 
     return comfy.patcher_extension.PatcherInjection(inject=inject, eject=eject)
+
+
+@functools.cache
+def _observe_loaders():
+    """Once, with the first model: importing this changes nothing of ComfyUI's. Not again with the next ones,
+    as another pack may have wrapped what we did."""
+    unmatched.observe()
+    _refuse_idle_bypass()
 
 
 def _without_patches(module, leaf) -> bool:
@@ -356,7 +386,3 @@ def _refuse_idle_bypass():
 
     load_bypass_lora_for_models.nibble_observes = True
     comfy.sd.load_bypass_lora_for_models = load_bypass_lora_for_models
-
-
-unmatched.observe()
-_refuse_idle_bypass()

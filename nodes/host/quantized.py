@@ -9,19 +9,28 @@ from pathlib import Path
 
 import comfy.model_management
 import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
 
+from ...kernels.operator.spec import LinearSpec
+from ...quant_core.calibration.file import Calibration
+from ...quant_core.families import Layer
+from ...quant_core.layer.row import Row
+from ...quant_core.methods import Method
 from ...quant_core.run.model import Job
 from ...quant_core.run.model import quantized as run_of_model
 from ...quant_core.run.source import rest_of
 from ...quant_core.run.stages import blocks_of
-from ...quant_core.training.presets import UNTRAINED
+from ...quant_core.training.presets import UNTRAINED, Preset
 from ...quant_core.training.trainer import trainer_of
-from .build import build, frame_after
-from .inherited import keep_sampling_patches, uncompiled
+from .build import build, frame_like
+from .inherited import inherit_sampling_patches, uncompiled
+from .patcher import NibblePatcher
 from .progress import steps
+from .source import ModelSource
 
 
-def store_path(calibration, source, provenance, kind) -> Path:
+def store_path(calibration: Calibration | None, source: ModelSource, provenance: dict, kind: str) -> Path:
     """Where a run keeps what is finished: beside the calibration, or where it would be; a folder for each
     choice of options."""
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:12]
@@ -46,15 +55,15 @@ def _trainer(model, job, folder):
 @contextmanager
 def _in_training():
     """ComfyUI's own flag: its kernels of rotary embeddings have no gradient."""
-    before = comfy.model_management.in_training
+    was_training = comfy.model_management.in_training
     comfy.model_management.in_training = True
     try:
         yield
     finally:
-        comfy.model_management.in_training = before
+        comfy.model_management.in_training = was_training
 
 
-def make_room(plan, device):
+def make_room(plan: list[Layer], device: torch.device | str) -> None:
     """fp32 weight, residual, factor and codes of the largest layer: 16 bytes a weight."""
     if not comfy.model_management.is_device_cpu(device) and plan:
         comfy.model_management.free_memory(
@@ -62,7 +71,17 @@ def make_room(plan, device):
         )
 
 
-def quantized(model, source, plan, method, config, calibration, provenance, device, preset=UNTRAINED):
+def quantized(
+    model: ModelPatcher,
+    source: ModelSource,
+    plan: list[Layer],
+    method: Method,
+    config: object,
+    calibration: Calibration | None,
+    provenance: dict,
+    device: torch.device | str,
+    preset: Preset = UNTRAINED,
+) -> tuple[NibblePatcher, list[Row], dict[str, LinearSpec], list[str]]:
     """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer:
     LinearSpec}, lines for the report on what a stopped run has left).
 
@@ -71,7 +90,7 @@ def quantized(model, source, plan, method, config, calibration, provenance, devi
     training behind its last finished block; after a training those stay beside the calibration.
     """
     job = Job(source, plan, method, config, calibration, provenance, device, preset)
-    frame = frame_after(model)  # whatever ComfyUI cannot make fails before the fit
+    frame = frame_like(model)  # whatever ComfyUI cannot make fails before the fit
     folder = store_path(calibration, source, provenance, "training" if job.trained else "partial")
 
     def begin(store):
@@ -105,5 +124,5 @@ def _built(model, source, provenance, frame, done):
     specs = {name: layer.spec for name, layer in layers.items()}
     in_memory = lambda name: layers.pop(name).in_memory() if name in layers else None
     made = build(in_memory, specs, rest, info, frame)
-    keep_sampling_patches(model, made)
+    inherit_sampling_patches(model, made)
     return made, specs

@@ -27,7 +27,7 @@ class RealValues:
     It holds its layer weakly: a cycle would keep a dropped model in memory until the next garbage collection.
     """
 
-    def __init__(self, layer, name: str):
+    def __init__(self, layer: torch.nn.Module, name: str) -> None:
         self._layer, self._name = weakref.ref(layer), name
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -38,8 +38,8 @@ class RealValues:
         return RealValues(memo.get(id(layer), layer), self._name)
 
     @classmethod
-    def before(cls, layer, name: str, functions: list) -> list:
-        """`functions` behind the layer's own, as ComfyUI sets, extends and empties the list."""
+    def in_front_of(cls, functions: list, layer: torch.nn.Module, name: str) -> list:
+        """`functions` behind the one for this layer, as ComfyUI sets, extends and empties the list."""
         return [cls(layer, name), *(f for f in functions if not isinstance(f, cls))]
 
 
@@ -57,7 +57,7 @@ class PackedWeight(torch.nn.Parameter):
     _layer = staticmethod(lambda: None)
 
     @classmethod
-    def of(cls, layer, name: str, tensor: torch.Tensor) -> "PackedWeight":
+    def of(cls, layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> "PackedWeight":
         """The weight of `layer`, a module of our operations that the model knows as `name`."""
         made = cls(tensor, requires_grad=False)
         made.layer_name, made._layer = name, weakref.ref(layer)
@@ -84,7 +84,7 @@ class PackedWeight(torch.nn.Parameter):
                 made._layer = weakref.ref(layer)
         return memo[id(self)]
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: object, **kwargs: object) -> torch.Tensor:
         device, dtype = _asked_for(*args, *kwargs.values())
         if dtype is None or not dtype.is_floating_point:
             return super().to(*args, **kwargs)
@@ -101,19 +101,21 @@ class PackedWeight(torch.nn.Parameter):
             )
         return layer.real_weight(torch.empty((), dtype=dtype, device=device or self.device))
 
-    def type(self, dtype=None, *args, **kwargs):
+    def type(
+        self, dtype: torch.dtype | str | None = None, *args: object, **kwargs: object
+    ) -> torch.Tensor | str:
         return self.to(dtype) if isinstance(dtype, torch.dtype) else super().type(dtype, *args, **kwargs)
 
-    def half(self, *args, **kwargs):
+    def half(self, *args: object, **kwargs: object) -> torch.Tensor:
         return self.to(torch.float16)
 
-    def bfloat16(self, *args, **kwargs):
+    def bfloat16(self, *args: object, **kwargs: object) -> torch.Tensor:
         return self.to(torch.bfloat16)
 
-    def float(self, *args, **kwargs):
+    def float(self, *args: object, **kwargs: object) -> torch.Tensor:
         return self.to(torch.float32)
 
-    def double(self, *args, **kwargs):
+    def double(self, *args: object, **kwargs: object) -> torch.Tensor:
         return self.to(torch.float64)
 
 

@@ -5,18 +5,21 @@ from pathlib import Path
 
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.opened import Opened
+from ...quant_core.layer.linear import QuantizedLayer
+from .adapters import Shape
 from .build import ATTACHMENT, unpatched
 from .patcher import NibblePatcher
 
 
-class Held(Opened):
+class LoadedModel(Opened):
     """A loaded model as the source of a conversion."""
 
     kind = "the model in the graph"
 
-    def __init__(self, model, path):
+    def __init__(self, model: NibblePatcher, path: Path) -> None:
         info = model.attachments[ATTACHMENT]
         self._layers, self._rest = unpatched(model)
         self.path, self.family, self.provenance, self.report = (
@@ -29,21 +32,21 @@ class Held(Opened):
         self.specs = {name: layer.spec for name, layer in self._layers.items()}
         self.rest = list(self._rest)
 
-    def layer(self, name):
+    def layer(self, name: str) -> QuantizedLayer:
         return self._layers[name]
 
     @property
-    def files(self):
+    def files(self) -> list[Path]:
         return []
 
-    def tensor(self, key):
+    def tensor(self, key: str) -> torch.Tensor:
         return narrow(self._rest[key])
 
-    def shape(self, key):
+    def shape(self, key: str) -> Shape:
         return tuple(self._rest[key].shape)
 
 
-def require_savable(model, node: str):
+def require_savable(model: ModelPatcher, node: str) -> None:
     """Raises ValueError, naming the node, where a file would lose something of the model."""
     if not isinstance(model, NibblePatcher):
         raise ValueError(

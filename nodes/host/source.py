@@ -7,15 +7,16 @@ import comfy.lora
 import comfy.model_management
 import comfy.ops
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.families import detect
 from ...quant_core.families.fingerprint import fingerprint
 from ...quant_core.formats.scaled import FP8, computable, real_values
-from .adapters import by, reshaped, wanted
+from .adapters import reshaped, times, wanted
 from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
-from .inherited import EXAMPLES, require_carriable
+from .inherited import EXAMPLES, require_inheritable
 from .merging import unmergeable
 from .operations import replaceable
 
@@ -36,11 +37,11 @@ class ModelSource:
     network, modules: the bare network and {name: module} of it; get(key): the weight with its patches merged,
     in its own float dtype, 8-bit ones in bf16.
 
-    Raises, before anything is read but names and shapes, QuantizedSource, CannotCount and MisfitPatch for
+    Raises, before anything is read but names and shapes, QuantizedSource, NotInheritable and MisfitPatch for
     what is on the model and cannot be quantized with it.
     """
 
-    def __init__(self, patcher):
+    def __init__(self, patcher: ModelPatcher) -> None:
         self.patcher = patcher
         with bare(patcher) as model:
             self.network = model.diffusion_model
@@ -67,7 +68,7 @@ class ModelSource:
                 f"{packed[0]}{f' in {kind}' if kind else ''}); connect the "
                 "full-precision model"
             )
-        require_carriable(patcher)
+        require_inheritable(patcher)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
         # A rule about names may take an embedding for a layer, or a convolution with strides.
@@ -99,7 +100,9 @@ class ModelSource:
                     continue
                 fitting.append(patch)
                 if shape := reshaped(patch[1], wanted(patch, self.shapes[key])):
-                    misfits.append(f"{key}: a LoRA that makes {by(shape)} weights of {by(self.shapes[key])}")
+                    misfits.append(
+                        f"{key}: a LoRA that makes {times(shape)} weights of {times(self.shapes[key])}"
+                    )
             self._patches[full] = fitting
         for name, patches in self._bypassed.items():
             key = f"{name}.weight"
@@ -135,7 +138,7 @@ class ModelSource:
             held = getattr(module, f"convert_{leaf}")(copy, inplace=True)
         return computable(held).detach()
 
-    def get(self, key) -> torch.Tensor:
+    def get(self, key: str) -> torch.Tensor:
         base = self._base(key)
         name, _, leaf = key.rpartition(".")
         patches = [
@@ -166,7 +169,7 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def feed(digest, value):
+def feed(digest: "hashlib._Hash", value: object) -> None:
     """Hashes tensors (up to 4096 values each), numbers, text and any nesting of them; functions by their
     name."""
     if isinstance(value, torch.Tensor):

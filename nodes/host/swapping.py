@@ -7,18 +7,18 @@ import torch
 
 from ...quant_core.families import UnknownArchitecture, by_name, detect
 from ...quant_core.families.fingerprint import fingerprint
-from ...quant_core.families.select import block_lists, modules_of
+from ...quant_core.families.select import Selection, block_lists, modules_of
 from ...quant_core.run.provenance import VERSION
 from .bare import PREFIX
-from .build import build, frame_after
-from .contents import Half
-from .inherited import keep_sampling_patches
+from .build import build, frame_like
+from .contents import Contents
+from .inherited import inherit_sampling_patches
 from .patcher import NibblePatcher
 
 NAME = "Nibble Swap Blocks"
 
 
-def swap(a: Half, b: Half, chosen) -> NibblePatcher:
+def swap(a: Contents, b: Contents, chosen: Selection) -> NibblePatcher:
     """The chosen modules of b in a, all of each: packed layers, norms, modulation, and the LoRA patches on
     them.
 
@@ -32,9 +32,9 @@ def swap(a: Half, b: Half, chosen) -> NibblePatcher:
     rest = {k: of(k).rest[k] for k in a.rest | b.rest if k in of(k).rest}
     specs = {name: layer.spec for name, layer in layers.items()}
     model = build(
-        lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen), frame_after(a.patcher)
+        lambda name: layers.pop(name, None), specs, rest, _info(a, b, chosen), frame_like(a.patcher)
     )
-    keep_sampling_patches(a.patcher, model)
+    inherit_sampling_patches(a.patcher, model)
     inside = lambda key: key.startswith(PREFIX) and chosen.takes(key.removeprefix(PREFIX))
     patches = [(k, v) for k, v in a.patcher.patches.items() if not inside(k)] + [
         (k, v) for k, v in b.patcher.patches.items() if inside(k)
@@ -46,10 +46,10 @@ def swap(a: Half, b: Half, chosen) -> NibblePatcher:
 def _info(a, b, chosen):
     family = a.info.get("family") or b.info["family"]
 
-    def origin(side):
-        plan = by_name(family).mapped(side.shapes)
-        return side.info.get("provenance") or {
-            "model": fingerprint(plan, side.rest.__getitem__),
+    def origin(contents):
+        plan = by_name(family).mapped(contents.shapes)
+        return contents.info.get("provenance") or {
+            "model": fingerprint(plan, contents.rest.__getitem__),
             "method": "full precision",
         }
 
@@ -70,15 +70,15 @@ def _info(a, b, chosen):
 
 
 def _rows(a, b, chosen):
-    """The report row of each packed layer, from the side it comes from; a layer that is packed on the other
-    side only is left in 16 bit."""
-    rows_a, rows_b = ({row["name"]: row for row in side.info.get("report", ())} for side in (a, b))
+    """The report row of each packed layer, from the model it comes from; a layer that is packed in the other
+    model only is left in 16 bit."""
+    rows_a, rows_b = ({row["name"]: row for row in model.info.get("report", ())} for model in (a, b))
     rows = []
     for name, any_row in (rows_a | rows_b).items():
-        ours, side = (rows_b, b) if chosen.takes(name) else (rows_a, a)
-        if name in ours:
-            rows.append(ours[name])
-        elif name not in side.layers and any_row["nbytes"]:
+        its_rows, taken_from = (rows_b, b) if chosen.takes(name) else (rows_a, a)
+        if name in its_rows:
+            rows.append(its_rows[name])
+        elif name not in taken_from.layers and any_row["nbytes"]:
             rows.append(
                 any_row
                 | {
@@ -93,7 +93,7 @@ def _rows(a, b, chosen):
     return rows
 
 
-def require_same_architecture(a: dict, b: dict):
+def require_same_architecture(a: dict, b: dict) -> None:
     """Raises ValueError with what both models are and the first tensors that differ. a, b: {key: logical
     shape}."""
     differing = [k for k in a | b if a.get(k) != b.get(k)]
@@ -119,9 +119,9 @@ def _signature(shapes):
     return ", ".join([title, *lists, f"hidden width {width}"])
 
 
-def report_text(a: Half, b: Half, chosen, model) -> str:
-    """What came from where. Layers are those that at least one side has quantized."""
-    what = lambda side, name: side.layers[name].spec.describe() if name in side.layers else "full precision"
+def report_text(a: Contents, b: Contents, chosen: Selection, model: NibblePatcher) -> str:
+    """What came from where. Layers are those that are quantized in at least one of the two."""
+    what = lambda m, name: m.layers[name].spec.describe() if name in m.layers else "full precision"
     layers = [k.removesuffix(".weight") for k in a.shapes if k.removesuffix(".weight") in a.layers | b.layers]
     state = model.model.diffusion_model.state_dict()
     mib = lambda size: f"{size / 2**20:.1f} MiB"
@@ -129,15 +129,16 @@ def report_text(a: Half, b: Half, chosen, model) -> str:
         f"{by_name(model.attachments['nibble']['family']).title}: A with {chosen.text} of B, "
         f"{mib(sum(t.nbytes for t in state.values()))}",
         *(
-            f"{x}: {side.info.get('source', 'full precision')}, {mib(side.nbytes)}"
-            for x, side in (("A", a), ("B", b))
+            f"{letter}: {m.info.get('source', 'full precision')}, {mib(m.nbytes)}"
+            for letter, m in (("A", a), ("B", b))
         ),
     ]
     from_b = [name for name in layers if chosen.takes(name)]
-    for x, side, names in (("A", a, [n for n in layers if n not in from_b]), ("B", b, from_b)):
-        counts = Counter(what(side, name) for name in names)
-        others = sum(chosen.takes(k) == (side is b) for k in side.rest if k.rpartition(".")[0] not in layers)
+    for letter, m, names in (("A", a, [n for n in layers if n not in from_b]), ("B", b, from_b)):
+        counts = Counter(what(m, name) for name in names)
+        unquantized = [k for k in m.rest if k.rpartition(".")[0] not in layers]
+        others = sum(chosen.takes(k) == (m is b) for k in unquantized)
         kinds = "".join(f", {count} {kind}" for kind, count in counts.most_common())
-        lines.append(f"From {x}: {len(names)} layers{kinds}; {others} other tensors")
+        lines.append(f"From {letter}: {len(names)} layers{kinds}; {others} other tensors")
     width = max(map(len, from_b), default=0)
     return "\n".join([*lines, "", *(f"{n:{width}}  {what(b, n)} instead of {what(a, n)}" for n in from_b)])

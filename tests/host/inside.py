@@ -124,10 +124,10 @@ def attached_weight(m) -> torch.Tensor:
     """The weight (N, K), fp32, that a packed module applies with all that stands beside it."""
     tensors = {k: p.data for k in TENSOR_NAMES if (p := getattr(m, k, None)) is not None}
     weight = QuantizedLayer("", m.spec, tensors).dequantize()
-    for i, first in enumerate(m.rows):
+    for i, first in enumerate(m.attached.rows):
         matrix = torch.kron(getattr(m, f"kronecker{i}_left"), getattr(m, f"kronecker{i}_right"))
         weight[first : first + len(matrix)] += matrix
-    return weight + m.dense if "dense" in m.loose else weight
+    return weight + m.dense if "dense" in m.attached.loose else weight
 
 
 def packed_hash(patcher) -> str:

@@ -109,7 +109,7 @@ def test_gelu_in_front_is_seen_by_the_terms_beside_the_kernel(base):
     layer, x = module(patched, MLP), randn(7, 4 * H) * 10
     activated = torch.nn.functional.gelu(x, approximate="tanh")
     want = layer.layer()(activated) + activated @ (merged(patched, MLP) - layer.layer().dequantize()).T
-    assert relative_error(want, layer(x, before=Gelu())) < 1e-6
+    assert relative_error(want, layer(x, prologue=Gelu())) < 1e-6
     load(base)
 
 
@@ -234,7 +234,7 @@ def test_tensors_of_the_layer_come_back_as_the_very_same(base):
         n: {k: t.data_ptr() for k, t in m.layer().tensors.items()} for n, m in base.packed_layers()
     } == own
     assert all(m.spec.rank == 8 or m.spec.weight_only for _, m in base.packed_layers())
-    assert not any(m.loose or m.attached for _, m in base.packed_layers())
+    assert not any(m.attached.loose or m.attached.key for _, m in base.packed_layers())
 
 
 def test_digest_tells_a_changed_byte(base):

@@ -39,22 +39,22 @@ def comfy_names(state):
 
 
 def test_stock_model(take_apart, full, tiny_state):
-    half = take_apart(full)
-    assert half.layers == {}
-    assert half.info == {}
-    assert half.shapes == {k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()}
-    assert half.nbytes == sum(4 * t.numel() for t in tiny_state.values())  # fp32 on a CPU
+    contents = take_apart(full)
+    assert contents.layers == {}
+    assert contents.info == {}
+    assert contents.shapes == {k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()}
+    assert contents.nbytes == sum(4 * t.numel() for t in tiny_state.values())  # fp32 on a CPU
     for key, tensor in full.model.diffusion_model.state_dict().items():
-        assert half.rest[key].data_ptr() == tensor.data_ptr()
+        assert contents.rest[key].data_ptr() == tensor.data_ptr()
 
 
 def test_packed_model(take_apart, tiny_packed, tiny_state):
     model = tiny_packed()
-    half = take_apart(model)
-    assert half.shapes == {k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()}
-    assert len(half.layers) == 16
-    assert half.nbytes == sum(t.nbytes for t in model.model.diffusion_model.state_dict().values())
-    assert half.info is model.attachments["nibble"]
+    contents = take_apart(model)
+    assert contents.shapes == {k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()}
+    assert len(contents.layers) == 16
+    assert contents.nbytes == sum(t.nbytes for t in model.model.diffusion_model.state_dict().values())
+    assert contents.info is model.attachments["nibble"]
 
 
 def test_fp8_weights_become_bf16(comfy, take_apart, tiny_state):
@@ -62,9 +62,9 @@ def test_fp8_weights_become_bf16(comfy, take_apart, tiny_state):
     fp8 = comfy.sd.load_diffusion_model_state_dict(
         dict(tiny_state), model_options={"dtype": torch.float8_e4m3fn}
     )
-    half = take_apart(fp8)
+    contents = take_apart(fp8)
     assert fp8.model.diffusion_model.state_dict()[f"{QKV}.weight"].dtype == torch.float8_e4m3fn
-    for key, tensor in half.rest.items():
+    for key, tensor in contents.rest.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, comfy_names(tiny_state)[key].to(torch.float8_e4m3fn).bfloat16())
 
@@ -82,13 +82,13 @@ def scaled(comfy, tiny_state):
 
 
 def test_scaled_fp8_becomes_real_values(comfy, take_apart, tiny_state):
-    half = take_apart(scaled(comfy, tiny_state))
-    assert half.shapes == {
+    contents = take_apart(scaled(comfy, tiny_state))
+    assert contents.shapes == {
         k: tuple(t.shape) for k, t in comfy_names(tiny_state).items()
     }  # no scales, no markers
     fp8 = (tiny_state[f"{QKV}.weight"].float() * 1024).to(torch.float8_e4m3fn)
-    assert torch.equal(half.rest[f"{QKV}.weight"].float(), fp8.float() / 1024)
-    assert torch.equal(half.rest[f"{QKV}.bias"].float(), tiny_state[f"{QKV}.bias"].float())
+    assert torch.equal(contents.rest[f"{QKV}.weight"].float(), fp8.float() / 1024)
+    assert torch.equal(contents.rest[f"{QKV}.bias"].float(), tiny_state[f"{QKV}.bias"].float())
 
 
 def test_smoothed_activations_are_refused(comfy, take_apart, tiny_state, refused):
@@ -124,9 +124,9 @@ def patched(model):
 def test_a_model_on_a_card_is_unloaded_with_its_clones(take_apart, full, tiny_state, monkeypatch):
     clone = patched(full)
     monkeypatch.setattr(full, "current_loaded_device", lambda: torch.device("cuda"))
-    half = take_apart(full)
+    contents = take_apart(full)
     assert full.backup == {}
-    assert torch.equal(half.rest[f"{QKV}.weight"], tiny_state[f"{QKV}.weight"].float())
+    assert torch.equal(contents.rest[f"{QKV}.weight"], tiny_state[f"{QKV}.weight"].float())
     # On the CPU it stays as it is, and the original weight is read all the same.
     load(clone)
     assert torch.equal(take_apart(clone).rest[f"{QKV}.weight"], tiny_state[f"{QKV}.weight"].float())
@@ -138,8 +138,8 @@ def test_a_dynamic_model_is_read_again(comfy, take_apart, tiny_state, tmp_path, 
     model = comfy.sd.load_diffusion_model(str(tmp_path / "tiny.safetensors"))
     model.add_patches({f"diffusion_model.{QKV}.weight": ("diff", (torch.ones(768, 256),))})
     monkeypatch.setattr(model, "is_dynamic", lambda: True)
-    half = take_apart(model)
-    assert half.patcher.model is not model.model
-    assert not half.patcher.is_dynamic()
-    assert list(half.patcher.patches) == [f"diffusion_model.{QKV}.weight"]
-    assert torch.equal(half.rest[f"{QKV}.weight"], tiny_state[f"{QKV}.weight"].float())
+    contents = take_apart(model)
+    assert contents.patcher.model is not model.model
+    assert not contents.patcher.is_dynamic()
+    assert list(contents.patcher.patches) == [f"diffusion_model.{QKV}.weight"]
+    assert torch.equal(contents.rest[f"{QKV}.weight"], tiny_state[f"{QKV}.weight"].float())

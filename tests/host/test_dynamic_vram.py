@@ -45,6 +45,6 @@ def test_clone_without_it_is_the_same_model(asked, tiny_packed):
     assert clone.patches.keys() == patched.patches.keys()
     assert torch.equal(forward(clone), want)
     assert packed_hash(clone) == before
-    assert {k for k in (QKV, MLP) if module(clone, k).attached} == {QKV, MLP}
+    assert {k for k in (QKV, MLP) if module(clone, k).attached.key} == {QKV, MLP}
     clone.detach()
     assert asked == []

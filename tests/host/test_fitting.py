@@ -133,7 +133,7 @@ def test_a_few_packed_layers_may_misfit(base, caplog):
         "of 256 x 256 on 256 x 1024 weights)"
     ]
     load(patched)
-    assert not module(patched, MLP).attached
+    assert not module(patched, MLP).attached.key
     assert relative_error(merged(patched, QKV), attached_weight(module(patched, QKV))) < 5e-7
     assert packed_hash(base) == before
 

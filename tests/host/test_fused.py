@@ -15,16 +15,16 @@ SEQUENTIAL = MLP.removesuffix(".2")
 @pytest.fixture
 def seen(base, monkeypatch):
     """What stands in front of each product of a packed layer, in the order of calls."""
-    from comfyui_nibble.nodes.host import operations
+    from comfyui_nibble.nodes.host import packed
 
     load(base)
-    found, inner = [], operations.quant_linear
+    found, inner = [], packed.quant_linear
 
     def record(x, spec, tensors, before=None):
         found.append(before)
         return inner(x, spec, tensors, before=before)
 
-    monkeypatch.setattr(operations, "quant_linear", record)
+    monkeypatch.setattr(packed, "quant_linear", record)
     return found
 
 

@@ -83,7 +83,7 @@ def test_partial_loads_and_unloads_change_nothing(comfy, base, kind):
     assert torch.equal(recorded[0], run(patched))
     patched.detach()
     assert packed_hash(base) == before
-    assert not any(m.attached for _, m in base.packed_layers())
+    assert not any(m.attached.key for _, m in base.packed_layers())
 
 
 def run(patcher):

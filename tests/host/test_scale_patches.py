@@ -61,7 +61,7 @@ def test_weight_is_comfyuis(base, factor, value):
         assert patched._shapes()[key].describe() == "gain"
     assert packed_hash(base) == before
     load(base)
-    assert not any(m.attached for _, m in base.packed_layers())
+    assert not any(m.attached.key for _, m in base.packed_layers())
 
 
 METHODS = {

@@ -34,9 +34,9 @@ def source_of(comfy, one_thread):
 
 @pytest.fixture
 def refused(comfy):
-    from comfyui_nibble.nodes.host.inherited import CannotCount
+    from comfyui_nibble.nodes.host.inherited import NotInheritable
 
-    return CannotCount
+    return NotInheritable
 
 
 @pytest.fixture

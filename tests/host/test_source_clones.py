@@ -154,11 +154,11 @@ def test_blocks_that_a_node_has_compiled_are_their_own_weights(
 
 
 def test_a_wrapper_of_something_else_is_refused(full, source_of):  # noqa: F811
-    from comfyui_nibble.nodes.host.inherited import CannotCount
+    from comfyui_nibble.nodes.host.inherited import NotInheritable
 
     clone = full.clone()
     clone.add_object_patch(BLOCK, Wrap(Wrap(clone.get_model_object(BLOCK))))
-    with pytest.raises(CannotCount, match=f"object patches on {BLOCK}, which"):
+    with pytest.raises(NotInheritable, match=f"object patches on {BLOCK}, which"):
         source_of(clone)
 
 
@@ -346,11 +346,11 @@ def test_a_lora_acts_in_wrapped_blocks_and_is_found_after_a_run(quantized):
 
 
 def test_what_acts_on_a_quantized_models_own_layers_is_refused(quantized, full):
-    from comfyui_nibble.nodes.host.inherited import CannotCount
+    from comfyui_nibble.nodes.host.inherited import NotInheritable
     from comfyui_nibble.nodes.swap import NibbleSwapBlocks
 
     for a, b in ((quantized.clone(), full), (quantized, full.clone())):
         patched = b if a is quantized else a
         patched.add_object_patch(f"{BLOCK}.forward", lambda *args, **kwargs: None)
-        with pytest.raises(CannotCount, match=f"object patches on {BLOCK}.forward, which"):
+        with pytest.raises(NotInheritable, match=f"object patches on {BLOCK}.forward, which"):
             NibbleSwapBlocks.execute(a, b, "double 0")

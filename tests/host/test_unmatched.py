@@ -2,11 +2,14 @@
 asked for them."""
 
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
 import torch
 
+from comfyui_nibble.tests.host.server import find_comfyui
 from comfyui_nibble.tests.host.test_adapters import MLP, QKV, H, adapter, randn, with_lora
 
 STRAY = {"lora_unet_x.lora_down.weight": randn(4, 9), "lora_unet_x.lora_up.weight": randn(9, 4)}
@@ -50,6 +53,7 @@ def test_a_switched_off_log_changes_nothing_either(base):
 def missing_of(comfy, tensors, targets, **options):
     from comfyui_nibble.nodes.host import unmatched
 
+    unmatched.observe()
     loaded = comfy.lora.load_lora(tensors, targets, **options)
     return sorted(unmatched.keys_of(loaded))
 
@@ -124,3 +128,27 @@ def test_a_newer_loader_is_called_with_what_it_is_given(comfy, monkeypatch):
         "a.comfy_attention.config": torch.zeros(2, dtype=torch.uint8),
     } | STRAY
     assert missing_of(comfy, tensors, {QKV: f"{QKV}.weight"}, fast_disk=True) == sorted(STRAY)
+
+
+IMPORTED = """
+import sys
+
+sys.path.append(sys.argv.pop())
+from comfy.cli_args import args
+
+args.cpu = True
+import comfy.lora, comfy.sd
+
+before = comfy.lora.load_lora, comfy.sd.load_bypass_lora_for_models
+import comfyui_nibble.nodes, comfyui_nibble.nodes.host.patcher
+
+assert before == (comfy.lora.load_lora, comfy.sd.load_bypass_lora_for_models)
+"""
+
+
+def test_importing_the_pack_changes_nothing_of_comfyuis():
+    """Its loaders are observed from the first quantized model on."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, str(find_comfyui())], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ class TestSmallCard(io.ComfyNode):
             "packed bytes unchanged": digest(model) == before,
         }
         model.detach()
-        seen["adapters left"] = sum(bool(layer.attached) for _, layer in model.packed_layers())
+        seen["adapters left"] = sum(bool(layer.attached.key) for _, layer in model.packed_layers())
         return io.NodeOutput(out, json.dumps(seen))
 
 
