@@ -19,7 +19,6 @@ import torch
 from comfyui_nibble.kernels.operator import quantizers
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.quantizers import code_range, dequantize, grouped
-from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.tests.support import relative_error
 
 EDGE = 1e-4  # steps of a code; the roundings of fp32 in these networks make up to 1e-5
@@ -104,13 +103,13 @@ def _running_as(running, quantizer):
         _running.pop()
 
 
-def kept(quantizer=naive):
-    """Within, a Codes is filled. quantizer: the module `kernels.quant_linear.naive` of the pack that runs,
+def kept(quantizer=quantizers):
+    """Within, a Codes is filled. quantizer: the module `kernels.operator.quantizers` of the pack that runs,
     where there are two."""
     return _running_as(Codes(), quantizer)
 
 
-def taken(codes: Codes, quantizer=naive):
+def taken(codes: Codes, quantizer=quantizers):
     """Within, codes are taken from another run; gives the Taken."""
     return _running_as(Taken(codes), quantizer)
 
@@ -161,7 +160,7 @@ def layer_error(want, got, x, spec, tensors) -> float:
         act = part.activation
         if act is None:
             continue
-        with _running_as(_Near(), naive) as near:
+        with _running_as(_Near(), quantizers) as near:
             _, scale = quantizers.quantize_activation(
                 x[:, part.start : part.stop], part, None if smooth is None else smooth.float(), factors
             )

@@ -17,7 +17,7 @@ TAKEN: dict[str, list[codes.Taken]] = {}
 
 def quantizer():
     pack = nodes.NODE_CLASS_MAPPINGS["NibbleLoadDiffusionModel"].__module__.rpartition(".nodes")[0]
-    return sys.modules[f"{pack}.kernels.quant_linear.naive"]
+    return sys.modules[f"{pack}.kernels.operator.quantizers"]
 
 
 def wrapped(model, running):
