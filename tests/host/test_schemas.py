@@ -8,10 +8,10 @@ from pathlib import Path
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 FROM_HOST = ("sampler_name", "scheduler", "model_name")  # combos whose options are ComfyUI's, or files
 ADVICE = (
-    "The nodes' schemas are not those of tests/host/schemas.json. Workflows that people have saved name nodes, "
-    "inputs, outputs and options as they were: bring the old names back, or, where the change is meant, run "
-    "`python -m comfyui_nibble.tests.host.test_schemas`, change workflows/, workflows/api/ and the help pages in "
-    "nodes/web/docs/ with it, and say it in CHANGELOG.md.\n"
+    "The nodes' schemas are not those of tests/host/schemas.json. Workflows that people have saved name "
+    "nodes, inputs, outputs and options as they were: bring the old names back, or, where the change is "
+    "meant, run `python -m comfyui_nibble.tests.host.test_schemas`, change workflows/, workflows/api/ and "
+    "the help pages in nodes/web/docs/ with it, and say it in CHANGELOG.md.\n"
 )
 
 
