@@ -31,6 +31,7 @@ from comfyui_nibble.quant_core.run.report import left_overs
 from comfyui_nibble.quant_core.run.unquantized import kept_rows
 from comfyui_nibble.quant_core.store.safe import open_safetensors
 from comfyui_nibble.tests.support import nibble, relative_error
+from comfyui_nibble.tests.test_floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = (
@@ -51,13 +52,23 @@ def test_the_page_has_these_recipes():
 
 
 def test_the_page_names_every_room():
-    from comfyui_nibble.tests.test_floors import FLOORS
-
     found = re.findall(
         r"^\| (\d+) \| `(.+?)/?` \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M
     )
     rooms = [(number, room) for number, floor in enumerate(FLOORS, 1) for room in floor]
     assert sorted((int(number), room.replace("__init__.py", ".")) for number, room in found) == sorted(rooms)
+
+
+def test_the_quick_walk_goes_through_every_room():
+    """`pytest -m quick`: each folder of tests has a file of it."""
+    folders = {ROOT / "tests" / room.replace("nodes/host", "host") for floor in FLOORS for room in floor}
+    folders -= {ROOT / "tests" / "nodes"}  # its tests are the host's
+    without = [
+        str(folder.relative_to(ROOT))
+        for folder in folders
+        if not any("mark.quick" in file.read_text(encoding="utf-8") for file in folder.rglob("test_*.py"))
+    ]
+    assert without == []
 
 
 # A method

@@ -5,6 +5,10 @@ import asyncio
 import json
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.quick
+
 SNAPSHOT = Path(__file__).with_name("schemas.json")
 FROM_HOST = ("sampler_name", "scheduler", "model_name")  # combos whose options are ComfyUI's, or files
 ADVICE = (

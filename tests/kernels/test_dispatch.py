@@ -98,6 +98,7 @@ CHOICES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("layer", "target"), CHOICES)
 def test_path_and_reasons(layer, target):
     path, *refused = CHOICES[layer, target]
@@ -106,6 +107,7 @@ def test_path_and_reasons(layer, target):
     assert str(choice) == "; ".join([path, *(f"{name}: {reason}" for name, reason in refused)])
 
 
+@pytest.mark.quick
 def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
     spec = SPECS["W4A4"]
     assert not target_of("cpu").interpreted
@@ -117,6 +119,7 @@ def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
         interpreter()
 
 
+@pytest.mark.quick
 def test_layers_that_do_not_fit_x_are_refused():
     spec = SPECS["W4A4"]
     tensors = random_tensors(spec)
@@ -341,6 +344,7 @@ def test_kernels_write_where_their_schemas_say():
     torch.library.opcheck(ops.weight_only.default, only, test_utils=checks)
 
 
+@pytest.mark.quick
 def test_scales_of_the_wrong_shape_are_named():
     spec = spec_of(128, 16)
     tensors = random_tensors(spec)

@@ -56,6 +56,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.quick
 def test_there_and_back_is_the_same_file(packed, tmp_path):
     """ConvRot layers are ComfyUI's own but for the modulation, which is weight-only and becomes int8."""
     native, back, again = (tmp_path / f"{n}.safetensors" for n in ("native", "back", "again"))
@@ -77,6 +78,7 @@ def test_there_and_back_is_the_same_file(packed, tmp_path):
     assert after.provenance == before.provenance
 
 
+@pytest.mark.quick
 def test_what_would_be_lost_is_said_first_and_nothing_is_written(packed, tmp_path):
     out = tmp_path / "out.safetensors"
     with pytest.raises(convert.LossyConversion) as error:
@@ -111,6 +113,7 @@ def test_kitchen_takes_svdquant_as_it_is_but_for_two_parts(packed, tmp_path):
     assert read.specs[LINEAR2].parts[0].weight.bits == 8
 
 
+@pytest.mark.quick
 def test_refusals(packed, source, tmp_path):
     with pytest.raises(
         ValueError, match=r"unknown format 'gguf'; choose of native, kitchen, nunchaku, nibble"
@@ -264,6 +267,7 @@ def test_declared_fp8_is_a_source(source, tmp_path):
     )
 
 
+@pytest.mark.quick
 def test_inspect_of_each_kind(packed, source, tmp_path):
     native = tmp_path / "native.safetensors"
     nibble("convert", packed["convrot"], native, "--to", "native", "--lossy")

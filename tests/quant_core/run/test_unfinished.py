@@ -9,6 +9,8 @@ from comfyui_nibble.quant_core.run.unfinished import NotOurs, OtherRun, Remember
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 SETTINGS = {"method": "rtn", "settings": {"group": 64}, "torch": "2.11"}
 
 
