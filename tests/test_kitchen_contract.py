@@ -14,6 +14,8 @@ from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import relative_error
 
+pytestmark = pytest.mark.quick
+
 
 def kitchen_forward(x, layer):
     part, t = (

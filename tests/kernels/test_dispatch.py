@@ -97,6 +97,7 @@ CHOICES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("layer", "target"), CHOICES)
 def test_path_and_reasons(layer, target):
     path, *refused = CHOICES[layer, target]
@@ -105,6 +106,7 @@ def test_path_and_reasons(layer, target):
     assert str(choice) == "; ".join([path, *(f"{name}: {reason}" for name, reason in refused)])
 
 
+@pytest.mark.quick
 def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
     spec = SPECS["W4A4"]
     assert not target_of("cpu").interpreted
@@ -116,6 +118,7 @@ def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
         interpreter()
 
 
+@pytest.mark.quick
 def test_layers_that_do_not_fit_x_are_refused():
     spec = SPECS["W4A4"]
     tensors = random_tensors(spec)
@@ -267,6 +270,7 @@ def test_the_operator_keeps_to_its_schema():
         torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *NOTHING))
 
 
+@pytest.mark.quick
 def test_scales_of_the_wrong_shape_are_named():
     spec = spec_of(128, 16)
     tensors = random_tensors(spec)

@@ -87,6 +87,7 @@ SPECS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SPECS)
 def test_naive_equals_the_formula_in_float64(name):
     spec = SPECS[name]
@@ -97,6 +98,7 @@ def test_naive_equals_the_formula_in_float64(name):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SPECS)
 def test_eager_equals_naive(name):
     spec = SPECS[name]
@@ -142,6 +144,7 @@ def test_eager_equals_naive_for_any_shape(m, n, groups, rotation, smooth, rank, 
     assert relative_error(naive.quant_linear(x, spec, tensors), eager.quant_linear(x, spec, tensors)) < 2e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("codes", [-8, 7, 0])
 def test_extreme_codes_rows_and_outliers(codes):
     spec = spec_of(128, 8, smooth=True)
@@ -165,5 +168,6 @@ def test_bf16_input_keeps_its_dtype_and_stays_close():
     assert relative_error(naive.quant_linear(x, spec, tensors), y) < 0.01
 
 
+@pytest.mark.quick
 def test_dispatch_says_why():
     assert str(choose(SPECS["svdquant"], "cpu")) == "eager; triton: needs a GPU"

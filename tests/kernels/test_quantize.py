@@ -150,6 +150,7 @@ def test_rotation_after_smoothing_rounds_to_bf16(rotation):
     assert_close(run(x, part, 2, factors), expected(x, part, factors), share=0.01, scale_error=0.01)
 
 
+@pytest.mark.quick
 def test_rotation_with_a_tail():
     for width, rotation in ((48, 16), (72, 8), (384, 128), (80, 16)):
         x, part = inputs(7, 2 * width, BF16), part_of(width, token(SIGNED[2]), rotation=rotation)
@@ -202,6 +203,7 @@ def test_fused_layernorm_equals_layernorm_before(batches, dtype):
         assert relative_error(torch.cat([a @ b for a, b in products], 1), low) < 2 * ROUNDING[dtype]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("act", [SIGNED[2], token(SHIFTED)], ids=["group", "token"])
 @pytest.mark.parametrize("before", [None, Gelu(), modulation(1, 192, HALF)], ids=["", "gelu", "layernorm"])
 def test_nan_stays_in_its_token(act, before):
@@ -221,6 +223,7 @@ def test_nan_stays_in_its_token(act, before):
     assert torch.equal(codes[whole], run(x, part_of(192, act), 2, before=before)[0][whole])
 
 
+@pytest.mark.quick
 def test_zero_and_outlier_rows():
     for act in (SIGNED[2], token(SIGNED[3])):
         x, part = inputs(17, 192, HALF), part_of(192, act)
@@ -248,6 +251,7 @@ def test_one_bit_of_what_underflows_in_the_division():
     assert torch.equal(scale[:, 0], x.float().abs().amax(1) * 0.25)
 
 
+@pytest.mark.quick
 def test_no_token_is_no_launch():
     codes, scale, low = run(inputs(0, 128, HALF), part_of(128, SIGNED[2]), 2, down=inputs(128, 8, HALF))
     assert (codes.shape, scale.shape, low.shape) == ((0, 128), (0, 2), (0, 8))

@@ -4,6 +4,8 @@ import pytest
 
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, SpecError, WeightSpec
 
+pytestmark = pytest.mark.quick
+
 
 def two_parts():
     return LinearSpec(

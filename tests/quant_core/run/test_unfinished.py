@@ -10,6 +10,8 @@ from comfyui_nibble.quant_core.run.unfinished import NotOurs, OtherRun, Unfinish
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 SETTINGS = {"method": "rtn", "settings": {"group": 64}, "torch": "2.11"}
 
 
@@ -102,7 +104,7 @@ def test_a_folder_of_0_6_is_named_and_can_be_removed(tmp_path, layer):
     folder = tmp_path / "x.partial"
     folder.mkdir()
     (folder / "settings.sha256").write_text("0" * 64)
-    unfinished.pack.save(folder / "double_blocks.0.safetensors", {layer.name: layer}, {}, "flux", {}, [])
+    unfinished.nibble.save(folder / "double_blocks.0.safetensors", {layer.name: layer}, {}, "flux", {}, [])
     with pytest.raises(OtherRun, match="unfinished work of an earlier version of Nibble"):
         Unfinished(folder, "flux", SETTINGS)
     assert unfinished.remove(folder) > 0

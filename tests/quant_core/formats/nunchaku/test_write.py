@@ -20,6 +20,8 @@ from comfyui_nibble.tests.assets import nunchaku as made
 from comfyui_nibble.tests.assets.nunchaku import D, gelu_tokens, tokens, write
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module")
 def ours(tiny_state):
