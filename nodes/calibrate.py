@@ -218,8 +218,8 @@ class NibbleCalibrate(io.ComfyNode):
             plan = observed(plan, meta["observed"])
             if not plan:
                 raise ValueError(
-                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; "
-                    "there is nothing to quantize"
+                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there "
+                    "is nothing to quantize"
                 )
         inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
         modules = {i.name: source.modules[i.name] for i in inputs}

@@ -265,15 +265,14 @@ def require_guardable(quantized: ModelPatcher, fingerprint: str) -> None:
         )
     if quantized.injections:
         raise ValueError(
-            f"{NAME}: the quantized model has injections ({', '.join(quantized.injections)}), which hold "
-            "on to its own layers. "
-            f"Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
+            f"{NAME}: the quantized model has injections ({', '.join(quantized.injections)}), which hold on "
+            f"to its own layers. Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
         )
     if other := sorted(origins(quantized.attachments[ATTACHMENT]["provenance"]) - {fingerprint}):
         raise ValueError(
             f"{NAME}: the quantized model was made from model {', '.join(other)}, the full-precision model "
-            f"is {fingerprint}. "
-            "Connect the model that it was quantized from, with the same LoRAs at the same strengths."
+            f"is {fingerprint}. Connect the model that it was quantized from, with the same LoRAs at the "
+            "same strengths."
         )
 
 

@@ -143,20 +143,19 @@ def tensors_of(
     declared: Declaration, spec: LinearSpec, get: Callable[[str], torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
     """The layer in the layout of memory. get: our name -> the file's tensor, None where there is none."""
-    bias = get("bias")
+    has = cast(Callable[[str], torch.Tensor], get)  # all but the bias are there: `gather` has seen to it
+    weight, scale, bias = has("weight"), has("weight_scale"), get("bias")
     out = {} if bias is None else {"bias": bias}
-    get = cast(Callable[[str], torch.Tensor], get)  # the others are there, or `gather` would have said so
-    weight, scale = get("weight"), get("weight_scale")
     if declared.format == "svdquant_w4a4":
-        out |= {"weight": natural_weight(weight), "smooth_factor": get("smooth_factor")}
+        out |= {"weight": natural_weight(weight), "smooth_factor": has("smooth_factor")}
         out["weight_scale"] = scale if scale.dim() == 2 else natural_rows(scale).T.contiguous()
         if spec.rank:
-            up = get("proj_up")
-            out |= {"proj_down": get("proj_down"), "proj_up": up if up.dim() == 2 else natural_rows(up)}
+            up = has("proj_up")
+            out |= {"proj_down": has("proj_down"), "proj_up": up if up.dim() == 2 else natural_rows(up)}
         return out
     if declared.format == "awq_w4a16":
         # (q - 8) scale + zero: the zeros are a low rank of one column a group.
-        zeros = get("zeros")
+        zeros = has("zeros")
         down, up = indicators(spec.in_features, GROUP, zeros.dtype), zeros.T.contiguous()
         return out | {"weight": signed(weight), "weight_scale": scale, "proj_down": down, "proj_up": up}
     return out | {
