@@ -25,10 +25,10 @@ def refused(reason: str) -> dict:
 def least_ms(flops: float, nbytes: float, ceilings: dict) -> float | None:
     """The least time of int8 products on this card: its ceiling of products or of bandwidth, whichever is
     slower."""
-    rates = (ceilings.get("int8_flops"), ceilings.get("bytes_per_s"))
-    if not all(rates):
+    products, bandwidth = ceilings.get("int8_flops"), ceilings.get("bytes_per_s")
+    if not products or not bandwidth:
         return None
-    return 1000 * max(flops / rates[0], nbytes / rates[1])
+    return 1000 * max(flops / products, nbytes / bandwidth)
 
 
 def _ms(row: dict, column: str) -> float | None:
