@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError, parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import eager, naive
@@ -73,8 +74,8 @@ def test_every_path_gathers_x_alone(layer, plain, order):
     for run in (eager.quant_linear, naive.quant_linear, quant_linear):
         assert torch.equal(run(x, layer.spec, layer.tensors), run(x[:, order], plain.spec, plain.tensors))
         got, want = (
-            run(x, layer.spec, layer.tensors, added),
-            run(x[:, order], plain.spec, plain.tensors, moved),
+            run(x, *with_lora(layer.spec, layer.tensors, added, x.dtype)),
+            run(x[:, order], *with_lora(plain.spec, plain.tensors, moved, x.dtype)),
         )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     for before in (Gelu(), modulated):
@@ -82,7 +83,9 @@ def test_every_path_gathers_x_alone(layer, plain, order):
         assert torch.equal(got[0], plain(before(x)[:, order]))
     half, run = (
         x.half(),
-        lambda spec, tensors, x, lora: quant_linear(x, spec, tensors, lora, target=interpreter()),
+        lambda spec, tensors, x, lora: quant_linear(
+            x, *with_lora(spec, tensors, lora, x.dtype), target=interpreter()
+        ),
     )
     got, want = (
         run(layer.spec, layer.tensors, half, added),

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from comfyui_nibble.kernels.dispatch import quant_linear
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError, parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import naive
@@ -150,8 +151,8 @@ def test_every_path_pads_x_alone(layer, plain):
     )
     for run in (naive.quant_linear, quant_linear):
         torch.testing.assert_close(
-            run(x, layer.spec, layer.tensors, added),
-            run(wide, plain.spec, plain.tensors, zeros),
+            run(x, *with_lora(layer.spec, layer.tensors, added, x.dtype)),
+            run(wide, *with_lora(plain.spec, plain.tensors, zeros, x.dtype)),
             rtol=1e-5,
             atol=1e-5,
         )
@@ -171,13 +172,20 @@ def test_kernels(make_problem, name, before):
     layer = fitted(make_problem(N, K, calibrated=False).filled(), name)
     x, down, up = randn(5, K).half(), randn(4, K).half() * 0.1, randn(32, 4).half()
     before = LayerNormModulate(randn(1, K).half(), randn(1, K, seed=1).half()) if before == "norm" else before
-    got = quant_linear(x, layer.spec, layer.tensors, [(down, up, 16)], before, target=interpreter())
+    got = quant_linear(
+        x, *with_lora(layer.spec, layer.tensors, [(down, up, 16)], x.dtype), before, interpreter()
+    )
     if isinstance(before, LayerNormModulate):
         x, before = before(x), None
     wide, added = pad(x, (0, WHOLE - K)), [(pad(down, (0, WHOLE - K)), up, 16)]
     assert torch.equal(
         got,
-        quant_linear(wide, layer.spec.without_padding(), layer.tensors, added, before, target=interpreter()),
+        quant_linear(
+            wide,
+            *with_lora(layer.spec.without_padding(), layer.tensors, added, x.dtype),
+            before,
+            interpreter(),
+        ),
     )
 
 
