@@ -50,6 +50,7 @@ CALIBRATE_OUTPUT_TOOLTIPS = {
 class NibbleCalibrate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        tips, sampler = CALIBRATE_TOOLTIPS, comfy.samplers.KSampler
         return io.Schema(
             node_id="NibbleCalibrate",
             display_name="Nibble Calibrate",
@@ -57,43 +58,35 @@ class NibbleCalibrate(io.ComfyNode):
             description=CALIBRATE_DESCRIPTION,
             search_aliases=["calibration", "quantization", "svdquant", "imatrix"],
             inputs=[
-                io.Model.Input("model", tooltip=CALIBRATE_TOOLTIPS["model"]),
+                io.Model.Input("model", tooltip=tips["model"]),
                 io.Autogrow.Input(
                     "conditioning",
                     template=io.Autogrow.TemplatePrefix(
-                        io.Conditioning.Input("positive", tooltip=CALIBRATE_TOOLTIPS["positive"]),
+                        io.Conditioning.Input("positive", tooltip=tips["positive"]),
                         prefix="positive",
                         min=1,
                         max=16,
                     ),
                 ),
-                io.Conditioning.Input("negative", optional=True, tooltip=CALIBRATE_TOOLTIPS["negative"]),
-                io.Latent.Input("latent_image", tooltip=CALIBRATE_TOOLTIPS["latent_image"]),
+                io.Conditioning.Input("negative", optional=True, tooltip=tips["negative"]),
+                io.Latent.Input("latent_image", tooltip=tips["latent_image"]),
                 io.Combo.Input(
-                    "sampler_name",
-                    options=comfy.samplers.KSampler.SAMPLERS,
-                    default="euler",
-                    tooltip=CALIBRATE_TOOLTIPS["sampler_name"],
+                    "sampler_name", options=sampler.SAMPLERS, default="euler", tooltip=tips["sampler_name"]
                 ),
                 io.Combo.Input(
-                    "scheduler",
-                    options=comfy.samplers.KSampler.SCHEDULERS,
-                    default="simple",
-                    tooltip=CALIBRATE_TOOLTIPS["scheduler"],
+                    "scheduler", options=sampler.SCHEDULERS, default="simple", tooltip=tips["scheduler"]
                 ),
-                io.Int.Input("steps", default=12, min=1, max=1000, tooltip=CALIBRATE_TOOLTIPS["steps"]),
-                io.Float.Input(
-                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=CALIBRATE_TOOLTIPS["cfg"]
-                ),
+                io.Int.Input("steps", default=12, min=1, max=1000, tooltip=tips["steps"]),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip=tips["cfg"]),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=2**64 - 1,
                     control_after_generate=False,
-                    tooltip=CALIBRATE_TOOLTIPS["seed"],
+                    tooltip=tips["seed"],
                 ),
-                io.Int.Input("samples", default=16, min=1, max=4096, tooltip=CALIBRATE_TOOLTIPS["samples"]),
+                io.Int.Input("samples", default=16, min=1, max=4096, tooltip=tips["samples"]),
                 io.Float.Input(
                     "memory_gb",
                     default=4.0,
@@ -101,13 +94,13 @@ class NibbleCalibrate(io.ComfyNode):
                     max=512.0,
                     step=0.1,
                     advanced=True,
-                    tooltip=CALIBRATE_TOOLTIPS["memory_gb"],
+                    tooltip=tips["memory_gb"],
                 ),
                 io.Boolean.Input(
                     "second_moments",
                     default=True,
                     advanced=True,
-                    tooltip=CALIBRATE_TOOLTIPS["second_moments"],
+                    tooltip=tips["second_moments"],
                 ),
             ],
             outputs=[CalibrationType.Output("calibration", tooltip=CALIBRATE_OUTPUT_TOOLTIPS["calibration"])],

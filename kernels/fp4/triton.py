@@ -100,9 +100,8 @@ def quantize_fp4_kernel(
 ):  # fmt: skip
     """One program quantizes BM tokens, BK channels at a time; TOKEN reads them twice.
 
-    x (M, K) 16 bit; smooth (K,); down (K, R) 16 bit; given (1,) fp32. q (M, K / 2) uint8; s (M, K / BLOCK)
-    uint8; t (M,) fp32, the token's scale or 1; low (M, R) = x @ down. RP: R to a power of two, at least 16; 0
-    for no branch.
+    x (M, K) 16 bit; smooth (K,); down (K, R) 16 bit; given (1,) fp32. q (M, K / 2), s (M, K / BLOCK) uint8; t
+    (M,) fp32, the token's scale or 1; low (M, R) = x @ down. RP: R to a power of two from 16, 0 for no branch.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = m < M
@@ -121,15 +120,11 @@ def quantize_fp4_kernel(
     for step in tl.static_range(PASSES):
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
-            x = tl.load(
-                x_ptr + x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0.0
-            )
+            x_ok = row_ok[:, None] & (k < K)[None, :]
+            x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_ok, other=0.0)
             if RP > 0 and step == 0:
-                d = tl.load(
-                    down_ptr + k[:, None] * ld_down + r[None, :],
-                    mask=(k < K)[:, None] & (r < R)[None, :],
-                    other=0.0,
-                )
+                d_ok = (k < K)[:, None] & (r < R)[None, :]
+                d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=d_ok, other=0.0)
                 low = _dot(x, d.to(x.dtype), low, UPCAST)
             v = x.to(tl.float32)
             if SMOOTH:

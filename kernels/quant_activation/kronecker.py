@@ -99,10 +99,9 @@ def quantize_kronecker_kernel(
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: parts of K = COUNT P1 P2 channels with factors of their own.
 
-    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with
-    PER_SLICE one a slice; modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s
-    (parts, M) fp32. PAD1, PAD2, SLICES: powers of two not below P1, P2 and COUNT. BATCHED: one product a
-    slice instead of one for all, where PER_SLICE or the card needs it.
+    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with PER_SLICE
+    one a slice; modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s (parts, M)
+    fp32. PAD1, PAD2, SLICES: powers of two from P1, P2 and COUNT on. BATCHED: a product a slice, not one for all.
     """
     K: tl.constexpr = COUNT * P1 * P2
     PAIR: tl.constexpr = P1 * P1 + P2 * P2
@@ -133,16 +132,14 @@ def quantize_kronecker_kernel(
             mean = tl.sum(tl.sum(x.to(tl.float32), axis=1), axis=0) / K
             off = tl.where(ok, x.to(tl.float32) - mean, 0.0)
             rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(off * off, axis=1), axis=0) / K + eps)
-        v = _prologue(
-            x, mod_scale_ptr, mod_shift_ptr, (m // tokens) * ld_mod + at, ok, mean, rstd, PROLOGUE
-        ).to(tl.float32)
+        mod_at = (m // tokens) * ld_mod + at
+        v = _prologue(x, mod_scale_ptr, mod_shift_ptr, mod_at, ok, mean, rstd, PROLOGUE).to(tl.float32)
         if SMOOTH:  # 2 ulp of fp32 do not matter before fp16
             v = v / tl.load(smooth_ptr + at, mask=ok, other=1.0).to(tl.float32)
         up, back = _powers(_largest(v), 134)
 
-        y = _times(
-            _turned((v * up).to(tl.float16), SLICES), left, SLICES, BATCHED, UPCAST
-        )  # rows b, columns of P1
+        # Rows b, columns of P1.
+        y = _times(_turned((v * up).to(tl.float16), SLICES), left, SLICES, BATCHED, UPCAST)
         z = _times(_turned(y.to(tl.float16), SLICES), right, SLICES, BATCHED, UPCAST) * (down * back)
         scale = _scale_of(_largest(z), clip, TOP)
         tl.store(s_ptr + part * M + m, scale)
@@ -152,6 +149,5 @@ def quantize_kronecker_kernel(
         if LAYOUT > 1 and P2 % LAYOUT > 0:  # the planes of a row's channels change from row to row
             tl.store(q_ptr + q_row + (at % LAYOUT) * plane + at // LAYOUT, q.to(tl.int8), mask=ok)
         else:
-            _store_codes(
-                q_ptr, q, q_row + first // (2 if LAYOUT == 0 else LAYOUT), row_ok, 0, P2, plane, LAYOUT
-            )
+            q_first = q_row + first // (2 if LAYOUT == 0 else LAYOUT)
+            _store_codes(q_ptr, q, q_first, row_ok, 0, P2, plane, LAYOUT)

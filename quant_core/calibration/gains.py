@@ -4,6 +4,7 @@ measured on the model itself."""
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,41 +67,8 @@ def replayed(
     CalibrationError where state and prediction have nothing to do with each other.
     """
 
-    @torch.no_grad()
-    def call(i, x=None):
-        """(the state, as recorded if None, the prediction) of a call, fp32."""
-        args, kwargs = trajectory.arguments(i, device)
-        place, key = (args, 0) if args else (kwargs, "hidden_states")
-        if x is not None:
-            place[key] = x.to(place[key].dtype)
-        x = place[key].float()
-        out = network(*args, **kwargs)
-        return x, (out if isinstance(out, torch.Tensor) else out[0]).float()
-
-    def plan(chain):
-        """Of each call its number, state and prediction, the part that the two share, a and b of the step to
-        the next."""
-        seen, out = [call(i) for i in chain], []
-        for k, (i, (x, v)) in enumerate(zip(chain, seen, strict=True)):
-            if x.ndim != v.ndim:
-                raise CalibrationError(
-                    f"recorded inputs of the network are {tuple(x.shape)}, its predictions {tuple(v.shape)}"
-                )
-            # Channels of a learned variance, of a mask or of a reference have no part in it.
-            part = tuple(slice(min(n, m)) for n, m in zip(x.shape, v.shape, strict=True))
-            if k + 1 < len(seen):
-                pair = torch.stack([x[part].flatten(), v[part].flatten()], 1).double()
-                a, b = (
-                    torch.linalg.lstsq(pair, seen[k + 1][0][part].flatten().double()[:, None])
-                    .solution.flatten()
-                    .tolist()
-                )
-            elif not out:
-                a, b = 0.0, 1.0  # a lone call: its prediction
-            out.append((i, x, v, part, a, b))
-        return out
-
-    plans = [plan(chain) for chain in chains]
+    call = partial(_called, network, trajectory, device)
+    plans = [_steps(call, chain) for chain in chains]
 
     def run():
         ends = []
@@ -116,6 +84,38 @@ def replayed(
         return torch.cat(ends)
 
     return run
+
+
+@torch.no_grad()
+def _called(network, trajectory, device, i, x=None):
+    """(the state, as recorded if None, the prediction) of a call, fp32."""
+    args, kwargs = trajectory.arguments(i, device)
+    place, key = (args, 0) if args else (kwargs, "hidden_states")
+    if x is not None:
+        place[key] = x.to(place[key].dtype)
+    x = place[key].float()
+    out = network(*args, **kwargs)
+    return x, (out if isinstance(out, torch.Tensor) else out[0]).float()
+
+
+def _steps(call, chain):
+    """Of each call its number, state and prediction, the part that the two share, a and b of the step to the
+    next."""
+    seen, out = [call(i) for i in chain], []
+    a, b = 0.0, 1.0  # of a lone call: its prediction
+    for k, (i, (x, v)) in enumerate(zip(chain, seen, strict=True)):
+        if x.ndim != v.ndim:
+            raise CalibrationError(
+                f"recorded inputs of the network are {tuple(x.shape)}, its predictions {tuple(v.shape)}"
+            )
+        # Channels of a learned variance, of a mask or of a reference have no part in it.
+        part = tuple(slice(min(n, m)) for n, m in zip(x.shape, v.shape, strict=True))
+        if k + 1 < len(seen):
+            pair = torch.stack([x[part].flatten(), v[part].flatten()], 1).double()
+            wanted = seen[k + 1][0][part].flatten().double()[:, None]
+            a, b = torch.linalg.lstsq(pair, wanted).solution.flatten().tolist()
+        out.append((i, x, v, part, a, b))
+    return out
 
 
 def of_calibration(

@@ -89,16 +89,7 @@ def calibrate_with(
     """
     takes = signature(pipe.__call__).parameters
     transformer = pipe.transformer if getattr(pipe, "transformer", None) is not None else pipe.unet
-    scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    latents = getattr(pipe, "default_sample_size", None) or transformer.config.get("sample_size")
-    own = (
-        latents * scale if isinstance(latents, int) else None
-    )  # video pipelines have a width and a height of their own
-    if size and size != own and "width" not in takes:
-        raise ValueError(
-            f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out"
-        )
-    size = size or own
+    size = _size(pipe, transformer, size)
     by_class = "class_labels" in takes
     prompts = class_ids(pipe, prompts, samples) if by_class else prompts or default_prompts()
     # Left alone, PixArt and Kontext sample at sizes of their own, and PixArt rewrites prompts where bs4 and
@@ -144,6 +135,19 @@ def calibrate_with(
     return calibrate(
         run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress
     )
+
+
+def _size(pipe, transformer, size):
+    """The size to sample at: the one asked for, or the model's own; None where it has a width and a height."""
+    scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    latents = getattr(pipe, "default_sample_size", None) or transformer.config.get("sample_size")
+    # Video pipelines have a width and a height of their own.
+    own = latents * scale if isinstance(latents, int) else None
+    if size and size != own and "width" not in signature(pipe.__call__).parameters:
+        raise ValueError(
+            f"{type(pipe).__name__} samples at {own} x {own} only, not at {size}; leave --size out"
+        )
+    return size or own
 
 
 def _mapped(family):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -247,16 +246,3 @@ def test_who_is_refused():
     few, many = (launch.gemm_tile(Target("cuda", 120, (3, 6)), tokens) for tokens in (64, 65))
     assert (few.bm, many.bm) == (64, 128)
     assert {t.bm for t in launch.tiles(Target("cuda", 103, (3, 6)))} == {128}
-
-
-def test_fake_versions():
-    with FakeTensorMode():
-        x, codes = torch.empty(4, 64, dtype=HALF), torch.empty(4, 32, dtype=torch.uint8)
-        scales, token_scale, y = (
-            torch.empty(4, 2, dtype=torch.uint8),
-            torch.empty(4),
-            torch.empty(4, 8, dtype=HALF),
-        )
-        assert launch.quantize_fp4(x, codes, scales, token_scale, None, None, None, None) is None
-        weight = torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 2, dtype=torch.uint8)
-        assert launch.gemm_fp4(codes, scales, token_scale, *weight, None, None, None, None, y) is None

@@ -240,72 +240,65 @@ class StoredModules:
         """A quantized module from its headers. Everything that its shapes and dtypes can contradict is
         checked here."""
         awq = bool(module.splits)
+        self._require_leaves(name, keys, awq)
+        n, k = self._sizes(module, keys, awq)
+        groups = (k // layout.GROUP, n)
+        wanted = {"wscales": groups, "wzeros": groups, "smooth_factor": (k,), "bias": (n,)}
+        for leaf, shape in wanted.items():
+            if leaf in keys:
+                self._is(keys[leaf], _FLOATS, shape)
+        if awq:
+            scale, zero = self.get(keys["wscales"]), self.get(keys["wzeros"])
+            rank = groups[0] * offset_columns(scale, zero, scale.dtype)
+        else:
+            rank = self._rank(keys, n, k)
+        return Stored(name, block, module, keys, n, k, rank)
+
+    def _require_leaves(self, name, keys, awq):
+        """That the tensors of a quantized module are there, and no others."""
         for leaf in ("qweight", "wscales", "wzeros") if awq else ("qweight", "wscales", "smooth_factor"):
             if leaf not in keys:
                 raise CheckpointError(
-                    f"{self.path}: {next(iter(keys.values()))}: {name} is a quantized layer, but its "
-                    f"tensor {leaf} is missing. "
-                    "Download the file again."
+                    f"{self.path}: {next(iter(keys.values()))}: {name} is a quantized layer, but its tensor "
+                    f"{leaf} is missing. Download the file again."
                 )
         unknown = sorted(set(keys) - {"qweight", "wscales", "bias"} - set(("wzeros",) if awq else _QUANTIZED))
         if unknown:
-            self.fail(
-                keys[unknown[0]],
-                "a modulation layer without a low-rank branch"
-                if awq and unknown[0].startswith("proj")
-                else f"no such tensor of {name}",
-                "one",
-                "It was made by other means than nunchaku's.",
+            branch = awq and unknown[0].startswith("proj")
+            expected = (
+                "a modulation layer without a low-rank branch" if branch else f"no such tensor of {name}"
             )
-        shape = self._shape(keys["qweight"])
-        self._is(keys["qweight"], ("I32",) if awq else ("I8",))
+            self.fail(keys[unknown[0]], expected, "one", "It was made by other means than nunchaku's.")
+
+    def _sizes(self, module, keys, awq) -> tuple[int, int]:
+        """(out-channels, in-channels) by the packed weight."""
+        key, shape = keys["qweight"], self._shape(keys["qweight"])
+        self._is(key, ("I32",) if awq else ("I8",))
         if len(shape) != 2 or not all(shape):
-            self.fail(keys["qweight"], "two dimensions", shape)
-        if awq:
-            n, k, multiples = (
-                shape[0] * layout.AWQ_ROWS,
-                shape[1] * 2,
-                (layout.AWQ_ROWS * module.splits, layout.GROUP),
-            )
-        else:
-            n, k, multiples = shape[0], shape[1] * 2, (layout.TILE, layout.TILE)
+            self.fail(key, "two dimensions", shape)
+        n, k = shape[0] * (layout.AWQ_ROWS if awq else 1), shape[1] * 2
+        rows, columns = (layout.AWQ_ROWS * module.splits, layout.GROUP) if awq else (layout.TILE, layout.TILE)
         if n % len(module.sources):
-            self.fail(keys["qweight"], f"rows of {len(module.sources)} layers of one size", n)
-        if n % multiples[0] or k % multiples[1]:
-            self.fail(
-                keys["qweight"],
-                f"multiples of {multiples[0]} out- and {multiples[1]} in-channels",
-                f"{n} and {k}",
-            )
-        groups = (k // layout.GROUP, n)
-        for leaf, wanted in {
-            "wscales": groups,
-            "wzeros": groups,
-            "smooth_factor": (k,),
-            "bias": (n,),
-        }.items():
-            if leaf in keys:
-                self._is(keys[leaf], _FLOATS, wanted)
-        if awq:
-            scale, zero = self.get(keys["wscales"]), self.get(keys["wzeros"])
-            return Stored(
-                name, block, module, keys, n, k, groups[0] * offset_columns(scale, zero, scale.dtype)
-            )
+            self.fail(key, f"rows of {len(module.sources)} layers of one size", n)
+        if n % rows or k % columns:
+            self.fail(key, f"multiples of {rows} out- and {columns} in-channels", f"{n} and {k}")
+        return n, k
+
+    def _rank(self, keys, n, k) -> int:
+        """Of the low-rank branch, 0 without one."""
         branch = {leaf: keys[leaf] for leaf in ("proj_down", "proj_up") if leaf in keys}
+        if not branch:
+            return 0
         if len(branch) == 1:
-            (leaf, key), other = (
-                next(iter(branch.items())),
-                {"proj_down": "proj_up", "proj_up": "proj_down"}[next(iter(branch))],
-            )
+            ((leaf, key),) = branch.items()
+            other = {"proj_down": "proj_up", "proj_up": "proj_down"}[leaf]
             self.fail(key, f"{other} beside {leaf}", "none")
-        rank = 0
-        if branch:
-            rank = (self._shape(keys["proj_down"]) or (0,))[-1]
-            if rank % layout.RANK:
-                self.fail(keys["proj_down"], f"a rank that is a multiple of {layout.RANK}", rank)
-            self._is(keys["proj_down"], _FLOATS, (k, rank))
-            self._is(keys["proj_up"], _FLOATS, (n, rank))
-        return Stored(name, block, module, keys, n, k, rank)
+        rank = (self._shape(keys["proj_down"]) or (0,))[-1]
+        if rank % layout.RANK:
+            self.fail(keys["proj_down"], f"a rank that is a multiple of {layout.RANK}", rank)
+        self._is(keys["proj_down"], _FLOATS, (k, rank))
+        self._is(keys["proj_up"], _FLOATS, (n, rank))
+        return rank
 
     def _is(self, key, dtypes, shape=None):
         if self._dtype(key) not in dtypes:

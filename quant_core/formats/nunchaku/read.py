@@ -23,7 +23,8 @@ from ..opened import Opened
 from ..zero_points import without_zero_points
 from . import layout
 from .modules import FOLDER, HEADER_LIMIT, Stored, StoredModules
-from .write import losses, reads_back, save
+from .targets import losses
+from .write import reads_back, save
 
 
 def is_nunchaku(path, keys, metadata) -> bool:

@@ -7,59 +7,20 @@ branches get one rank: the Python modules are built with the header's.
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from ....kernels.operator.spec import GELU_SHIFT, LinearSpec, SpecError
-from ...families import by_name
+from ....kernels.operator.spec import SpecError
 from ...layer.linear import QuantizedLayer, same_bits
 from ...layer.stack import resmooth, split_columns, stack_rows
 from ...store.atomic import save_tensors
 from ..zero_points import signed, zeros_of
 from . import layout
 from .config import configs
-from .names import NAMES, Module, Names, by_family
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A module to write: rows start..stop of each of some layers, of one range of in-channels where
-    `module.column` is not -1."""
-
-    name: str
-    block: str
-    module: Module
-    rows: tuple[tuple[str, int, int], ...]
-
-
-def losses(specs: dict[str, LinearSpec], family: str) -> dict[str, str]:
-    """{layer: why nunchaku cannot run it}, before anything is written. Layers that it has quantized and
-    `specs` does not are among them.
-
-    Empty where `save` writes the model; what `save` changes on the way it returns.
-    """
-    names = by_family(family)
-    if names is None or not names.model_class:
-        known = ", ".join(by_name(n.family).title for n in NAMES if n.model_class)
-        return dict.fromkeys(
-            specs, f"is of a {by_name(family).title} model; nunchaku files are written of {known}"
-        )
-    targets, missing, loose = _targets(names, specs)
-    out = dict.fromkeys(missing, "stays in 16 bits here, and is one of nunchaku's quantized layers")
-    out |= {
-        name: f"is {specs[name].describe()}, and stays in 16 bits in nunchaku"
-        for name in loose
-        if not specs[name].weight_only
-    }
-    for target in targets:
-        for name, start, stop in target.rows:
-            why = _why_not(target.module, specs[name], stop - start)
-            if why:
-                out.setdefault(name, why)
-    return out
+from .names import Module, Names, by_family
+from .targets import Target, losses, stacks_of, targets_of
 
 
 def save(
@@ -81,37 +42,7 @@ def save(
         )
     names = cast(Names, by_family(family))  # one that has none is among `losses`
     notes: list[str] = []
-    dtype = _dtype(layers)
-    targets, _, loose = _targets(names, {name: layer.spec for name, layer in layers.items()})
-    plain = {key: tensor for name in loose for key, tensor in _in_16_bits(layers[name], dtype).items()}
-    if loose:
-        notes.append(
-            f"{len(loose)} weight-only layers are stored in 16 bits, as nunchaku has them: "
-            f"{', '.join(loose[:3])}"
-        )
-    tensors, skipped = _plain(names, rest | plain, {t.block for t in targets}, dtype, notes)
-    linear: dict[_Target, tuple] = {}
-    errors: list[float] = []
-    for target in targets:
-        if target.module.splits:
-            leaves = _modulation(layers[target.rows[0][0]], target.module, dtype, notes, errors)
-            tensors |= {f"{target.name}.{leaf}": t for leaf, t in leaves.items()}
-        else:
-            joined = _joined(target, layers, notes)
-            linear[target] = joined, _branch(joined)
-    rank = (
-        -(-max((down.shape[1] for _, (down, _) in linear.values()), default=0) // layout.RANK) * layout.RANK
-    )
-    for target, (layer, branch) in linear.items():
-        tensors |= {
-            f"{target.name}.{names.leaf(leaf)}": t
-            for leaf, t in _linear(layer, branch, target.module, rank, dtype, errors).items()
-        }
-    if any(errors):
-        notes.append(
-            f"biases of {sum(map(bool, errors))} of nunchaku's modules are rounded to {dtype}, by at most "
-            f"{max(errors):.2g}"
-        )
+    tensors, rank, skipped = _tensors(names, layers, rest, notes)
     shapes = {key: tuple(t.shape) for key, t in rest.items()}
     shapes |= {f"{name}.weight": layer.spec.logical_shape for name, layer in layers.items()}
     part = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP}
@@ -125,10 +56,43 @@ def save(
         **configs(family, shapes),
     }
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
-    save_tensors(
-        Path(path), {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {"format": "pt"} | text
-    )
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_tensors(Path(path), tensors, {"format": "pt"} | text)
     return notes
+
+
+def _tensors(names: Names, layers, rest, notes: list[str]):
+    """({stored key: tensor}, the rank of the low-rank branches, whether the blocks that nunchaku may leave in
+    16 bits are). Adds to `notes` what is changed."""
+    dtype = _dtype(layers)
+    targets, _, loose = targets_of(names, {name: layer.spec for name, layer in layers.items()})
+    plain = {key: tensor for name in loose for key, tensor in _in_16_bits(layers[name], dtype).items()}
+    if loose:
+        notes.append(
+            f"{len(loose)} weight-only layers are stored in 16 bits, as nunchaku has them: "
+            f"{', '.join(loose[:3])}"
+        )
+    tensors, skipped = _plain(names, rest | plain, {t.block for t in targets}, dtype, notes)
+    linear: dict[Target, tuple] = {}
+    errors: list[float] = []
+    for target in targets:
+        if target.module.splits:
+            leaves = _modulation(layers[target.rows[0][0]], target.module, dtype, notes, errors)
+            tensors |= {f"{target.name}.{leaf}": t for leaf, t in leaves.items()}
+        else:
+            joined = _joined(target, layers, notes)
+            linear[target] = joined, _branch(joined)
+    widest = max((down.shape[1] for _, (down, _) in linear.values()), default=0)
+    rank = -(-widest // layout.RANK) * layout.RANK
+    for target, (layer, branch) in linear.items():
+        leaves = _linear(layer, branch, target.module, rank, dtype, errors)
+        tensors |= {f"{target.name}.{names.leaf(leaf)}": t for leaf, t in leaves.items()}
+    if any(errors):
+        notes.append(
+            f"biases of {sum(map(bool, errors))} of nunchaku's modules are rounded to {dtype}, by at most "
+            f"{max(errors):.2g}"
+        )
+    return tensors, rank, skipped
 
 
 def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
@@ -149,125 +113,6 @@ def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
         and bool((weight[0] - weight[1]).norm() <= 1e-6 * weight[1].norm())
         and bool(((bias[0] - bias[1]).abs() <= 2**-8 * (1 + bias[1].abs())).all())
     )
-
-
-# -- which layer goes where
-
-
-class _AnyKeys(dict):
-    """Shapes of a model of which only the number of blocks is known: whatever tensor a family asks for is
-    there."""
-
-    def __contains__(self, key):
-        return True
-
-
-def _stacks(names: Names, keys):
-    """{ComfyUI key: Stacked} for these keys of ComfyUI's, without the diffusers model that families map from."""
-    known = _AnyKeys.fromkeys(keys)
-    for ours, theirs in names.stems.items():
-        for key in keys:
-            if key.startswith(f"{ours}."):
-                known[f"{theirs}.{key[len(ours) + 1 :].split('.', 1)[0]}."] = None
-    return by_name(names.family).diffusers(known)
-
-
-def _targets(names: Names, specs):
-    """(targets; layers that would have to be quantized; layers that no module takes)."""
-    stacks = _stacks(names, [f"{name}.weight" for name in specs])
-    where: dict[str, tuple[str, int, int]] = {}
-    comfy: dict[str, str] = {}
-    used: set[str] = set()
-    for key, stack in stacks.items():
-        name, _, leaf = key.rpartition(".")
-        if leaf not in ("weight", "scale"):
-            continue
-        comfy |= dict.fromkeys((k.rpartition(".")[0] for k in stack.keys), name)
-        if name in specs:
-            start = 0
-            for k, n in zip(
-                stack.keys,
-                names.rows(stack.keys, specs[name].out_features, specs[name].in_features),
-                strict=True,
-            ):
-                where[k.rpartition(".")[0]] = (name, start, start + n)
-                start += n
-    blocks = dict.fromkeys(found[0] for module in comfy if (found := names.block_of(f"{module}.")))
-    modules = [(block, m) for block in blocks for m in names.modules(block) if not m.plain]
-    # All of the optional blocks are quantized, or none.
-    optional = any(
-        names.is_optional(block) and f"{block}.{source}" in where
-        for block, m in modules
-        for source in m.sources
-    )
-    targets, missing = [], []
-    for block, module in modules:
-        if names.is_optional(block) and not optional:
-            continue
-        sources = [f"{block}.{source}" for source in module.sources]
-        if unknown := [source for source in sources if source not in where]:
-            missing += [comfy.get(source, source) for source in unknown]
-            continue
-        rows: list[tuple[str, int, int]] = []
-        for name, start, stop in (where[source] for source in sources):
-            if rows and rows[-1][0] == name and rows[-1][2] == start:
-                rows[-1] = (name, rows[-1][1], stop)
-            else:
-                rows.append((name, start, stop))
-        used |= {name for name, _, _ in rows}
-        targets.append(_Target(names.stored(block, module), block, module, tuple(rows)))
-    return (
-        targets,
-        list(dict.fromkeys(missing)),
-        [name for name in specs if name not in used and name not in missing],
-    )
-
-
-def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
-    """Why `rows` out-channels of a layer are no such module; None where they are."""
-    parts = spec.parts
-    if spec.order:
-        return "has its in-channels in an order of its own, which nunchaku does not know"
-    if spec.spatial:
-        return "is a 1x1 convolution, which nunchaku has in 16 bits"
-    if spec.padding:
-        return f"pads its {spec.in_features} in-channels to {spec.width}, which nunchaku does not"
-    if len(parts) != (1 if module.column < 0 else 2):
-        return (
-            f"is quantized in {len(parts)} ranges of in-channels, and is "
-            f"{'one' if module.column < 0 else 'two'} in nunchaku"
-        )
-    part = parts[max(module.column, 0)]
-    if part.kronecker or part.rotation:
-        return (
-            f"{'has a learned transform' if part.kronecker else f'rotates its input (Hadamard {part.rotation})'}, "
-            "which nunchaku does not"
-        )
-    weight, act = part.weight, part.activation
-    if (weight.bits, weight.granularity, weight.group) != (4, "group", layout.GROUP):
-        return f"has {weight.bits}-bit weights, one scale per {weight.granularity}; nunchaku has 4 bits, one for {layout.GROUP} channels"
-    if module.splits:
-        groups = spec.in_features // layout.GROUP
-        if act is not None or part.smooth:
-            return f"is {spec.describe()}, and weight-only without smoothing in nunchaku"
-        if part.rank not in (0, groups, 2 * groups):
-            return f"has a low-rank branch of rank {part.rank}, and nunchaku's modulation layers have none: quantize it with rank 0"
-        multiples = (layout.AWQ_ROWS * module.splits, layout.GROUP)
-    else:
-        if act is None:
-            return "is weight-only, and has 4-bit activations in nunchaku"
-        if (act.bits, act.granularity, act.group, act.clip) != (4, "group", layout.GROUP, 1.0):
-            has = f"has {act.bits}-bit activations per {act.granularity}, clip {act.clip:g}"
-            return f"{has}; nunchaku has 4 bits, {layout.GROUP} channels, clip 1"
-        if (act.unsigned, act.shift) != ((True, GELU_SHIFT) if module.unsigned else (False, 0.0)):
-            wanted = f"unsigned and shifted by {GELU_SHIFT}" if module.unsigned else "signed"
-            return f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}; nunchaku's are {wanted} there"
-        multiples = (layout.TILE, layout.TILE)
-    if rows % multiples[0] or part.width % multiples[1]:
-        return f"has {rows} out- and {part.width} in-channels; nunchaku needs multiples of {multiples[0]} and {multiples[1]}"
-    if spec.bias and not module.bias:
-        return "has a bias, and none in nunchaku"
-    return None
 
 
 # -- tensors
@@ -296,7 +141,7 @@ def _in_16_bits(layer: QuantizedLayer, dtype):
 def _plain(names: Names, rest, quantized, dtype, notes):
     """({stored key: tensor}, whether the blocks that nunchaku may leave in 16 bits are). quantized: blocks of
     targets."""
-    stacks, left = _stacks(names, list(rest)), []
+    stacks, left = stacks_of(names, list(rest)), []
     out: dict[str, torch.Tensor] = {}
     for key, tensor in rest.items():
         if key not in stacks and key.endswith("_norm.weight"):
@@ -339,7 +184,7 @@ def _plain(names: Names, rest, quantized, dtype, notes):
     return out, bool(skipped)
 
 
-def _joined(target: _Target, layers, notes) -> QuantizedLayer:
+def _joined(target: Target, layers, notes) -> QuantizedLayer:
     """The target as one layer of one part, named as it is stored."""
     pieces = []
     for name, start, stop in target.rows:

@@ -13,7 +13,7 @@ from comfyui_nibble.quant_core.families.pointwise import spatial_of, why_unsure
 from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.kitchen import write as kitchen_out
 from comfyui_nibble.quant_core.formats.nibble import PackFile
-from comfyui_nibble.quant_core.formats.nunchaku.write import losses as nunchaku_losses
+from comfyui_nibble.quant_core.formats.nunchaku.targets import losses as nunchaku_losses
 from comfyui_nibble.quant_core.layer.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import relative_error

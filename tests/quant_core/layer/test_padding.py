@@ -20,7 +20,7 @@ from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.kitchen import write as kitchen_out
 from comfyui_nibble.quant_core.formats.nibble import PackFile, save
-from comfyui_nibble.quant_core.formats.nunchaku.write import losses as nunchaku_losses
+from comfyui_nibble.quant_core.formats.nunchaku.targets import losses as nunchaku_losses
 from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.adapters import Kronecker, LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from comfyui_nibble.quant_core.formats.nunchaku.read import NunchakuFile, is_nunchaku
-from comfyui_nibble.quant_core.formats.nunchaku.write import losses, save
+from comfyui_nibble.quant_core.formats.nunchaku.targets import losses
+from comfyui_nibble.quant_core.formats.nunchaku.write import save
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets import nunchaku as made
 from comfyui_nibble.tests.assets.nunchaku import INT4, D, S, gelu_tokens, tokens, write

@@ -11,7 +11,8 @@ from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.kernels.operator.spec import LinearSpec, PartSpec, SpecError
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.formats.nunchaku.read import NunchakuFile
-from comfyui_nibble.quant_core.formats.nunchaku.write import losses, reads_back, save
+from comfyui_nibble.quant_core.formats.nunchaku.targets import losses
+from comfyui_nibble.quant_core.formats.nunchaku.write import reads_back, save
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
