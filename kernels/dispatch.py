@@ -104,7 +104,8 @@ _INT4_CODES = _every(
 
 
 def _edges(spec, target):
-    """Parts that share a launch must begin where a block of bytes and, on the way to one, a group of 64 does."""
+    """Parts that share a launch must begin where a block of bytes and, on the way to one, a group of 64
+    does."""
     if len(spec.parts) == 1:
         return None
     need = max(64, 32 * 8 // min(p.weight.bits for p in spec.parts))
@@ -266,9 +267,9 @@ def quant_linear(x, spec, tensors, before=None, target=None):
     """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See
     `quant_linear.naive` for the formula.
 
-    `before`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible. `target`:
-    `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that token of y.
-    Raises ValueError where x and the layer do not fit or are on different devices.
+    `before`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible.
+    `target`: `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that
+    token of y. Raises ValueError where x and the layer do not fit or are on different devices.
     """
     if x.shape[-1] != spec.in_features:
         raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")

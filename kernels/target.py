@@ -29,8 +29,8 @@ class Target:
     trouble: str = ""
 
     def __post_init__(self):
-        # Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant, and
-        # for caches, to which its hash is cheap.
+        # Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant,
+        # and for caches, to which its hash is cheap.
         fields = self.backend, self.arch, self.triton, self.name, self.interpreted, self.trouble
         object.__setattr__(self, "fields", fields)
 

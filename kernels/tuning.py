@@ -59,7 +59,8 @@ class Problem:
     def key(self) -> str:
         """Of the cache. Tokens by powers of two: a batch of 4608 and one of 4500 take the same tile."""
         tokens = 1 << max(self.tokens - 1, 15).bit_length()
-        return f"{self.kernel}/{self.planes}/{self.scales}/{tokens}x{self.channels}x{self.row_bytes}/{self.block}"
+        size = f"{tokens}x{self.channels}x{self.row_bytes}"
+        return f"{self.kernel}/{self.planes}/{self.scales}/{size}/{self.block}"
 
 
 def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:

@@ -1,7 +1,9 @@
-"""What the house is like, in figures: `python -m comfyui_nibble.tests.house` prints them, tests/test_house.py holds them.
+"""What the house is like, in figures: `python -m comfyui_nibble.tests.house` prints them, tests/test_house.py
+holds them.
 
-Floors, arrows and circles are those of `test_floors`. A code line is one with a token that is neither a comment nor part of a
-docstring. A call is one of a Python function of the pack, a move one such call from one file into another.
+Floors, arrows and circles are those of `test_floors`. A code line is one with a token that is neither a
+comment nor part of a docstring. A call is one of a Python function of the pack, a move one such call from one
+file into another.
 """
 
 import ast
@@ -71,7 +73,8 @@ def tokens_a_line() -> float:
 
 
 def traced(run: Callable[[], object], inside: Callable[[], object] | None = None) -> tuple[int, int]:
-    """(calls of the pack's Python functions, moves between its files) while `run` runs; `inside()` says that it is not to be counted."""
+    """(calls of the pack's Python functions, moves between its files) while `run` runs; `inside()` says that
+    it is not to be counted."""
     folders = [f"{PACK / folder}/" for folder in ("kernels", "quant_core", "nodes")]
     calls = moves = 0
     where: list[str] = []
@@ -101,7 +104,8 @@ def traced(run: Callable[[], object], inside: Callable[[], object] | None = None
 
 
 def forward() -> tuple[int, int]:
-    """`traced` of a layer's second forward on the launch path, everything in front of Triton's kernels: SVDQuant's W4A4 layer."""
+    """`traced` of a layer's second forward on the launch path, everything in front of Triton's kernels:
+    SVDQuant's W4A4 layer."""
     part = PartSpec(0, 256, WeightSpec(), ActivationSpec(), smooth=True, rank=16)
     spec = LinearSpec(256, 64, (part,), True)
     g = torch.Generator().manual_seed(0)
@@ -134,7 +138,8 @@ class launches_left_out:
 
 
 def fit() -> tuple[int, int]:
-    """`traced` of one layer's way from its weight to a quantized layer with its row of the report, rounded to nearest."""
+    """`traced` of one layer's way from its weight to a quantized layer with its row of the report, rounded to
+    nearest."""
     shapes = {"double_blocks.0.img_mlp.0.weight": (128, 64), "double_blocks.0.img_mlp.0.bias": (128,)}
     layer = next(layer for layer in FLUX.mapped(shapes) if layer.name == "double_blocks.0.img_mlp.0")
     state = {

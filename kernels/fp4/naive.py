@@ -51,7 +51,8 @@ def tensor_scale(x):
 
 
 def token_scale(x):
-    """A scale for each row in place of the tensor's, (rows, 1) fp32: a NaN or an outlier stays in its token."""
+    """A scale for each row in place of the tensor's, (rows, 1) fp32: a NaN or an outlier stays in its
+    token."""
     return x.float().abs().amax(-1, keepdim=True).clamp(min=TINY) / (E2M1_MAX * E4M3_MAX)
 
 
@@ -89,7 +90,8 @@ def decode_scales(scales):
 
 
 def dequantize(codes, scales, scale=None):
-    """codes (rows, K / 2), scales (rows, K / block), scale (), (1,), (rows, 1) or None -> (rows, K) float64."""
+    """codes (rows, K / 2), scales (rows, K / block), scale (), (1,), (rows, 1) or None -> (rows, K)
+    float64."""
     values = decode_e2m1(unpack(codes.view(torch.int8), 4, unsigned=True)).unflatten(
         -1, (-1, block_of(scales))
     )

@@ -94,19 +94,20 @@ def _quantize_blocks(v, bits, token_scale, BLOCK: tl.constexpr):
 
 @triton.jit
 def quantize_fp4_kernel(
-    x_ptr, smooth_ptr, down_ptr, given_ptr, q_ptr, s_ptr, t_ptr, low_ptr, M, K, R, ldx, ldq, lds, ld_down, ld_low,
-    LEVEL: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    x_ptr, smooth_ptr, down_ptr, given_ptr, q_ptr, s_ptr, t_ptr, low_ptr, M, K, R, ldx, ldq, lds, ld_down,
+    ld_low,
+    LEVEL: tl.constexpr, BLOCK: tl.constexpr, SMOOTH: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program quantizes BM tokens, BK channels at a time; TOKEN reads them twice.
-
     x (M, K) 16 bit; smooth (K,); down (K, R) 16 bit; given (1,) fp32. q (M, K / 2), s (M, K / BLOCK) uint8; t
-    (M,) fp32, the token's scale or 1; low (M, R) = x @ down. RP: R to a power of two from 16, 0 for no branch.
+    (M,) fp32, the token's scale or 1; low (M, R) = x @ down. RP: R to a power of two from 16, 0 for no
+    branch.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     row_ok = m < M
     rows = m.to(tl.int64)
-    x_rows = rows * ldx
     BLOCKS: tl.constexpr = BK // BLOCK
     token_scale = tl.full((BM,), 1.0, tl.float32)
     if LEVEL == GIVEN:
@@ -115,13 +116,12 @@ def quantize_fp4_kernel(
     if RP > 0:
         r = tl.arange(0, RP)
         low = tl.zeros((BM, RP), dtype=tl.float32)
-
     PASSES: tl.constexpr = 2 if LEVEL == TOKEN else 1
     for step in tl.static_range(PASSES):
         for start in range(0, K, BK):
             k = start + tl.arange(0, BK)
             x_ok = row_ok[:, None] & (k < K)[None, :]
-            x = tl.load(x_ptr + x_rows[:, None] + k[None, :], mask=x_ok, other=0.0)
+            x = tl.load(x_ptr + (rows * ldx)[:, None] + k[None, :], mask=x_ok, other=0.0)
             if RP > 0 and step == 0:
                 d_ok = (k < K)[:, None] & (r < R)[None, :]
                 d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=d_ok, other=0.0)
@@ -171,7 +171,8 @@ def _dequantized(q, s, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(x, sx, w, sw, acc, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + x . w^T. Bytes x (BM, BK), w (BN, BK), scales sx and sw as uint8. UPCAST: decoded here, in fp32."""
+    """acc + x . w^T. Bytes x (BM, BK), w (BN, BK), scales sx and sw as uint8. UPCAST: decoded here, in
+    fp32."""
     if UPCAST:
         x_even, x_odd = _dequantized(x, sx, BLOCK)
         w_even, w_odd = _dequantized(w, sw, BLOCK)
@@ -189,7 +190,8 @@ def _product(x, sx, w, sw, acc, BLOCK: tl.constexpr, UPCAST: tl.constexpr):
 def gemm_fp4_kernel(
     x_ptr, w_ptr, sx_ptr, sw_ptr, tx_ptr, tw_ptr, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ld_sx, ld_sw, ldy, step_tw, ld_low, ld_up,
-    BLOCK: tl.constexpr, EVEN_K: tl.constexpr, HAS_TW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BLOCK: tl.constexpr, EVEN_K: tl.constexpr, HAS_TW: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr, BR: tl.constexpr, GROUP_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x (M, KB) and w (N, KB) bytes of two codes, sx (M, 2 KB / BLOCK) and sw (N, 2 KB / BLOCK) uint8, tx

@@ -92,16 +92,20 @@ def _turned(x, SLICES: tl.constexpr):
 
 @triton.jit
 def quantize_kronecker_kernel(
-    x_ptr, smooth_ptr, factor_ptr, mod_scale_ptr, mod_shift_ptr, q_ptr, s_ptr, M, tokens, ldx, ldq, plane, ld_mod, clip, eps,
-    PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, PER_SLICE: tl.constexpr, BATCHED: tl.constexpr, P1: tl.constexpr, P2: tl.constexpr,
-    COUNT: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, BM: tl.constexpr, PAD1: tl.constexpr,
+    x_ptr, smooth_ptr, factor_ptr, mod_scale_ptr, mod_shift_ptr, q_ptr, s_ptr, M, tokens, ldx, ldq, plane,
+    ld_mod, clip, eps,
+    PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, PER_SLICE: tl.constexpr, BATCHED: tl.constexpr,
+    P1: tl.constexpr, P2: tl.constexpr,
+    COUNT: tl.constexpr, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr,
+    BM: tl.constexpr, PAD1: tl.constexpr,
     PAD2: tl.constexpr, SLICES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: parts of K = COUNT P1 P2 channels with factors of their own.
 
-    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with PER_SLICE
-    one a slice; modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s (parts, M)
-    fp32. PAD1, PAD2, SLICES: powers of two from P1, P2 and COUNT on. BATCHED: a product a slice, not one for all.
+    x (M, parts K) 16 bit; smooth (parts K,); factors (parts, pairs, P1 P1 + P2 P2), one pair or with
+    PER_SLICE one a slice; modulation (batches, K), one part, `tokens` rows of x a batch. q (M, ...) codes; s
+    (parts, M) fp32. PAD1, PAD2, SLICES: powers of two from P1, P2 and COUNT on. BATCHED: a product a slice,
+    not one for all.
     """
     K: tl.constexpr = COUNT * P1 * P2
     PAIR: tl.constexpr = P1 * P1 + P2 * P2

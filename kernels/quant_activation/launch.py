@@ -16,7 +16,8 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def quantize_activation(
-    x, codes, scale, low, smooth, down, mod_scale, mod_shift, width, count, planes, bits, unsigned, grouped, rotation, shift, clip, prologue, eps
+    x, codes, scale, low, smooth, down, mod_scale, mod_shift, width, count, planes, bits, unsigned, grouped,
+    rotation, shift, clip, prologue, eps
 ):  # fmt: skip
     """x (M, count * width) 16 bit, rows apart by any stride -> codes (M, ...) int8, scale (segments, M) fp32,
     low (M, count * R).
@@ -63,7 +64,8 @@ def _chosen(target, dtype, rank, rotation, *settings):
 
 
 def quantize_kronecker(
-    x, codes, scale, smooth, factors, mod_scale, mod_shift, count, slices, p1, p2, per_slice, planes, bits, unsigned, clip, prologue, eps
+    x, codes, scale, smooth, factors, mod_scale, mod_shift, count, slices, p1, p2, per_slice, planes, bits,
+    unsigned, clip, prologue, eps
 ):  # fmt: skip
     """As `quantize_activation` for `count` parts of slices p1 p2 channels each, one scale a token and part.
     factors: flat, part by part."""
@@ -71,7 +73,8 @@ def quantize_kronecker(
     if not tokens:
         return
     rows, chosen = _chosen_kronecker(
-        kernel_target(x.device).fields, p1, p2, slices, per_slice, prologue, smooth is not None, bits, unsigned,
+        kernel_target(x.device).fields, p1, p2, slices, per_slice, prologue, smooth is not None, bits,
+        unsigned,
         planes,
     )  # fmt: skip
     empty = scale  # a pointer that is never read
@@ -80,7 +83,8 @@ def quantize_kronecker(
         mod_scale if mod_scale is not None else empty,
         mod_shift if mod_shift is not None else empty,
         codes, scale, tokens, tokens // (mod_scale.shape[0] if mod_scale is not None else 1),
-        x.stride(0), codes.stride(0), codes.stride(0) // max(planes, 1), mod_scale.stride(0) if mod_scale is not None else 0, clip, eps,
+        x.stride(0), codes.stride(0), codes.stride(0) // max(planes, 1),
+        mod_scale.stride(0) if mod_scale is not None else 0, clip, eps,
         **chosen,
     )  # fmt: skip
 

@@ -212,8 +212,10 @@ def _store_codes(q_ptr, q, q_rows, row_ok, start, K, plane, LAYOUT: tl.constexpr
 def quantize_kernel(
     x_ptr, smooth_ptr, down_ptr, mod_scale_ptr, mod_shift_ptr, q_ptr, s_ptr, low_ptr,
     M, K, width, R, tokens, ldx, ldq, plane, ld_down, ld_low, ld_mod, shift, clip, eps,
-    PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, ROTATION: tl.constexpr, ROT_DTYPE: tl.constexpr, GROUPED: tl.constexpr,
-    TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr,
+    PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, ROTATION: tl.constexpr, ROT_DTYPE: tl.constexpr,
+    GROUPED: tl.constexpr,
+    TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr,
+    BM: tl.constexpr,
     TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: slices of K channels each, with the same settings.

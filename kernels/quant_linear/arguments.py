@@ -14,8 +14,8 @@ class Quantize:
     """One launch of the quantizer.
 
     columns: of x, of the smoothing and of proj_down. code, segments: where its codes and its scales begin and
-    end. ranks: its columns of the low rank; each part's own where `parts` has several. factors: of the learned
-    transform, None without one. settings: the arguments behind the tensors, up to the prologue's.
+    end. ranks: its columns of the low rank; each part's own where `parts` has several. factors: of the
+    learned transform, None without one. settings: the arguments behind the tensors, up to the prologue's.
     """
 
     columns: slice
@@ -58,7 +58,8 @@ class Plan:
 
 @lru_cache(maxsize=1024)
 def plan_of(text: str, target: tuple) -> Plan:
-    """The Plan of a `LinearSpec.text` whose parts all have quantized activations on a Target of these fields."""
+    """The Plan of a `LinearSpec.text` whose parts all have quantized activations on a Target of these
+    fields."""
     spec, target = parse(text), Target(*target)
     steps = lower(spec, target)
     limit = min(0 if p.kronecker else low_rank_limit(target, p.rotation) for p in spec.parts)

@@ -1,4 +1,5 @@
-"""The operator in plain PyTorch: quantize and dequantize x, one matrix product a part. Runs on every device."""
+"""The operator in plain PyTorch: quantize and dequantize x, one matrix product a part. Runs on every
+device."""
 
 import torch
 

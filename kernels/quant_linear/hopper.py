@@ -173,7 +173,8 @@ def _low_rank(
 
 @gluon.jit
 def gemm_wgmma(
-    x_desc, w_desc, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
+    x_desc, w_desc, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldy, ld_sx, ld_sw,
+    ld_low, ld_up, plane,
     PLANES: gl.constexpr, SCALES: gl.constexpr, HAS_BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
     BR: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip

@@ -56,7 +56,8 @@ def gemm(
         chosen = chosen.without_gluon
     chosen.kernel[chosen.grid](
         codes, weight, scale, weight_scale, chosen.ends, *branch,
-        tokens, channels, row_bytes, rank, codes.stride(0), weight.stride(0), y.stride(0), *strides, *low_strides, plane,
+        tokens, channels, row_bytes, rank, codes.stride(0), weight.stride(0), y.stride(0), *strides,
+        *low_strides, plane,
         **chosen.constants,
     )  # fmt: skip
 
@@ -82,7 +83,8 @@ class Chosen:
 
 @lru_cache(maxsize=4096)
 def _chosen(
-    target, changes, kernel, planes, scales, swap, block, ends, tokens, channels, row_bytes, scale_dtype, rank, has_bias, accumulate
+    target, changes, kernel, planes, scales, swap, block, ends, tokens, channels, row_bytes, scale_dtype,
+    rank, has_bias, accumulate
 ):  # fmt: skip
     """changes: `tuning.changes`, so that a tile which was just timed is taken at once."""
     target = Target(*target)

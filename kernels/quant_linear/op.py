@@ -1,9 +1,9 @@
-"""A whole quantized layer as one operator of torch: what torch.compile sees, planned at run time, with no graph
-break.
+"""A whole quantized layer as one operator of torch: what torch.compile sees, planned at run time, with no
+graph break.
 
 The namespace follows the name under which the pack was imported. ComfyUI imports a custom node under the path
-of its folder, which may hold any letter, while torch's schemas are ASCII: so it is a hash of that name, another
-one for every copy that stands beside this one.
+of its folder, which may hold any letter, while torch's schemas are ASCII: so it is a hash of that name,
+another one for every copy that stands beside this one.
 """
 
 import hashlib
@@ -27,7 +27,8 @@ def quant_linear(x, spec, tensors, before=None):
     get = tensors.get
     return layer(
         x, spec.text, tensors["weight"], tensors["weight_scale"], get("smooth_factor"), get("proj_down"),
-        get("proj_up"), get("bias"), get("transform"), *(NOTHING if before is None else before.operands(slice(None))),
+        get("proj_up"), get("bias"), get("transform"),
+        *(NOTHING if before is None else before.operands(slice(None))),
     )  # fmt: skip
 
 

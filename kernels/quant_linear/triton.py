@@ -156,7 +156,8 @@ def _gemm(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tm, tn = _tile(M, N, BM, BN, GROUP_M)
@@ -240,7 +241,8 @@ def gemm_int8(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x int8 (M, PLANES KB) in planes, w (N, KB) bytes, sx (segments, M) fp32, sw (segments, N), ends: eight
@@ -248,7 +250,8 @@ def gemm_int8(
     of all slices; a group is one BK. ld_sx, ld_sw: from one segment's scales to the next's, 0 where all share
     one. BR 0: no low rank."""
     _gemm(
-        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
+        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
+        ld_sx, ld_sw, ld_low, ld_up, plane,
         PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
     )  # fmt: skip
 
@@ -258,13 +261,15 @@ def gemm_s4s4(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_int8` with PLANES = 1 and x (M, KB) packed, signed codes: its products become
     `mma.m16n8k64.s4.s4`."""
     _gemm(
-        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
+        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
+        ld_sx, ld_sw, ld_low, ld_up, plane,
         PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
     )  # fmt: skip
 
@@ -274,11 +279,13 @@ def gemm_u4s4(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BR: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_s4s4` with unsigned codes of x: its products become `mma.m16n8k64.u4.s4`."""
     _gemm(
-        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
+        x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
+        ld_sx, ld_sw, ld_low, ld_up, plane,
         PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
     )  # fmt: skip

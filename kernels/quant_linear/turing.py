@@ -44,7 +44,8 @@ def _fragments(base, offsets, step, COUNT: gl.constexpr):
 @gluon.jit
 def gemm_m8n8k32(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, bias_ptr, y_ptr, M, N, KB, ldx, ldw, ldy, ld_sx, ld_sw,
-    UNSIGNED: gl.constexpr, SCALES: gl.constexpr, MAGIC: gl.constexpr, HAS_BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    UNSIGNED: gl.constexpr, SCALES: gl.constexpr, MAGIC: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
     MT: gl.constexpr, NT: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
 ):  # fmt: skip
     """x (M, KB) and w (N, KB) packed bytes as int32 pointers, strides in int32; KB in bytes, a multiple of

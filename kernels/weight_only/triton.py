@@ -29,7 +29,8 @@ def _product(
 @triton.jit
 def weight_only_kernel(
     x_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, KB, ldx, ldw, ldy, ld_sw,
-    PLANES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PLANES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr,
     ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x (M, PLANES KB), w (N, KB) bytes, sw (groups or 1, N), bias (N,), y (M, N). GROUPED: BK bytes are one

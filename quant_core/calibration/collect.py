@@ -23,7 +23,8 @@ from .trajectory import Recorder
 
 
 def is_held_out(sample: int, samples: int) -> bool:
-    """Every fourth sample (the last of fewer) feeds the held-out tokens and no fit. A lone sample feeds both."""
+    """Every fourth sample (the last of fewer) feeds the held-out tokens and no fit. A lone sample feeds
+    both."""
     return sample % 4 == 3 or (samples < 4 and sample == samples - 1)
 
 

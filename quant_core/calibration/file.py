@@ -1,4 +1,5 @@
-"""Statistics on disk: one safetensors file a pass. A calibration is a file or a folder of them, read lazily."""
+"""Statistics on disk: one safetensors file a pass. A calibration is a file or a folder of them, read
+lazily."""
 
 import hashlib
 import json

@@ -39,7 +39,8 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
 
 
 def plan_passes(inputs, memory: int, reservoir: int = 1024) -> list[list[Input]]:
-    """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows it."""
+    """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows
+    it."""
     passes: list[list[Input]] = [[]]
     used = 0
     for item in inputs:

@@ -57,7 +57,8 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The calls of a calibration in the order of sampling. get(name) -> a recorded tensor, read at each use."""
+    """The calls of a calibration in the order of sampling. get(name) -> a recorded tensor, read at each
+    use."""
 
     calls: list[Call]
     get: Callable[[str], torch.Tensor]

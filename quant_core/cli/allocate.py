@@ -80,7 +80,8 @@ def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[C
 
 
 def read_gains(path: Path) -> dict[str, float]:
-    """{layer: factor} of a JSON file. Raises ValueError naming the file and what is no number of 0 or more."""
+    """{layer: factor} of a JSON file. Raises ValueError naming the file and what is no number of 0 or
+    more."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # bytes that are no text, numbers of thousands of digits

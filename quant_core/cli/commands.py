@@ -280,7 +280,8 @@ def calibrate(
         if not lines:
             raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(
-        pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed, memory=int(memory_gb * 2**30),
+        pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed,
+        memory=int(memory_gb * 2**30),
         device=device, progress=bar("sample"),
     )  # fmt: skip
     typer.echo(

@@ -19,7 +19,9 @@ from ..store.progress import Progress, silent
 from .replace import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
 
 TARGETS = {
-    "native": "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack",
+    "native": (
+        "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack"
+    ),
     "kitchen": "comfy-kitchen's svdquant_w4a4 beside the native formats; runs where ComfyUI's core takes it",
     "nunchaku": "nunchaku's SVDQuant INT4, one file",
     "nibble": "the pack's own file",
@@ -100,7 +102,8 @@ def plan(source: Opened, to: str, comfyui: str = native.OLDEST) -> Plan:
 
 
 def _for_nunchaku(source: Opened) -> Plan:
-    """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement there."""
+    """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement
+    there."""
     lossy = nunchaku.losses(source.specs, source.family)
     for name, spec in source.specs.items():
         if name not in lossy and spec.weight_only and spec.rank and not offsets_only(source.layer(name)):

@@ -138,7 +138,8 @@ def calibrate_with(
 
 
 def _size(pipe, transformer, size):
-    """The size to sample at: the one asked for, or the model's own; None where it has a width and a height."""
+    """The size to sample at: the one asked for, or the model's own; None where it has a width and a
+    height."""
     scale = getattr(pipe, "vae_scale_factor", None) or 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     latents = getattr(pipe, "default_sample_size", None) or transformer.config.get("sample_size")
     # Video pipelines have a width and a height of their own.

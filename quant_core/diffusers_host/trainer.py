@@ -23,7 +23,8 @@ def trainer_of(
     folder: Path,
     preset: Preset,
 ) -> Trainer:
-    """`training.trainer.trainer_of` for a diffusers model in full precision, whose layers may be apart there."""
+    """`training.trainer.trainer_of` for a diffusers model in full precision, whose layers may be apart
+    there."""
     names = modules_of(family, plan, model)
     modules = {}
     for layer, targets in names.items():

@@ -59,7 +59,8 @@ def statistics(layer: Layer, fit_tokens: int = 4096) -> InputStatistics:
 
 
 def weight(layer: Layer, stats: InputStatistics) -> torch.Tensor:
-    """A bf16 weight whose large in-channels are small where the activations are large, as in trained models."""
+    """A bf16 weight whose large in-channels are small where the activations are large, as in trained
+    models."""
     rms = torch.cat([stats.hessians[b].diagonal() for b in stats.blocks]).div(stats.count).sqrt()
     g = torch.Generator().manual_seed(layer.out_features + layer.in_features)
     return (

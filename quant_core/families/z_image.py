@@ -14,7 +14,8 @@ _TOP = {
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
     **{name: name for name in (
-        "cap_embedder.0", "cap_embedder.1", "siglip_embedder.0", "siglip_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2",
+        "cap_embedder.0", "cap_embedder.1", "siglip_embedder.0", "siglip_embedder.1", "t_embedder.mlp.0",
+        "t_embedder.mlp.2",
     )},
 }  # fmt: skip
 _LONE = ("x_pad_token", "cap_pad_token", "siglip_pad_token")

@@ -20,8 +20,8 @@ NIBBLE, KITCHEN, NUNCHAKU, FULL, CALIBRATION = "nibble", "kitchen", "nunchaku", 
 
 @dataclass(frozen=True)
 class Format:
-    """recognises: (path, file, keys, header entries) -> whether a file, opened as far as its header, is of this
-    format. reader: path -> what was opened, as `Opened` has it."""
+    """recognises: (path, file, keys, header entries) -> whether a file, opened as far as its header, is of
+    this format. reader: path -> what was opened, as `Opened` has it."""
 
     recognises: Callable[..., bool]
     reader: Callable[[Path], Opened]

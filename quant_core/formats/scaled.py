@@ -29,7 +29,8 @@ class Scales:
     """
 
     def __init__(self, path, shapes: dict, dtypes: dict[str, str], read: Callable[[str], torch.Tensor]):
-        """Raises CheckpointError for packed weights, scales without an fp8 weight and scales of a wrong kind."""
+        """Raises CheckpointError for packed weights, scales without an fp8 weight and scales of a wrong
+        kind."""
         self.path, self.read, self.of = path, read, {}
         packed = [k for k, d in dtypes.items() if d in PACKED and k.endswith((".weight", ".qweight"))]
         if packed:

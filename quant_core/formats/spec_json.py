@@ -15,8 +15,8 @@ _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def to_json(spec: LinearSpec) -> dict:
-    """Without the fields of learned transforms, order, padding and convolutions where there are none, as versions
-    before 0.3 wrote it."""
+    """Without the fields of learned transforms, order, padding and convolutions where there are none, as
+    versions before 0.3 wrote it."""
     data = asdict(spec)
     for name in ("order", "padding", "spatial"):
         if not data[name]:

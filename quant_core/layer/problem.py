@@ -72,7 +72,8 @@ class Problem:
         return torch.float16 if self.weight.dtype == torch.float16 else torch.bfloat16
 
     def tokens(self, purpose: str) -> torch.Tensor | None:
-        """Held-out tokens (R, K) fp32: one half for "select"ing among candidates, the other for the "report"."""
+        """Held-out tokens (R, K) fp32: one half for "select"ing among candidates, the other for the
+        "report"."""
         if self.statistics is None or not len(self.statistics.tokens):
             return None
         return self.statistics.tokens[{"select": 0, "report": 1}[purpose] :: 2].to(self.weight.device).float()

@@ -38,7 +38,8 @@ def rows_spec(name: str, specs: list[LinearSpec], share: bool = False) -> Linear
 
 
 def columns_spec(name: str, specs: list[LinearSpec]) -> LinearSpec:
-    """The spec of `stack_columns`: the parts behind each other, all with the largest rank. Raises SpecError."""
+    """The spec of `stack_columns`: the parts behind each other, all with the largest rank. Raises
+    SpecError."""
     rank, parts, at = max(s.rank for s in specs), [], 0
     for spec in specs:
         if spec.out_features != specs[0].out_features or spec.order or spec.padding:

@@ -96,7 +96,8 @@ class InputStatistics:
         self.count += x.shape[0]
 
     def padded(self, count: int) -> "InputStatistics":
-        """With `count` channels of zeros behind the others; the last block of second moments takes them in."""
+        """With `count` channels of zeros behind the others; the last block of second moments takes them
+        in."""
         pad, width = torch.nn.functional.pad, self.width + count
         wider = {b: (b[0], width) if b[1] == self.width else b for b in self.blocks}
         hessians = {

@@ -115,7 +115,8 @@ class RobuQPart(PartFit):
         return replace(spec, activation=replace(spec.activation, clip=round(min(1.0, clip), 4)))
 
     def _clipped(self, best):
-        """`best` with the clip, among factors of the one it has, that leaves the least error of the output."""
+        """`best` with the clip, among factors of the one it has, that leaves the least error of the
+        output."""
         start = best["spec"].activation.clip
         for factor in self.config.clip:
             spec = self._with_clip(best["spec"], start * factor)

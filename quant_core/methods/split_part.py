@@ -148,8 +148,10 @@ class SplitPart:
 
     def _finished(self, smooth, factors, clip):
         spec = PartSpec(
-            0, len(self.index), WeightSpec(self.bits, "group", self.group), ActivationSpec(self.bits, "group", self.group, clip=clip),
-            smooth=smooth is not None, kronecker=self.sizes, per_slice=self.config.per_slice and bool(self.sizes),
+            0, len(self.index), WeightSpec(self.bits, "group", self.group),
+            ActivationSpec(self.bits, "group", self.group, clip=clip),
+            smooth=smooth is not None, kronecker=self.sizes,
+            per_slice=self.config.per_slice and bool(self.sizes),
         )  # fmt: skip
         dtype = self.dtype if self.config.scales == "group" else torch.float32
         codes, scales = round_part(self.weight, spec, smooth, dtype, factors=factors)
@@ -232,7 +234,8 @@ class SplitPart:
         if self.config.scales == "group":
             return [best | {"spec": replace(spec, start=start, stop=start + width)}]
         each = replace(
-            spec, weight=WeightSpec(self.bits, "channel"), activation=ActivationSpec(self.bits, "token", clip=spec.activation.clip),
+            spec, weight=WeightSpec(self.bits, "channel"),
+            activation=ActivationSpec(self.bits, "token", clip=spec.activation.clip),
             per_slice=spec.per_slice and self.group == width,
         )  # fmt: skip
         made = []

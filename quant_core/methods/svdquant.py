@@ -49,7 +49,8 @@ class SVDQuantConfig:
 
 
 def fit(problem: Problem, config: SVDQuantConfig) -> Fitted:
-    """Fits each part of the layer on its own. Without statistics: no smoothing, plain SVD, round to nearest."""
+    """Fits each part of the layer on its own. Without statistics: no smoothing, plain SVD, round to
+    nearest."""
     return fit_parts(problem, lambda part: PartFit(problem, part, config).fit())
 
 
@@ -229,7 +230,8 @@ class PartFit:
         return [b for b in sorted(self.statistics.hessians) if self.part.start <= b[0] < self.part.stop]
 
     def _factor(self, best):
-        """Upper factors of the second moments of Tx, {(start, stop) within the part: C}; empty without them."""
+        """Upper factors of the second moments of Tx, {(start, stop) within the part: C}; empty without
+        them."""
         if not (self.config.gptq or "whitened" in self.config.low_rank) or not self.statistics.hessians:
             return {}
         out = {}

@@ -263,8 +263,8 @@ def measure_and_decide(
 ) -> Allocated:
     """`sensitivity` of the layers of `plan`, kept in `path` under `settings`, and what `decide` makes of it.
 
-    gains: {layer: factor}, None for 1. size: bytes that a tensor which is not quantized will take. Raises what
-    the two raise.
+    gains: {layer: factor}, None for 1. size: bytes that a tensor which is not quantized will take. Raises
+    what the two raise.
     """
     table = sensitivity(plan, source, calibration, config, path, settings, device, progress)
     held = sum(size(source.get(key)) for key in untouched(source.shapes, table))

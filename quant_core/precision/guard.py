@@ -92,8 +92,8 @@ def measure(
     """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor
     from one to the next.
 
-    source: of the weights in full precision. Raises what `require_statistics` does, CalibrationError where the calibration holds no token to judge by, and
-    UnfitLayer.
+    source: of the weights in full precision. Raises what `require_statistics` does, CalibrationError where
+    the calibration holds no token to judge by, and UnfitLayer.
     """
     layers = list(layers)
     require_statistics(layers, calibration)

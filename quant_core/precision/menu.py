@@ -81,7 +81,8 @@ def variants(
 
 
 def fit(problem: Problem, config: MixedConfig) -> Fitted:
-    """The layer's entry; `Fitted.layer` is None at 16 bit. Raises ValueError for a layer that has no entry."""
+    """The layer's entry; `Fitted.layer` is None at 16 bit. Raises ValueError for a layer that has no
+    entry."""
     entry = next((e for e in config.menu if e.name == config.layers.get(problem.layer.name)), None)
     if entry is None:
         raise ValueError(

@@ -29,7 +29,8 @@ def quantize_layers(
     """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16
     bit.
 
-    source: of the weights and biases. calibration: one that `require_statistics` takes. Raises UnfitLayer, which names the layer.
+    source: of the weights and biases. calibration: one that `require_statistics` takes. Raises UnfitLayer,
+    which names the layer.
     """
     for layer in layers:
         started = time.perf_counter()

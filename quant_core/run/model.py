@@ -77,13 +77,14 @@ def quantized(
     progress: Progress = silent,
     keep: bool = False,
 ) -> Iterator[Finished]:
-    """Quantizes a model and yields it; `folder` keeps what is finished until the context ends without an error,
-    or, with `keep`, for longer.
+    """Quantizes a model and yields it; `folder` keeps what is finished until the context ends without an
+    error, or, with `keep`, for longer.
 
-    lock: what no other run may work on, `folder` if not given; doing: what the other is told. trainer(folder): called where the job
-    trains. begin(store): called before the work, for checks and messages. working(): a context around the work.
-    Raises Busy, the errors of Unfinished and of a Job before anything is computed, those of `quantize_layers`
-    and of Trainer later. Host memory: one layer in full precision at a time, a block where it trains.
+    lock: what no other run may work on, `folder` if not given; doing: what the other is told.
+    trainer(folder): called where the job trains. begin(store): called before the work, for checks and
+    messages. working(): a context around the work. Raises Busy, the errors of Unfinished and of a Job before
+    anything is computed, those of `quantize_layers` and of Trainer later. Host memory: one layer in full
+    precision at a time, a block where it trains.
     """
     with only_run(lock or folder, doing or f"quantizes with {job.method.name}"):
         store = Unfinished(folder, job.source.family.name, job.settings)

@@ -1,4 +1,5 @@
-"""A model in full precision, as what quantizes asks for it: whether it lies in a file, in memory or in a graph."""
+"""A model in full precision, as what quantizes asks for it: whether it lies in a file, in memory or in a
+graph."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -61,7 +62,8 @@ def rest_of(source: Source, quantized: Iterable[str]) -> Iterator[str]:
 
 
 class Remembered:
-    """Weights of which the layer asked for last is kept: its tensors are hashed, then fitted, and read once."""
+    """Weights of which the layer asked for last is kept: its tensors are hashed, then fitted, and read
+    once."""
 
     def __init__(self, source: Weights):
         self._source, self.shapes = source, source.shapes

@@ -191,7 +191,8 @@ def _folder_for(path):
 
 
 def _named(path, error, size):
-    """`error`, or NoRoom where that is what it says; safetensors gives the system's number in its text alone."""
+    """`error`, or NoRoom where that is what it says; safetensors gives the system's number in its text
+    alone."""
     code = getattr(error, "errno", None) or next(
         iter(map(int, re.findall(r"os error (\d+)", str(error)))), None
     )

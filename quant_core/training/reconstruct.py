@@ -243,7 +243,8 @@ class _State:
         return sum(part) / len(part)
 
     def seen(self, loss) -> str:
-        """Takes a step's loss, of the parameters before it; why the training must end, "" where it need not."""
+        """Takes a step's loss, of the parameters before it; why the training must end, "" where it need
+        not."""
         step = len(self.losses)
         if not math.isfinite(loss):
             self.best()

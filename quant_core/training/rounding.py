@@ -1,4 +1,5 @@
-"""A layer rounded again by GPTQ, after its transform was trained: smoothing, factors and scales as they are."""
+"""A layer rounded again by GPTQ, after its transform was trained: smoothing, factors and scales as they
+are."""
 
 import torch
 

@@ -98,7 +98,8 @@ class Trainer:
     """
 
     def __init__(
-        self, network: torch.nn.Module, blocks: list[str], modules: Modules, trajectory: Trajectory, folder: Path, device="cpu",
+        self, network: torch.nn.Module, blocks: list[str], modules: Modules, trajectory: Trajectory,
+        folder: Path, device="cpu",
         stream_of: Callable[[str], int | None] = lambda name: None, gains: dict[str, float] | None = None,
         check: Callable[[], None] = lambda: None,
     ):  # fmt: skip
@@ -279,8 +280,8 @@ def trainer_of(
     """A Trainer of a network in full precision, however it was loaded; how far errors of its blocks go is
     measured first where the preset asks for it.
 
-    blocks: {block of the plan: name of its module in the network}, in order. modules: {layer of the plan: [(module,
-    its rows)]}. The rest as in Trainer. Raises the errors of `gains.of_calibration`.
+    blocks: {block of the plan: name of its module in the network}, in order. modules: {layer of the plan:
+    [(module, its rows)]}. The rest as in Trainer. Raises the errors of `gains.of_calibration`.
     """
     held = {name: [network.get_submodule(block)] for name, block in blocks.items()}
     gains = None

@@ -306,9 +306,12 @@ def sdxl(hidden=128, seed=0):
 
 
 _OLD = {
-    "attn.to_qkv": "qkv_proj", "attn.add_qkv_proj": "qkv_proj_context", "attn.to_out.0": "out_proj", "attn.to_out": "out_proj",
-    "attn.to_add_out": "out_proj_context", "ff.net.0.proj": "mlp_fc1", "ff.net.2": "mlp_fc2", "ff_context.net.0.proj": "mlp_context_fc1",
-    "ff_context.net.2": "mlp_context_fc2", "attn.norm_q": "norm_q", "attn.norm_k": "norm_k", "attn.norm_added_q": "norm_added_q",
+    "attn.to_qkv": "qkv_proj", "attn.add_qkv_proj": "qkv_proj_context", "attn.to_out.0": "out_proj",
+    "attn.to_out": "out_proj",
+    "attn.to_add_out": "out_proj_context", "ff.net.0.proj": "mlp_fc1", "ff.net.2": "mlp_fc2",
+    "ff_context.net.0.proj": "mlp_context_fc1",
+    "ff_context.net.2": "mlp_context_fc2", "attn.norm_q": "norm_q", "attn.norm_k": "norm_k",
+    "attn.norm_added_q": "norm_added_q",
     "attn.norm_added_k": "norm_added_k",
 }  # fmt: skip
 _OLD_LEAVES = {

@@ -29,7 +29,8 @@ def inputs(sample, t):
     ids[..., 2] += torch.arange(SIDE)
     x = torch.randn(1, SIDE * SIDE, 64, generator=torch.Generator().manual_seed(100 + sample)) * (0.5 + t)
     return {
-        "hidden_states": x, "encoder_hidden_states": text, "pooled_projections": pooled, "timestep": torch.tensor([t]),
+        "hidden_states": x, "encoder_hidden_states": text, "pooled_projections": pooled,
+        "timestep": torch.tensor([t]),
         "img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(4, 3), "return_dict": False,
     }  # fmt: skip
 
@@ -94,7 +95,8 @@ def small(tmp_path_factory):
                 model(**inputs(sample, t))
 
     calibration = calibrate(
-        run, modules, needed, root / "c", {"model": checkpoint.fingerprint()}, samples=SAMPLES, memory=2**30, reservoir=256
+        run, modules, needed, root / "c", {"model": checkpoint.fingerprint()}, samples=SAMPLES, memory=2**30,
+        reservoir=256
     )  # fmt: skip
     return Small(root / "transformer", plan, checkpoint, calibration)
 

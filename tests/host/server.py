@@ -110,7 +110,8 @@ class Server:
         return self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})["prompt_id"]
 
     def wait(self, prompt: str, timeout: float = 900) -> dict:
-        """The history entry of a finished prompt. Raises GraphError with ComfyUI's message where it failed."""
+        """The history entry of a finished prompt. Raises GraphError with ComfyUI's message where it
+        failed."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             history = self.get(f"/history/{prompt}")

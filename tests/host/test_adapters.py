@@ -38,13 +38,21 @@ def adapter(kind, key, seed=0):
         "lora and bias": plain | {f"{key}.diff_b": r(n)},
         "dora": plain | {f"{key}.dora_scale": r(n, 1).abs() * 20 + 1},
         "dora by in-channel": plain | {f"{key}.dora_scale": r(1, k).abs() * 20 + 1},
-        "loha": {f"{key}.hada_w1_a": r(n, 4), f"{key}.hada_w1_b": r(4, k), f"{key}.hada_w2_a": r(n, 3), f"{key}.hada_w2_b": r(3, k)},
-        "loha, dense": {f"{key}.hada_w{i}_{s}": r(n, 24) if s == "a" else r(24, k) for i in (1, 2) for s in "ab"},
-        "lokr": {f"{key}.lokr_w1": r(8, 8), f"{key}.lokr_w2": r(n // 8, k // 8), f"{key}.alpha": torch.tensor(2.0)},
-        "lokr, decomposed": {f"{key}.lokr_w1": r(4, 8), f"{key}.lokr_w2_a": r(n // 4, 2), f"{key}.lokr_w2_b": r(2, k // 8), f"{key}.alpha": torch.tensor(1.0)},
-        "lokr, both decomposed": {f"{key}.lokr_w1_a": r(8, 3), f"{key}.lokr_w1_b": r(3, 4), f"{key}.lokr_w2_a": r(n // 8, 2), f"{key}.lokr_w2_b": r(2, k // 4), f"{key}.alpha": torch.tensor(1.0)},
-        "lokr with dora": {f"{key}.lokr_w1": r(8, 8), f"{key}.lokr_w2": r(n // 8, k // 8), f"{key}.dora_scale": r(n, 1).abs() * 20 + 1},
-        "glora": {f"{key}.a1.weight": r(4, k), f"{key}.a2.weight": r(k, 4), f"{key}.b1.weight": r(4, k), f"{key}.b2.weight": r(n, 4), f"{key}.alpha": torch.tensor(2.0)},
+        "loha": {f"{key}.hada_w1_a": r(n, 4), f"{key}.hada_w1_b": r(4, k), f"{key}.hada_w2_a": r(n, 3),
+        f"{key}.hada_w2_b": r(3, k)},
+        "loha, dense": {f"{key}.hada_w{i}_{s}": r(n, 24) if s == "a" else r(24, k) for i in (1,
+        2) for s in "ab"},
+        "lokr": {f"{key}.lokr_w1": r(8, 8), f"{key}.lokr_w2": r(n // 8, k // 8),
+        f"{key}.alpha": torch.tensor(2.0)},
+        "lokr, decomposed": {f"{key}.lokr_w1": r(4, 8), f"{key}.lokr_w2_a": r(n // 4, 2),
+        f"{key}.lokr_w2_b": r(2, k // 8), f"{key}.alpha": torch.tensor(1.0)},
+        "lokr, both decomposed": {f"{key}.lokr_w1_a": r(8, 3), f"{key}.lokr_w1_b": r(3, 4),
+        f"{key}.lokr_w2_a": r(n // 8, 2), f"{key}.lokr_w2_b": r(2, k // 4),
+        f"{key}.alpha": torch.tensor(1.0)},
+        "lokr with dora": {f"{key}.lokr_w1": r(8, 8), f"{key}.lokr_w2": r(n // 8, k // 8),
+        f"{key}.dora_scale": r(n, 1).abs() * 20 + 1},
+        "glora": {f"{key}.a1.weight": r(4, k), f"{key}.a2.weight": r(k, 4), f"{key}.b1.weight": r(4, k),
+        f"{key}.b2.weight": r(n, 4), f"{key}.alpha": torch.tensor(2.0)},
         "oft": {f"{key}.oft_blocks": r(4, n // 4, n // 4), f"{key}.alpha": torch.tensor(0.0)},
         "diff": {f"{key}.diff": r(n, k)},
         "set": {f"{key}.set_weight": r(n, k)},
@@ -52,8 +60,10 @@ def adapter(kind, key, seed=0):
 
 
 KINDS = {  # kind: what stands beside a layer
-    "lora": "rank", "rank 1": "rank", "lora and bias": "rank", "dora": "gain, rank", "dora by in-channel": "dense", "loha": "rank 12",
-    "loha, dense": "dense", "lokr": "1 Kronecker", "lokr, decomposed": "rank 8", "lokr, both decomposed": "rank 8", "lokr with dora": "dense",
+    "lora": "rank", "rank 1": "rank", "lora and bias": "rank", "dora": "gain, rank",
+    "dora by in-channel": "dense", "loha": "rank 12",
+    "loha, dense": "dense", "lokr": "1 Kronecker", "lokr, decomposed": "rank 8",
+    "lokr, both decomposed": "rank 8", "lokr with dora": "dense",
     "glora": "dense", "oft": "dense", "diff": "dense", "set": "gain, dense",
 }  # fmt: skip
 
@@ -115,13 +125,18 @@ def test_gelu_in_front_is_seen_by_the_terms_beside_the_kernel(base):
 
 
 STYLES = {  # style: (prefix and module, up, down) of the same layers
-    "kohya": ({"lora_unet_double_blocks_0_img_attn_qkv": QKV, "lora_unet_single_blocks_0_linear2": LINEAR2}, "lora_up.weight", "lora_down.weight"),
+    "kohya": ({"lora_unet_double_blocks_0_img_attn_qkv": QKV, "lora_unet_single_blocks_0_linear2": LINEAR2},
+    "lora_up.weight", "lora_down.weight"),
     "BFL": ({QKV: QKV, LINEAR2: LINEAR2}, "lora_B.weight", "lora_A.weight"),
-    "diffusers": ({"transformer.transformer_blocks.0.ff.net.2": MLP, "transformer.single_transformer_blocks.0.proj_out": LINEAR2}, "lora_B.weight", "lora_A.weight"),
+    "diffusers": ({"transformer.transformer_blocks.0.ff.net.2": MLP,
+    "transformer.single_transformer_blocks.0.proj_out": LINEAR2}, "lora_B.weight", "lora_A.weight"),
     "PEFT": ({"transformer.transformer_blocks.0.ff.net.2": MLP}, "lora.up.weight", "lora.down.weight"),
-    "diffusers, old": ({"transformer.transformer_blocks.0.ff.net.2": MLP}, "lora_linear_layer.up.weight", "lora_linear_layer.down.weight"),
-    "OneTrainer": ({"lora_transformer_transformer_blocks_0_ff_net_2": MLP}, "lora_up.weight", "lora_down.weight"),
-    "SimpleTuner": ({"lycoris_single_transformer_blocks_0_proj_out": LINEAR2}, "lora_up.weight", "lora_down.weight"),
+    "diffusers, old": ({"transformer.transformer_blocks.0.ff.net.2": MLP}, "lora_linear_layer.up.weight",
+    "lora_linear_layer.down.weight"),
+    "OneTrainer": ({"lora_transformer_transformer_blocks_0_ff_net_2": MLP}, "lora_up.weight",
+    "lora_down.weight"),
+    "SimpleTuner": ({"lycoris_single_transformer_blocks_0_proj_out": LINEAR2}, "lora_up.weight",
+    "lora_down.weight"),
     "DiffSynth": ({"transformer_blocks.0.ff.net.2": MLP}, "lora_B.default.weight", "lora_A.default.weight"),
 }  # fmt: skip
 
@@ -167,7 +182,8 @@ def test_parts_of_fused_layers(base):
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "diff", "dora"])
 @pytest.mark.parametrize(
-    ("offset", "swap"), [((0, 256, 256), False), ((1, 64, 128), False), (None, True), ((0, 256, 512), True)], ids=["rows", "columns", "swap", "both"]
+    ("offset", "swap"), [((0, 256, 256), False), ((1, 64, 128), False), (None, True), ((0, 256, 512), True)],
+    ids=["rows", "columns", "swap", "both"]
 )  # fmt: skip
 def test_offsets_and_swapped_halves(comfy, base, kind, offset, swap):
     """Patches as other families' key maps make them: ranges of rows or columns, shift and scale in the other

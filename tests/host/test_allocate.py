@@ -62,7 +62,8 @@ def allocate(full, calibration, monkeypatch):
     monkeypatch.setitem(menu.MENUS, "robuq", entries)
 
     def run(budget="A3", use_gains=False, **options):
-        found = NibbleAllocateBits.execute(**({"model": full, "calibration": calibration} | options), budget=budget, menu="robuq", use_gains=use_gains, rank=0, gptq=False)  # fmt: skip
+        found = NibbleAllocateBits.execute(**({"model": full, "calibration": calibration} | options),
+        budget=budget, menu="robuq", use_gains=use_gains, rank=0, gptq=False)  # fmt: skip
         return SimpleNamespace(**dict(zip(("model", "report", "plot"), found.args, strict=True)))
 
     return run

@@ -126,7 +126,8 @@ def compiled(patcher, backend):
 
 
 def test_adapters_come_and_go_under_a_compiled_model(base_on_gpu_attention):
-    """One compiled model, with a LoRA, another and none: what was compiled for one is not used for the next."""
+    """One compiled model, with a LoRA, another and none: what was compiled for one is not used for the
+    next."""
     base = base_on_gpu_attention
     adapters = {
         "none": {},

@@ -80,7 +80,8 @@ def test_a_layer_of_another_shape_is_refused(ops, make_problem, k, spatial, file
 
 @pytest.mark.parametrize(
     "options",
-    [{"kernel_size": 3}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 1, "padding": 1}, {"kernel_size": 1, "groups": 2}, {"kernel_size": 1}, {"kernel_size": (1, 1), "padding": "same"}],
+    [{"kernel_size": 3}, {"kernel_size": 1, "stride": 2}, {"kernel_size": 1, "padding": 1},
+    {"kernel_size": 1, "groups": 2}, {"kernel_size": 1}, {"kernel_size": (1, 1), "padding": "same"}],
     ids=str,
 )  # fmt: skip
 def test_in_16_bit_it_is_comfyuis_own(comfy, ops, options):
@@ -175,7 +176,8 @@ def packed(sd15, tmp_path_factory):
     with nodes_in(tmp_path_factory.mktemp("sd15")):
         prompt = [[randn(1, 7, 64, seed=3) * 10, {}]]
         found = NibbleCalibrate.execute(
-            sd15, {"positive0": prompt}, {"samples": torch.zeros(1, 4, 8, 8)}, "euler", "simple", 2, 1.0, 0, 4, 1.0, True
+            sd15, {"positive0": prompt}, {"samples": torch.zeros(1, 4, 8, 8)}, "euler", "simple", 2, 1.0, 0,
+            4, 1.0, True
         ).args[0]  # fmt: skip
         stats = found.get("input_blocks.3.1.proj_in", second_moments=True)
         assert (stats.width, stats.count) == (
@@ -186,7 +188,8 @@ def packed(sd15, tmp_path_factory):
 
 
 def test_sd15(sd15, packed, outputs):
-    """Projections are quantized, skips between the streams are not; the file loads and gives the same bits."""
+    """Projections are quantized, skips between the streams are not; the file loads and gives the same
+    bits."""
     from comfyui_nibble.nodes.files import NibbleSaveModel
     from comfyui_nibble.nodes.host.build import load as load_file
 

@@ -12,7 +12,8 @@ from comfyui_nibble.tests.host.test_adapters import MLP, QKV, adapter, with_lora
 
 @pytest.fixture
 def asked(comfy, monkeypatch):
-    """The models for which the dynamic patcher was asked, where it is enabled as ComfyUI's start enables it."""
+    """The models for which the dynamic patcher was asked, where it is enabled as ComfyUI's start enables
+    it."""
     models = []
 
     class Observed(comfy.model_patcher.ModelPatcherDynamic):

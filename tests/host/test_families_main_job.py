@@ -45,7 +45,8 @@ class Small:
 
 CASES = {
     "flux2": Small(
-        "flux2", flux2_shapes(1, 1, hidden=128, context=64), 13, 0.14, node("EmptyFlux2LatentImage", width=128, height=128, batch_size=1)
+        "flux2", flux2_shapes(1, 1, hidden=128, context=64), 13, 0.14,
+        node("EmptyFlux2LatentImage", width=128, height=128, batch_size=1)
     ),  # 0.087; rtn 0.396
     # 0.035; rtn 0.186.
     "chroma": Small("chroma", chroma_shapes(1, 1, hidden=128, inner=64, context=64), 10, 0.08, _PICTURE),
@@ -60,7 +61,8 @@ CASES = {
     "wan_5B": Small("wan", wan_shapes(channels=48, out=48), 11, 0.13, _VIDEO, 4096),  # 0.084; rtn 0.223
     "wan_vace": Small("wan_vace", wan_shapes(vace=1), 23, 0.09, _VIDEO, 4096),  # 0.055; rtn 0.146
     "sdxl": Small(
-        "sdxl", sdxl_shapes(), 74, 0.115, node("EmptyLatentImage", width=128, height=128, batch_size=1), 2048, 1280,
+        "sdxl", sdxl_shapes(), 74, 0.115, node("EmptyLatentImage", width=128, height=128, batch_size=1), 2048,
+        1280,
         gain=1.0, second_moments=False,
     ),  # 0.090; rtn 0.140
 }  # fmt: skip

@@ -61,7 +61,8 @@ def warnings(caplog, act):
 
 # -- a few misfits
 
-WORDS = {"lora": "LoRA", "lora and bias": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "LoRA", "diff": "full difference", "set": "full difference"}  # fmt: skip
+WORDS = {"lora": "LoRA", "lora and bias": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "LoRA",
+"diff": "full difference", "set": "full difference"}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", WORDS)
@@ -230,7 +231,9 @@ def test_text_to_video_lora_on_image_to_video(wan, caplog):
         f"{embedding}.lora_up.weight": randn(256, 4, 1, 1, 1),
         f"{embedding}.lora_down.weight": randn(4, 16, 1, 2, 2),
     }
-    for misfit, what in ((conv, "LoRA of 256 x 64 on 256 x 36 x 1 x 2 x 2"), ({f"{embedding}.diff": randn(256, 16, 1, 2, 2)}, "full difference of 256 x 16 x 1 x 2 x 2 on 256 x 36 x 1 x 2 x 2")):  # fmt: skip
+    for misfit, what in ((conv, "LoRA of 256 x 64 on 256 x 36 x 1 x 2 x 2"),
+    ({f"{embedding}.diff": randn(256, 16, 1, 2, 2)},
+    "full difference of 256 x 16 x 1 x 2 x 2 on 256 x 36 x 1 x 2 x 2")):  # fmt: skip
         patched, lines, _ = warnings(caplog, lambda misfit=misfit: with_lora(wan, plain | misfit))
         assert lines[0].endswith(f"{embedding}.weight (a {what} weights)")
         assert set(patched.patches) == {f"{q}.weight"}

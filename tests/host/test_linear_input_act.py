@@ -10,7 +10,8 @@ from comfyui_nibble.tests.support import relative_error
 
 @pytest.fixture
 def newer(comfy, monkeypatch):
-    """That `linear_input_act`, with PyTorch's switch on. Returns the layers that it computed without a call."""
+    """That `linear_input_act`, with PyTorch's switch on. Returns the layers that it computed without a
+    call."""
     import comfy.ops
 
     computed, matmul = [], torch.backends.cuda.matmul

@@ -152,10 +152,12 @@ def test_other_adapters_act_as_on_the_full_model(server, files, name):
 
 
 def hooked(graph, name, strength=1.0, frames=()):
-    """The positive conditioning of a graph with a hook LoRA on it; frames: (strength, start) of a schedule."""
+    """The positive conditioning of a graph with a hook LoRA on it; frames: (strength, start) of a
+    schedule."""
     graph |= {
         "hook": node("CreateHookLoraModelOnly", lora_name=f"{name}.safetensors", strength_model=strength),
-        "hooked": node("PairConditioningSetProperties", positive_NEW=["prompt", 0], negative_NEW=["prompt", 0], strength=1.0, set_cond_area="default", hooks=["hook", 0]),
+        "hooked": node("PairConditioningSetProperties", positive_NEW=["prompt", 0],
+        negative_NEW=["prompt", 0], strength=1.0, set_cond_area="default", hooks=["hook", 0]),
     }  # fmt: skip
     for i, (value, start) in enumerate(frames):
         graph[f"frame{i}"] = node("CreateHookKeyframe", strength_mult=value, start_percent=start)

@@ -136,10 +136,12 @@ def test_guider_and_custom_sampler_are_the_stock_sampler(server, packed):
     extra = {
         "negative": NEGATIVE["flux"],
         "noise": node("RandomNoise", noise_seed=3),
-        "guider": node("CFGGuider", model=["load", 0], positive=["prompt", 0], negative=["negative", 0], cfg=4.0),
+        "guider": node("CFGGuider", model=["load", 0], positive=["prompt", 0], negative=["negative", 0],
+        cfg=4.0),
         "euler": node("KSamplerSelect", sampler_name="euler"),
         "sigmas": node("BasicScheduler", model=["load", 0], scheduler="simple", steps=2, denoise=1.0),
-        "custom": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["latent", 0]),
+        "custom": node("SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0],
+        sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["latent", 0]),
         "out": node("SaveLatent", samples=["custom", 0], filename_prefix="custom"),
     }  # fmt: skip
     graph = branches(
@@ -155,7 +157,8 @@ def test_guider_and_custom_sampler_are_the_stock_sampler(server, packed):
 # patch: gain of the one that changes something. The attention override that changes nothing sums in another
 # order.
 PATCHES = {
-    "double block": 0.7, "single block": 0.7, "attn1_patch": 4.0, "attn1_output_patch": 0.5, "attention override": 0.3,
+    "double block": 0.7, "single block": 0.7, "attn1_patch": 4.0, "attn1_output_patch": 0.5,
+    "attention override": 0.3,
     "function wrapper": 0.9,
 }  # fmt: skip
 
@@ -211,7 +214,8 @@ def test_control_net_acts_as_on_the_full_model(server, packed, control_net):
     extra = {
         "net": control_net,
         "picture": node("TestNoise", size=128, seed=4),
-        "controlled": node("ControlNetApplyAdvanced", positive=["prompt", 0], negative=["prompt", 0], control_net=["net", 0], image=["picture", 0], strength=1.0, start_percent=0.0, end_percent=1.0),
+        "controlled": node("ControlNetApplyAdvanced", positive=["prompt", 0], negative=["prompt", 0],
+        control_net=["net", 0], image=["picture", 0], strength=1.0, start_percent=0.0, end_percent=1.0),
     }  # fmt: skip
     under = {"positive": ["controlled", 0], "negative": ["controlled", 1]}
     runs = {
@@ -261,7 +265,8 @@ def test_models_of_one_graph_are_each_their_own(server, packed):
     for first, second in zip(together, latents(server, graph, *"abcd"), strict=True):
         assert torch.equal(first, second)
     assert relative_error(together[0], together[1]) > 0.01
-    for (kind, name, inputs), got in zip((("svdquant", "a", {}), ("convrot", "b", {}), ("svdquant", "c", {"seed": 9}), ("pixart", "d", {})), together, strict=True):  # fmt: skip
+    for (kind, name, inputs), got in zip((("svdquant", "a", {}), ("convrot", "b", {}), ("svdquant", "c",
+    {"seed": 9}), ("pixart", "d", {})), together, strict=True):  # fmt: skip
         (alone,) = latents(
             server, branches(FILES[kind], {"load": packed[kind]}, alone=("load", inputs)), "alone"
         )

@@ -103,7 +103,8 @@ def test_fast_disk_of_the_constructor_is_handed_on_to_clones(comfy, base, monkey
 
 
 class Attention(torch.nn.Module):
-    """What a newer ComfyUI's attention is to its LoRA loader: it makes another of itself by a configuration."""
+    """What a newer ComfyUI's attention is to its LoRA loader: it makes another of itself by a
+    configuration."""
 
     def __init__(self, config=b"{}"):
         super().__init__()

@@ -21,8 +21,10 @@ def omnigen2(comfy, one_thread):
     from comfy.ldm.omnigen.omnigen2 import OmniGen2Transformer2DModel
 
     network = OmniGen2Transformer2DModel(
-        hidden_size=WIDTH, num_layers=2, num_refiner_layers=2, num_attention_heads=3, num_kv_heads=1, axes_dim_rope=(40, 40, 40),
-        axes_lens=(1024, 1664, 1664), text_feat_dim=64, timestep_scale=1000.0, operations=comfy.ops.disable_weight_init,
+        hidden_size=WIDTH, num_layers=2, num_refiner_layers=2, num_attention_heads=3, num_kv_heads=1,
+        axes_dim_rope=(40, 40, 40),
+        axes_lens=(1024, 1664, 1664), text_feat_dim=64, timestep_scale=1000.0,
+        operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
     detect = comfy.model_detection.detect_unet_config
     comfy.model_detection.detect_unet_config = widths_from_weights(detect)
@@ -44,7 +46,8 @@ def packed(omnigen2, outputs):
 
     prompt = [[randn(1, 12, 64, seed=3) * 10, {"attention_mask": torch.ones(1, 12).long()}]]
     found = NibbleCalibrate.execute(
-        omnigen2, {"positive0": prompt}, {"samples": torch.zeros(1, 16, 8, 8)}, "euler", "simple", 3, 1.0, 0, 4, 1.0, True
+        omnigen2, {"positive0": prompt}, {"samples": torch.zeros(1, 16, 8, 8)}, "euler", "simple", 3, 1.0, 0,
+        4, 1.0, True
     ).args[0]  # fmt: skip
     assert found.get("layers.1.attn.to_q", second_moments=True).blocks == ((0, WIDTH),)
     made, report = NibbleQuantize.execute(omnigen2, "svdquant_r", 16, True, found).args
@@ -60,7 +63,8 @@ def test_main_job(omnigen2, packed):
     layers = {n.removeprefix("diffusion_model."): m for n, m in packed.packed_layers()}
     network = omnigen2.model.diffusion_model
     wanted = {f"{name}.{leaf}" for name in ("layers.0", "layers.1", "noise_refiner.1", "context_refiner.1")
-              for leaf in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")}  # fmt: skip
+              for leaf in ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "feed_forward.linear_1",
+              "feed_forward.linear_2", "feed_forward.linear_3")}  # fmt: skip
     assert wanted <= set(layers)
     for name in wanted:
         assert (layers[name].in_features, layers[name].out_features) == network.get_submodule(

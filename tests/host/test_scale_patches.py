@@ -65,7 +65,8 @@ def test_weight_is_comfyuis(base, factor, value):
 
 
 METHODS = {
-    "svdquant_r": {"rank": 8, "gptq": False, "iterations": 0}, "splitquant": {}, "convrot": {}, "rtn": {}, "robuq": {}, "native": {"quality_db": 20.0},
+    "svdquant_r": {"rank": 8, "gptq": False, "iterations": 0}, "splitquant": {}, "convrot": {}, "rtn": {},
+    "robuq": {}, "native": {"quality_db": 20.0},
 }  # fmt: skip
 
 
@@ -104,7 +105,9 @@ def test_order_among_adapters_counts(base, kind, first):
         assert patched._shapes()[MLP].describe() == "gain, 1 Kronecker"  # no matrix of the layer's size
 
 
-@pytest.mark.parametrize(("offset", "dense"), [((0, 256, 256), False), ((0, 0, 768), False), ((1, 64, 128), True)], ids=["rows", "all", "columns"])  # fmt: skip
+@pytest.mark.parametrize(("offset", "dense"),
+[((0, 256, 256), False), ((0, 0, 768), False), ((1, 64, 128), True)],
+ids=["rows", "all", "columns"])  # fmt: skip
 @pytest.mark.parametrize("swap", [False, True])
 def test_parts_of_a_layer(comfy, base, offset, dense, swap):
     """ComfyUI's function is for the difference alone, and there is none."""

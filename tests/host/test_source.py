@@ -219,7 +219,9 @@ UNCOUNTED = {
     wrapped_weight: rf"weight wrappers on {QKV}.weight, which",
     replaced_method: rf"object patches on {PREFIX}single_blocks.0.forward, {PREFIX}single_blocks.1.forward, which",
     replaced_layer: rf"object patches on {PREFIX}img_in, which",
-    lambda model: vars(model).update(vars(bypassed(model, adapter("oft", QKV)))): r"no LoRA, LoHa or LoKr on double_blocks.0.img_attn.qkv, which.*LoraLoaderModelOnly",
+    lambda model: vars(model).update(vars(bypassed(model,
+    adapter("oft",
+    QKV)))): r"no LoRA, LoHa or LoKr on double_blocks.0.img_attn.qkv, which.*LoraLoaderModelOnly",
 }  # fmt: skip
 
 
@@ -263,14 +265,22 @@ def test_what_acts_on_the_models_own_layers_is_refused(full, put_on, refused, id
 
 
 MISFITS = {
-    "lora": ({f"{QKV}.lora_up.weight": randn(3 * H, 4), f"{QKV}.lora_down.weight": randn(4, 512)}, r"qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights"),
-    "loha": ({f"{QKV}.hada_w{i}_{s}": randn(4, 4) for i in (1, 2) for s in "ab"}, r"qkv.weight: a LoHa of 4 x 4 on 768 x 256 weights"),
-    "lokr": ({f"{QKV}.lokr_w1": randn(8, 8), f"{QKV}.lokr_w2": randn(8, 8)}, r"qkv.weight: a LoKr of 64 x 64 on 768 x 256 weights"),
-    "oft": ({f"{QKV}.oft_blocks": randn(4, 64, 64), f"{QKV}.alpha": torch.tensor(0.0)}, r"qkv.weight: a OFT of 256 x 256 on 768 x 256 weights"),
-    "diff": ({f"{QKV}.diff": randn(H, H)}, r"qkv.weight: a full difference of 256 x 256 on 768 x 256 weights"),
+    "lora": ({f"{QKV}.lora_up.weight": randn(3 * H, 4), f"{QKV}.lora_down.weight": randn(4, 512)},
+    r"qkv.weight: a LoRA of 768 x 512 on 768 x 256 weights"),
+    "loha": ({f"{QKV}.hada_w{i}_{s}": randn(4, 4) for i in (1, 2) for s in "ab"},
+    r"qkv.weight: a LoHa of 4 x 4 on 768 x 256 weights"),
+    "lokr": ({f"{QKV}.lokr_w1": randn(8, 8), f"{QKV}.lokr_w2": randn(8, 8)},
+    r"qkv.weight: a LoKr of 64 x 64 on 768 x 256 weights"),
+    "oft": ({f"{QKV}.oft_blocks": randn(4, 64, 64), f"{QKV}.alpha": torch.tensor(0.0)},
+    r"qkv.weight: a OFT of 256 x 256 on 768 x 256 weights"),
+    "diff": ({f"{QKV}.diff": randn(H, H)},
+    r"qkv.weight: a full difference of 256 x 256 on 768 x 256 weights"),
     "set": ({f"{QKV}.set_weight": randn(H)}, r"qkv.weight: a full difference of 256 on 768 x 256 weights"),
-    "larger": ({f"{IN}.lora_up.weight": randn(H, 4), f"{IN}.lora_down.weight": randn(4, 128), f"{IN}.reshape_weight": torch.tensor([H, 128])}, r"img_in.weight: a LoRA that makes 256 x 128 weights of 256 x 64"),
-    "alone": ({f"{IN}.lora_up.weight": randn(H, 4), f"{IN}.lora_down.weight": randn(4, 384)}, r"img_in.weight: a LoRA of 256 x 384 on 256 x 64 weights"),
+    "larger": ({f"{IN}.lora_up.weight": randn(H, 4), f"{IN}.lora_down.weight": randn(4, 128),
+    f"{IN}.reshape_weight": torch.tensor([H, 128])},
+    r"img_in.weight: a LoRA that makes 256 x 128 weights of 256 x 64"),
+    "alone": ({f"{IN}.lora_up.weight": randn(H, 4), f"{IN}.lora_down.weight": randn(4, 384)},
+    r"img_in.weight: a LoRA of 256 x 384 on 256 x 64 weights"),
 }  # fmt: skip
 
 

@@ -305,7 +305,8 @@ def test_fp8_models_of_comfyui(server, tiny_state):
         ("pixart.safetensors", None, 
             r"model_b is PixArt-alpha and PixArt-Sigma, blocks 1, hidden width 1152. .*img_in.weight: 256 "
             r"x 64 in model_a, missing in model_b"),
-        ("swap_deep.safetensors", flux_shapes(2, 2, H, 64, 64, False), r"model_b is FLUX.1, double_blocks 2, single_blocks 2, hidden width 256"),
+        ("swap_deep.safetensors", flux_shapes(2, 2, H, 64, 64, False),
+        r"model_b is FLUX.1, double_blocks 2, single_blocks 2, hidden width 256"),
         ("swap_wide.safetensors", flux_shapes(1, 2, 2 * H, 64, 64, False), 
             r"model_b is FLUX.1, double_blocks 1, single_blocks 2, hidden width 512. .*img_in.weight: 256 "
             r"x 64 in model_a, 512 x 64 in model_b"),

@@ -87,9 +87,12 @@ def hopper_case(layer, index, rank, has_bias, accumulate, dtype):
 
 
 QUANTIZER = {
-    "x_ptr": "bf16*", "smooth_ptr": "bf16*", "down_ptr": "bf16*", "mod_scale_ptr": "bf16*", "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
-    "s_ptr": "fp32*", "low_ptr": "bf16*", "M": "i32", "tokens": "i32", "shift": "fp32", "clip": "fp32", "eps": "fp32",
-} | dict.fromkeys(("K", "width", "R", "ldx", "ldq", "plane", "ld_down", "ld_low", "ld_mod"), "i32:16")  # fmt: skip
+    "x_ptr": "bf16*", "smooth_ptr": "bf16*", "down_ptr": "bf16*", "mod_scale_ptr": "bf16*",
+    "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
+    "s_ptr": "fp32*", "low_ptr": "bf16*", "M": "i32", "tokens": "i32", "shift": "fp32", "clip": "fp32",
+    "eps": "fp32",
+} | dict.fromkeys(("K", "width", "R", "ldx", "ldq", "plane", "ld_down", "ld_low", "ld_mod"),
+"i32:16")  # fmt: skip
 # rank, rotation, prologue, smooth, grouped, bits, unsigned, planes
 SETTINGS = {
     "SVDQuant": (32, 0, 0, True, True, 4, False, 0),

@@ -46,8 +46,10 @@ QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 INSTRUCTION = {
     (100, "nvfp4"): (r"tcgen05\.mma\.\S*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)", r"UTCOMMA"),
     (100, "mxfp4"): (r"tcgen05\.mma\.\S*kind::mxf4(nvf4)?\.block_scale\.(scale_vec::2X|block32)", r"UTCOMMA"),
-    (120, "nvfp4"): (r"mma\.sync\.\S*m16n8k64\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X\S*ue4m3", r"OMMA\.SF\.16864\S*E2M1\.E2M1\.UE4M3"),
-    (120, "mxfp4"): (r"mma\.sync\.\S*m16n8k64\S*kind::mxf4(nvf4)?\.block_scale\.scale_vec::2X\S*ue8m0", r"OMMA\.SF\.16864\S*E2M1\.E2M1\.E8"),
+    (120, "nvfp4"): (r"mma\.sync\.\S*m16n8k64\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X\S*ue4m3",
+    r"OMMA\.SF\.16864\S*E2M1\.E2M1\.UE4M3"),
+    (120, "mxfp4"): (r"mma\.sync\.\S*m16n8k64\S*kind::mxf4(nvf4)?\.block_scale\.scale_vec::2X\S*ue8m0",
+    r"OMMA\.SF\.16864\S*E2M1\.E2M1\.E8"),
 }  # fmt: skip
 
 

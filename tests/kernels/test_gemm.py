@@ -287,7 +287,8 @@ def test_nan_stays_in_its_token():
     seed=st.integers(0, 2**31),
 )
 def test_weight_only(m, n, quads, bits, grouped, rank, smooth, dtype, seed):
-    """Above ROW_LIMIT rows the eager path runs, whose dequantized weights and products are rounded to 16 bit."""
+    """Above ROW_LIMIT rows the eager path runs, whose dequantized weights and products are rounded to 16
+    bit."""
     assume(m * n >= 32)
     k = 64 * (1 + quads % 4) if grouped else 4 * quads
     spec = spec_of(k, n, None, WeightSpec(bits, "group" if grouped else "channel"), smooth=smooth, rank=rank)
@@ -338,11 +339,13 @@ def product(codes, scale, tensors, low=None, **changed):
 
 
 LAUNCHES = {
-    "channel": (spec_of(160, 33, TOKEN, CHANNEL, rank=17), {"scales": plan.CHANNEL, "block": 0, "act_grouped": False}),
+    "channel": (spec_of(160, 33, TOKEN, CHANNEL, rank=17),
+    {"scales": plan.CHANNEL, "block": 0, "act_grouped": False}),
     "group": (spec_of(192, 33, rank=17), {}),
     "group 2 bit": (spec_of(192, 33, weight=WeightSpec(2), rank=17), {"planes": 4, "block": 16}),
     "group 8 bit": (spec_of(192, 33, weight=WEIGHT8, rank=17), {"planes": 1, "block": 64}),
-    "slice": (side_by_side(33, (64, TOKEN, CHANNEL), (128, TOKEN, CHANNEL), rank=17), {"scales": plan.SLICE, "ends": [32, 96], "act_grouped": False}),
+    "slice": (side_by_side(33, (64, TOKEN, CHANNEL), (128, TOKEN, CHANNEL), rank=17),
+    {"scales": plan.SLICE, "ends": [32, 96], "act_grouped": False}),
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ def run(x, spec, transform, smooth=None, planes=2, before=None):
     scale = torch.full((count, x.shape[0]), 99.0)
     kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
     launch.quantize_kronecker(
-        x, codes, scale, smooth, transform, mod_scale, mod_shift, count, part.width // (p1 * p2), p1, p2, part.per_slice, planes, act.bits,
+        x, codes, scale, smooth, transform, mod_scale, mod_shift, count, part.width // (p1 * p2), p1, p2,
+        part.per_slice, planes, act.bits,
         act.unsigned, act.clip, kind, eps,
     )  # fmt: skip
     codes = (
@@ -193,7 +194,8 @@ def test_rows_of_a_wider_tensor():
         torch.empty(1, 5),
     )
     launch.quantize_kronecker(
-        x, codes[:, 256:], scale, smooth[512:1024], transform, None, None, 1, 2, 16, 16, False, 2, 4, False, 1.0, *NOTHING[:1], 0.0
+        x, codes[:, 256:], scale, smooth[512:1024], transform, None, None, 1, 2, 16, 16, False, 2, 4, False,
+        1.0, *NOTHING[:1], 0.0
     )  # fmt: skip
     check(
         (torch.stack([codes[:, 256:512], codes[:, 768:]], 2).flatten(1).short(), scale.T),

@@ -15,7 +15,8 @@ from comfyui_nibble.tests.kernels import gate
 from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, SIXTEEN_BIT, TARGETS
 
 QUANTIZER = {
-    "x_ptr": "bf16*", "smooth_ptr": "fp32*", "factor_ptr": "fp32*", "mod_scale_ptr": "bf16*", "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
+    "x_ptr": "bf16*", "smooth_ptr": "fp32*", "factor_ptr": "fp32*", "mod_scale_ptr": "bf16*",
+    "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
     "s_ptr": "fp32*", "M": "i32", "tokens": "i32", "clip": "fp32", "eps": "fp32",
 } | dict.fromkeys(("ldx", "ldq", "plane", "ld_mod"), "i32:16")  # fmt: skip
 # p1, p2, slices, per slice, prologue, bits

@@ -26,13 +26,16 @@ ROWS_OF_9 = PartSpec(0, 288, CHANNEL, TOKEN, smooth=True, kronecker=(16, 9))
 GROUPS = PartSpec(0, 256, CHANNEL, ActivationSpec(4, "group"), kronecker=(8, 16))
 SPECS = {
     "shared": LinearSpec(256, 96, (SHARED,)),
-    "per slice": LinearSpec(256, 96, (PartSpec(0, 256, CHANNEL, TOKEN, smooth=True, kronecker=(8, 8), per_slice=True),)),
+    "per slice": LinearSpec(256, 96, (PartSpec(0, 256, CHANNEL, TOKEN, smooth=True, kronecker=(8, 8),
+    per_slice=True),)),
     "beside a plain part": LinearSpec(
         512, 96, (replace(SHARED, rank=4), PartSpec(256, 512, CHANNEL, TOKEN, smooth=True, rank=4))
     ),
-    "parts alike": LinearSpec(768, 96, tuple(replace(SHARED, start=256 * i, stop=256 * (i + 1), rank=4) for i in range(3))),
+    "parts alike": LinearSpec(768, 96, tuple(replace(SHARED, start=256 * i, stop=256 * (i + 1),
+    rank=4) for i in range(3))),
     "rows of 9": LinearSpec(288, 96, (ROWS_OF_9,)),
-    "one bit": LinearSpec(256, 96, (replace(SHARED, weight=WeightSpec(2, "channel"), activation=ActivationSpec(1, "token", clip=0.3)),)),
+    "one bit": LinearSpec(256, 96, (replace(SHARED, weight=WeightSpec(2, "channel"),
+    activation=ActivationSpec(1, "token", clip=0.3)),)),
     "group scales": LinearSpec(256, 96, (GROUPS,)),
     "weight-only": LinearSpec(256, 96, (PartSpec(0, 256, CHANNEL, None, smooth=True, kronecker=(8, 16)),)),
 }  # fmt: skip

@@ -70,19 +70,26 @@ def by_hand(x, spec, tensors):
 SPECS = {
     "svdquant": spec_of(192, 48, smooth=True, rank=16),
     "unsigned": spec_of(192, 48, act=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=16),
-    "rtn": spec_of(192, 48, act=ActivationSpec(granularity="token"), weight=WeightSpec(granularity="channel")),
-    "per tensor": spec_of(192, 48, act=ActivationSpec(granularity="tensor"), weight=WeightSpec(granularity="channel")),
-    "a8": spec_of(192, 48, act=ActivationSpec(bits=8, granularity="token"), weight=WeightSpec(granularity="channel")),
-    "2 bit": spec_of(192, 48, act=ActivationSpec(bits=3, granularity="token"), weight=WeightSpec(bits=2, granularity="channel")),
-    "signs": spec_of(192, 48, act=ActivationSpec(bits=1, granularity="token"), weight=WeightSpec(bits=2, granularity="channel")),
+    "rtn": spec_of(192, 48, act=ActivationSpec(granularity="token"),
+    weight=WeightSpec(granularity="channel")),
+    "per tensor": spec_of(192, 48, act=ActivationSpec(granularity="tensor"),
+    weight=WeightSpec(granularity="channel")),
+    "a8": spec_of(192, 48, act=ActivationSpec(bits=8, granularity="token"),
+    weight=WeightSpec(granularity="channel")),
+    "2 bit": spec_of(192, 48, act=ActivationSpec(bits=3, granularity="token"),
+    weight=WeightSpec(bits=2, granularity="channel")),
+    "signs": spec_of(192, 48, act=ActivationSpec(bits=1, granularity="token"),
+    weight=WeightSpec(bits=2, granularity="channel")),
     "weight only": spec_of(192, 48, act=None),
     "two parts": LinearSpec(
         256,
         48,
-        (PartSpec(0, 64, smooth=True, rank=8), PartSpec(64, 256, activation=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=8)),
+        (PartSpec(0, 64, smooth=True, rank=8),
+        PartSpec(64, 256, activation=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=8)),
     ),
     "mixed parts": LinearSpec(
-        256, 48, (PartSpec(0, 192, WeightSpec(granularity="channel"), ActivationSpec(granularity="token")), PartSpec(192, 256, WeightSpec(bits=8), ActivationSpec(bits=8)))
+        256, 48, (PartSpec(0, 192, WeightSpec(granularity="channel"), ActivationSpec(granularity="token")),
+        PartSpec(192, 256, WeightSpec(bits=8), ActivationSpec(bits=8)))
     ),
 }  # fmt: skip
 

@@ -45,7 +45,8 @@ def run(x, part, planes, smooth=None, down=None, before=None):
     low = None if down is None else x.new_full((x.shape[0], count * down.shape[1]), 99.0)
     kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
     launch.quantize_activation(
-        x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits, act.unsigned, grouped,
+        x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits,
+        act.unsigned, grouped,
         part.rotation, act.shift, act.clip, kind, eps,
     )  # fmt: skip
     codes = (
@@ -124,7 +125,8 @@ def test_rows_of_a_wider_tensor_and_the_right_part_of_a_buffer():
     wide, part = inputs(5, 320, HALF), part_of(64, SIGNED[2])
     x, codes, scale = wide[:, 192:320], torch.zeros(5, 256, dtype=torch.int8), torch.empty(2, 5)
     launch.quantize_activation(
-        x, codes[:, 64:], scale, None, None, None, None, None, 64, 2, 2, 4, False, True, 0, 0.0, 1.0, *NOTHING[:1], 0.0
+        x, codes[:, 64:], scale, None, None, None, None, None, 64, 2, 2, 4, False, True, 0, 0.0, 1.0,
+        *NOTHING[:1], 0.0
     )  # fmt: skip
     want, want_scale = expected(x, part)
     assert torch.equal(torch.stack([codes[:, 64:128], codes[:, 192:]], 2).flatten(1).short(), want)

@@ -36,7 +36,8 @@ def _float_comparison(name: str):
 
 
 def _set_predicate(instruction: Instruction) -> Operation:
-    """setp p|q, a, b{, c}: q gets the opposite of p, or with packed types the comparison of the upper halves."""
+    """setp p|q, a, b{, c}: q gets the opposite of p, or with packed types the comparison of the upper
+    halves."""
     name, kind = instruction.parts[0], instruction.type
     flags = instruction.modifiers(name, "ftz", *_COMBINE)
     combiner = next((_COMBINE[f] for f in flags & set(_COMBINE)), None)

@@ -1,4 +1,5 @@
-"""What can go wrong in emulated code. An instruction outside the emulator raises NotImplementedError instead."""
+"""What can go wrong in emulated code. An instruction outside the emulator raises NotImplementedError
+instead."""
 
 
 class EmulationError(RuntimeError):

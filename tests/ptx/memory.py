@@ -33,7 +33,8 @@ def _check_count(addresses: np.ndarray, data: np.ndarray, what: str):
 
 @dataclass(frozen=True)
 class Buffer:
-    """One kernel argument: its bytes (the caller's array itself, not a copy) and the address the kernel sees."""
+    """One kernel argument: its bytes (the caller's array itself, not a copy) and the address the kernel
+    sees."""
 
     name: str
     address: int
@@ -68,7 +69,8 @@ class GlobalMemory:
         return address
 
     def load(self, addresses: np.ndarray, size: int, alignment: int | None = None) -> np.ndarray:
-        """`size` bytes from each address, which must be a multiple of `alignment` (of `size` if not given)."""
+        """`size` bytes from each address, which must be a multiple of `alignment` (of `size` if not
+        given)."""
         out = np.empty((len(addresses), size), np.uint8)
         for buffer, lanes in self._owners(addresses, size, alignment or size, "global load"):
             out[lanes] = buffer.data[self._places(buffer, addresses[lanes], size)]

@@ -71,7 +71,8 @@ class Case:
     def launch(self, ptx, shared):
         y = np.zeros((M, N), np.uint16)
         args = [
-            pack(self.x), pack(self.w), self.sx.astype(np.float32), bf16(self.sw), *self.ends(), bf16(self.low), bf16(self.up),
+            pack(self.x), pack(self.w), self.sx.astype(np.float32), bf16(self.sw), *self.ends(),
+            bf16(self.low), bf16(self.up),
             bf16(self.bias), y, M, N, K // 2, R, K // 2, K // 2, N, M, N, R, R, K // 2,
         ]  # fmt: skip
         counts = run(ptx, (-(-M // self.tile.bm) * -(-N // self.tile.bn),), args, shared)
@@ -146,7 +147,8 @@ def test_turing_kernel_is_exact(compiled, layer):
     case, kernel = Case(75, layer), compiled[75, layer].result()
     y = np.zeros((M, N), np.float16)
     args = [
-        pack(case.x).view(np.int32), pack(case.w).view(np.int32), case.sx.astype(np.float32), case.sw.astype(np.float16), *case.ends(),
+        pack(case.x).view(np.int32), pack(case.w).view(np.int32), case.sx.astype(np.float32),
+        case.sw.astype(np.float16), *case.ends(),
         case.bias.astype(np.float16), y, M, N, K // 2, K // 8, K // 8, N, M, N,
     ]  # fmt: skip
     counts = run(kernel.text, (-(-M // case.tile.bm), -(-N // case.tile.bn)), args, kernel.shared)

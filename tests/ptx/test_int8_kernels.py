@@ -80,7 +80,8 @@ def test_int8_kernel_is_exact(compiled, case):
     ends = [e // planes for e in edges[1:]] if scales == plan.SLICE else []
     y = np.zeros((M, N), np.uint16)
     args = [
-        in_planes, packed, sx.astype(np.float32), bf16(sw), *ends, *[-1] * (8 - len(ends)), bf16(low), bf16(up), bf16(bias), y,
+        in_planes, packed, sx.astype(np.float32), bf16(sw), *ends, *[-1] * (8 - len(ends)), bf16(low),
+        bf16(up), bf16(bias), y,
         M, N, K // planes, R, K, K // planes, N, M, N, R, R, K // planes,
     ]  # fmt: skip
     counts = run(kernel.text, (-(-M // tile.bm) * -(-N // tile.bn),), args, kernel.shared)

@@ -79,7 +79,8 @@ def test_codes_and_scales(compiled, case):
         np.zeros(8, np.uint16),
     )
     args = [
-        bits(x), smooth.numpy(), transform.numpy(), none, none, codes, scale, M, M, k, codes.shape[1], k // 2, 0,
+        bits(x), smooth.numpy(), transform.numpy(), none, none, codes, scale, M, M, k, codes.shape[1], k // 2,
+        0,
         np.float32(act.clip), np.float32(0),
     ]  # fmt: skip
     counts = run(kernel.text, (-(-M // tile.rows), 1), args, kernel.shared)

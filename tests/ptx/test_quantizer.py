@@ -90,7 +90,8 @@ def test_codes_scales_and_low_rank(compiled, arch, name):
     none = np.zeros(8, np.uint16)
     rank = part.rank
     args = [
-        bits(x), bits(smooth), bits(down), none, none, codes, scale, low, M, K, K, rank, M, K, K // 2, K // 2, R, R, 0,
+        bits(x), bits(smooth), bits(down), none, none, codes, scale, low, M, K, K, rank, M, K, K // 2, K // 2,
+        R, R, 0,
         np.float32(part.activation.shift), np.float32(1), np.float32(0),
     ]  # fmt: skip
     run(kernel.text, (-(-M // tile.rows), 1), args, kernel.shared)

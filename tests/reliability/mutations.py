@@ -1,4 +1,5 @@
-"""Damaged and hostile files, made from sound ones of every kind by a seed: the same seed makes the same file."""
+"""Damaged and hostile files, made from sound ones of every kind by a seed: the same seed makes the same
+file."""
 
 import json
 import random
@@ -32,9 +33,12 @@ OWN = (
     "provenance",
 )
 ODD = (
-    None, True, False, -1, 0, 1, 2, 3, 7, 63, 65, 1000, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "4", "1e5", "\x1b[2J\x1b[31m", "a\nb\rc", "../../../etc/passwd", "/etc/passwd", "C:\\x", "nul\0byte", "\ud800", "\u202e", "y" * 5000,
-    [], {}, [[]], [1, 2], [None], {"a": []}, {"": ""}, {"tensor": 1}, {"tuple": 3}, {"dict": [1]}, {"dtype": "load"},
+    None, True, False, -1, 0, 1, 2, 3, 7, 63, 65, 1000, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308,
+    float("nan"), float("inf"), "", "x",
+    "4", "1e5", "\x1b[2J\x1b[31m", "a\nb\rc", "../../../etc/passwd", "/etc/passwd", "C:\\x", "nul\0byte",
+    "\ud800", "\u202e", "y" * 5000,
+    [], {}, [[]], [1, 2], [None], {"a": []}, {"": ""}, {"tensor": 1}, {"tuple": 3}, {"dict": [1]},
+    {"dtype": "load"},
 )  # fmt: skip
 RAW = {
     "deep list": "[" * 2000 + "]" * 2000,
@@ -266,7 +270,8 @@ def _retyped(path, draw):
     """Another dtype of the same size, or another shape of as many values."""
     header, data = _parts(path)
     entry = header[key := _entry(header, draw)]
-    same = {"F32": ("I32", "U32"), "BF16": ("F16", "I16", "U16"), "I8": ("U8", "BOOL", "F8_E4M3", "F8_E8M0"), "U8": ("I8", "F8_E5M2"),
+    same = {"F32": ("I32", "U32"), "BF16": ("F16", "I16", "U16"), "I8": ("U8", "BOOL", "F8_E4M3", "F8_E8M0"),
+    "U8": ("I8", "F8_E5M2"),
             "F64": ("I64", "C64"), "I32": ("F32", "U32")}  # fmt: skip
     if draw.random() < 0.5 and entry["dtype"] in same:
         entry["dtype"] = draw.choice(same[entry["dtype"]])
@@ -434,6 +439,7 @@ def _index(path, draw):
 
 
 _CHANGES = (
-    *(_said,) * 12, *(_table,) * 5, *(_numbers,) * 4, *(_retyped,) * 3, *(_header_bit,) * 3, *(_bit,) * 2, *(_declared,) * 2,
+    *(_said,) * 12, *(_table,) * 5, *(_numbers,) * 4, *(_retyped,) * 3, *(_header_bit,) * 3, *(_bit,) * 2,
+    *(_declared,) * 2,
     *(_renamed,) * 2, *(_without,) * 2, *(_more,) * 3, _cut, _append, _length, *(_entries,) * 2, _large,
 )  # fmt: skip

@@ -174,8 +174,10 @@ class Graphs:
         del graph["quantize"], graph["quantized"]
         return graph | {
             "packed": node("NibbleLoadDiffusionModel", model_name=self.files[0]),
-            "guard": node("NibbleGuard", model=["load", 0], quantized=["packed", 0], calibration=["calibrate", 0], budget="quality (dB)",
-                          quality_db=rng.choice([20.0, 24.0]), memory_mib=0.0, unit="layer", allow_w4a8=True, allow_w8a8=True, allow_16_bit=True),
+            "guard": node("NibbleGuard", model=["load", 0], quantized=["packed", 0],
+            calibration=["calibrate", 0], budget="quality (dB)",
+                          quality_db=rng.choice([20.0, 24.0]), memory_mib=0.0, unit="layer", allow_w4a8=True,
+                          allow_w8a8=True, allow_16_bit=True),
             "sample": sampling(["guard", 0], ["prompt", 0], ["latent", 0], steps=1),
             "out": node("SaveLatent", samples=["sample", 0], filename_prefix="guarded"),
         }  # fmt: skip

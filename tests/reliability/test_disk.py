@@ -53,7 +53,8 @@ def small(request, tmp_path):
     """(a folder, keywords for `run`): 600 kB fit there."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = request.param == "disk" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], check=False, capture_output=True).returncode == 0  # fmt: skip
+    mounted = request.param == "disk" and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs",
+    str(folder)], check=False, capture_output=True).returncode == 0  # fmt: skip
     yield folder, {} if mounted else {"largest": 600_000}
     if mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)

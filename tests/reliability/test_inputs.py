@@ -1,4 +1,5 @@
-"""No command writes over what it reads, whatever the name it is given, nor over what somebody else has there."""
+"""No command writes over what it reads, whatever the name it is given, nor over what somebody else has
+there."""
 
 import json
 import os

@@ -31,10 +31,14 @@ class Job:
 
 
 JOBS = [
-    Job("rtn", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "rtn", "--device", "cpu"], True),
-    Job("robuq, base 3", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "robuq", "--base3", "--device", "cpu"], True),
-    Job("svdquant", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "svdquant", "--device", "cpu"], True),
-    Job("convert", lambda f: ["convert", f / "native.safetensors", f / "out" / "c.safetensors", "--to", "native"]),
+    Job("rtn", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method", "rtn",
+    "--device", "cpu"], True),
+    Job("robuq, base 3", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method",
+    "robuq", "--base3", "--device", "cpu"], True),
+    Job("svdquant", lambda f: ["quantize", tiny_flux.CHECKPOINT, f / "out" / "q.safetensors", "--method",
+    "svdquant", "--device", "cpu"], True),
+    Job("convert", lambda f: ["convert", f / "native.safetensors", f / "out" / "c.safetensors", "--to",
+    "native"]),
     Job("calibrate", lambda f: ["calibration", f / "out" / "c"]),
     Job("merge", lambda f: ["merge-calibrations", f / "out" / "m", f / "a", f / "b"]),
 ]  # fmt: skip

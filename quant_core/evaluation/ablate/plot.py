@@ -14,7 +14,8 @@ def plot(path: Path, rows: list[dict]):
 
 
 def figure(rows: list[dict]):
-    """Other methods and trained rows have colors of their own; bars start at the least mean less half a dB."""
+    """Other methods and trained rows have colors of their own; bars start at the least mean less half a
+    dB."""
     from matplotlib.figure import Figure
 
     made = Figure(figsize=(17, 5.5), layout="constrained")

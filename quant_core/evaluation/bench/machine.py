@@ -55,7 +55,8 @@ def _version(*packages) -> str:
 
 
 def _driver(device) -> str:
-    """The driver's version, and the card's power limit and top clock, as nvidia-smi has them; "" without it."""
+    """The driver's version, and the card's power limit and top clock, as nvidia-smi has them; "" without
+    it."""
     if not shutil.which("nvidia-smi"):
         return ""
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]

@@ -144,7 +144,8 @@ class Flux(nn.Module):
         )
 
     def forward(self, image, text, vector):
-        """image (tokens, channels), text (tokens, context), vector (1, hidden) -> (image tokens, channels)."""
+        """image (tokens, channels), text (tokens, context), vector (1, hidden) -> (image tokens,
+        channels)."""
         vector = silu(vector)
         x = {"text": self.text_in(text), "image": self.image_in(image)}
         for pair in self.double_blocks:

@@ -1,4 +1,5 @@
-"""The figure beside the report: speed-ups at FLUX's token count, or the errors found where nothing was timed."""
+"""The figure beside the report: speed-ups at FLUX's token count, or the errors found where nothing was
+timed."""
 
 from pathlib import Path
 

@@ -34,7 +34,8 @@ def quantizer_bytes(m: int, k: int, code_bits: int = 4) -> float:
 
 
 def transform_flops(m: int, p1: int, p2: int, slices: int, padded: bool = True) -> int:
-    """Of P1^T X P2 for each slice X (p1, p2) of m tokens, as the kernel pads them or as the formula has them."""
+    """Of P1^T X P2 for each slice X (p1, p2) of m tokens, as the kernel pads them or as the formula has
+    them."""
     if padded:
         tile = kronecker_tile(Target("cuda", 89), p1, p2, slices, False)
         (p1, p2), slices = tile.sides, tile.slices

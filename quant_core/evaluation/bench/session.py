@@ -21,6 +21,11 @@ class DeviceLost(RuntimeError):
     """The device takes no more work after an error; what was measured before stands."""
 
 
+SEEDS = (
+    "CRC-32 of a case's name; its in-channels for the comparison with naive; 0 and 1 for the model, its input"
+)
+
+
 class Session:
     """Raises ValueError where Triton cannot be used."""
 
@@ -41,8 +46,7 @@ class Session:
             "machine": machine.describe(device, self.target),
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seeds": "CRC-32 of a case's name; its in-channels for the comparison with naive; 0 and 1 for the "
-            "model and its input",
+            "seeds": SEEDS,
             "dtype": str(self.dtype).removeprefix("torch."),
             "timed": self.gpu,
             "ceilings": {},
@@ -174,7 +178,8 @@ class Session:
                 self.say(f"tuned {key}: {found['best'] if found else reason}")
 
     def check(self, row: dict, case: Case):
-        """Both comparisons of all columns. Cases that differ beyond the cut layer share the one with naive."""
+        """Both comparisons of all columns. Cases that differ beyond the cut layer share the one with
+        naive."""
         for column in self.columns:
             reason = ours.refusal(column, case.n, case.k, self.target)
             if reason:
@@ -197,7 +202,8 @@ class Session:
         return verify.against_eager(work.call(*work.operands), *layer)
 
     def keep(self, row: dict, column: Column, against: str, call) -> verify.Check | None:
-        """A wrong output fails the case; an exception takes the column out of it, and is an error of the run."""
+        """A wrong output fails the case; an exception takes the column out of it, and is an error of the
+        run."""
         check, reason = self.attempt(call)
         row["checks"].setdefault(column.name, {})[against] = (
             check.to_json() if check else report.refused(reason)

@@ -1,4 +1,5 @@
-"""`nibble demo`: the small trained FLUX in full precision and under each method, with mild and hard outliers."""
+"""`nibble demo`: the small trained FLUX in full precision and under each method, with mild and hard
+outliers."""
 
 import copy
 import json

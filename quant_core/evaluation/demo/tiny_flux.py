@@ -49,7 +49,8 @@ def from_diffusers(state_dict: dict) -> dict:
 
 
 def load(state_dict: dict | None = None):
-    """The trained model in fp32, in eval mode. `state_dict` (ComfyUI's keys) replaces the shipped checkpoint."""
+    """The trained model in fp32, in eval mode. `state_dict` (ComfyUI's keys) replaces the shipped
+    checkpoint."""
     if state_dict is None:
         state_dict = load_file(CHECKPOINT)
     model = build()
@@ -65,7 +66,8 @@ def _image_ids(side):
 
 
 def predict(model, latents, timestep, context, pooled):
-    """The flow velocity (noise - picture). latents (B, 16, h, w), timestep (B,) in [0, 1] -> (B, 16, h, w)."""
+    """The flow velocity (noise - picture). latents (B, 16, h, w), timestep (B,) in [0, 1] -> (B, 16, h,
+    w)."""
     b, c, h, w = latents.shape
     tokens = (
         latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, c * 4)

@@ -206,7 +206,8 @@ class NunchakuFile(Opened):
         return out
 
     def _module(self, stored: Stored, start, stop) -> QuantizedLayer:
-        """Rows start..stop of a module; whole tiles of 128 where it is W4A4, all of them where it is W4A16."""
+        """Rows start..stop of a module; whole tiles of 128 where it is W4A4, all of them where it is
+        W4A16."""
         get = lambda leaf: self._file.get(stored.keys[leaf])
         if stored.module.splits:
             return self._modulation(stored, get)

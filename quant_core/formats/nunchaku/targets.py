@@ -55,7 +55,8 @@ class _AnyKeys(dict):
 
 
 def stacks_of(names: Names, keys):
-    """{ComfyUI key: Stacked} for these keys of ComfyUI's, without the diffusers model that families map from."""
+    """{ComfyUI key: Stacked} for these keys of ComfyUI's, without the diffusers model that families map
+    from."""
     known = _AnyKeys.fromkeys(keys)
     for ours, theirs in names.stems.items():
         for key in keys:
@@ -130,20 +131,21 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
             f"{'one' if module.column < 0 else 'two'} in nunchaku"
         )
     part = parts[max(module.column, 0)]
-    if part.kronecker or part.rotation:
-        return (
-            f"{'has a learned transform' if part.kronecker else f'rotates its input (Hadamard {part.rotation})'}, "
-            "which nunchaku does not"
-        )
+    if part.kronecker:
+        return "has a learned transform, which nunchaku does not"
+    if part.rotation:
+        return f"rotates its input (Hadamard {part.rotation}), which nunchaku does not"
     weight, act = part.weight, part.activation
     if (weight.bits, weight.granularity, weight.group) != (4, "group", layout.GROUP):
-        return f"has {weight.bits}-bit weights, one scale per {weight.granularity}; nunchaku has 4 bits, one for {layout.GROUP} channels"
+        has = f"has {weight.bits}-bit weights, one scale per {weight.granularity}"
+        return f"{has}; nunchaku has 4 bits, one for {layout.GROUP} channels"
     if module.splits:
         groups = spec.in_features // layout.GROUP
         if act is not None or part.smooth:
             return f"is {spec.describe()}, and weight-only without smoothing in nunchaku"
         if part.rank not in (0, groups, 2 * groups):
-            return f"has a low-rank branch of rank {part.rank}, and nunchaku's modulation layers have none: quantize it with rank 0"
+            has = f"has a low-rank branch of rank {part.rank}"
+            return f"{has}, and nunchaku's modulation layers have none: quantize it with rank 0"
         multiples = (layout.AWQ_ROWS * module.splits, layout.GROUP)
     else:
         if act is None:
@@ -153,10 +155,12 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
             return f"{has}; nunchaku has 4 bits, {layout.GROUP} channels, clip 1"
         if (act.unsigned, act.shift) != ((True, GELU_SHIFT) if module.unsigned else (False, 0.0)):
             wanted = f"unsigned and shifted by {GELU_SHIFT}" if module.unsigned else "signed"
-            return f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}; nunchaku's are {wanted} there"
+            has = f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}"
+            return f"{has}; nunchaku's are {wanted} there"
         multiples = (layout.TILE, layout.TILE)
     if rows % multiples[0] or part.width % multiples[1]:
-        return f"has {rows} out- and {part.width} in-channels; nunchaku needs multiples of {multiples[0]} and {multiples[1]}"
+        needs = f"multiples of {multiples[0]} and {multiples[1]}"
+        return f"has {rows} out- and {part.width} in-channels; nunchaku needs {needs}"
     if spec.bias and not module.bias:
         return "has a bias, and none in nunchaku"
     return None

@@ -161,7 +161,8 @@ def _plain(names: Names, rest, quantized, dtype, notes):
         )
     if left:
         notes.append(
-            f"{len(left)} tensors that the model does not have in nunchaku are left out: {', '.join(left[:3])}"
+            f"{len(left)} tensors that the model does not have in nunchaku are left out: "
+            f"{', '.join(left[:3])}"
         )
     skipped = {
         block
@@ -207,7 +208,8 @@ def _joined(target: Target, layers, notes) -> QuantizedLayer:
         ):
             pieces[i], decibels = resmooth(piece, first)
             notes.append(
-                f"{piece.name} takes the smoothing of {pieces[0].name}, quantized again at {decibels:.1f} dB of its weight"
+                f"{piece.name} takes the smoothing of {pieces[0].name}, quantized again at {decibels:.1f} "
+                "dB of its weight"
             )
     if len(pieces) == 1:
         return QuantizedLayer(target.name, pieces[0].spec, pieces[0].tensors)
@@ -271,7 +273,8 @@ def _modulation(layer: QuantizedLayer, module: Module, dtype, notes, errors) -> 
         ) from error
     if not torch.equal(zero.to(dtype).float(), zero):
         notes.append(
-            f"{layer.name}: zeros of its groups are rounded to {dtype}, which has no room for offset - 8 scale"
+            f"{layer.name}: zeros of its groups are rounded to {dtype}, which has no room for offset - 8 "
+            "scale"
         )
     bias = t["bias"].float().clone() if layer.spec.bias else torch.zeros(n)
     bias.view(module.splits, -1)[layout.SCALES] += 1

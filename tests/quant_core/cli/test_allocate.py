@@ -211,7 +211,8 @@ def test_entries_of_one_fit_share_it(make_problem, monkeypatch):
     assert fits == ["robuq A4", "svdquant_r W4A4"]
     what = {n: None if q is None else q.spec.describe().split()[0] for n, q in made.items()}
     assert what == {
-        "robuq A4": "W2A4", "svdquant_r W4A4": "W4A4", "svdquant_r W4A8": "W4A8", "svdquant_r W8A8": "W8A8", "16 bit": None,
+        "robuq A4": "W2A4", "svdquant_r W4A4": "W4A4", "svdquant_r W4A8": "W4A8", "svdquant_r W8A8": "W8A8",
+        "16 bit": None,
     }  # fmt: skip
     assert made["robuq A4"].spec.rank == made["svdquant_r W4A4"].spec.rank == 16
     db = [output_sqnr(problem, q) for q in made.values() if q is not None]

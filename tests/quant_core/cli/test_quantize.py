@@ -119,8 +119,10 @@ def altered(calibration, folder, change) -> Calibration:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (narrower, r"layer single_blocks.1.linear2: calibration .* observed 640 in-channels, the weight has 1280"),
-        (lambda inputs, _: inputs.pop("single_blocks.1.linear2"), "no statistics of layer single_blocks.1.linear2"),
+        (narrower,
+        r"layer single_blocks.1.linear2: calibration .* observed 640 in-channels, the weight has 1280"),
+        (lambda inputs, _: inputs.pop("single_blocks.1.linear2"),
+        "no statistics of layer single_blocks.1.linear2"),
     ],
 )  # fmt: skip
 def test_a_calibration_that_does_not_fit_the_last_layer(calibration, tmp_path, untouched, change, message):

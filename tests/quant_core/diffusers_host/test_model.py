@@ -142,7 +142,8 @@ def test_calibration_of_dit(pipeline, calibrated):
 @pytest.mark.parametrize(("method", "output", "sampled"), [("robuq", 0.5, 0.45), ("svdquant_r", 0.23, 0.35)])
 def test_quantized_dit_samples(pipeline, calibrated, tmp_path, method, output, sampled):
     file = tmp_path / "q.safetensors"
-    text = nibble("quantize", pipeline / "transformer", file, "--method", method, "--calibration", calibrated.path, "--rank", 8, "--device", "cpu")  # fmt: skip
+    text = nibble("quantize", pipeline / "transformer", file, "--method", method, "--calibration",
+    calibrated.path, "--rank", 8, "--device", "cpu")  # fmt: skip
     assert f"{DEPTH * 7} layers" in text
     assert PackFile(file).family == "dit"
     model = diffusers_model.load(pipeline / "transformer", file)
@@ -218,7 +219,8 @@ def flux(folder):
 
 
 def pixart(folder):
-    model = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=32, num_layers=2, cross_attention_dim=128, caption_channels=32, sample_size=16)  # fmt: skip
+    model = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=32, num_layers=2,
+    cross_attention_dim=128, caption_channels=32, sample_size=16)  # fmt: skip
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("scale_shift_table"):

@@ -380,15 +380,20 @@ def test_file_without_prompts_is_named(saved, tmp_path):
 
 def sdxl():
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), cross_attention_dim=2 * TEXT_DIM, use_linear_projection=True,
-        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_DIM,
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 128), layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(1, 2), cross_attention_dim=2 * TEXT_DIM,
+        use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + TEXT_DIM,
     )  # fmt: skip
     config = clip(TEXT_DIM).config
     config.projection_dim = TEXT_DIM
     return StableDiffusionXLPipeline(
-        vae=vae(4), text_encoder=clip(TEXT_DIM), tokenizer=tokenizer(77), text_encoder_2=CLIPTextModelWithProjection(config),
+        vae=vae(4), text_encoder=clip(TEXT_DIM), tokenizer=tokenizer(77),
+        text_encoder_2=CLIPTextModelWithProjection(config),
         tokenizer_2=tokenizer(77), unet=unet, scheduler=EulerDiscreteScheduler(),
     )  # fmt: skip
 

@@ -50,15 +50,18 @@ def test_flux_map_of_a_full_width_model():
     ]
     assert len(layers) == 2 * 10 + 3
     assert {n for n, layer in layers.items() if layer.weight_only} == {
-        "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "double_blocks.1.img_mod.lin", "double_blocks.1.txt_mod.lin", "single_blocks.0.modulation.lin",
+        "double_blocks.0.img_mod.lin", "double_blocks.0.txt_mod.lin", "double_blocks.1.img_mod.lin",
+        "double_blocks.1.txt_mod.lin", "single_blocks.0.modulation.lin",
     }  # fmt: skip
     linear2 = layers["single_blocks.0.linear2"]
     assert [(p.start, p.stop, p.after_gelu) for p in linear2.parts] == [(0, 3072, False), (3072, 15360, True)]
     assert layers["double_blocks.1.txt_mlp.2"].parts[0].after_gelu
     kept = {k.removesuffix(".weight") for k, s in shapes.items() if len(s) == 2} - set(layers)
     assert kept == {
-        "img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "vector_in.in_layer", "vector_in.out_layer",
-        "guidance_in.in_layer", "guidance_in.out_layer", "final_layer.linear", "final_layer.adaLN_modulation.1",
+        "img_in", "txt_in", "time_in.in_layer", "time_in.out_layer", "vector_in.in_layer",
+        "vector_in.out_layer",
+        "guidance_in.in_layer", "guidance_in.out_layer", "final_layer.linear",
+        "final_layer.adaLN_modulation.1",
     }  # fmt: skip
 
 
@@ -129,8 +132,10 @@ def test_pixart_map_shares_the_text():
 
 
 def test_blocks_within_blocks_are_in_numeric_order():
-    """A U-Net: input before middle before output, 4 before 10, a transformer's projections before its blocks."""
-    blocks = ["input_blocks.4.1", "input_blocks.4.1.transformer_blocks.2", "input_blocks.4.1.transformer_blocks.10", "input_blocks.10.1",
+    """A U-Net: input before middle before output, 4 before 10, a transformer's projections before its
+    blocks."""
+    blocks = ["input_blocks.4.1", "input_blocks.4.1.transformer_blocks.2",
+    "input_blocks.4.1.transformer_blocks.10", "input_blocks.10.1",
               "middle_block.1.transformer_blocks.0", "output_blocks.0.1"]  # fmt: skip
     names = [f"{b}.{'attn2.to_k' if 'transformer' in b else 'proj_in'}" for b in blocks]
     layers = SDXL.layers({f"{name}.weight": (64, 64) for name in reversed(names)})
@@ -151,7 +156,8 @@ def test_sd3_keeps_the_last_blocks_short_modulation():
 
 
 def test_streams_of_layers():
-    """Which of a block's outputs a layer's error goes into first, by the order in which ComfyUI returns them."""
+    """Which of a block's outputs a layer's error goes into first, by the order in which ComfyUI returns
+    them."""
     qwen, sd3 = Family.stream_of(QWEN_IMAGE.streams), Family.stream_of(SD3.streams)
     text = ("txt_mod.1", "attn.add_q_proj", "attn.to_add_out", "txt_mlp.net.0.proj")
     image = ("img_mod.1", "attn.to_q", "attn.to_out.0", "img_mlp.net.2")

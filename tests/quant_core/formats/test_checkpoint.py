@@ -147,8 +147,11 @@ def test_every_tensor_gets_a_dtype_that_has_arithmetic(tmp_path, state, dtype, b
     [
         ({LAYER: torch.zeros(384, 64, dtype=torch.int8)}, "is of dtype I8: quantized already"),
         ({f"{LAYER[:-7]}.weight_scale": torch.ones(())}, "is BF16, not fp8"),
-        ({LAYER: torch.zeros(384, 128, dtype=torch.float8_e4m3fn), f"{LAYER[:-7]}.weight_scale": torch.ones(5)}, r"expected one float, or 384, found F32 \[5\]"),
-        ({LAYER: torch.zeros(384, 128, dtype=torch.float8_e4m3fn), f"{LAYER[:-7]}.weight_scale": torch.ones((), dtype=torch.int64)}, "expected one float, or 384, found I64"),
+        ({LAYER: torch.zeros(384, 128, dtype=torch.float8_e4m3fn),
+        f"{LAYER[:-7]}.weight_scale": torch.ones(5)}, r"expected one float, or 384, found F32 \[5\]"),
+        ({LAYER: torch.zeros(384, 128, dtype=torch.float8_e4m3fn),
+        f"{LAYER[:-7]}.weight_scale": torch.ones((), dtype=torch.int64)},
+        "expected one float, or 384, found I64"),
     ],
 )  # fmt: skip
 def test_what_is_no_full_precision_checkpoint(tmp_path, state, change, message):

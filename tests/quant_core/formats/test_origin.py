@@ -41,8 +41,10 @@ def test_header_entries_are_kept_small_ones_first_and_without_those_of_formats()
 
 def test_tensors_outside_of_the_network():
     sizes = {
-        "v_pred": 0, "cc_projection.weight": 5_000_000, "first_stage_model.decoder.conv_in.weight": 9, "cond_stage_model.x": 9,
-        "conditioner.embedders.0.x": 9, "conditioner.conditioners.seconds_start.embedder.weight": 100, "text_encoders.t5.weight": 9,
+        "v_pred": 0, "cc_projection.weight": 5_000_000, "first_stage_model.decoder.conv_in.weight": 9,
+        "cond_stage_model.x": 9,
+        "conditioner.embedders.0.x": 9, "conditioner.conditioners.seconds_start.embedder.weight": 100,
+        "text_encoders.t5.weight": 9,
         "vae.x": 9, "unknown": 4, "huge": origin.BESIDE_BYTES,
     }  # fmt: skip
     kept, dropped = outside(sizes)

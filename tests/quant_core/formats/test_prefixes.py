@@ -13,8 +13,10 @@ pytestmark = pytest.mark.quick
 
 BLOCK = ("double_blocks.0.", "double_blocks.0._orig_mod.")
 BEFORE = [
-    "", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "transformer.", "unet.", "module.", "_orig_mod.",
-    "module._orig_mod.", "_orig_mod.module.model.diffusion_model.", "base_model.model.", "student.", "dit.", "module.transformer.",
+    "", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "transformer.",
+    "unet.", "module.", "_orig_mod.",
+    "module._orig_mod.", "_orig_mod.module.model.diffusion_model.", "base_model.model.", "student.", "dit.",
+    "module.transformer.",
 ]  # fmt: skip
 
 

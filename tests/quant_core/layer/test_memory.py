@@ -50,7 +50,8 @@ def test_weight_only_layers_work_on_few_rows():
 
 @pytest.mark.parametrize(
     ("free", "total", "verdict"),
-    [(8, 24, "the weights fit whole"), (5, 24, "the weights fit once other models are unloaded"), (4, 6, "ComfyUI will load it in part"), (None, None, "no GPU, it runs on the CPU")],
+    [(8, 24, "the weights fit whole"), (5, 24, "the weights fit once other models are unloaded"),
+    (4, 6, "ComfyUI will load it in part"), (None, None, "no GPU, it runs on the CPU")],
 )  # fmt: skip
 def test_verdict(free, total, verdict):
     gib = lambda n: None if n is None else n * 2**30

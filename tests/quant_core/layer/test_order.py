@@ -69,7 +69,8 @@ def lora(rank=4):
 
 
 def test_every_path_gathers_x_alone(layer, plain, order):
-    """Adapters' matrices are over the raw x; what stands before the layer has modulation over the raw x, too."""
+    """Adapters' matrices are over the raw x; what stands before the layer has modulation over the raw x,
+    too."""
     x, added = randn(7, K), [(randn(4, K), randn(32, 4), 16)]
     moved = [(down[:, order], up, first) for down, up, first in added]
     modulated = LayerNormModulate(randn(1, K), randn(1, K, seed=1))

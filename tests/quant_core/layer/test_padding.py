@@ -38,8 +38,10 @@ from comfyui_nibble.tests.support import outlier_tokens, relative_error
 
 N, K, WHOLE = 97, 200, 256  # 97: out-channels need no multiple of anything
 FITS = {
-    "svdquant": {"rank": 8}, "svdquant_r": {"rank": 8}, "splitquant": {"slices": 2, "least": 64}, "splitquant by slice": {"slices": 2, "least": 64, "scales": "slice"},
-    "splitquant sorted": {"slices": 2, "least": 64, "sort": True}, "convrot": {}, "rtn": {}, "robuq": {"rank": 8}, "robuq A1": {"rank": 0, "activation_bits": 1},
+    "svdquant": {"rank": 8}, "svdquant_r": {"rank": 8}, "splitquant": {"slices": 2, "least": 64},
+    "splitquant by slice": {"slices": 2, "least": 64, "scales": "slice"},
+    "splitquant sorted": {"slices": 2, "least": 64, "sort": True}, "convrot": {}, "rtn": {},
+    "robuq": {"rank": 8}, "robuq A1": {"rank": 0, "activation_bits": 1},
 }  # fmt: skip
 
 
@@ -299,7 +301,8 @@ def test_other_formats_refuse_by_name(layer, problem):
     ("k", "what"), [(200, "16 bit"), (208, "W8A8 per channel H16"), (256, "W4A4 per channel H256")]
 )
 def test_native_pads_nothing(make_problem, k, what):
-    """What stock ComfyUI runs: 8 bits where 16 divides the in-channels, with the reason where nothing does."""
+    """What stock ComfyUI runs: 8 bits where 16 divides the in-channels, with the reason where nothing
+    does."""
     found = fit_problem(
         make_problem(N, k, fit_tokens=1024).filled(),
         METHODS["native"],

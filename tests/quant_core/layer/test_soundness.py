@@ -88,7 +88,8 @@ def test_values_that_are_not_finite_name_the_leaf(make_problem, leaf, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("field", "message"), [("absmax", "1 of the largest values"), ("hessians", "1 of the second moments"), ("tokens", "1 of the held-out tokens")]
+    ("field", "message"), [("absmax", "1 of the largest values"), ("hessians", "1 of the second moments"),
+    ("tokens", "1 of the held-out tokens")]
 )  # fmt: skip
 def test_statistics_that_are_not_finite_name_calibration_and_input(make_problem, field, message, value):
     problem = make_problem(64, 128)

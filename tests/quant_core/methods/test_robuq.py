@@ -149,7 +149,8 @@ def test_each_ingredient_earns_its_place(make_problem, option, margin):
 
 
 def test_gptq_earns_its_place(make_problem):
-    """13.9 and 10.2 dB. With a low rank it is 0.4 to 3 dB, by which candidate the rounding of sums lets win."""
+    """13.9 and 10.2 dB. With a low rank it is 0.4 to 3 dB, by which candidate the rounding of sums lets
+    win."""
     assert decibel(make_problem, rank=0) > decibel(make_problem, rank=0, gptq=False) + 3
 
 

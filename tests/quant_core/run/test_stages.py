@@ -116,7 +116,8 @@ def stopped_and_gone_on(small, folder, preset, checks, at, **options):
 def test_stopped_run_goes_on_bit_for_bit(small, tmp_path, preset, options):
     count, yields = [], []
     whole = small.quantize(
-        tmp_path / "whole", preset, check=lambda: count.append(1), progress=lambda items: yields.extend(items), **options
+        tmp_path / "whole", preset, check=lambda: count.append(1),
+        progress=lambda items: yields.extend(items), **options
     )  # fmt: skip
     assert len(yields) == steps_of(small.plan, preset) == (5 if preset is BOTH else 3)
     # Stops further and further into what is left: a run that goes on has less to do.

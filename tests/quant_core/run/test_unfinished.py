@@ -52,7 +52,8 @@ def test_a_damaged_piece_is_made_again(tmp_path, layer):
 
 
 def test_pieces_of_another_run_are_never_assembled(tmp_path, layer):
-    """As two processes once wrote a mixture: the file is there under the right name, made by other options."""
+    """As two processes once wrote a mixture: the file is there under the right name, made by other
+    options."""
     one, two = (
         Unfinished(tmp_path / f"{m}.partial", "flux", SETTINGS | {"method": m}) for m in ("robuq", "rtn")
     )

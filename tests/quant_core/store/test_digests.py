@@ -17,7 +17,8 @@ from comfyui_nibble.quant_core.store import digests
 from comfyui_nibble.quant_core.store.atomic import save_tensors
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
+torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -209,7 +209,8 @@ def test_both_of_a_factor_are_inverse(affine):
 # -- what is trained
 
 LEAVES = {
-    "transform": {"u"}, "smooth": {"smooth"}, "clip": {"clip"}, "scale": {"scale"}, "threshold": {"threshold"},
+    "transform": {"u"}, "smooth": {"smooth"}, "clip": {"clip"}, "scale": {"scale"},
+    "threshold": {"threshold"},
     "low_rank": {"down", "up"}, "rounding": {"rounding"}, "bias": {"bias"},
 }  # fmt: skip
 ABSENT = {"splitquant": {"threshold", "low_rank"}, "robuq": {"transform"}}

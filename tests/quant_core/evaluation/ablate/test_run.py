@@ -50,7 +50,8 @@ def done(tmp_path_factory):
 
 
 def test_sqnr_of_a_known_error():
-    """An error that is the same in all calls of a sample counts whole, one that changes its sign not at all."""
+    """An error that is the same in all calls of a sample counts whole, one that changes its sign not at
+    all."""
     calls = [
         Call(sample, step, 1.0, True, 0.0, {"args": [{"tensor": f"{sample}"}, step], "kwargs": {}})
         for sample in (0, 1)
@@ -127,7 +128,8 @@ def test_stopped_run_goes_on(done, monkeypatch):
 
 
 def test_trained_row(done):
-    """Its layers are trained on the calibration's recorded calls, and no longer those of the untrained row."""
+    """Its layers are trained on the calibration's recorded calls, and no longer those of the untrained
+    row."""
     folder, rows = done
     world = ablation.World.make(folder, 1.0, **SMALL)
     preset = Preset(TrainConfig(("bias", "scale"), steps=1, calls=2), None)

@@ -1,4 +1,5 @@
-"""Modulation as awq_w4a16, for a ComfyUI after 0.33; comfy-kitchen's own layout and operator are the judges."""
+"""Modulation as awq_w4a16, for a ComfyUI after 0.33; comfy-kitchen's own layout and operator are the
+judges."""
 
 import json
 from dataclasses import replace

@@ -96,7 +96,8 @@ def svdquant_forward(t, x, bias, unsigned):
     """Of a QuantizedTensor, in fp32."""
     f = {k: v if k == "weight" else v.float() for k, v in t.items()}
     params = TensorCoreSVDQuantW4A4Layout.Params(
-        scale=f["weight_scale"], orig_dtype=torch.float32, orig_shape=(N, K), proj_down=f["proj_down"], proj_up=f["proj_up"],
+        scale=f["weight_scale"], orig_dtype=torch.float32, orig_shape=(N, K), proj_down=f["proj_down"],
+        proj_up=f["proj_up"],
         smooth_factor=f["smooth_factor"], act_unsigned=unsigned,
     )  # fmt: skip
     return torch.nn.functional.linear(

@@ -30,7 +30,8 @@ def forward(path, name, x, unsigned):
         if k.startswith(name)
     }
     params = TensorCoreSVDQuantW4A4Layout.Params(
-        scale=t["weight_scale"], orig_dtype=torch.float32, orig_shape=(96, 256), proj_down=t["weight_proj_down"], proj_up=t["weight_proj_up"],
+        scale=t["weight_scale"], orig_dtype=torch.float32, orig_shape=(96, 256),
+        proj_down=t["weight_proj_down"], proj_up=t["weight_proj_up"],
         smooth_factor=t["weight_smooth_factor"], act_unsigned=unsigned,
     )  # fmt: skip
     return torch.nn.functional.linear(

@@ -1,4 +1,5 @@
-"""Writing models of ours as nunchaku's files, and what is said of those that cannot be (see `test_nunchaku`)."""
+"""Writing models of ours as nunchaku's files, and what is said of those that cannot be (see
+`test_nunchaku`)."""
 
 import re
 from dataclasses import replace
