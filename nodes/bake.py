@@ -71,14 +71,13 @@ class NibbleBakeLora(io.ComfyNode):
                 " Bypass loaders leave nothing to bake: use LoraLoaderModelOnly." if model.injections else ""
             )
             raise ValueError(
-                f"{NAME}: there is no LoRA on this model. Put a LoRA loader between the quantized model "
-                f"and this node.{more}"
+                f"{NAME}: there is no LoRA on this model. Put a LoRA loader between the quantized model and "
+                f"this node.{more}"
             )
         if model.injections:
             raise ValueError(
                 f"{NAME}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA "
-                "loader makes, which cannot be "
-                "read back. Load that LoRA with LoraLoaderModelOnly."
+                "loader makes, which cannot be read back. Load that LoRA with LoraLoaderModelOnly."
             )
         with torch.inference_mode(False), torch.no_grad():
             contents = take_apart(model)
@@ -153,8 +152,8 @@ def report_text(baked: list[Baked], merged: list[str], before: dict[str, Quantiz
     grown = sum(b.layer.nbytes - before[b.layer.name].nbytes for b in baked)
     kept = f"at most {rank} columns a layer" if rank else "every column kept"
     lines = [
-        f"{NAME}: {len(baked)} quantized layers, {kept}, {grown / 2**20:+.1f} MiB; {len(merged)} tensors "
-        "in 16 bit merged",
+        f"{NAME}: {len(baked)} quantized layers, {kept}, {grown / 2**20:+.1f} MiB; {len(merged)} tensors in "
+        "16 bit merged",
         "error: of the baked weight, in percent of what the LoRAs add to it",
         "",
     ]

@@ -54,16 +54,14 @@ class NibbleSwapBlocks(io.ComfyNode):
     def execute(cls, model_a: ModelPatcher, model_b: ModelPatcher, blocks: str) -> io.NodeOutput:
         if not any(isinstance(m, NibblePatcher) for m in (model_a, model_b)):
             raise ValueError(
-                f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize "
-                "or Nibble Load Diffusion Model; "
-                "ComfyUI's ModelMerge nodes mix full-precision models."
+                f"{NAME}: neither model is quantized by Nibble. Connect at least one from Nibble Quantize or "
+                "Nibble Load Diffusion Model; ComfyUI's ModelMerge nodes mix full-precision models."
             )
         for which, model in (("model_a", model_a), ("model_b", model_b)):
             if model.injections:
                 raise ValueError(
                     f"{NAME}: {which} has injections ({', '.join(model.injections)}), which hold on to its "
-                    "own layers. "
-                    f"Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
+                    f"own layers. Put the node that makes them, such as a bypass LoRA loader, behind {NAME}."
                 )
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():

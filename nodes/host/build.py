@@ -105,9 +105,8 @@ def load(path: str | Path, disable_dynamic: bool = True) -> NibblePatcher:
         logging.warning(f"Nibble: {pack.path.name}: {note}")
     if not (family := by_name(pack.family)).comfyui:
         raise DetectionError(
-            f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers "
-            "pipeline: see `load` in "
-            "quant_core/diffusers_host/model.py."
+            f"{path}: a {family.title} model, which ComfyUI does not have. It runs in a diffusers pipeline: "
+            "see `load` in quant_core/diffusers_host/model.py."
         )
     provenance = pack.provenance or {"method": pack.kind, "source": {"file": pack.path.name}}
     info = {

@@ -71,8 +71,8 @@ def _stock(patcher):
         if getattr(module, "quant_format", None) is not None:  # quantized by ComfyUI
             if leaf == "pre_quant_scale":
                 raise QuantizedSource(
-                    f"{key}: weights of a model that smooths its activations cannot be read. Connect "
-                    "another model."
+                    f"{key}: weights of a model that smooths its activations cannot be read. Connect another "
+                    "model."
                 )
             if leaf not in ("weight", "bias"):
                 continue

@@ -68,8 +68,8 @@ class Frame:
         if missing := [key for key in missing if key not in buffers]:
             raise IncompleteModel(
                 f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are "
-                "missing: "
-                f"{names_text(missing)}. The file is not whole: download it or quantize the model again."
+                f"missing: {names_text(missing)}. The file is not whole: download it or quantize the model "
+                "again."
             )
         if unexpected:
             logging.warning(
@@ -98,8 +98,7 @@ def _like(source, origin, operations):
     if type(model) is not type(source):
         raise DetectionError(
             f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a "
-            f"{type(source).__name__} of another "
-            "pack. Quantize the model as ComfyUI's own loaders give it."
+            f"{type(source).__name__} of another pack. Quantize the model as ComfyUI's own loaders give it."
         )
     for name, value in vars(source).items():
         if name in vars(model) and not name.startswith("_") and name not in _FRESH:
@@ -135,14 +134,14 @@ def of_file(
         if found is None:
             raise DetectionError(
                 f"{source}: this ComfyUI does not recognise the model (family {family}): it is older than "
-                "the model, or the file is not whole. "
-                "Update ComfyUI, or download or quantize the model again."
+                "the model, or the file is not whole. Update ComfyUI, or download or quantize the model "
+                "again."
             )
         return Frame(lambda operations: _detected(found, origin, operations), origin, False, prepare)
     if found is not None and type(found).__name__ != host["class"]:
         logging.info(
-            f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would "
-            f"take a {type(found).__name__}"
+            f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would take "
+            f"a {type(found).__name__}"
         )
     return Frame(lambda operations: _recorded(host, origin, operations, source), origin, True, prepare)
 
@@ -186,9 +185,8 @@ def _recorded(host, origin, operations, source):
     if type(model).__name__ != host["model"] or model.model_type != kind:
         raise DetectionError(
             f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a "
-            f"{type(model).__name__} with "
-            f"{model.model_type.name} of the class {name}. Update ComfyUI, or quantize the model again "
-            "with this one."
+            f"{type(model).__name__} with {model.model_type.name} of the class {name}. Update ComfyUI, or "
+            "quantize the model again with this one."
         )
     held = outside_tensors(model)
     for key, stored in outside.items():
@@ -206,8 +204,7 @@ def _made(config, origin):
     except Exception as error:  # constructors of any kind
         raise DetectionError(
             f"ComfyUI's class {type(config).__name__} could not make the model ({type(error).__name__}: "
-            f"{error}). Update ComfyUI, or report "
-            "this with the name of the model."
+            f"{error}). Update ComfyUI, or report this with the name of the model."
         ) from error
     return model
 

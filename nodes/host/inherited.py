@@ -24,8 +24,8 @@ class NotInheritable(ValueError):
         more = f" and {len(found) - EXAMPLES} more" if len(found) > EXAMPLES else ""
         super().__init__(
             f"this model has {what} on {', '.join(found[:EXAMPLES])}{more}, which act on its own layers: a "
-            "model made of it would be without "
-            f"them. Put the node that makes them behind the quantized model.{advice}"
+            "model made of it would be without them. Put the node that makes them behind the quantized "
+            f"model.{advice}"
         )
 
 
@@ -60,8 +60,9 @@ def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
     _compile_again(onto)
     if compiled := _compiled(model):
         logging.warning(
-            f"Nibble: the quantized model runs without the torch.compile of {', '.join(compiled[:EXAMPLES])}"
-            f"{', ...' * (len(compiled) > EXAMPLES)}. Put the node that compiles behind it."
+            "Nibble: the quantized model runs without the torch.compile of "
+            f"{', '.join(compiled[:EXAMPLES])}{', ...' * (len(compiled) > EXAMPLES)}. Put the node that "
+            "compiles behind it."
         )
 
 

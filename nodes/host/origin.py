@@ -43,8 +43,8 @@ def origin_of(patcher: ModelPatcher, known: Origin | None = None) -> Origin:
             encoded(value)
         except TypeError as error:
             raise UnrecordedModel(
-                f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize "
-                "the model as ComfyUI's own loaders give it."
+                f"the {key} of this {host['class']} model cannot be written to a file: {error}. Quantize the "
+                "model as ComfyUI's own loaders give it."
             ) from error
     own = outside_tensors(model)
     host["outside"] = names = _names_in_checkpoints(model, own)

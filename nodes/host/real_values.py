@@ -94,9 +94,8 @@ class PackedWeight(torch.nn.Parameter):
         ):
             raise PackedWeightError(
                 f"{self.layer_name or 'a quantized layer'}: something asked for its weight as {dtype} and "
-                f"found packed codes ({self.data.dtype}, "
-                f"{tuple(self.data.shape)}), which do not stand alone. Call the layer, or take weight and "
-                "bias together with "
+                f"found packed codes ({self.data.dtype}, {tuple(self.data.shape)}), which do not stand "
+                "alone. Call the layer, or take weight and bias together with "
                 "comfy.ops.cast_bias_weight(layer, x)."
             )
         return layer.real_weight(torch.empty((), dtype=dtype, device=device or self.device))

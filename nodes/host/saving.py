@@ -55,16 +55,14 @@ def require_savable(model: ModelPatcher, node: str) -> None:
         )
     if model.patches:
         raise ValueError(
-            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put "
-            "Nibble Bake LoRA in "
-            "between to write them into the layers, or save before the LoRA loader."
+            f"{node}: {len(model.patches)} layers carry LoRA patches, which this file would lose. Put Nibble "
+            "Bake LoRA in between to write them into the layers, or save before the LoRA loader."
         )
     if model.injections:
         raise ValueError(
-            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA "
-            "loader makes, which "
-            "this file would lose. Save before that node, or load the LoRA with LoraLoaderModelOnly and "
-            "bake it."
+            f"{node}: the model has injections ({', '.join(model.injections)}), such as a bypass LoRA loader "
+            "makes, which this file would lose. Save before that node, or load the LoRA with "
+            "LoraLoaderModelOnly and bake it."
         )
 
 

@@ -65,8 +65,7 @@ class ModelSource:
             kind = getattr(self.modules[packed[0].rpartition(".")[0]], "quant_format", None)
             raise QuantizedSource(
                 f"this model is quantized already ({len(packed)} packed tensors, first "
-                f"{packed[0]}{f' in {kind}' if kind else ''}); connect the "
-                "full-precision model"
+                f"{packed[0]}{f' in {kind}' if kind else ''}); connect the full-precision model"
             )
         require_inheritable(patcher)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
@@ -115,8 +114,7 @@ class ModelSource:
             more = f" and {len(misfits) - EXAMPLES} more" if len(misfits) > EXAMPLES else ""
             raise MisfitPatch(
                 f"{'; '.join(misfits[:EXAMPLES])}{more}: cannot be merged. Take the LoRA, or merge, of "
-                "another model "
-                "out; one that enlarges a layer goes behind the quantized model."
+                "another model out; one that enlarges a layer goes behind the quantized model."
             )
         if left_out:
             logging.warning(

@@ -102,9 +102,8 @@ def require_same_architecture(a: dict, b: dict) -> None:
     shape = lambda shapes, key: " x ".join(map(str, shapes[key])) if key in shapes else "missing"
     listed = "; ".join(f"{k}: {shape(a, k)} in model_a, {shape(b, k)} in model_b" for k in differing[:3])
     raise ValueError(
-        f"{NAME}: the models differ in architecture. model_a is {_signature(a)}; model_b is "
-        f"{_signature(b)}. {len(differing)} tensors differ: "
-        f"{listed}. Connect two models of one architecture and size."
+        f"{NAME}: the models differ in architecture. model_a is {_signature(a)}; model_b is {_signature(b)}. "
+        f"{len(differing)} tensors differ: {listed}. Connect two models of one architecture and size."
     )
 
 

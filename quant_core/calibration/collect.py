@@ -46,7 +46,8 @@ class Capture:
         recorder: Recorder | None = None,
     ):
         self.statistics, self.seed, self.samples, self.recorder = statistics, seed, samples, recorder
-        self.sample, self.step, self.timestep, self.calls = 0, 0, 0.0, {}
+        self.sample, self.step, self.timestep = 0, 0, 0.0
+        self.calls: dict[str, int] = {}
 
     def at(self, step: int, timestep: float, args: tuple = (), kwargs: dict | None = None):
         """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is
@@ -165,7 +166,8 @@ def _gathered(
         path = folder / f"pass-{index:03d}.safetensors"
         done = _done(path)
         work += [(index, path, group, sample) for sample in range(done, samples)]
-    statistics, current, saved, cost = {}, None, 0.0, 0.0
+    statistics: dict[str, InputStatistics] = {}
+    current, saved, cost = None, 0.0, 0.0
     for index, path, group, sample in progress(work, len(work)):
         if index != current:
             current, saved = index, time.monotonic()

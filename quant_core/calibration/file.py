@@ -29,7 +29,8 @@ class NoCalibration(CalibrationError):
 def save(path: Path, statistics: dict[str, InputStatistics], meta: dict, recorder: Recorder | None = None):
     """Writes the statistics of a pass under a temporary name, then renames. `meta` must hold "model" and
     "done"."""
-    tensors, table = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    table = {}
     for name, s in statistics.items():
         table[name] = {"width": s.width, "blocks": s.blocks, "reservoir": s.reservoir, "count": s.count}
         tensors |= {
@@ -79,10 +80,10 @@ def read_statistics(path: Path, name: str, info: dict, second_moments: bool = Tr
     """The statistics of one input out of a file whose header `read_meta` has read; second_moments False
     leaves out 38 of its 44 MB at K = 3072. Raises CalibrationError naming the file and the tensor for NaN,
     Inf and negative maxima."""
-    get = lambda leaf: _finite(file, path, f"{name}|{leaf}", leaf == "absmax")
     blocks = tuple(tuple(b) for b in info["blocks"])
     try:
         file = open_safetensors(path)
+        get = lambda leaf: _finite(file, path, f"{name}|{leaf}", leaf == "absmax")
         hessians = {b: get(f"hessian.{b[0]}") for b in blocks} if info["count"] and second_moments else {}
         loose = (get("absmax"), hessians, get("tokens"), get("keys"), get("timesteps"))
     except CheckpointError as error:
@@ -169,7 +170,7 @@ class Calibration:
 
     def passes(self) -> list[list[str]]:
         """Names by the file that they are in."""
-        files = {}
+        files: dict[Path, list[str]] = {}
         for name, (file, _) in self._where.items():
             files.setdefault(file, []).append(name)
         return list(files.values())

@@ -42,7 +42,7 @@ def measure(
 def chains(trajectory: Trajectory, samples: int = SAMPLES, steps: int = STEPS) -> list[list[int]]:
     """Indices of up to `steps` calls, evenly spread, of each of `samples` samples, those with most calls
     first."""
-    of = {}
+    of: dict[int, list[int]] = {}
     for i, call in enumerate(trajectory.calls):
         of.setdefault(call.sample, []).append(i)
     longest = sorted(of.values(), key=lambda chain: -len(chain))[:samples]

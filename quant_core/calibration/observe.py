@@ -32,7 +32,7 @@ class Observation:
     def watching(self, modules: dict[str, torch.nn.Module]):
         """modules: {layer: module}. A tensor counts as the same while the object lives and its values are
         unchanged: a network may add in place between two uses. No activation is kept alive."""
-        live = {}
+        live: dict[int, tuple[weakref.ref, str, torch.Tensor]] = {}
         handles = [
             module.register_forward_pre_hook(self._hook(name, live)) for name, module in modules.items()
         ]

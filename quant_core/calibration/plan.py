@@ -40,7 +40,8 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
 
 def plan_passes(inputs, memory: int, reservoir: int = 1024) -> list[list[Input]]:
     """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows it."""
-    passes, used = [[]], 0
+    passes: list[list[Input]] = [[]]
+    used = 0
     for item in inputs:
         size = InputStatistics.nbytes(item.width, item.blocks, reservoir)
         if passes[-1] and used + size > memory:

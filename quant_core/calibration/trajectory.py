@@ -42,7 +42,7 @@ class Recorder:
         key = float(reservoir_keys(seed, "trajectory", sample, step, 0, 1))
         if len(self.calls) == CALLS and key >= self.calls[-1].key:
             return
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         arguments = {
             "args": [_record(a, found) for a in args],
             "kwargs": {k: _record(v, found) for k, v in kwargs.items()},

@@ -4,6 +4,7 @@ file in place."""
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -25,7 +26,7 @@ def modules_of(family: Family, layers: list[Layer], model: torch.nn.Module) -> d
 
 def place(model: torch.nn.Module, targets: list[str], layer: QuantizedLayer):
     """Puts QuantLinear modules with the layer's rows where the model has `targets`."""
-    sizes = [model.get_submodule(t).out_features for t in targets]
+    sizes = [cast(torch.nn.Linear, model.get_submodule(t)).out_features for t in targets]
     for target, piece in zip(targets, layer.split_rows(targets, sizes), strict=True):
         parent, _, leaf = target.rpartition(".")
         model.get_submodule(parent).register_module(leaf, QuantLinear(piece))

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -142,7 +143,7 @@ def fit_block(
         for layer in layers:
             bias = torch.zeros(layer.out_features, dtype=torch.bfloat16, device=device)
             problem = Problem(layer, weights[layer.name].to(device), bias, stats.pop(layer.input))
-            done: QuantizedLayer = fit_problem(problem, method, method.config).layer.to("cpu")
+            done = cast(QuantizedLayer, fit_problem(problem, method, method.config).layer).to("cpu")
             rows.append(
                 Row(
                     layer.name,

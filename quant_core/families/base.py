@@ -1,7 +1,7 @@
 """What a family says of a model. Everything is in ComfyUI's key names; diffusers' names map onto them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Stacked:
 
 
 def renamed(
-    modules: dict[str, str | tuple[str, ...]], ours: str = "", theirs: str = ""
+    modules: Mapping[str, str | tuple[str, ...]], ours: str = "", theirs: str = ""
 ) -> dict[str, Stacked]:
     """{ComfyUI key: Stacked} of weights and biases. modules: {ComfyUI's name: diffusers' name or those it
     stacks}, behind the prefixes."""
@@ -165,8 +165,8 @@ class Family:
             for name in linear
             if re.fullmatch(rule.pattern, name)
         ]
-        found = outside + [f[2:] for f in found]
-        return [self._layer(name, shapes, block, rule, blocks) for name, block, rule in found]
+        placed = outside + [f[2:] for f in found]
+        return [self._layer(name, shapes, block, rule, blocks) for name, block, rule in placed]
 
     def _position(self, block):
         """input_blocks.4.1 before input_blocks.10.1, and before the blocks within it."""

@@ -56,7 +56,7 @@ def _diffusers(shapes):
 
 def blocks_from_diffusers(shapes) -> dict[str, Stacked]:
     """The blocks' tensors, those that are not there among them."""
-    out = {}
+    out: dict[str, Stacked] = {}
     for ours, theirs, linears, norms in (
         ("double_blocks", "transformer_blocks", _DOUBLE, _DOUBLE_NORMS),
         ("single_blocks", "single_transformer_blocks", _SINGLE, _SINGLE_NORMS),

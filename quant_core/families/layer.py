@@ -44,7 +44,7 @@ def natural(name: str) -> list:
 
 def by_block(layers: list[Layer]) -> list[Layer]:
     """The layers of a block one behind the other, blocks in the order in which they first come."""
-    first = {}
+    first: dict[str, int] = {}
     for layer in layers:
         first.setdefault(layer.block, len(first))
     return sorted(layers, key=lambda layer: first[layer.block])

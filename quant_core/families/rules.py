@@ -50,7 +50,7 @@ def _convolutions(shapes, blocks) -> list[Layer]:
         name = key.removesuffix(".weight")
         if (
             name == key
-            or not spatial_of(shape)
+            or not (spatial := spatial_of(shape))
             or min(shape[:2]) < SMALLEST
             or keeps_16_bit(name)
             or EMBEDDING.search(name)
@@ -60,9 +60,7 @@ def _convolutions(shapes, blocks) -> list[Layer]:
         block = next((b for i in range(1, len(pieces)) if (b := ".".join(pieces[:i])) in blocks), None)
         if block is not None:
             parts = (Part(0, shape[1]),)
-            found.append(
-                Layer(name, block, shape[1], shape[0], parts, name, rule=IN_BLOCK, spatial=spatial_of(shape))
-            )
+            found.append(Layer(name, block, shape[1], shape[0], parts, name, rule=IN_BLOCK, spatial=spatial))
     return found
 
 
@@ -71,8 +69,8 @@ def shared_modulation(shapes: dict[str, tuple[int, ...]], layers: list[Layer]) -
     model to 3, 6, 9 ... times it, or to 4 and more times where the name says modulation (two shifts and two
     scales of LTX-2's attention between video and sound). layers: those within blocks."""
     modulates = lambda name, n, k: n % (3 * k) == 0 or (n % k == 0 and n >= 4 * k and MODULATION.search(name))
-    widths = Counter(layer.in_features for layer in layers if not layer.weight_only)
-    widths = {width for width, count in widths.items() if WIDTH * count >= len(layers)}
+    counts = Counter(layer.in_features for layer in layers if not layer.weight_only)
+    widths = {width for width, count in counts.items() if WIDTH * count >= len(layers)}
     names = {layer.name for layer in layers}
     inside = tuple({f"{layer.block}." for layer in layers})
     return [
@@ -89,13 +87,14 @@ def shared_modulation(shapes: dict[str, tuple[int, ...]], layers: list[Layer]) -
 def _blocks(linear) -> dict[str, str]:
     """{layer: its block}. Siblings of a block share at least half of their layers' names; a lone one needs a
     name that says block or layer."""
-    members = {}
+    members: dict[str, set[str]] = {}
     for name in linear:
         pieces = name.split(".")
         for i, piece in enumerate(pieces[:-1]):
             if piece.isdigit() and i:
                 members.setdefault(".".join(pieces[: i + 1]), set()).add(".".join(pieces[i + 1 :]))
-    stems, lists = {}, {}
+    stems: dict[str, dict[str, set[str]]] = {}
+    lists: dict[tuple, list[str]] = {}
     for prefix, rests in members.items():
         stem = prefix.rpartition(".")[0]
         if len(rests) > LEAST or (
@@ -115,7 +114,7 @@ def _blocks(linear) -> dict[str, str]:
         if len(prefixes) >= (LEAST if says(stem) else LONE)
         for p in prefixes
     ]
-    out = {}
+    out: dict[str, str] = {}
     for prefix in sorted(found, key=lambda p: p.count(".")):
         for rest in members[prefix]:
             out.setdefault(f"{prefix}.{rest}", prefix)  # the outermost comes first

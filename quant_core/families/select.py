@@ -31,7 +31,7 @@ def modules_of(keys: Iterable[str]) -> set[str]:
 def block_lists(modules: set[str]) -> dict[str, int]:
     """{name of a list of blocks: how many}. Blocks have modules below them and are numbered from 0;
     nn.Sequentials of bare layers are none."""
-    indices = {}
+    indices: dict[str, set[int]] = {}
     for name in modules:
         parent, _, index = name.rpartition(".")
         if index.isdigit() and not any(part.isdigit() for part in parent.split(".")):

@@ -21,7 +21,8 @@ from .shards import files_of
 def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]:
     """({key: (handle, file)}, header entries) of the files of the model at `path`. Raises CheckpointError
     where two have a tensor of one name."""
-    where, metadata = {}, {}
+    where: dict[str, tuple] = {}
+    metadata: dict[str, str] = {}
     for file in files:
         handle = open_safetensors(file)
         metadata |= handle.metadata() or {}

@@ -31,8 +31,12 @@ class Opened(ABC):
     rest: list[str]
     provenance: dict
     report: list
-    notes: tuple[str, ...] = ()
     origin: Origin = Origin()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Of most files nothing is changed as they are read."""
+        return ()
 
     @abstractmethod
     def layer(self, name: str) -> QuantizedLayer:

@@ -47,7 +47,7 @@ def network(keys: Iterable[str], where: str) -> Names:
     with `where`, for adapters that are not merged, and for names that all begin with something unknown:
     ComfyUI could not load what was made of them.
     """
-    plain = {}
+    plain: dict[str, str] = {}
     for key in keys:
         name = ".".join(piece for piece in key.split(".") if piece not in WRAPPERS) if "_" in key else key
         if name in plain:
@@ -88,7 +88,7 @@ def _known(names: set[str], prefix: str, depth: int) -> str | None:
 def _by_comfyui(names) -> str | None:
     """ComfyUI's own choice; None where it would take nothing off."""
     counts = {p: sum(n.startswith(p) for n in names) for p in _COMFYUI}
-    top = max(counts, key=counts.get)
+    top = max(counts, key=counts.__getitem__)
     if counts[top] > 5:
         return top
     return _COMFYUI_LAST if any(n.startswith(_COMFYUI_LAST) for n in names) else None

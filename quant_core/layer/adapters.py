@@ -100,9 +100,9 @@ class Side:
         out = base.float() * self.gain[:, None] if self.gain is not None else base.float().clone()
         for t in self.low_rank:
             out[t.first : t.first + len(t.up)].addmm_(t.up.float(), t.down.float())
-        for t in self.kronecker:
-            matrix = torch.kron(t.left.float(), t.right.float())
-            out[t.first : t.first + len(matrix)] += matrix
+        for term in self.kronecker:
+            matrix = torch.kron(term.left.float(), term.right.float())
+            out[term.first : term.first + len(matrix)] += matrix
         return out if self.dense is None else out.add_(self.dense)
 
     def nbytes(self, layer: QuantizedLayer, dtype: torch.dtype) -> int:

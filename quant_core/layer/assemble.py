@@ -1,10 +1,12 @@
 """From a part's weight to stored tensors: the steps that methods share."""
 
+from typing import cast
+
 import torch
 
 from ...kernels.operator.packing import pack
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
-from ...kernels.operator.spec import LinearSpec, PartSpec
+from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec
 from ...kernels.operator.transforms import fold_weight
 from .chunks import row_chunks
 from .linear import QuantizedLayer
@@ -79,7 +81,8 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
     """What the shift of the activations adds to the output, (N,) fp32: sum_k (shift / s_k) Wq[n, k]."""
     out = torch.empty(codes.shape[0], device=codes.device)
     grain = "group" if scales.shape[1] > 1 else "channel"
-    per_channel = torch.full((part.width,), part.activation.shift, device=codes.device)
+    shift = cast(ActivationSpec, part.activation).shift
+    per_channel = torch.full((part.width,), shift, device=codes.device)
     if smooth is not None:
         per_channel /= smooth.float()
     for rows in row_chunks(*codes.shape):
@@ -90,7 +93,8 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
 def fit_parts(problem: Problem, fit_part) -> Fitted:
     """The layer of fit_part(part) -> ({"spec", "codes", ...} as `assemble` takes it, {choice: value}) for
     each part of the problem."""
-    parts, choices = [], {}
+    parts: list[dict] = []
+    choices: dict = {}
     for i, part in enumerate(problem.layer.parts):
         fitted, chosen = fit_part(part)
         parts.append(fitted)

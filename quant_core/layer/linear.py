@@ -78,10 +78,10 @@ class QuantizedLayer:
                 up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
                 weight += up @ self.tensors["proj_down"][part.start : part.stop].float().T
             out.append(weight)
-        out = torch.cat(out, 1)
+        whole = torch.cat(out, 1)
         if self.spec.order:
-            out = torch.empty_like(out).index_copy_(1, self.tensors["channel_order"].long(), out)
-        return out[:, : self.spec.in_features].contiguous() if self.spec.padding else out
+            whole = torch.empty_like(whole).index_copy_(1, self.tensors["channel_order"].long(), whole)
+        return whole[:, : self.spec.in_features].contiguous() if self.spec.padding else whole
 
     def split_rows(self, names: list[str], sizes: list[int]) -> list["QuantizedLayer"]:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are

@@ -33,7 +33,7 @@ class Memory:
             f"on a card: {mib(self.weights)} of weights{again}; the widest layer works in "
             f"{mib(self.layer)} at {self.tokens} tokens"
         ]
-        if self.total is None:
+        if self.free is None or self.total is None:
             return [*out, "this machine: no GPU, it runs on the CPU"]
         if self.weights + self.layer <= self.free:
             verdict = "the weights fit whole"

@@ -2,6 +2,7 @@
 its own 4-bit values."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -40,7 +41,7 @@ def w4a8(quantized: QuantizedLayer) -> QuantizedLayer:
     A range that was clipped for 4 bits is not clipped at 8.
     """
     parts = tuple(
-        replace(p, activation=replace(p.activation, bits=8, unsigned=False, clip=1.0))
+        replace(p, activation=replace(cast(ActivationSpec, p.activation), bits=8, unsigned=False, clip=1.0))
         for p in quantized.spec.parts
     )
     return QuantizedLayer(quantized.name, replace(quantized.spec, parts=parts), quantized.tensors)
@@ -77,7 +78,8 @@ def higher(spec: LinearSpec) -> list[str]:
     """The PRECISIONS above what a layer has, cheapest first; [] for a weight-only layer."""
     if any(p.activation is None for p in spec.parts):
         return []
-    weights, activations = {p.weight.bits for p in spec.parts}, {p.activation.bits for p in spec.parts}
+    weights = {p.weight.bits for p in spec.parts}
+    activations = {p.activation.bits for p in spec.parts if p.activation is not None}
     offered = ["W4A8"] if weights == {4} and min(activations) < 8 else []
     offered += ["W8A8"] if min(weights) < 8 or min(activations) < 8 else []
     return [*offered, "16 bit"]

@@ -62,7 +62,7 @@ class Row:
 
 
 _REQUIRED = ("name", "block", "in_features", "out_features", "what")
-_KINDS = {
+_KINDS: dict[str, type | tuple] = {
     "name": str,
     "block": str,
     "in_features": int,

@@ -2,6 +2,7 @@
 smoothing is replaced."""
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -204,7 +205,7 @@ def exact_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Their sum in their own dtype where that is exact, else in fp32."""
     if len(tensors) == 1:
         return tensors[0]
-    whole = sum(t.float() for t in tensors)
+    whole = cast(torch.Tensor, sum(t.float() for t in tensors))
     short = whole.to(tensors[0].dtype)
     return short if torch.equal(short.float(), whole) else whole
 

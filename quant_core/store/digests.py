@@ -49,7 +49,9 @@ def entry(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> d
 
 def hash_of(tensor: torch.Tensor) -> str:
     """xxh3 of the bytes of a contiguous tensor on the CPU."""
-    return xxhash.xxh3_64_hexdigest(tensor.detach().flatten().view(torch.uint8).numpy())
+    # For Python below 3.12 NumPy's stubs do not say that an array is a buffer.
+    values = tensor.detach().flatten().view(torch.uint8).numpy()
+    return xxhash.xxh3_64_hexdigest(values)  # type: ignore[arg-type]
 
 
 def _description(about: Iterable[tuple], metadata) -> str:
@@ -61,7 +63,7 @@ def _of_json(value) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def require_description(path: Path, file, error: type[CheckpointError] = CheckpointError):
+def require_description(path: Path, file, error: type[Exception] = CheckpointError):
     """Raises `error` where an opened safetensors file has hashes and its header is not the one that was
     written."""
     if (found := _stored(path, file, error)) is None:

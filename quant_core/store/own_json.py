@@ -30,7 +30,7 @@ def parse(text: str) -> dict:
         raise NotOurs(f"is not JSON ({shortened(str(error))})") from error
     if not isinstance(value, dict):
         raise NotOurs(f"expected an object, found {type(value).__name__}")
-    level = [value]
+    level: list[dict | list] = [value]
     for _ in range(DEPTH):
         level = [
             v

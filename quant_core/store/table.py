@@ -21,10 +21,11 @@ class Table:
     def __init__(self, path: Path, settings: dict, what: str):
         self.path, self.what = Path(path), what
         self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self.rows = self._read()
-        if self.rows is None:
+        rows = self._read()
+        if rows is None:
             self.path = self.path.with_name(f"{self.path.stem}.{self._key[:8]}{self.path.suffix}")
-            self.rows = self._read() or []
+            rows = self._read() or []
+        self.rows = rows
 
     def _read(self) -> list | None:
         """None where there are rows of other settings."""

@@ -14,7 +14,7 @@ without 18.5 and 33.7; their means have 25.4 and 26.4 dB.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +85,7 @@ class Trained:
 
 
 @contextmanager
-def installed(layers: dict[str, Callable], modules: Modules):
+def installed(layers: Mapping[str, Callable], modules: Modules):
     """The modules of each layer compute its rows: `Student`s in training, packed layers otherwise."""
     forwards = {}
     for name, layer in layers.items():
@@ -114,13 +114,14 @@ def errors(chain: Chain, run: Run, calls: list[int]) -> Iterator[list[torch.Tens
 def losses_of(chain: Chain, run: Run, calls: list[int], coherence: float) -> list[torch.Tensor]:
     """The loss of each output over calls of one sampling run: mean |e|^2 + coherence * n * |mean e|^2, n
     their number."""
-    squares, means = None, None
+    squares: list[torch.Tensor] = []
+    means: list[torch.Tensor] = []
     for found in errors(chain, run, calls):
         now = [e.square().mean() / len(calls) for e in found]
-        squares = now if squares is None else [a + b for a, b in zip(squares, now, strict=True)]
+        squares = [a + b for a, b in zip(squares, now, strict=True)] if squares else now
         if coherence:
             part = [e / len(calls) for e in found]
-            means = part if means is None else [a + b for a, b in zip(means, part, strict=True)]
+            means = [a + b for a, b in zip(means, part, strict=True)] if means else part
     return (
         [s + coherence * len(calls) * m.square().mean() for s, m in zip(squares, means, strict=True)]
         if coherence
@@ -196,7 +197,7 @@ def train(
 
 
 def _by_sample(run, calls) -> dict[int, list[int]]:
-    out = {}
+    out: dict[int, list[int]] = {}
     for c in calls:
         out.setdefault(run.sample[c], []).append(c)
     return out

@@ -80,14 +80,14 @@ class Chain:
 @contextmanager
 def replaced(modules: dict[torch.nn.Module, Callable]):
     """Each module computes the callable that stands with it."""
-    before = {module: module.__dict__.get("forward") for module in modules}
+    before: dict[torch.nn.Module, Callable | None] = {m: m.__dict__.get("forward") for m in modules}
     for module, forward in modules.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, forward in before.items():
-            if forward is None:
+        for module, was in before.items():
+            if was is None:
                 del module.forward
             else:
-                module.forward = forward
+                module.forward = was

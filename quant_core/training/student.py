@@ -7,6 +7,7 @@ Rounding passes the gradient straight through (LSQ, arXiv 1902.08153: with the c
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 
@@ -48,6 +49,9 @@ class Factor(torch.nn.Module):
     """One Kronecker factor (pairs, n, n): start @ Cayley, or with `affine` start @ Cayley diag(exp d)
     Cayley'."""
 
+    start: torch.Tensor
+    back: torch.Tensor
+
     def __init__(self, start: torch.Tensor, affine: bool):
         super().__init__()
         start = start.float()
@@ -60,7 +64,7 @@ class Factor(torch.nn.Module):
     def both(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(P, P^-T)."""
         u = cayley(self.u)
-        if self.v is None:
+        if self.v is None or self.d is None:
             return self.start @ u, self.back @ u
         v, d = cayley(self.v), self.d.exp()
         return self.start @ (u * d[..., None, :]) @ v, self.back @ (u / d[..., None, :]) @ v
@@ -129,7 +133,7 @@ class Student(torch.nn.Module):
 
     def groups(self, rate: float) -> list[dict]:
         """Parameter groups of an optimizer, each kind at its own rate."""
-        found = {}
+        found: dict[str, list[torch.nn.Parameter]] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 found.setdefault(_kind(name), []).append(p)
@@ -143,7 +147,7 @@ class Student(torch.nn.Module):
             self.problem,
             bias=None if self.bias is None else self.bias.detach().to(self._bias_dtype(), copy=True),
         )
-        return assemble(problem, [part.stored() for part in self.parts], self.order)
+        return assemble(problem, [cast(_Part, part).stored() for part in self.parts], self.order)
 
     def _bias_dtype(self):
         return torch.float32 if self.problem.bias is None or "bias" in self.kinds else self.problem.bias.dtype

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -76,7 +77,7 @@ class World:
             progress=bar,
             model_hash=f"outliers {severity:g}",
         )
-        trajectory = calibration.trajectory()
+        trajectory = cast(Trajectory, calibration.trajectory())
         held = [i for i, call in enumerate(trajectory.calls) if call.held_out]
         with torch.no_grad():
             predictions = {i: trajectory.run(model, i) for i in held}
@@ -115,7 +116,7 @@ def prediction_db(
     calls are 10 log10 n dB better in it.
     """
     signal = noise = 0.0
-    means = {}
+    means: dict[int, tuple] = {}
     with torch.no_grad():
         for i, reference in want.items():
             error = trajectory.run(network, i).double() - reference.double()
@@ -243,7 +244,7 @@ def _cell(value, key) -> str:
 
 def by_factor(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
     """{factor: {level: (mean coherent SQNR, rows)}} of the factorial's rows."""
-    found = {}
+    found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         for factor, level in row["levels"].items():
             found.setdefault(factor, {}).setdefault(str(level), []).append(row["coherent_db"])

@@ -3,6 +3,7 @@ the default, other methods."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
+from typing import Any, cast
 
 from ....kernels.operator.spec import LinearSpec, PartSpec
 from ....kernels.operator.transforms import rotation_size
@@ -11,6 +12,7 @@ from ...methods.factors import balanced
 from ...methods.splitquant import SplitQuantConfig
 from ...methods.svdquant import SVDQuantConfig
 from ...training.presets import PRESETS, UNTRAINED, Preset
+from ...training.reconstruct import TrainConfig
 from .cost import relative
 
 SLICES = (1, 2, 4, 8, 16)
@@ -102,15 +104,16 @@ def trained() -> list[Entry]:
     each slice, with one slice; by the blocks stage of the best one, whole and with pieces of it left out; by
     all of the best one."""
     standard, best = PRESETS["splitquant"]["standard"], PRESETS["splitquant"]["best"]
-    alone = {
+    alone: dict[str, dict[str, Any]] = {
         "not coherent": {"coherence": 0.0},
         "not isolated": {"isolate": False},
         "not adaptive": {"adaptive": False},
     }
     rows = [_trained(DEFAULT, "trained", standard)]
+    in_blocks = cast(TrainConfig, best.blocks)
     for left in sorted(product(*((False, True) for _ in alone)), key=sum):
         names = [name for name, out in zip(alone, left, strict=True) if out]
-        config = replace(best.blocks, **{k: v for name in names for k, v in alone[name].items()})
+        config = replace(in_blocks, **{k: v for name in names for k, v in alone[name].items()})
         rows.append(_trained(DEFAULT, ", ".join(["trained in blocks", *names]), Preset(config, None)))
     incoherent = lambda config: config and replace(config, coherence=0.0)
     rows.append(

@@ -2,6 +2,7 @@
 Work or raises Refused."""
 
 import importlib.util
+from typing import cast
 
 import torch
 from torch.nn.functional import linear
@@ -57,7 +58,7 @@ def torch_int8(case: Case, target: Target, dtype, device) -> Work:
 def torch_fp8(case: Case, target: Target, dtype, device) -> Work:
     """torch._scaled_mm: e4m3, one scale a tensor, 16-bit out with bias, values prepared."""
     _check(hasattr(torch, "_scaled_mm"), "this torch has no _scaled_mm")
-    _check(target.backend == "cuda" and target.arch >= 89, f"no FP8 products on {target}")
+    _check(target.backend == "cuda" and cast(int, target.arch) >= 89, f"no FP8 products on {target}")
     _check(case.n % 16 == 0 and case.k % 16 == 0, "needs multiples of 16 channels")
     g = generator(case.seed, device)
     x = random_input(case.m, case.k, dtype, device, g).to(torch.float8_e4m3fn)

@@ -112,7 +112,7 @@ def other_grain(target: Target) -> str:
 def columns(target: Target) -> tuple[Column, ...]:
     """Our columns on a card; those of a native INT4 card once more on its int8 path."""
     first, other = primary_grain(target), other_grain(target)
-    found = (
+    found: tuple[Column, ...] = (
         Column("qgemm", "gemm", "channel"),
         Column("operator", "operator", first, rank=RANK),
         # A LoRA is more columns of the low-rank branch: this is the operator with one of rank 32 beside

@@ -50,7 +50,7 @@ def run(
             "device": device,
             "json_path": str(json_path),
             "command": command,
-            "only": chosen and [vars(c) for c in chosen],
+            "only": None if chosen is None else [vars(c) for c in chosen],
         }
         again = [sys.executable, "-P", "-c", _AGAIN.format(module=__name__), json.dumps(given)]
         return subprocess.run(again, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode

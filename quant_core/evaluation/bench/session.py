@@ -3,8 +3,11 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,8 +36,8 @@ class Session:
             raise ValueError(f"the kernels need Triton: {self.target.trouble or 'it is not installed'}")
         self.dtype = self.target.matrix_dtype
         self.columns = cases.columns(self.target)
-        self.compared = {}
-        self.doc = {
+        self.compared: dict[tuple, verify.Check | None] = {}
+        self.doc: dict[str, Any] = {
             "machine": machine.describe(device, self.target),
             "command": command,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,7 +74,7 @@ class Session:
         self.say(f"{self.path}, .txt and .png")
         return 1 if plain["errors"] or any(row["failed"] for row in plain["rows"]) else 0
 
-    def attempt(self, call):
+    def attempt(self, call: Callable[[], Any]) -> tuple[Any, str]:
         """(result, "") or (None, reason). Raises DeviceLost where the device is of no more use."""
         try:
             return call(), ""
@@ -165,7 +168,7 @@ class Session:
             key = problem_of(case, column, self.target).key
             if all(found["key"] != key for found in self.doc["tuned"]):
                 found, reason = self.attempt(
-                    lambda column=column: tune(case, column, self.target, self.dtype, self.device)
+                    partial(tune, case, column, self.target, self.dtype, self.device)
                 )
                 self.doc["tuned"].append(found or {"key": key, "error": reason})
                 self.say(f"tuned {key}: {found['best'] if found else reason}")
@@ -216,7 +219,9 @@ class Session:
     def fill(self, row: dict, name: str, make, flops, is_ours: bool = False):
         """Builds and times one cell."""
         work, reason = self.attempt(make)
-        taken, reason = (None, reason) if reason else self.attempt(lambda: timing.measure(work, self.device))
+        taken: Any = None
+        if not reason:
+            taken, reason = self.attempt(lambda: timing.measure(work, self.device))
         if reason:
             row["cells"][name] = report.refused(reason)
             self.doc["errors"] += [f"{row['name']}, {name}: {reason}"] * is_ours

@@ -4,6 +4,7 @@ cache."""
 import json
 from contextlib import contextmanager
 from dataclasses import astuple, fields
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def tune(case: Case, column: Column, target: Target, dtype, device, clock=measur
     work = gemm_work(x, spec, tensors, column.target(target))
     tried, best, default = [], None, None
     for tile in candidates(target, problem):
-        found = {"tile": vars(tile).copy()}
+        found: dict[str, Any] = {"tile": vars(tile).copy()}
         tried.append(found)
         with forced(cache, problem.key, tile):
             try:

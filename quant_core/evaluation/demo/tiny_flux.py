@@ -36,7 +36,7 @@ def build():
 def to_diffusers(state_dict: dict) -> dict:
     """ComfyUI's keys -> diffusers' keys: fused rows split, the final layer's shift and scale swapped."""
     like = {k: v.shape for k, v in build().state_dict().items()}
-    out = {}
+    out: dict[str, torch.Tensor] = {}
     for key, source in FLUX.diffusers(like).items():
         out |= source.write(state_dict[key], [like[k][0] for k in source.keys])
     return out

@@ -6,6 +6,7 @@ outputs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -22,11 +23,11 @@ INNER = (TILE // 4, 4 * GROUP // 2)  # four rows of one group of 64 side by side
 WIDEST_AWQ = 65536  # its low rank takes K^2 / 32 bytes of memory, 128 MiB here; modulation has at most 12288
 SIDE = ("proj_down", "proj_up", "smooth_factor")
 # Our names of a format's tensors, and what files call them: comfy-kitchen and comfy-quants differ.
-NAMES = {
+NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "svdquant_w4a4": {"weight_scale": ("weight_scale",)} | {leaf: (f"weight_{leaf}", leaf) for leaf in SIDE},
     "awq_w4a16": {"weight_scale": ("weight_scale",), "zeros": ("weight_zeros", "weight_zero")},
 }
-PLAIN = {"weight_scale": ("weight_scale",)}
+PLAIN: dict[str, tuple[str, ...]] = {"weight_scale": ("weight_scale",)}
 
 
 class LayoutError(ValueError):
@@ -142,18 +143,19 @@ def tensors_of(
     declared: Declaration, spec: LinearSpec, get: Callable[[str], torch.Tensor | None]
 ) -> dict[str, torch.Tensor]:
     """The layer in the layout of memory. get: our name -> the file's tensor, None where there is none."""
-    weight, scale, bias = get("weight"), get("weight_scale"), get("bias")
+    has = cast(Callable[[str], torch.Tensor], get)  # all but the bias are there: `gather` has seen to it
+    weight, scale, bias = has("weight"), has("weight_scale"), get("bias")
     out = {} if bias is None else {"bias": bias}
     if declared.format == "svdquant_w4a4":
-        out |= {"weight": natural_weight(weight), "smooth_factor": get("smooth_factor")}
+        out |= {"weight": natural_weight(weight), "smooth_factor": has("smooth_factor")}
         out["weight_scale"] = scale if scale.dim() == 2 else natural_rows(scale).T.contiguous()
         if spec.rank:
-            up = get("proj_up")
-            out |= {"proj_down": get("proj_down"), "proj_up": up if up.dim() == 2 else natural_rows(up)}
+            up = has("proj_up")
+            out |= {"proj_down": has("proj_down"), "proj_up": up if up.dim() == 2 else natural_rows(up)}
         return out
     if declared.format == "awq_w4a16":
         # (q - 8) scale + zero: the zeros are a low rank of one column a group.
-        zeros = get("zeros")
+        zeros = has("zeros")
         down, up = indicators(spec.in_features, GROUP, zeros.dtype), zeros.T.contiguous()
         return out | {"weight": signed(weight), "weight_scale": scale, "proj_down": down, "proj_up": up}
     return out | {

@@ -66,7 +66,7 @@ def save(
     """Writes the file; arguments as in `kitchen_out.save`. Raises ValueError naming a layer that is not
     native."""
     for name, sentence in losses(
-        {name: layer.spec for name, layer in layers.items()}, layers.get if awq else None
+        {name: layer.spec for name, layer in layers.items()}, layers.__getitem__ if awq else None
     ).items():
         raise ValueError(
             f"layer {name} {sentence}. Write it in 8 or 16 bit, or quantize the model with the method native."

@@ -43,6 +43,8 @@ class KitchenFile(Opened):
     linear layers.
     """
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, path):
         self.path = Path(path)
         self._file = open_safetensors(self.path)
@@ -148,7 +150,7 @@ class KitchenFile(Opened):
 
     def _exported(self, text) -> dict:
         """Our own header entry; empty in any other file."""
-        empty = {"provenance": {}, "report": [], "host": {}}
+        empty: dict[str, dict | list] = {"provenance": {}, "report": [], "host": {}}
         if text is None:
             return empty
         try:

@@ -151,7 +151,7 @@ def save(
     """
     conf = {}
     for name, layer in layers.items():
-        conf[name], reason = format_of(layer.spec, (lambda layer=layer: layer) if awq else None)
+        conf[name], reason = format_of(layer.spec, partial(layers.__getitem__, name) if awq else None)
         if reason:
             raise ValueError(
                 f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's "

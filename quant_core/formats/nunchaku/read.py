@@ -113,7 +113,7 @@ class NunchakuFile(Opened):
 
     def _recipe(self, modules) -> list[tuple[tuple[Stored, ...], int, int]]:
         """(the modules whose columns stand side by side, first row, last row) of each run of rows."""
-        runs = []
+        runs: list[tuple[tuple[Stored, ...], int, int]] = []
         for module in modules:
             held = tuple(self._file.source[module])
             n = self._file.shapes[f"{module}.weight"][0]
@@ -172,7 +172,9 @@ class NunchakuFile(Opened):
         out = {}
         for name, recipe in self._recipes.items():
             first, *others = [held[0] for held, _, _ in recipe]
-            smooth = self._file.get(first.keys["smooth_factor"]) if others else None
+            if not others:
+                continue
+            smooth = self._file.get(first.keys["smooth_factor"])
             if differ := [
                 s.name for s in others if not torch.equal(self._file.get(s.keys["smooth_factor"]), smooth)
             ]:

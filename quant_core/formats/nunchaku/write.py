@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -78,7 +79,8 @@ def save(
         raise SpecError(
             f"{path}: {len(lost)} layers cannot be written for nunchaku, among them {name}: it {why}"
         )
-    names, notes = by_family(family), []
+    names = cast(Names, by_family(family))  # one that has none is among `losses`
+    notes: list[str] = []
     dtype = _dtype(layers)
     targets, _, loose = _targets(names, {name: layer.spec for name, layer in layers.items()})
     plain = {key: tensor for name in loose for key, tensor in _in_16_bits(layers[name], dtype).items()}
@@ -88,7 +90,8 @@ def save(
             f"{', '.join(loose[:3])}"
         )
     tensors, skipped = _plain(names, rest | plain, {t.block for t in targets}, dtype, notes)
-    linear, errors = {}, []
+    linear: dict[_Target, tuple] = {}
+    errors: list[float] = []
     for target in targets:
         if target.module.splits:
             leaves = _modulation(layers[target.rows[0][0]], target.module, dtype, notes, errors)
@@ -172,7 +175,9 @@ def _stacks(names: Names, keys):
 def _targets(names: Names, specs):
     """(targets; layers that would have to be quantized; layers that no module takes)."""
     stacks = _stacks(names, [f"{name}.weight" for name in specs])
-    where, comfy, used = {}, {}, set()
+    where: dict[str, tuple[str, int, int]] = {}
+    comfy: dict[str, str] = {}
+    used: set[str] = set()
     for key, stack in stacks.items():
         name, _, leaf = key.rpartition(".")
         if leaf not in ("weight", "scale"):
@@ -200,16 +205,11 @@ def _targets(names: Names, specs):
         if names.is_optional(block) and not optional:
             continue
         sources = [f"{block}.{source}" for source in module.sources]
-        pieces = [where.get(source) for source in sources]
-        if None in pieces:
-            missing += [
-                comfy.get(source, source)
-                for source, piece in zip(sources, pieces, strict=True)
-                if piece is None
-            ]
+        if unknown := [source for source in sources if source not in where]:
+            missing += [comfy.get(source, source) for source in unknown]
             continue
-        rows = []
-        for name, start, stop in pieces:
+        rows: list[tuple[str, int, int]] = []
+        for name, start, stop in (where[source] for source in sources):
             if rows and rows[-1][0] == name and rows[-1][2] == start:
                 rows[-1] = (name, rows[-1][1], stop)
             else:
@@ -296,7 +296,8 @@ def _in_16_bits(layer: QuantizedLayer, dtype):
 def _plain(names: Names, rest, quantized, dtype, notes):
     """({stored key: tensor}, whether the blocks that nunchaku may leave in 16 bits are). quantized: blocks of
     targets."""
-    stacks, out, left = _stacks(names, list(rest)), {}, []
+    stacks, left = _stacks(names, list(rest)), []
+    out: dict[str, torch.Tensor] = {}
     for key, tensor in rest.items():
         if key not in stacks and key.endswith("_norm.weight"):
             key = (
@@ -373,10 +374,10 @@ def _joined(target: _Target, layers, notes) -> QuantizedLayer:
 def _branch(layer: QuantizedLayer):
     """(proj_down, proj_up) without the blocks of 16 ranks that have no part in it: rows of a stack carry the
     other rows' along."""
-    down, up = (layer.tensors.get(key) for key in ("proj_down", "proj_up"))
-    if down is None:
+    if "proj_down" not in layer.tensors:
         k, n = layer.spec.in_features, layer.spec.out_features
         return torch.zeros(k, 0), torch.zeros(n, 0)
+    down, up = layer.tensors["proj_down"], layer.tensors["proj_up"]
     blocks = [slice(at, at + layout.RANK) for at in range(0, layer.spec.rank, layout.RANK)]
     keep = [b for b in blocks if up[:, b].any()]
     return tuple(torch.cat([t[:, b] for b in keep], 1) if keep else t[:, :0] for t in (down, up))
