@@ -52,7 +52,7 @@ def untouched(tmp_path, monkeypatch):
     def begins(*args, **kwargs):
         raise AssertionError("a layer was fitted before the refusal")
 
-    monkeypatch.setattr("comfyui_nibble.quant_core.cli.quantize.quantize_blocks", begins)
+    monkeypatch.setattr("comfyui_nibble.quant_core.run.model.quantize_blocks", begins)
     yield destination
     assert not (tmp_path / "q.safetensors.partial").exists()
 
