@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
-from .fp16 import HALF, balanced, balanced_parts, row_power
+from .fp16 import HALF, balanced_parts, row_power
 from .operator.spec import LinearSpec, parse
 from .operator.transforms import transform_activation
 from .plan import NATIVE_INT4, TURING, has_groups, kernel_of
@@ -224,6 +224,11 @@ def _first(requirements, spec, target):
 def _path(spec: str, device, dtype, asked: tuple | None) -> str:
     """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the
     Target asked for. Where the path takes x transformed by torch, _TRANSFORMED."""
+    return _path_of(spec, device, dtype, asked)
+
+
+@lru_cache(maxsize=4096)
+def _path_of(spec: str, device, dtype, asked: tuple | None) -> str:
     target = Target(*asked) if asked else target_of(device)
     if dtype not in target.dtypes:
         return "eager"
@@ -257,11 +262,11 @@ def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, st
     return paths, lines
 
 
-def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
+def quant_linear(x, spec, tensors, before=None, target=None):
     """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See
     `quant_linear.naive` for the formula.
 
-    `before`: a `before.Before`, computed inside the activation quantizer where that is possible. `target`:
+    `before`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible. `target`:
     `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that token of y.
     Raises ValueError where x and the layer do not fit or are on different devices.
     """
@@ -279,48 +284,46 @@ def quant_linear(x, spec, tensors, lora=(), before=None, target=None):
                 f"{tuple(tensors[name].shape)}"
             )
     if spec.padding:
-        return _padded(x, spec, tensors, lora, before, target)
+        return _padded(x, spec, tensors, before, target)
     if spec.order:
-        return _ordered(x, spec, tensors, lora, before, target)
+        return _ordered(x, spec, tensors, before, target)
     rows = x.reshape(-1, spec.in_features)
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
     if path == _TRANSFORMED:
-        y = _transformed(rows, spec, tensors, lora, before, target)
+        y = _transformed(rows, spec, tensors, before, target)
     elif path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
-        y = eager.quant_linear(rows if before is None else before(rows), spec, tensors, lora)
+        y = eager.quant_linear(rows if before is None else before(rows), spec, tensors)
     else:
-        y = op.quant_linear(rows, spec, tensors, lora, before)
+        y = op.quant_linear(rows, spec, tensors, before)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _padded(x, spec, tensors, lora, before, target):
+def _padded(x, spec, tensors, before, target):
     """A layer whose in-channels do not fill their last group: x gets the zeros that are missing, once, and no
     kernel knows of them."""
     zeros, rows = (0, spec.padding), x.reshape(-1, spec.in_features)
     if before is not None and not before.keeps_zero:
         rows, before = before(rows), None
-    lora = [(pad(down, zeros), up, first) for down, up, first in lora]
-    y = quant_linear(pad(rows, zeros), spec.without_padding(), tensors, lora, before, target)
+    y = quant_linear(pad(rows, zeros), spec.without_padding(), tensors, before, target)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _ordered(x, spec, tensors, lora, before, target):
+def _ordered(x, spec, tensors, before, target):
     """A layer with an order of its own: torch gathers the channels of x and of what is a matrix over the raw
     x."""
     order, rows = tensors["channel_order"], x.reshape(-1, spec.in_features)
     rows = (rows if before is None else before(rows)).index_select(1, order)
-    lora = [(down.index_select(1, order), up, first) for down, up, first in lora]
     plain = {k: t for k, t in tensors.items() if k != "channel_order"}
-    y = quant_linear(rows, spec.without_order(), plain, lora, target=target)
+    y = quant_linear(rows, spec.without_order(), plain, target=target)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _transformed(rows, spec, tensors, lora, before, target):
+def _transformed(rows, spec, tensors, before, target):
     """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the
     rest is a plain layer of what comes out. The low-rank branches see the raw x."""
     rows = rows if before is None else before(rows)
     if rows.dtype == HALF:
-        return _transformed_in_range(rows, spec, tensors, lora, target)
+        return _transformed_in_range(rows, spec, tensors, target)
     pieces = []
     for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
         piece = rows[:, part.start : part.stop]
@@ -332,18 +335,16 @@ def _transformed(rows, spec, tensors, lora, before, target):
     for i, part in enumerate(spec.parts if spec.rank else ()):
         low = rows[:, part.start : part.stop] @ tensors["proj_down"][part.start : part.stop].to(rows.dtype)
         y.addmm_(low, tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].to(rows.dtype).T)
-    for down, up, first in lora:
-        y[:, first : first + up.shape[0]].addmm_(rows @ down.to(rows.dtype).T, up.to(rows.dtype).T)
     return y
 
 
-def _transformed_in_range(rows, spec, tensors, lora, target):
+def _transformed_in_range(rows, spec, tensors, target):
     """`_transformed` in fp16: each token divided by a power of two, which changes no code, and y multiplied
     by it in the end."""
     if any(
         p.activation is not None and p.activation.shift for p in spec.parts
     ):  # that of a divided token would be another one
-        return eager.quant_linear(rows, spec, tensors, lora)
+        return eager.quant_linear(rows, spec, tensors)
     pieces = []
     for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):
         piece = rows[:, part.start : part.stop].float()
@@ -357,9 +358,6 @@ def _transformed_in_range(rows, spec, tensors, lora, target):
         down, up = balanced_parts(spec, tensors)
         low = torch.cat([rows[:, p.start : p.stop] @ down[p.start : p.stop] for p in spec.parts], -1)
         y.addmm_((low * inverse).to(HALF), up.T)
-    for down, up, first in lora:
-        down, up = balanced(down.T, up)
-        y[:, first : first + up.shape[0]].addmm_((rows @ down * inverse).to(HALF), up.T)
     if spec.bias:
         y.add_(tensors["bias"].float() * inverse)
     return y.mul_(power)

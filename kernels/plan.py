@@ -1,7 +1,7 @@
 """From a LinearSpec to launches: which parts share a kernel, and how their codes lie in memory."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from math import gcd
 
@@ -40,29 +40,29 @@ class Gemm:
     column: int
     runs: tuple[QuantizeRun, ...]
 
-    @property
+    @cached_property
     def start(self) -> int:
         return self.parts[0].start
 
-    @property
+    @cached_property
     def width(self) -> int:
         return self.parts[-1].stop - self.parts[0].start
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         return sum(p.bytes_per_row for p in self.parts)
 
-    @property
+    @cached_property
     def code_bytes(self) -> int:
         """Bytes of x's codes a token."""
         return self.width if self.planes else self.width // 2
 
-    @property
+    @cached_property
     def ends(self) -> tuple[int, ...]:
         """Where the slices end, in bytes of a weight row."""
         return tuple(accumulate(p.bytes_per_row for p in self.parts))
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Bytes of a weight row that a step of the main loop must divide: one group, or what all slices are
         multiples of. 0: any."""
@@ -71,15 +71,15 @@ class Gemm:
             self.scales
         ]
 
-    @property
+    @cached_property
     def act_segments(self) -> int:
         return sum(p.width // 64 if p.activation.granularity == "group" else 1 for p in self.parts)
 
-    @property
+    @cached_property
     def act_grouped(self) -> bool:
         return self.parts[0].activation.granularity == "group"
 
-    @property
+    @cached_property
     def weight_segments(self) -> int:
         return sum(p.scale_rows for p in self.parts)
 

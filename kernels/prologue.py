@@ -11,7 +11,7 @@ NONE, GELU, LAYERNORM = 0, 1, 2
 NOTHING = (NONE, None, None, 0.0)
 
 
-class Before:
+class Prologue:
     """Called, it is the plain PyTorch version on x (M, K). keeps_zero: a channel of zeros stays one, and
     changes no other."""
 
@@ -23,7 +23,7 @@ class Before:
 
 
 @dataclass(frozen=True)
-class Gelu(Before):
+class Gelu(Prologue):
     """GELU with the tanh approximation."""
 
     keeps_zero = True
@@ -36,7 +36,7 @@ class Gelu(Before):
 
 
 @dataclass(frozen=True, eq=False)
-class LayerNormModulate(Before):
+class LayerNormModulate(Prologue):
     """(1 + scale) LayerNorm(x) + shift, without affine weights. scale, shift (batches, K) in the dtype of x,
     M / batches tokens each."""
 
@@ -59,6 +59,8 @@ class LayerNormModulate(Before):
         return LAYERNORM, self.scale[:, columns], self.shift[:, columns], self.eps
 
 
-def restored(kind, scale, shift, eps) -> Before | None:
-    """The Before whose `operands` these are."""
-    return {NONE: lambda: None, GELU: Gelu, LAYERNORM: lambda: LayerNormModulate(scale, shift, eps)}[kind]()
+def restored(kind, scale, shift, eps) -> Prologue | None:
+    """The Prologue whose `operands` these are."""
+    if kind == NONE:
+        return None
+    return Gelu() if kind == GELU else LayerNormModulate(scale, shift, eps)

@@ -28,10 +28,11 @@ class Target:
     interpreted: bool = False
     trouble: str = ""
 
-    @property
-    def fields(self) -> tuple:
-        """Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant."""
-        return self.backend, self.arch, self.triton, self.name, self.interpreted, self.trouble
+    def __post_init__(self):
+        # Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant, and
+        # for caches, to which its hash is cheap.
+        fields = self.backend, self.arch, self.triton, self.name, self.interpreted, self.trouble
+        object.__setattr__(self, "fields", fields)
 
     @property
     def shared_bytes(self) -> int:
@@ -87,6 +88,7 @@ def interpreter() -> Target:
     return Target("cpu", triton=triton_version(), interpreted=True)
 
 
+@lru_cache(maxsize=64)
 def kernel_target(device: torch.device) -> Target:
     """The Target that a kernel on tensors of this device is launched for. On CPU tensors kernels exist for
     the interpreter only."""

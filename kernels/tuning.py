@@ -267,6 +267,9 @@ def interpreter_tile(problem: Problem) -> Tile:
     return Tile(32, 32, bk, 4, 1, group_m=2, rank_block=16)
 
 
+changes = 0  # how often measured tiles have changed in this process
+
+
 class TileCache:
     """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot
     be read is ignored with a warning and replaced by the next save (`nibble bench --tune`)."""
@@ -287,6 +290,12 @@ class TileCache:
 
     def get(self, key: str) -> Tile | None:
         return self.tiles.get(key)
+
+    def put(self, measured: dict[str, Tile | None]):
+        """Takes these tiles from now on; None: the default again. The file is not touched."""
+        global changes
+        changes += 1  # launches keep what they have looked up under this number
+        self.tiles = {key: tile for key, tile in (self.tiles | measured).items() if tile is not None}
 
 
 def cache_path(target: Target) -> Path:

@@ -16,12 +16,11 @@ from ..kernels.target import target_of
 from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.gains import SAMPLES, STEPS, of_calibration
 from ..quant_core.calibration.observe import measured
-from ..quant_core.precision.allocate import decide, parse_budget, untouched, with_choice
+from ..quant_core.precision.allocate import Allocated, measure_and_decide, parse_budget, with_choice
 from ..quant_core.precision.menu import MENUS, MIXED, MixedConfig
 from ..quant_core.precision.menu import menu as menu_of
 from ..quant_core.precision.plot import pixels
 from ..quant_core.precision.report import as_text
-from ..quant_core.precision.sensitivity import sensitivity
 from ..quant_core.run.layers import require_statistics
 from ..quant_core.run.provenance import provenance
 from ..quant_core.run.report import as_text as rows_as_text
@@ -58,6 +57,8 @@ TOOLTIPS = {
     "rank": "Rank of the 16-bit branches. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths.",
     "gptq": "Also try GPTQ rounding and keep it where it is better on held-out tokens.",
 }
+GAINS_NOTE = f"Layer noise is weighted by gains measured on {SAMPLES} recorded samplings of {STEPS} steps."
+NO_GAINS_NOTE = "Layer noise is not weighted by gains."
 OUTPUT_TOOLTIPS = {
     "model": "The quantized model; takes samplers, LoRA loaders and Nibble Save Model.",
     "report": "What each layer takes and what the alternatives are. Connect to Preview as Text.",
@@ -128,19 +129,11 @@ class NibbleAllocateBits(io.ComfyNode):
         # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
         with torch.inference_mode(False), torch.no_grad():
             settings = provenance(fingerprint, "sensitivity", config, calibration)
-            table = sensitivity(
-                plan,
-                source.get,
-                source.shapes,
-                calibration,
-                config,
-                table_path(calibration, settings),
-                settings,
-                device,
-                steps,
+            table = table_path(calibration, settings)
+            size = lambda tensor: narrow(tensor).nbytes
+            done = measure_and_decide(
+                source, plan, calibration, asked, config, gains, table, settings, device, steps, size
             )
-            held = sum(narrow(source.get(k)).nbytes for k in untouched(source.keys, table))
-            done = decide(table, asked, config, gains, held)
             chosen = replace(config, layers=done.allocation.layers)
             origin = provenance(fingerprint, MIXED.name, chosen, calibration)
             origin["allocation"] = {
@@ -152,26 +145,19 @@ class NibbleAllocateBits(io.ComfyNode):
                 model, source, plan, MIXED, chosen, calibration, origin, device
             )
         paths, lines = paths_of(specs, target_of(device))
-        notes = [
-            *kept,
-            f"Layer noise is weighted by gains measured on {SAMPLES} recorded samplings of {STEPS} steps."
-            if use_gains
-            else "Layer noise is not weighted by gains.",
-        ]
-        if find_spec("matplotlib") is None:
-            picture = torch.ones(1, 64, 64, 3)
-            notes.append("No plot: matplotlib is not installed in ComfyUI's environment.")
-        else:
-            picture = pixels(done)[None]
+        picture, notes = plotted(done)
+        notes = [*kept, GAINS_NOTE if use_gains else NO_GAINS_NOTE, *notes]
         title = f"{source.family.title}, {NAME}"
-        text = [
-            as_text(done, title),
-            "",
-            *notes,
-            "",
-            rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes),
-        ]
+        rows_text = rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes)
+        text = [as_text(done, title), "", *notes, "", rows_text]
         return io.NodeOutput(made, "\n".join(text), picture)
+
+
+def plotted(done: Allocated) -> tuple[torch.Tensor, list[str]]:
+    """(an image, lines for the report): a white one and the reason where matplotlib is missing."""
+    if find_spec("matplotlib") is None:
+        return torch.ones(1, 64, 64, 3), ["No plot: matplotlib is not installed in ComfyUI's environment."]
+    return pixels(done)[None], []
 
 
 def gains_of(

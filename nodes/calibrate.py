@@ -1,27 +1,17 @@
 """Nibble Calibrate and Nibble Calibration Prompts."""
 
-import hashlib
-from pathlib import Path
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP
 from comfy_api.latest import io
 
-from ..quant_core import calibration
-from ..quant_core.calibration.collect import first_tensor
-from ..quant_core.calibration.observe import Observation, observed
-from ..quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..quant_core.calibration.prompts import default_prompts
-from .host.called import linear_layers_called
-from .host.inherited import uncompiled
+from .host.calibrating import Sampling, calibrate
 from .host.progress import steps as progress_steps
-from .host.source import ModelSource, feed
 from .host.types import CalibrationType
 
 CALIBRATE_DESCRIPTION = (
@@ -139,7 +129,6 @@ class NibbleCalibrate(io.ComfyNode):
         second_moments: bool,
         negative: list | None = None,
     ) -> io.NodeOutput:
-        source = ModelSource(model)
         prompts = [
             [entry] for name in sorted(conditioning, key=_number) for entry in (conditioning[name] or [])
         ]
@@ -153,96 +142,10 @@ class NibbleCalibrate(io.ComfyNode):
                 f"Nibble Calibrate: cfg is {cfg:g} and no negative conditioning is connected; connect one, "
                 "or set cfg to 1"
             )
-        negative = (
-            negative if negative is not None else [[torch.zeros_like(prompts[0][0][0]), prompts[0][0][1]]]
-        )
-        latent = comfy.sample.fix_empty_latent_channels(
-            model,
-            latent_image["samples"],
-            latent_image.get("downscale_ratio_spacial"),
-            latent_image.get("downscale_ratio_temporal"),
-        )
-        network, plain = source.network, uncompiled(model)
-        settings = {
-            "sampler": sampler_name,
-            "scheduler": scheduler,
-            "steps": steps,
-            "cfg": cfg,
-            "second_moments": second_moments,
-        }
-        meta = {"model": source.fingerprint(), "family": source.family.name, "settings": settings}
-        digest = hashlib.sha256()
-        feed(digest, [prompts, negative, latent, vars(model.get_model_object("model_sampling"))])
-        meta["conditioning"] = digest.hexdigest()[:16]
-        key = hashlib.sha256(repr([*sorted(meta.items()), seed, samples]).encode()).hexdigest()[:12]
-        folder = (
-            Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
-        )
-
-        # In sampling steps; the total is set when the work left is known.
-        bar = comfy.utils.ProgressBar(samples * steps)
-
-        def progress(items, total):
-            bar.total = total * steps
-            for item in items:
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                yield item
-
-        def sampled(sample, steps, callback=None):
-            noise = comfy.sample.prepare_noise(latent, seed + sample)
-            with linear_layers_called():
-                comfy.sample.sample(
-                    plain,
-                    noise,
-                    steps,
-                    cfg,
-                    sampler_name,
-                    scheduler,
-                    prompts[sample % len(prompts)],
-                    negative,
-                    latent,
-                    callback=callback,
-                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-                    seed=seed + sample,
-                )
-
-        def run(sample, capture):
-            with capture.watched(network, _timestep):
-                sampled(sample, steps, lambda *_: bar.update(1))
-
-        plan = source.layers
-        if by_rule := [layer.name for layer in plan if layer.rule]:
-            with Observation().watching({name: source.modules[name] for name in by_rule}) as seen:
-                sampled(0, 1)
-            meta["observed"] = seen.to_json()
-            plan = observed(plan, meta["observed"])
-            if not plan:
-                raise ValueError(
-                    "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there "
-                    "is nothing to quantize"
-                )
-        inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
-        modules = {i.name: source.modules[i.name] for i in inputs}
-
-        def place(nbytes):
-            device = comfy.model_management.get_torch_device()
-            if not comfy.model_management.is_device_cpu(device):
-                comfy.model_management.free_memory(nbytes + 2**29, device)
-            return device
-
-        done = calibration.calibrate(
-            run,
-            modules,
-            inputs,
-            folder,
-            meta,
-            samples=samples,
-            memory=int(memory_gb * 2**30),
-            seed=seed,
-            place=place,
-            progress=progress,
-        )
-        return io.NodeOutput(done)
+        if negative is None:
+            negative = [[torch.zeros_like(prompts[0][0][0]), prompts[0][0][1]]]
+        sampling = Sampling(prompts, negative, latent_image, sampler_name, scheduler, steps, cfg, seed)
+        return io.NodeOutput(calibrate(model, sampling, samples, int(memory_gb * 2**30), second_moments))
 
 
 PROMPTS_DESCRIPTION = (
@@ -283,12 +186,6 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         for line in progress_steps(lines, len(lines)):
             out += clip.encode_from_tokens_scheduled(clip.tokenize(line))
         return io.NodeOutput(out)
-
-
-def _timestep(args, kwargs) -> float:
-    """Of network(x, timestep, ...). LTX-2 is given one for video and one for sound, and image to video one a
-    frame, of which those that are given have 0: the largest is that of the step."""
-    return float(first_tensor(args[1]).max())
 
 
 def _number(name: str) -> int:

@@ -20,11 +20,19 @@ from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics, hessian_blocks
 from comfyui_nibble.tests.support import outlier_tokens
+from comfyui_nibble.tests.unwritten import filled_with_junk
 
 # `python -m pytest` puts the repository on the path, where diffusers would take our `kernels` for the package
 # of that name.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unwritten_memory():
+    """What reads memory that nobody has written gets NaN."""
+    with filled_with_junk():
+        yield
 
 
 @pytest.fixture(scope="session")

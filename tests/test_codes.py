@@ -19,7 +19,7 @@ from comfyui_nibble.tests.codes import (
 )
 from comfyui_nibble.tests.support import relative_error
 
-pytestmark = pytest.mark.arithmetic
+pytestmark = [pytest.mark.arithmetic, pytest.mark.quick]
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
 
 

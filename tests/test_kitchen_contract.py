@@ -4,15 +4,17 @@ import pytest
 import torch
 from comfy_kitchen.backends.eager import convrot_w4a4, svdquant
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.kernels.operator.quantizers import quantize_activation
+from comfyui_nibble.kernels.quant_activation import launch
 from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import relative_error
+
+pytestmark = pytest.mark.quick
 
 
 def kitchen_forward(x, layer):
@@ -94,7 +96,7 @@ def test_triton_kernels_through_comfy_kitchen(make_problem, after_gelu):
         0,
         0.0,
     )
-    ops.quantize_activation(x, codes, scale, None, *shared)
+    launch.quantize_activation(x, codes, scale, None, *shared)
     assert torch.equal(codes, q)
     assert torch.equal(scale, scales)
     assert relative_error(y, quant_linear(x, layer.spec, tensors, target=interpreter())) < 1e-3

@@ -2,12 +2,12 @@
 from."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import torch
 
-from .errors import NamedError, shortened
+from .errors import NamedError
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
 
@@ -175,12 +175,11 @@ class LinearSpec:
     proj_down      16 bit (K, R)         on the raw x, padded, each part's rows to its own R columns
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
-    transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then p2 p2
-    values;
-                                         absent without a learned transform
-    channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel channel_order[i]
-    of the raw x; absent
-                                         without `order`. All tensors above hold in-channels in this order.
+    transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then
+                                         p2 p2 values; absent without a learned transform
+    channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel
+                                         channel_order[i] of the raw x; absent without `order`. All
+                                         tensors above hold in-channels in this order.
     ============== ===================== ==========================================================
 
     padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends
@@ -286,47 +285,6 @@ class LinearSpec:
             out["channel_order"] = (self.width,)
         return out
 
-    def to_json(self) -> dict:
-        """Without the fields of learned transforms, order, padding and convolutions where there are none, as
-        versions before 0.3 wrote it."""
-        data = asdict(self)
-        for name in ("order", "padding", "spatial"):
-            if not data[name]:
-                del data[name]
-        for part in data["parts"]:
-            if not part["kronecker"]:
-                del part["kronecker"], part["per_slice"]
-        return data
-
-    @classmethod
-    def from_json(cls, data) -> "LinearSpec":
-        """Raises SpecError for unknown or missing fields, wrong types and contradictions."""
-        data = _fields(cls, data)
-        _check(isinstance(data["parts"], (list, tuple)), "parts must be a list")
-        parts = []
-        for raw in data["parts"]:
-            raw = _fields(PartSpec, raw)
-            sizes = raw["kronecker"] = (
-                tuple(raw["kronecker"]) if isinstance(raw["kronecker"], (list, tuple)) else (None,)
-            )
-            _check(
-                all(type(k) is int and 0 < k < WHOLE for k in sizes),
-                f"kronecker must be a list of sizes, found {_short(sizes)}",
-            )
-            raw["weight"] = WeightSpec(**_fields(WeightSpec, raw["weight"]))
-            if raw["activation"] is not None:
-                raw["activation"] = ActivationSpec(**_fields(ActivationSpec, raw["activation"]))
-            parts.append(PartSpec(**raw))
-        return cls(
-            data["in_features"],
-            data["out_features"],
-            tuple(parts),
-            data["bias"],
-            data["order"],
-            data["padding"],
-            data["spatial"],
-        )
-
     def without_learned(self) -> "LinearSpec":
         """What is left when x comes smoothed and transformed where there is a learned transform, and the low
         rank is added elsewhere."""
@@ -411,40 +369,3 @@ def parse(text: str) -> LinearSpec:
     return LinearSpec(
         in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding, spatial
     )
-
-
-_LATER = {
-    ActivationSpec: {"clip": 1.0},
-    PartSpec: {"kronecker": (), "per_slice": False},
-    LinearSpec: {"order": False, "padding": 0, "spatial": 0},
-}  # fields that older files do not have
-WHOLE = 2**31  # sizes are below
-_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
-
-
-def _short(value) -> str:
-    return shortened(repr(value), 400)
-
-
-def _fields(cls, data) -> dict:
-    _check(isinstance(data, dict), f"{cls.__name__}: expected an object, found {type(data).__name__}")
-    names = {f.name: f for f in fields(cls)}
-    data = _LATER.get(cls, {}) | data
-    _check(
-        set(data) == set(names),
-        f"{cls.__name__}: expected the fields {sorted(names)}, found {_short(sorted(data))}",
-    )
-    for name, f in names.items():
-        kind = f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "")
-        if kind in _TYPES:
-            value = data[name]
-            right = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
-            _check(right, f"{cls.__name__}.{name}: expected {kind}, found {_short(value)}")
-            if kind == "int":
-                _check(-WHOLE < value < WHOLE, f"{cls.__name__}.{name}: {_short(value)} is out of range")
-            elif kind == "float":
-                _check(
-                    abs(value) < WHOLE,
-                    f"{cls.__name__}.{name}: expected a finite number, found {_short(value)}",
-                )
-    return dict(data)

@@ -1,11 +1,13 @@
 """Launches the activation quantizer. Writes into buffers that the caller owns."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from ..operator.quantizers import code_range
-from ..target import kernel_target
+from ..target import Target, kernel_target
 from ..tuning import kronecker_tile, quantizer_tile
 from .kronecker import quantize_kronecker_kernel
 from .triton import quantize_kernel
@@ -24,14 +26,17 @@ def quantize_activation(
     1, 2 or 4 planes of int8. mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm,
     x having M / batches tokens each.
     """
-    tokens, target = x.shape[0], kernel_target(x.device)
+    tokens = x.shape[0]
     if not tokens:
         return
     rank = 0 if down is None else down.shape[1]
-    tile = quantizer_tile(target, rank, rotation)
+    rows, chosen = _chosen(
+        kernel_target(x.device).fields, x.dtype, rank, rotation, prologue, smooth is not None, grouped, bits,
+        unsigned, planes, shift,
+    )  # fmt: skip
     empty = scale  # a pointer that is never read
     batches = mod_scale.shape[0] if mod_scale is not None else 1
-    quantize_kernel[(triton.cdiv(tokens, tile.rows), count)](
+    quantize_kernel[(-(-tokens // rows), count)](
         x,
         smooth if smooth is not None else empty,
         down if down is not None else empty,
@@ -44,9 +49,17 @@ def quantize_activation(
         low.stride(0) if low is not None else 0,
         mod_scale.stride(0) if mod_scale is not None else 0,
         shift, clip, eps,
-        **constants(target, tile, x.dtype, rank, rotation, prologue, smooth is not None, grouped, bits, unsigned, planes, shift),
-        num_warps=tile.warps, num_stages=tile.stages,
+        **chosen,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _chosen(target, dtype, rank, rotation, *settings):
+    """(tokens a block, the kernel's compile-time arguments with the numbers of warps and stages)."""
+    target = Target(*target)
+    tile = quantizer_tile(target, rank, rotation)
+    made = constants(target, tile, dtype, rank, rotation, *settings)
+    return tile.rows, made | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def quantize_kronecker(
@@ -54,20 +67,31 @@ def quantize_kronecker(
 ):  # fmt: skip
     """As `quantize_activation` for `count` parts of slices p1 p2 channels each, one scale a token and part.
     factors: flat, part by part."""
-    tokens, target = x.shape[0], kernel_target(x.device)
+    tokens = x.shape[0]
     if not tokens:
         return
-    tile = kronecker_tile(target, p1, p2, slices, per_slice)
+    rows, chosen = _chosen_kronecker(
+        kernel_target(x.device).fields, p1, p2, slices, per_slice, prologue, smooth is not None, bits, unsigned,
+        planes,
+    )  # fmt: skip
     empty = scale  # a pointer that is never read
-    quantize_kronecker_kernel[(triton.cdiv(tokens, tile.rows), count)](
+    quantize_kronecker_kernel[(-(-tokens // rows), count)](
         x, smooth if smooth is not None else empty, factors,
         mod_scale if mod_scale is not None else empty,
         mod_shift if mod_shift is not None else empty,
         codes, scale, tokens, tokens // (mod_scale.shape[0] if mod_scale is not None else 1),
         x.stride(0), codes.stride(0), codes.stride(0) // max(planes, 1), mod_scale.stride(0) if mod_scale is not None else 0, clip, eps,
-        **kronecker_constants(target, tile, p1, p2, slices, per_slice, prologue, smooth is not None, bits, unsigned, planes),
-        num_warps=tile.warps, num_stages=1,
+        **chosen,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _chosen_kronecker(target, p1, p2, slices, per_slice, *settings):
+    """As `_chosen`."""
+    target = Target(*target)
+    tile = kronecker_tile(target, p1, p2, slices, per_slice)
+    made = kronecker_constants(target, tile, p1, p2, slices, per_slice, *settings)
+    return tile.rows, made | {"num_warps": tile.warps, "num_stages": 1}
 
 
 def kronecker_constants(

@@ -2,13 +2,13 @@
 
 import torch
 
-from ..fp16 import HALF, balanced, balanced_parts, row_power
+from ..fp16 import HALF, balanced_parts, row_power
 from ..operator.packing import unpack
 from ..operator.quantizers import code_range, dequantize, quantize_activation
 from ..operator.transforms import transform_activation
 
 
-def quant_linear(x, spec, tensors, lora=()):
+def quant_linear(x, spec, tensors):
     """x (M, K) -> y (M, N) in the dtype of x. Arguments as in `naive.quant_linear`.
 
     The products run in the dtype of x with the device's own accumulation; everything before the codes is
@@ -16,8 +16,8 @@ def quant_linear(x, spec, tensors, lora=()):
     overflow: two passes more over y, and the same bits where no value is above 256.
     """
     if x.dtype == HALF:
-        return _in_range(x, spec, tensors, lora)
-    dtype, raw = x.dtype, x
+        return _in_range(x, spec, tensors)
+    dtype = x.dtype
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
     y = tensors["bias"].to(dtype) if spec.bias else None
@@ -28,14 +28,11 @@ def quant_linear(x, spec, tensors, lora=()):
             x[:, p.start : p.stop] @ tensors["proj_down"][p.start : p.stop].to(dtype) for p in spec.parts
         ]
         y = y.addmm_(torch.cat(downs, -1), tensors["proj_up"].to(dtype).T)
-    for down, up, first in lora:
-        y[:, first : first + up.shape[0]].addmm_(raw @ down.to(dtype).T, up.to(dtype).T)
     return y
 
 
-def _in_range(x, spec, tensors, lora):
+def _in_range(x, spec, tensors):
     """`quant_linear` in fp16."""
-    raw = x
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
     inputs = [_input(x, *part) for part in zip(spec.split(tensors), spec.factors(tensors), strict=True)]
@@ -58,9 +55,6 @@ def _in_range(x, spec, tensors, lora):
         down, up = balanced_parts(spec, tensors)
         low = torch.cat([x[:, p.start : p.stop] @ down[p.start : p.stop] for p in spec.parts], -1)
         y = y.addmm_((low * inverse).to(HALF), up.T)
-    for down, up, first in lora:
-        down, up = balanced(down.T, up)
-        y[:, first : first + up.shape[0]].addmm_((raw @ down * inverse).to(HALF), up.T)
     return y.mul_(power)  # in fp32: there is no 2^16 in fp16
 
 

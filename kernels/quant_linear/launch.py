@@ -1,32 +1,22 @@
 """Launches the quantized matrix product."""
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 
+from .. import tuning
 from ..plan import GROUP, MAX_SLICES, SLICE
-from ..target import kernel_target
+from ..target import Target, kernel_target
 from ..tuning import Problem, Tile, candidates, gemm_tile
 from . import triton as kernels
 
 
 def gemm(
-    codes,
-    scale,
-    weight,
-    weight_scale,
-    low,
-    up,
-    bias,
-    y,
-    kernel,
-    planes,
-    scales,
-    swap,
-    block,
-    ends,
-    act_grouped,
-    accumulate,
-):
+    codes, scale, weight, weight_scale, low, up, bias, y,
+    kernel, planes, scales, swap, block, ends, act_grouped, accumulate,
+):  # fmt: skip
     """codes (M, ...) int8, scale (segments or 1, M) fp32, weight (N, bytes), weight_scale (segments or 1, N)
     -> y (M, N).
 
@@ -34,73 +24,102 @@ def gemm(
     `ends` as in `plan.Gemm`. act_grouped: the activations' scales change with the group. accumulate: y is
     added to.
     """
-    tokens, channels, row_bytes = codes.shape[0], weight.shape[0], weight.shape[1]
+    (tokens, width), (channels, row_bytes) = codes.shape, weight.shape
     if not tokens:
         return
-    target = kernel_target(codes.device)
     rank = 0 if low is None else low.shape[1]
-    problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
-    tile = gemm_tile(target, problem)
-    if kernel.startswith("turing"):
-        _turing(
-            codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
-        )
+    chosen = _chosen(
+        kernel_target(codes.device).fields, tuning.changes, kernel, planes, scales, swap, block, ends,
+        tokens, channels, row_bytes, weight_scale.dtype, rank, bias is not None, accumulate,
+    )  # fmt: skip
+    act_segmented = act_grouped or scales == SLICE
+    strides = (
+        scale.stride(0)
+        if act_segmented
+        else 0,  # from a segment's scales to the next's; 0 where one serves all
+        weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0,
+    )
+    if chosen.turing:
+        _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, strides)
         return
-    if tile.gluon:
+    empty = scale  # a pointer that is never read
+    branch = empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y
+    low_strides = 0 if low is None else low.stride(0), 0 if up is None else up.stride(0)
+    plane = width // max(planes, 1)
+    if chosen.gluon:
         if _fits_tma(codes) and _fits_tma(weight):
+            sizes = tokens, channels, row_bytes, rank, y.stride(0)
             _hopper(
-                codes,
-                scale,
-                weight,
-                weight_scale,
-                low,
-                up,
-                bias,
-                y,
-                problem,
-                tile,
-                ends,
-                act_grouped,
-                accumulate,
+                codes, scale, weight, weight_scale, branch, chosen, (*sizes, *strides, *low_strides, plane)
             )
             return
-        tile = candidates(target, problem)[0]
-    empty = scale  # a pointer that is never read
-    getattr(kernels, kernel)[(triton.cdiv(tokens, tile.bm) * triton.cdiv(channels, tile.bn),)](
-        codes, weight, scale, weight_scale, _ends(ends, scales),
-        empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y,
-        tokens, channels, row_bytes, rank, codes.stride(0), weight.stride(0), y.stride(0),
-        *_segment_strides(scale, weight_scale, act_grouped or scales == SLICE),
-        0 if low is None else low.stride(0), 0 if up is None else up.stride(0), codes.shape[1] // max(planes, 1),
-        **constants(target, problem, tile, _exact(weight_scale), rank, bias is not None, accumulate), num_warps=tile.warps, num_stages=tile.stages,
+        chosen = chosen.without_gluon
+    chosen.kernel[chosen.grid](
+        codes, weight, scale, weight_scale, chosen.ends, *branch,
+        tokens, channels, row_bytes, rank, codes.stride(0), weight.stride(0), y.stride(0), *strides, *low_strides, plane,
+        **chosen.constants,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A kernel with all that does not change from call to call: its grid, the ends of the slices, and its
+    compile-time arguments with the numbers of warps and stages.
+
+    turing, gluon: for the kernels of those cards. tile: of the product. without_gluon: what runs in place of
+    Gluon's kernel where TMA cannot read x or the weight.
+    """
+
+    kernel: object
+    grid: tuple[int, ...]
+    ends: tuple[int, ...]
+    constants: dict
+    tile: Tile
+    turing: bool = False
+    gluon: bool = False
+    without_gluon: "Chosen | None" = None
+
+
+@lru_cache(maxsize=4096)
+def _chosen(
+    target, changes, kernel, planes, scales, swap, block, ends, tokens, channels, row_bytes, scale_dtype, rank, has_bias, accumulate
+):  # fmt: skip
+    """changes: `tuning.changes`, so that a tile which was just timed is taken at once."""
+    target = Target(*target)
+    problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
+    exact = scale_dtype in (torch.bfloat16, torch.float16)  # 1.5 * 2^23 times such a scale is exact in fp32
+
+    def of(tile):
+        rows, columns = triton.cdiv(tokens, tile.bm), triton.cdiv(channels, tile.bn)
+        grid, warps = (rows * columns,), {"num_warps": tile.warps}
+        if kernel.startswith("turing"):
+            from .turing import gemm_m8n8k32
+
+            made = turing_constants(problem, tile, exact, has_bias, accumulate) | warps
+            return Chosen(gemm_m8n8k32, (rows, columns), _ends(ends, scales), made, tile, turing=True)
+        if tile.gluon:
+            from .hopper import gemm_wgmma
+
+            made = hopper_constants(problem, tile, rank, has_bias, accumulate) | warps
+            plain = of(candidates(target, problem)[0])
+            return Chosen(gemm_wgmma, grid, _ends(ends, scales), made, tile, gluon=True, without_gluon=plain)
+        made = constants(target, problem, tile, exact, rank, has_bias, accumulate) | warps
+        made["num_stages"] = tile.stages
+        return Chosen(getattr(kernels, kernel), grid, _ends(ends, scales), made, tile)
+
+    return of(gemm_tile(target, problem))
 
 
 def _ends(ends, scales) -> tuple[int, ...]:
     return (*ends, *[-1] * (MAX_SLICES - len(ends))) if scales == SLICE else (-1,) * MAX_SLICES
 
 
-def _segment_strides(scale, weight_scale, act_segmented) -> tuple[int, int]:
-    """From a segment's scales to the next's; 0 where one scale serves all."""
-    return scale.stride(0) if act_segmented else 0, weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0
-
-
-def _exact(weight_scale) -> bool:
-    """Whether 1.5 * 2^23 times a scale is exact in fp32."""
-    return weight_scale.dtype in (torch.bfloat16, torch.float16)
-
-
-def _turing(
-    codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
-):
-    from .turing import gemm_m8n8k32
-
+def _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, strides):
+    (tokens, _), (channels, row_bytes) = codes.shape, weight.shape
     x, w = codes.view(torch.int32), weight.view(torch.int32)
-    gemm_m8n8k32[(triton.cdiv(problem.tokens, tile.bm), triton.cdiv(problem.channels, tile.bn))](
-        x, w, scale, weight_scale, _ends(ends, problem.scales), scale if bias is None else bias, y,
-        problem.tokens, problem.channels, problem.row_bytes, x.stride(0), w.stride(0), y.stride(0),
-        *_segment_strides(scale, weight_scale, act_grouped or problem.scales == SLICE),
-        **turing_constants(problem, tile, _exact(weight_scale), bias is not None, accumulate), num_warps=tile.warps,
+    chosen.kernel[chosen.grid](
+        x, w, scale, weight_scale, chosen.ends, scale if bias is None else bias, y,
+        tokens, channels, row_bytes, x.stride(0), w.stride(0), y.stride(0), *strides, **chosen.constants,
     )  # fmt: skip
     if low is not None:  # Triton has no 16-bit tensor cores on this card, cuBLAS has
         y.addmm_(low, up.to(low.dtype).T)
@@ -126,22 +145,16 @@ def _fits_tma(tensor) -> bool:
     return tensor.stride(-1) == 1 and not (tensor.data_ptr() | tensor.stride(0)) % 16
 
 
-def _hopper(
-    codes, scale, weight, weight_scale, low, up, bias, y, problem, tile, ends, act_grouped, accumulate
-):
+def _hopper(codes, scale, weight, weight_scale, branch, chosen, sizes):
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from .hopper import gemm_wgmma, tile_layout
+    from .hopper import tile_layout
 
-    layout, rank = tile_layout(tile.bk), 0 if low is None else low.shape[1]
-    gemm_wgmma[(triton.cdiv(problem.tokens, tile.bm) * triton.cdiv(problem.channels, tile.bn),)](
-        TensorDescriptor.from_tensor(codes, [tile.bm, tile.bk], layout), TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk], layout),
-        scale, weight_scale, _ends(ends, problem.scales),
-        scale if low is None else low, scale if up is None else up, scale if bias is None else bias, y,
-        problem.tokens, problem.channels, problem.row_bytes, rank, y.stride(0),
-        *_segment_strides(scale, weight_scale, act_grouped or problem.scales == SLICE),
-        0 if low is None else low.stride(0), 0 if up is None else up.stride(0), codes.shape[1] // problem.planes,
-        **hopper_constants(problem, tile, rank, bias is not None, accumulate), num_warps=tile.warps,
+    tile, layout = chosen.tile, tile_layout(chosen.tile.bk)
+    chosen.kernel[chosen.grid](
+        TensorDescriptor.from_tensor(codes, [tile.bm, tile.bk], layout),
+        TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk], layout),
+        scale, weight_scale, chosen.ends, *branch, *sizes, **chosen.constants,
     )  # fmt: skip
 
 

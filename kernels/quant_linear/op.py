@@ -1,59 +1,57 @@
-"""A whole quantized layer as one operator of torch: what torch.compile sees, planned at run time, with no
-graph break."""
+"""A whole quantized layer as one operator of torch: what torch.compile sees, planned at run time, with no graph
+break.
 
-from .. import prologue as fusible
-from ..lora import with_lora
+The namespace follows the name under which the pack was imported. ComfyUI imports a custom node under the path
+of its folder, which may hold any letter, while torch's schemas are ASCII: so it is a hash of that name, another
+one for every copy that stands beside this one.
+"""
+
+import hashlib
+
+import torch
+
 from ..operator.spec import parse
-from ..ops import register
+from ..prologue import NOTHING, restored
 from ..target import kernel_target
-from . import fused
 
-_TENSORS = (
-    "weight",
-    "weight_scale",
-    "smooth_factor",
-    "proj_down",
-    "proj_up",
-    "bias",
-    "transform",
-)  # of a layer, as in the schema
+NAMESPACE = f"nibble_{hashlib.sha256(__package__.encode(errors='surrogatepass')).hexdigest()[:12]}"
 _SCHEMA = (
-    "(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, "
-    "Tensor? proj_up, "
-    "Tensor? bias, Tensor? transform, Tensor[] lora_down, Tensor[] lora_up, int[] lora_first, int "
-    "prologue, Tensor? mod_scale, "
-    "Tensor? mod_shift, float eps) -> Tensor"
+    "layer(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, "
+    "Tensor? proj_up, Tensor? bias, Tensor? transform, int prologue, Tensor? mod_scale, Tensor? mod_shift, "
+    "float eps) -> Tensor"
 )
 
 
-def quant_linear(x, spec, tensors, lora=(), before=None):
-    """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N).
-    Arguments as in `dispatch`."""
-    downs, ups, firsts = (
-        [down for down, _, _ in lora],
-        [up for _, up, _ in lora],
-        [first for _, _, first in lora],
-    )
-    kind, *modulation = before.operands(slice(None)) if before is not None else fusible.NOTHING
+def quant_linear(x, spec, tensors, before=None):
+    """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N)."""
+    get = tensors.get
     return layer(
-        x, spec.text, *(tensors.get(name) for name in _TENSORS), downs, ups, firsts, kind, *modulation
-    )
+        x, spec.text, tensors["weight"], tensors["weight_scale"], get("smooth_factor"), get("proj_down"),
+        get("proj_up"), get("bias"), get("transform"), *(NOTHING if before is None else before.operands(slice(None))),
+    )  # fmt: skip
 
 
-def _layer(x, spec, *args):
-    tensors = {name: tensor for name, tensor in zip(_TENSORS, args, strict=False) if tensor is not None}
-    downs, ups, firsts, *prologue = args[len(_TENSORS) :]
-    spec, tensors = with_lora(parse(spec), tensors, list(zip(downs, ups, firsts, strict=True)), x.dtype)
-    run = fused.weight_only if spec.weight_only else fused.quant_linear
-    return run(
-        x if x.stride(-1) == 1 else x.contiguous(),
-        spec,
-        tensors,
-        kernel_target(x.device),
-        fusible.restored(*prologue),
-    )
+def _layer(x, text, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, transform, *prologue):
+    from . import fused  # imports Triton, which a machine may not have
+
+    spec, before = parse(text), restored(*prologue)
+    tensors = {"weight": weight, "weight_scale": weight_scale, "smooth_factor": smooth_factor, "bias": bias}
+    tensors |= {"proj_down": proj_down, "proj_up": proj_up, "transform": transform}
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if spec.weight_only:
+            return fused.weight_only(x, spec, tensors, before)
+        return fused.quant_linear(x, text, tensors, kernel_target(x.device), before)
 
 
-layer = register(
-    "layer", _SCHEMA, _layer, lambda x, spec, weight, *args: x.new_empty(x.shape[0], weight.shape[0])
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(_SCHEMA)
+for _key in ("CUDA", "CPU"):  # CPU: Triton's interpreter
+    _library.impl("layer", _layer, _key)
+torch.library.register_fake(
+    f"{NAMESPACE}::layer",
+    lambda x, spec, weight, *args: x.new_empty(x.shape[0], weight.shape[0]),
+    lib=_library,
 )
+layer = getattr(torch.ops, NAMESPACE).layer

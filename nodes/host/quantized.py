@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import comfy.model_management
@@ -15,18 +14,15 @@ from comfy.model_patcher import ModelPatcher
 
 from ...kernels.operator.spec import LinearSpec
 from ...quant_core.calibration.file import Calibration
-from ...quant_core.calibration.gains import of_calibration
-from ...quant_core.families.layer import Layer
-from ...quant_core.layer.linear import QuantizedLayer
+from ...quant_core.families import Layer
 from ...quant_core.layer.row import Row
 from ...quant_core.methods import Method
-from ...quant_core.run.layers import leave_out, require_statistics
-from ...quant_core.run.stages import blocks_of, finished, quantize_blocks, steps_of
-from ...quant_core.run.unfinished import Unfinished
-from ...quant_core.run.unquantized import kept_rows
-from ...quant_core.store.lock import only_run
+from ...quant_core.run.model import Job
+from ...quant_core.run.model import quantized as run_of_model
+from ...quant_core.run.source import rest_of
+from ...quant_core.run.stages import blocks_of
 from ...quant_core.training.presets import UNTRAINED, Preset
-from ...quant_core.training.trainer import Trainer, require_chain, require_trajectory
+from ...quant_core.training.trainer import trainer_of
 from .build import build, frame_like
 from .inherited import inherit_sampling_patches, uncompiled
 from .patcher import NibblePatcher
@@ -43,28 +39,16 @@ def store_path(calibration: Calibration | None, source: ModelSource, provenance:
     return Path(f"{path}.{key}.{kind}")
 
 
-def _trainer(model, source, plan, calibration, store, preset):
+def _trainer(model, job, folder):
     comfy.model_management.load_models_gpu([uncompiled(model)])
-    network = source.network
-    modules = {layer.name: [(source.modules[layer.name], slice(0, layer.out_features))] for layer in plan}
-    blocks = {name: [source.modules[name]] for name, _ in blocks_of(plan)}
-    gains = (
-        of_calibration(calibration, list(blocks), lambda: (network, blocks), model.load_device, steps)
-        if preset.adaptive
-        else None
-    )
+    source, calibration = job.source, job.calibration
+    modules = {layer.name: [(source.modules[layer.name], slice(0, layer.out_features))] for layer in job.plan}
+    blocks = {name: name for name, _ in blocks_of(job.plan)}
     streams = source.family.stream_of(source.family.streams)
     check = comfy.model_management.throw_exception_if_processing_interrupted
-    return Trainer(
-        network,
-        list(blocks),
-        modules,
-        calibration.trajectory(),
-        store.folder,
-        model.load_device,
-        streams,
-        gains,
-        check,
+    device = model.load_device
+    return trainer_of(
+        source.network, blocks, modules, streams, calibration, job.preset, folder, device, check, steps
     )
 
 
@@ -105,49 +89,40 @@ def quantized(
     tensors no later LoRA or training could touch. A stopped run goes on behind its last finished layer, with
     training behind its last finished block; after a training those stay beside the calibration.
     """
-    require_statistics(plan, calibration)
-    if trained := preset != UNTRAINED:
-        require_trajectory(calibration)
-        require_chain(source.family, plan)
-        provenance["training"] = asdict(preset)
+    job = Job(source, plan, method, config, calibration, provenance, device, preset)
     frame = frame_like(model)  # whatever ComfyUI cannot make fails before the fit
-    folder = store_path(calibration, source, provenance, "training" if trained else "partial")
-    with only_run(folder, f"quantizes with {method.name}"):
-        store = Unfinished(folder, source.family.name, provenance)
-        notes = [store.text] if store.kept else []
-        for note in notes:
-            logging.info(f"Nibble: {note}")
-        trainer = _trainer(model, source, plan, calibration, store, preset) if trained else None
-        work = quantize_blocks(
-            plan, source.get, source.shapes, method, config, calibration, device, store, preset, trainer
-        )
-        with _in_training() if trained else nullcontext():
-            for _ in steps(work, steps_of(plan, preset)):
-                pass
-        layers, rows = finished(plan, preset, store)
-        made, specs = _built(model, source, plan, calibration, provenance, frame, layers, rows)
-        if not trained:
-            store.remove()
-    return made, rows, specs, notes
+    folder = store_path(calibration, source, provenance, "training" if job.trained else "partial")
+
+    def begin(store):
+        if store.kept:
+            logging.info(f"Nibble: {store.text}")
+
+    with run_of_model(
+        job,
+        folder,
+        trainer=lambda folder: _trainer(model, job, folder),
+        begin=begin,
+        working=_in_training if job.trained else nullcontext,
+        progress=steps,
+        keep=job.trained,
+    ) as done:
+        made, specs = _built(model, source, provenance, frame, done)
+    return made, done.rows, specs, [done.kept] if done.kept else []
 
 
-def _built(model, source, plan, calibration, provenance, frame, layers, rows):
+def _built(model, source, provenance, frame, done):
     """(the model, {layer: LinearSpec}) of finished layers, which are memory-mapped from files that may be
     removed afterwards."""
-    leave_out(layers, rows, plan)
-    rows += kept_rows(source.shapes, source.family, rows, calibration)
-    rest = {k: source.get(k).to("cpu", copy=True) for k in source.keys if k.rpartition(".")[0] not in layers}
+    rest = {key: source.get(key).to("cpu", copy=True) for key in rest_of(source, done.layers)}
     info = {
         "family": source.family.name,
         "provenance": provenance,
-        "report": [r.to_json() for r in rows],
+        "report": [row.to_json() for row in done.rows],
         "source": f"{source.family.title}, quantized in the graph",
     }
+    layers = dict(done.layers)
     specs = {name: layer.spec for name, layer in layers.items()}
-    made = build(lambda name: _in_memory(layers.pop(name, None)), specs, rest, info, frame)
+    in_memory = lambda name: layers.pop(name).in_memory() if name in layers else None
+    made = build(in_memory, specs, rest, info, frame)
     inherit_sampling_patches(model, made)
     return made, specs
-
-
-def _in_memory(layer):
-    return layer and QuantizedLayer(layer.name, layer.spec, {k: t.clone() for k, t in layer.tensors.items()})

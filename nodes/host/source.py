@@ -68,7 +68,6 @@ class ModelSource:
                 f"{packed[0]}{f' in {kind}' if kind else ''}); connect the full-precision model"
             )
         require_inheritable(patcher)
-        self.keys = list(state_dict)
         self.shapes = {k: tuple(t.shape) for k, t in state_dict.items()}
         self.family = detect(self.shapes)
         # A rule about names may take an embedding for a layer, or a convolution with strides.

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from ..layer.statistics import TOKENS, InputStatistics, reservoir_keys
 from ..store.atomic import require_folder, require_room
 from ..store.lock import only_run
+from ..store.progress import Progress, silent
 from ..store.settings import differences
 from . import file
 from .observe import rows_of
@@ -129,7 +130,7 @@ def calibrate(
     seed: int = 0,
     reservoir: int = 1024,
     place: Callable[[int], torch.device | str] = lambda nbytes: "cpu",
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
 ) -> file.Calibration:
     """Gathers the statistics of `inputs` into `folder` and opens them.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..store.progress import Progress, silent
 from ..store.table import Table
 from .file import Calibration, CalibrationError
 from .trajectory import Trajectory
@@ -21,7 +22,7 @@ def measure(
     modules: Mapping[str, Iterable[torch.nn.Module]],
     ratio: float = RATIO,
     seed: int = 0,
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
 ) -> dict[str, float]:
     """{layer: energy of the change of run()'s result, at the same noise-to-signal ratio of each layer's
     output}, their mean scaled to 1.
@@ -122,7 +123,7 @@ def of_calibration(
     names: list[str],
     network: Callable[[], tuple[torch.nn.Module, Mapping[str, Iterable[torch.nn.Module]]]],
     device: torch.device | str = "cpu",
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
     samples: int = SAMPLES,
 ) -> dict[str, float]:
     """The gains of the layers `names` on recorded samplings of a calibration, kept in

@@ -3,7 +3,7 @@ out."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from ..families import Layer
 from ..families.pointwise import why_unsure
 from ..formats.checkpoint import Checkpoint
 from ..layer.row import Row
-from ..precision.allocate import Allocated, Budget, decide, untouched, with_choice
+from ..precision.allocate import Allocated, Budget, measure_and_decide, with_choice
+from ..precision.budget import BudgetError
 from ..precision.menu import MIXED, MixedConfig
-from ..precision.sensitivity import sensitivity
 from ..run.layers import require_statistics
 from ..run.provenance import provenance
 from ..store.lock import only_run
+from ..store.progress import Progress, silent
 from .quantize import quantize_file, require_place
 
 
@@ -32,7 +33,7 @@ def allocate_file(
     config: MixedConfig,
     weights: Mapping[str, float] | None = None,
     device: str = "cpu",
-    progress: Callable[[str], Callable[[Iterable, int], Iterable]] = lambda unit: lambda items, total: items,
+    progress: Callable[[str], Progress] = lambda unit: silent,
     base3: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Allocated, list[Row]]:
@@ -45,26 +46,20 @@ def allocate_file(
     """
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
-    path = Path(f"{destination}.sensitivity.json")
-    with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, CalibrationError):
-        table = sensitivity(
+    path, but = Path(f"{destination}.sensitivity.json"), (CalibrationError, BudgetError)
+    with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, but):
+        done = measure_and_decide(
+            checkpoint,
             layers,
-            checkpoint.get,
-            checkpoint.shapes,
             calibration,
+            budget,
             config,
+            weights,
             path,
             settings,
             device,
             progress("layer"),
         )
-    done = decide(
-        table,
-        budget,
-        config,
-        weights,
-        sum(checkpoint.get(k).nbytes for k in untouched(checkpoint.shapes, table)),
-    )
     chosen = replace(config, layers=done.allocation.layers)
     rows = quantize_file(
         source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say
@@ -102,7 +97,7 @@ def measured_gains(
     source: Path,
     calibration: Calibration,
     device: str = "cpu",
-    progress=lambda items, total: items,
+    progress: Progress = silent,
     samples: int = SAMPLES,
 ):
     """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept

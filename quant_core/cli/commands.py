@@ -9,35 +9,27 @@ from typing import Annotated
 
 import typer
 
-from ..precision import report
-
-Base3 = Annotated[
-    bool,
-    typer.Option(
-        "--base3", help="Ternary weights take 1.6 instead of 2 bits in the file; memory stays the same."
-    ),
-]
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
-ablate = typer.Typer(
-    no_args_is_help=True, help="Measures what each choice of a method costs and brings on the small FLUX."
+from . import measure  # noqa: F401
+from .options import (
+    Allocated,
+    Base3,
+    Budget,
+    CalibrationFile,
+    Device,
+    Gains,
+    Gptq,
+    MaybeCalibration,
+    MaybeGptq,
+    MaybeRank,
+    Menu,
+    MethodName,
+    Quantized,
+    Rank,
+    Settings,
+    Source,
+    Training,
 )
-app.add_typer(ablate, name="ablate")
-
-
-def _bar(unit):
-    from tqdm import tqdm
-
-    return lambda items, total: tqdm(items, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
-
-
-def _note(line):
-    typer.echo(line, err=True)
-
-
-def _device(name):
-    import torch
-
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+from .shared import app, bar, device_of, note
 
 
 def _options(pairs: list[str]) -> dict:
@@ -56,61 +48,17 @@ def _options(pairs: list[str]) -> dict:
 
 
 @app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for contact_sheet.png and report.json.")] = Path(
-        "nibble_demo"
-    ),
-):
-    """Samples the small trained FLUX in full precision and under each method, with mild and hard outliers.
-    About 2 minutes."""
-    from ..evaluation.demo import run
-
-    report = run.run(out, _bar("step"))
-    typer.echo(run.as_text(report))
-    typer.echo(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}")
-
-
-@app.command()
 def quantize(
-    source: Annotated[
-        Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")
-    ],
-    destination: Annotated[
-        Path, typer.Argument(help="The file to write. Put it into ComfyUI's models/diffusion_models.")
-    ],
-    method: Annotated[
-        str,
-        typer.Option(
-            help="svdquant_r, svdquant, splitquant, convrot, rtn, robuq, or native: what stock ComfyUI runs."
-        ),
-    ] = "svdquant_r",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`; data-free without."),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="SVDQuant and RobuQ: rank of the 16-bit branch; 32 if not given.")
-    ] = None,
-    gptq: Annotated[
-        bool | None, typer.Option(help="SVDQuant and RobuQ: try GPTQ rounding; on if not given.")
-    ] = None,
-    training: Annotated[
-        str,
-        typer.Option(
-            help="none, standard or best: SplitQuant and RobuQ, then trained against the full-precision "
-            "model of a diffusers folder."
-        ),
-    ] = "none",
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Another option of the method, as name=value with a JSON value: --set worst=64 --set "
-            "transform=affine.",
-        ),
-    ] = None,
+    source: Source,
+    destination: Quantized,
+    method: MethodName = "svdquant_r",
+    calibration: MaybeCalibration = None,
+    rank: MaybeRank = None,
+    gptq: MaybeGptq = None,
+    training: Training = "none",
+    set_: Settings = None,
     base3: Base3 = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
 ):
     """Quantizes a checkpoint to a Nibble file. A run that was stopped goes on where it was."""
     from ..calibration import Calibration
@@ -133,11 +81,11 @@ def quantize(
         chosen,
         config,
         statistics,
-        _device(device),
-        _bar("layer" if trained == UNTRAINED else "block"),
+        device_of(device),
+        bar("layer" if trained == UNTRAINED else "block"),
         base3,
         trained,
-        _note,
+        note,
     )
     written = PackFile(destination)
     typer.echo(
@@ -153,44 +101,16 @@ def quantize(
 
 @app.command()
 def allocate(
-    source: Annotated[
-        Path, typer.Argument(help="Full-precision safetensors file, or a diffusers `transformer` folder.")
-    ],
-    destination: Annotated[
-        Path,
-        typer.Argument(
-            help="The file to write. A table of sensitivities (.json) and a plot (.png) go beside it."
-        ),
-    ],
-    calibration: Annotated[
-        Path, typer.Option(help="Statistics from Nibble Calibrate or `nibble calibrate`.")
-    ],
-    budget: Annotated[
-        str,
-        typer.Option(
-            help="A3: 3 activation bits on average; W2.5: weight bits; 600MB, 6.5GB: the size of the file; "
-            "0.8x or 80%: at most this cost by the "
-            "speed proxy, 1x with every layer at the menu's most expensive quantized entry (int8 products; "
-            "all W4A4 is 0.5x, 16 bit 2x)."
-        ),
-    ],
-    menu: Annotated[
-        str,
-        typer.Option(
-            help="robuq: its activation bits 1, 2, 3, 4 or 8. mixed: robuq, svdquant_r, W8A8 and 16 bit."
-        ),
-    ] = "robuq",
-    gains: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON {layer: factor of its noise}, from `nibble gains`; auto: measure them as that does, "
-            "SOURCE being a diffusers folder."
-        ),
-    ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Rank of the 16-bit branches.")] = 32,
-    gptq: Annotated[bool, typer.Option(help="Try GPTQ rounding.")] = True,
+    source: Source,
+    destination: Allocated,
+    calibration: CalibrationFile,
+    budget: Budget,
+    menu: Menu = "robuq",
+    gains: Gains = None,
+    rank: Rank = 32,
+    gptq: Gptq = True,
     base3: Base3 = False,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
 ):
     """Gives each layer a precision of its own under a budget, by measured noise, and quantizes. A stopped run
     goes on where it was."""
@@ -198,19 +118,20 @@ def allocate(
     from ..formats.nibble import PackFile
     from ..precision import menu as mixed
     from ..precision import plot as allocate_plot
+    from ..precision import report
     from ..precision.allocate import parse_budget
     from ..run.report import as_text, file_storage
     from . import allocate as allocate_file
 
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
-    statistics, device = Calibration(calibration), _device(device)
+    statistics, device = Calibration(calibration), device_of(device)
     if gains == "auto":
         allocate_file.opened(source, destination, statistics)  # refuses before the network runs
-        weights = allocate_file.measured_gains(source, statistics, device, _bar("layer"))
+        weights = allocate_file.measured_gains(source, statistics, device, bar("layer"))
     else:
         weights = allocate_file.read_gains(gains) if gains else None
     done, rows = allocate_file.allocate_file(
-        source, destination, statistics, asked, config, weights, device, _bar, base3, _note
+        source, destination, statistics, asked, config, weights, device, bar, base3, note
     )
     typer.echo(report.as_text(done, str(destination)))
     written = PackFile(destination)
@@ -241,7 +162,7 @@ def gains(
     samples: Annotated[
         int, typer.Option(min=1, help="Recorded samplings to go through for each layer, at 5 of their steps.")
     ] = 2,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
+    device: Device = "auto",
 ):
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where
     it was, a second one is free."""
@@ -251,7 +172,7 @@ def gains(
 
     statistics = Calibration(calibration)
     require_output(out, statistics.files)
-    found = measured_gains(source, statistics, _device(device), _bar("layer"), samples)
+    found = measured_gains(source, statistics, device_of(device), bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
         typer.echo(f"{gain:10.4f}  {name}")
@@ -277,7 +198,7 @@ def inspect(
     from ..convert.inspect import as_text, describe, verified
 
     if verify:
-        typer.echo(verified(file, _bar("tensor")))
+        typer.echo(verified(file, bar("tensor")))
         return
     found = describe(file)
     typer.echo(json.dumps(found, indent=1) if as_json else as_text(found))
@@ -318,7 +239,7 @@ def convert(
     if lossy:
         typer.echo("\n".join(planned.lines(replacement)))
     lines = conversion.convert(
-        planned, destination, lossy=lossy, replacement=replacement, progress=_bar("layer")
+        planned, destination, lossy=lossy, replacement=replacement, progress=bar("layer")
     )
     typer.echo("\n".join(lines[-1:] if lossy else lines))
 
@@ -360,7 +281,7 @@ def calibrate(
             raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(
         pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed, memory=int(memory_gb * 2**30),
-        device=device, progress=_bar("sample"),
+        device=device, progress=bar("sample"),
     )  # fmt: skip
     typer.echo(
         f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}"
@@ -421,77 +342,6 @@ def clean(
     typer.echo(f"{size:,.1f} MB removed")
 
 
-@app.command("bench-fit")
-def bench_fit(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "auto",
-):
-    """Times the fit of layers and of a block of FLUX's sizes, and projects it to the whole model. About 3
-    minutes on two CPU cores."""
-    from ..evaluation import bench_fit as bench
-    from ..methods import METHODS
-
-    typer.echo(
-        bench.as_text(
-            bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], _bar("fit"), json_file, _device(device))
-        )
-    )
-
-
-@app.command()
-def bench(
-    json_file: Annotated[
-        Path,
-        typer.Option("--json", help="File for the figures; a table (.txt) and a plot (.png) go beside it."),
-    ],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Three layers of FLUX and a small one, about 3 minutes.")
-    ] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="First time every tile size and keep the fastest for this card.")
-    ] = False,
-    model: Annotated[
-        bool | None,
-        typer.Option(
-            "--model/--no-model", help="A step of a FLUX-sized model; left out by --quick if not given."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "auto",
-):
-    """Checks the kernels and times them against PyTorch and comfy-kitchen. Without a GPU they are only
-    checked."""
-    import shlex
-
-    from ..evaluation.bench.run import run
-
-    command = shlex.join(["nibble", *sys.argv[1:]])
-    code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=typer.echo)
-    if code:
-        raise typer.Exit(code)
-
-
-@ablate.command("splitquant")
-def ablate_splitquant(
-    out: Annotated[Path, typer.Option(help="Folder for rows.json, ablation.txt and ablation.png.")],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="1 and 4 slices with scales of tokens, untrained.")
-    ] = False,
-    severity: Annotated[float, typer.Option(help="Of the outliers: 1 hard, 0.4 mild, 0 none.")] = 1.0,
-):
-    """SplitQuant's slices, transforms, scales and training on the small FLUX, hours; a stopped run goes on
-    behind its last row."""
-    from ..evaluation.ablate import run
-    from ..evaluation.ablate.plot import plot
-    from ..evaluation.ablate.splitquant import entries
-    from ..store.atomic import save_text
-
-    text = run.as_text(rows := run.run(out, entries(quick), severity, _bar("row")))
-    save_text(out / "ablation.txt", text + "\n")
-    typer.echo(text)
-    if find_spec("matplotlib") is not None:
-        plot(out / "ablation.png", rows)
-
-
 def main():
     """Runs the command; known errors are one line on stderr and exit code 1. A polite kill ends it as an
     interrupt does, cleaning up."""
@@ -508,5 +358,5 @@ def main():
         typer.echo(f"nibble: {sentence(str(error), keep=chr(10))}", err=True)
         sys.exit(1)
     finally:
-        if (atomic := sys.modules.get(f"{__package__}.formats.atomic")) is not None:
+        if (atomic := sys.modules.get(f"{__package__.rpartition('.')[0]}.store.atomic")) is not None:
             atomic.clean_own()

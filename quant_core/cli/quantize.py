@@ -3,7 +3,6 @@ stopped."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
@@ -18,15 +17,14 @@ from ..formats import nibble
 from ..formats.checkpoint import Checkpoint
 from ..layer.row import Row
 from ..methods import Method
-from ..run.layers import leave_out, require_statistics
+from ..run.model import Job, quantized
 from ..run.provenance import provenance
-from ..run.stages import finished, quantize_blocks, steps_of
+from ..run.source import rest_of
 from ..run.unfinished import Unfinished
-from ..run.unquantized import kept_rows
 from ..store.atomic import require_output, require_room
-from ..store.lock import only_run
+from ..store.progress import Progress, silent
 from ..training.presets import UNTRAINED, Preset
-from ..training.trainer import require_chain, require_trajectory
+from ..training.trainer import LOSSES, Trainer
 
 
 def quantize_file(
@@ -36,7 +34,7 @@ def quantize_file(
     config,
     calibration: Calibration | None = None,
     device: str = "cpu",
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
     base3: bool = False,
     preset: Preset = UNTRAINED,
     say: Callable[[str], None] = lambda line: None,
@@ -49,79 +47,62 @@ def quantize_file(
     source and finished layers stay memory-mapped. With a preset that trains, the source must be a diffusers
     folder, whose model is loaded; the losses go to `<destination>.losses.json`. Raises the errors of
     Checkpoint, Calibration, `require_place`, `require_statistics`, Unfinished and of training, and Busy,
-    before anything is computed, those of quantize_layers, with the name of `source` in front, and Trainer
+    before anything is computed, those of quantize_layers, with the name of `source` in front, and of Trainer
     later.
     """
     checkpoint = Checkpoint(source)
     require_place(destination, checkpoint, calibration)
-    with only_run(destination, f"quantizes {checkpoint.path.name} with {method.name}"):
-        return _quantized(
-            checkpoint, destination, method, config, calibration, device, progress, base3, preset, say
-        )
+    job = _job(checkpoint, method, config, calibration, device, preset)
+
+    digest = None
+
+    def begin(store: Unfinished):
+        nonlocal digest
+        digest = pool.submit(checkpoint.sha256)
+        if store.kept:
+            say(store.text)
+        else:
+            rest = sum(
+                prod(checkpoint.shapes[key]) for key in rest_of(checkpoint, (x.name for x in job.plan))
+            )
+            require_room(destination, 2 * codes(job.plan, method) + rest)
+
+    def trainer(folder: Path) -> Trainer:
+        model = diffusers_model.full(checkpoint.path, device)
+        return trainer_of(model, checkpoint.family, job.plan, calibration, device, folder, preset)
+
+    before = states(checkpoint.files)
+    doing, folder = f"quantizes {checkpoint.path.name} with {method.name}", Path(f"{destination}.partial")
+    work = {"trainer": trainer, "begin": begin, "progress": progress}
+    with ThreadPoolExecutor(1) as pool:
+        named = lambda: naming(checkpoint.path, but=CalibrationError)
+        with quantized(job, folder, lock=destination, doing=doing, working=named, **work) as done:
+            require_unchanged(before)
+            job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
+            _write(destination, checkpoint, job, done, base3)
+            losses = folder / LOSSES
+            if losses.is_file():
+                losses.replace(f"{destination}.losses.json")
+    return done.rows
 
 
-def _quantized(checkpoint, destination, method, config, calibration, device, progress, base3, preset, say):
+def _job(checkpoint, method, config, calibration, device, preset) -> Job:
     fingerprint = checkpoint.fingerprint()
     if calibration is not None:
         calibration.require_model(fingerprint)
-    settings = provenance(fingerprint, method.name, config, calibration)
-    if preset != UNTRAINED:
-        settings["training"] = asdict(preset)
-        require_trajectory(calibration)
     layers = checkpoint.family.layers(checkpoint.shapes)
     unsure = {layer: why for layer in layers if (why := why_unsure(layer, calibration))}
     plan = measured([layer for layer in layers if layer not in unsure], calibration)
-    require_statistics(plan, calibration)
-    if preset != UNTRAINED:
-        require_chain(checkpoint.family, plan)
-    store = Unfinished(Path(f"{destination}.partial"), checkpoint.family.name, settings)
-    if store.kept:
-        say(store.text)
-    else:
-        require_room(
-            destination,
-            2 * codes(plan, method) + sum(prod(checkpoint.shapes[k]) for k in _others(checkpoint, plan)),
-        )
-    trainer = None
-    if preset != UNTRAINED:
-        model = diffusers_model.full(checkpoint.path, device)
-        trainer = trainer_of(model, checkpoint.family, plan, calibration, device, store.folder, preset)
-    before = states(checkpoint.files)
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(checkpoint.sha256)
-        work = quantize_blocks(
-            plan,
-            checkpoint.get,
-            checkpoint.shapes,
-            method,
-            config,
-            calibration,
-            device,
-            store,
-            preset,
-            trainer,
-        )
-        with naming(checkpoint.path, CalibrationError):
-            for _ in progress(work, steps_of(plan, preset)):
-                pass
-        settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
-    require_unchanged(before)
-    quantized, rows = finished(plan, preset, store)
-    leave_out(quantized, rows, plan)
-    rows += [
-        Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why)
-        for layer, why in unsure.items()
-    ]
-    rows += kept_rows(checkpoint.shapes, checkpoint.family, rows, calibration)
-    rest = {k: checkpoint.get(k) for k in checkpoint.shapes if k.rpartition(".")[0] not in quantized}
-    rows_json = [row.to_json() for row in rows]
-    nibble.save(
-        destination, quantized, rest, checkpoint.family.name, settings, rows_json, base3, checkpoint.origin
-    )
-    if trainer is not None and trainer.losses.is_file():
-        trainer.losses.replace(f"{destination}.losses.json")
-    store.remove()
-    return rows
+    left = tuple(Row.in_16_bit(layer, why) for layer, why in unsure.items())
+    settings = provenance(fingerprint, method.name, config, calibration)
+    return Job(checkpoint, plan, method, config, calibration, settings, device, preset, left)
+
+
+def _write(destination, checkpoint, job, done, base3):
+    rest = {key: checkpoint.get(key) for key in rest_of(checkpoint, done.layers)}
+    report = [row.to_json() for row in done.rows]
+    family, origin = checkpoint.family.name, checkpoint.origin
+    nibble.save(destination, done.layers, rest, family, job.settings, report, base3, origin)
 
 
 def require_place(destination: Path, checkpoint: Checkpoint, calibration: Calibration | None = None):
@@ -132,11 +113,6 @@ def require_place(destination: Path, checkpoint: Checkpoint, calibration: Calibr
 def codes(plan: list[Layer], method: Method) -> int:
     """Bytes of the layers' codes alone: what their file takes at the least."""
     return sum(layer.in_features * layer.out_features for layer in plan) * method.bits // 8
-
-
-def _others(checkpoint, plan) -> list[str]:
-    names = {layer.name for layer in plan}
-    return [k for k in checkpoint.shapes if k.rpartition(".")[0] not in names]
 
 
 def states(files: Iterable[Path]) -> dict[Path, tuple[int, int]]:

@@ -1,7 +1,6 @@
 """`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before
 anything is written."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..formats.zero_points import offsets_only
 from ..layer.linear import QuantizedLayer, same_bits
 from ..store.atomic import NoRoom, replacing, require_output
 from ..store.lock import only_run
+from ..store.progress import Progress, silent
 from .replace import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
 
 TARGETS = {
@@ -126,7 +126,7 @@ def convert(
     *,
     lossy: bool = False,
     replacement: str = AS[0],
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
 ) -> list[str]:
     """Writes `destination` and reads it back: every layer that is not replaced has the same bytes there.
     Returns lines for a report.

@@ -20,6 +20,7 @@ from ..layer.row import Row
 from ..run.report import as_report, file_storage, left_overs, whole
 from ..run.unquantized import kept_rows
 from ..store import digests
+from ..store.progress import Progress, silent
 from ..store.safe import open_safetensors
 
 USUAL_BITS = 4.6  # of svdquant_r at rank 32, all side data counted, at FLUX's widths
@@ -43,7 +44,7 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
     return _quantized(open_quantized(path), kind, target)
 
 
-def verified(path: Path, progress=lambda items, total: items) -> str:
+def verified(path: Path, progress: Progress = silent) -> str:
     """A sentence for a file, or a folder of them, whose tensors all agree with their hashes. Raises
     CheckpointError naming those that do not, ValueError for a file without hashes."""
     path = Path(path)

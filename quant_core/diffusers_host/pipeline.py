@@ -15,6 +15,7 @@ from ..families.fingerprint import fingerprint
 from ..formats.checkpoint import Checkpoint
 from ..formats.pipeline_folder import require_safetensors
 from ..store.atomic import require_folder
+from ..store.progress import Progress, silent
 
 
 def calibrate_pipeline(
@@ -80,7 +81,7 @@ def calibrate_pipeline(
 
 
 def calibrate_with(
-    pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress=lambda items, total: items
+    pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress: Progress = silent
 ) -> Calibration:
     """The same with a loaded pipeline object. size None: the size the model was made for.
 

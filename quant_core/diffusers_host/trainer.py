@@ -2,19 +2,16 @@
 
 import re
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from ..calibration.file import Calibration
-from ..calibration.gains import of_calibration
-from ..calibration.trajectory import Trajectory
 from ..families import Family, Layer
 from ..run.stages import blocks_of
+from ..training import trainer
 from ..training.presets import Preset
-from ..training.reconstruct import Modules
 from ..training.trainer import Trainer
-from . import model as diffusers_model
+from .model import modules_of
 
 
 def trainer_of(
@@ -22,31 +19,20 @@ def trainer_of(
     family: Family,
     plan: list[Layer],
     calibration: Calibration,
-    device,
+    device: str | torch.device,
     folder: Path,
     preset: Preset,
 ) -> Trainer:
-    """A Trainer of a diffusers model in full precision."""
-    names = diffusers_model.modules_of(family, plan, model)
-    modules: Modules = {}
+    """`training.trainer.trainer_of` for a diffusers model in full precision, whose layers may be apart there."""
+    names = modules_of(family, plan, model)
+    modules = {}
     for layer, targets in names.items():
         edge = 0
         modules[layer] = []
-        for target in targets:
-            module = cast(torch.nn.Linear, model.get_submodule(target))
+        for module in map(model.get_submodule, targets):
             modules[layer].append((module, slice(edge, edge + module.out_features)))
             edge += module.out_features
-    blocks = [_block_of(names[members[0].name][0]) for _, members in blocks_of(plan)]
-    held = {
-        name: [model.get_submodule(block)] for (name, _), block in zip(blocks_of(plan), blocks, strict=True)
-    }
-    gains = (
-        of_calibration(calibration, list(held), lambda: (model, held), device) if preset.adaptive else None
-    )
+    first = {block: names[members[0].name][0] for block, members in blocks_of(plan)}
+    blocks = {block: re.match(r"(.+?\.\d+)\.", name)[1] for block, name in first.items()}
     streams = family.stream_of(family.diffusers_streams)
-    trajectory = cast(Trajectory, calibration.trajectory())  # see `require_trajectory`
-    return Trainer(model, blocks, modules, trajectory, folder, device, streams, gains)
-
-
-def _block_of(module: str) -> str:
-    return cast(re.Match, re.match(r"(.+?\.\d+)\.", module))[1]
+    return trainer.trainer_of(model, blocks, modules, streams, calibration, preset, folder, device)

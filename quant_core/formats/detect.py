@@ -1,5 +1,7 @@
 """Which format a file is of, from its header; and the reader of it."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..families import UnknownArchitecture
@@ -16,9 +18,28 @@ from .shards import files_of
 NIBBLE, KITCHEN, NUNCHAKU, FULL, CALIBRATION = "nibble", "kitchen", "nunchaku", "full", "calibration"
 
 
+@dataclass(frozen=True)
+class Format:
+    """recognises: (path, file, keys, header entries) -> whether a file, opened as far as its header, is of this
+    format. reader: path -> what was opened, as `Opened` has it."""
+
+    recognises: Callable[..., bool]
+    reader: Callable[[Path], Opened]
+
+
+# Of quantized models, by the name that `kind_of` gives. A new format is a new row.
+FORMATS = {
+    NIBBLE: Format(lambda path, file, keys, metadata: "nibble" in metadata, PackFile),
+    KITCHEN: Format(
+        lambda path, file, keys, metadata: is_kitchen(keys, metadata) and _packed(file, keys), KitchenFile
+    ),
+    NUNCHAKU: Format(lambda path, file, keys, metadata: is_nunchaku(path, keys, metadata), NunchakuFile),
+}
+
+
 def kind_of(path: Path) -> str:
-    """One of the names above. Raises CheckpointError for what cannot be read, and for files that declare two
-    formats at once."""
+    """A name of FORMATS, FULL or CALIBRATION. Raises CheckpointError for what cannot be read, and for files
+    that declare two formats at once."""
     path = Path(path)
     first = next(iter(sorted(path.glob("*.safetensors"))), None) if path.is_dir() else path
     if first is None:
@@ -29,15 +50,7 @@ def kind_of(path: Path) -> str:
         keys = [k for k in keys if not k.startswith(stop.PREFIX)]
     if "nibble_calibration" in metadata:
         return CALIBRATION
-    found = [
-        name
-        for name, yes in (
-            (NIBBLE, "nibble" in metadata),
-            (KITCHEN, is_kitchen(keys, metadata) and _packed(file, keys)),
-            (NUNCHAKU, is_nunchaku(path, keys, metadata)),
-        )
-        if yes
-    ]
+    found = [name for name, one in FORMATS.items() if one.recognises(path, file, keys, metadata)]
     if len(found) > 1:
         raise CheckpointError(
             f"{path}: declares layers as {' and as '.join(found)} does; expected one format. Download or "
@@ -66,7 +79,7 @@ def open_quantized(path: Path) -> Opened:
             "own files, ComfyUI's and "
             "comfy-kitchen's, and nunchaku's INT4."
         )
-    return {NIBBLE: PackFile, KITCHEN: KitchenFile, NUNCHAKU: NunchakuFile}[kind](path)
+    return FORMATS[kind].reader(path)
 
 
 def _fp8(path) -> str:

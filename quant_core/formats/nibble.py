@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.operator.packing import TRITS, pack, pack_base3, unpack, unpack_base3
-from ...kernels.operator.spec import TENSOR_NAMES, LinearSpec, SpecError
+from ...kernels.operator.spec import TENSOR_NAMES, SpecError
 from ..families import UnknownArchitecture, by_name
 from ..layer.linear import QuantizedLayer
 from ..layer.row import Row
@@ -22,7 +22,7 @@ from ..store import digests, own_json
 from ..store.atomic import save_tensors
 from ..store.own_json import NotOurs
 from ..store.safe import CheckpointError, open_safetensors
-from . import stop
+from . import spec_json, stop
 from .opened import Opened
 from .origin import Origin
 
@@ -65,7 +65,7 @@ def save(
     header = {
         "version": VERSION,
         "family": family,
-        "layers": {name: layer.spec.to_json() for name, layer in layers.items()},
+        "layers": {name: spec_json.to_json(layer.spec) for name, layer in layers.items()},
         "provenance": provenance,
         "report": report,
         "origin": origin.to_json(),
@@ -100,7 +100,7 @@ class PackFile(Opened):
         self.specs, owned = {}, set()
         for name, raw in header["layers"].items():
             try:
-                self.specs[name] = spec = LinearSpec.from_json(raw)
+                self.specs[name] = spec = spec_json.from_json(raw)
             except SpecError as error:
                 raise PackError(f"{self.path}: description of layer {name}: {error}") from error
             if name in self.base3 and any(p.weight.bits != 2 for p in spec.parts):

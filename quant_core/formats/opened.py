@@ -1,7 +1,6 @@
 """What every opened file of a quantized model offers, whatever its format."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from math import prod
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from ...kernels.operator.spec import LinearSpec
 from ..layer.linear import QuantizedLayer
 from ..store import digests
+from ..store.progress import Progress, silent
 from ..store.safe import CheckpointError, open_safetensors
 from .origin import Origin
 
@@ -74,7 +74,7 @@ class Opened(ABC):
                 )
         return layer
 
-    def verify(self, progress: Callable[[Iterable, int], Iterable] = lambda items, total: items) -> int:
+    def verify(self, progress: Progress = silent) -> int:
         """Reads every tensor and returns how many bytes agree with the hashes in the header; -1 where the
         file has none. Raises CheckpointError naming what does not agree."""
         if self.files != [self.path]:

@@ -59,6 +59,10 @@ class QuantizedLayer:
     def to(self, device) -> "QuantizedLayer":
         return QuantizedLayer(self.name, self.spec, {k: t.to(device) for k, t in self.tensors.items()})
 
+    def in_memory(self) -> "QuantizedLayer":
+        """A copy: files that it was memory-mapped from may go, and its tensors lie as PyTorch aligns its own."""
+        return QuantizedLayer(self.name, self.spec, {k: t.clone() for k, t in self.tensors.items()})
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return quant_linear(x, self.spec, self.tensors)
 

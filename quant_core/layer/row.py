@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
+from ..families import Layer
 from ..store.own_json import WHOLE, NotOurs, short
 from ..store.own_json import field as checked
 
@@ -9,7 +10,7 @@ from ..store.own_json import field as checked
 @dataclass
 class Row:
     """One layer. what: its spec in short, or "16 bit"; sqnr_db: of its output on held-out tokens, None if not
-    measured. block: empty for what was never to be quantized (`kept.kept_rows`)."""
+    measured. block: empty for what was never to be quantized (`run.unquantized.kept_rows`)."""
 
     name: str
     block: str
@@ -29,6 +30,11 @@ class Row:
     @property
     def quantized(self) -> bool:
         return self.nbytes > 0
+
+    @classmethod
+    def in_16_bit(cls, layer: Layer, why: str) -> "Row":
+        """Of a layer that stays as it is."""
+        return cls(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=why)
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -9,15 +9,21 @@ between 26.0 and 28.4 dB, by the calibration; with them at 28.3.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from pathlib import Path
 
+import torch
+
+from ..calibration.file import Calibration
 from ..families import Layer
 from ..run.layers import not_quantizable
+from ..run.source import Source
+from ..store.progress import Progress, silent
 from .budget import BudgetError, Totals
 from .menu import MixedConfig
-from .sensitivity import Cell, Sensitivity
+from .sensitivity import Cell, Sensitivity, sensitivity
 
 STEPS = 2**16
 NEAR = 0.99  # an average counts as met from here on
@@ -240,6 +246,29 @@ class Allocated:
     uniforms: dict[str, Allocation]
     curve: list[tuple[float, float]]
     held: int
+
+
+def measure_and_decide(
+    source: Source,
+    plan: list[Layer],
+    calibration: Calibration,
+    budget: Budget,
+    config: MixedConfig,
+    gains: Mapping[str, float] | None,
+    path: Path,
+    settings: dict,
+    device: str | torch.device = "cpu",
+    progress: Progress = silent,
+    size: Callable[[torch.Tensor], int] = lambda tensor: tensor.nbytes,
+) -> Allocated:
+    """`sensitivity` of the layers of `plan`, kept in `path` under `settings`, and what `decide` makes of it.
+
+    gains: {layer: factor}, None for 1. size: bytes that a tensor which is not quantized will take. Raises what
+    the two raise.
+    """
+    table = sensitivity(plan, source, calibration, config, path, settings, device, progress)
+    held = sum(size(source.get(key)) for key in untouched(source.shapes, table))
+    return decide(table, budget, config, gains, held)
 
 
 def decide(

@@ -1,6 +1,6 @@
 """What a quantized layer can be raised to, and what that brings on held-out tokens."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,7 @@ from ..layer.linear import QuantizedLayer
 from ..layer.precisions import PRECISIONS, higher, w4a8, w8a8
 from ..layer.problem import Problem, output_sqnr
 from ..run.layers import problem_of, require_statistics
+from ..run.source import Weights
 from .budget import Option, Unit
 
 
@@ -83,8 +84,7 @@ class Measured:
 def measure(
     layers: Iterable[Layer],
     quantized: dict[str, QuantizedLayer],
-    get: Callable[[str], torch.Tensor],
-    keys,
+    source: Weights,
     calibration: Calibration,
     allowed=PRECISIONS,
     device: str | torch.device = "cpu",
@@ -92,14 +92,13 @@ def measure(
     """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor
     from one to the next.
 
-    get(key): the full-precision tensor of a ComfyUI key; `keys`: those there are. Raises what
-    `require_statistics` does, CalibrationError where the calibration holds no token to judge by, and
+    source: of the weights in full precision. Raises what `require_statistics` does, CalibrationError where the calibration holds no token to judge by, and
     UnfitLayer.
     """
     layers = list(layers)
     require_statistics(layers, calibration)
     for layer in layers:
-        problem = problem_of(layer, get, keys, calibration, device, second_moments=False)
+        problem = problem_of(layer, source, calibration, device, second_moments=False)
         require_tokens(problem, calibration)
         here = quantized[layer.name].to(device)
         options = {c.precision: (c.nbytes, c.noise) for c in candidates(problem, here, allowed)}

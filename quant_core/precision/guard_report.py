@@ -40,9 +40,6 @@ def as_text(decision: Decision, title: str) -> str:
     """Totals, one line for each layer or block that changes, and what stays below what was asked for."""
     d = decision
     kind = "block" if d.blocks else "layer"
-    worst_first = sorted(d.units, key=lambda u: -u.noise / u.layers)
-    place = {u.name: i + 1 for i, u in enumerate(worst_first)}
-    changed = [u for u in worst_first if u.name in d.chosen]
     aim = (
         f"every {kind} at {d.limit:g} dB or more at the least extra memory"
         if d.by == "quality"
@@ -81,22 +78,26 @@ def as_text(decision: Decision, title: str) -> str:
             "Raised layers are slower on cards with INT4 tensor cores: they run on the int8 ones, or in "
             f"16 bit.{free}"
         )
-    lines.append("")
+    worst_first = sorted(d.units, key=lambda u: -u.noise / u.layers)
+    return "\n".join([*lines, "", *_changes(d, worst_first), *_left(d, worst_first)])
+
+
+def _changes(d: Decision, worst_first: list[Unit]) -> list[str]:
+    """A line for each layer or block that changes, the worst first, under a heading."""
+    place = {u.name: i + 1 for i, u in enumerate(worst_first)}
+    changed = [u for u in worst_first if u.name in d.chosen]
+    lines, width = [], max((len(u.name) for u in changed), default=0)
     if changed:
-        width = max(len(u.name) for u in changed)
+        kind = "block" if d.blocks else "layer"
         lines.append(f"{kind:{width}}  {'from -> to':>14}  {'SQNR':>20}  {'memory':>12}  why")
     for u in changed:
         option = d.chosen[u.name]
-        what = "/".join(
-            sorted({m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers})
-        )
+        kinds = {m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers}
+        what = f"{'/'.join(sorted(kinds))} -> {option.precision}"
         arrow = f"{_db(u.noise / u.layers)} -> {_db(option.noise / u.layers)}"
-        lines.append(
-            f"{u.name:{width}}  {what + ' -> ' + option.precision:>14}  {arrow:>20}  "
-            f"{_signed(option.extra):>12}  "
-            f"{_place(place[u.name], len(d.units))}; {_reason(d, u, option)}"
-        )
-    return "\n".join([*lines, *_left(d, worst_first)])
+        why = f"{_place(place[u.name], len(d.units))}; {_reason(d, u, option)}"
+        lines.append(f"{u.name:{width}}  {what:>14}  {arrow:>20}  {_signed(option.extra):>12}  {why}")
+    return lines
 
 
 def _reason(d: Decision, u: Unit, option: Option) -> str:

@@ -1,7 +1,7 @@
 """What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate`
 works on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from ..families import Layer
 from ..layer.linear import QuantizedLayer
 from ..methods import fit_problem
 from ..run.layers import not_quantizable, problem_of
+from ..run.source import Weights
+from ..store.progress import Progress, silent
 from ..store.table import Table
 from .guard import noise_of, require_tokens
 from .menu import MIXED, MixedConfig, variants
@@ -68,19 +70,18 @@ def relative_cost(spec: LinearSpec | None) -> float:
 
 def sensitivity(
     layers: Iterable[Layer],
-    get: Callable[[str], torch.Tensor],
-    keys,
+    source: Weights,
     calibration: Calibration,
     config: MixedConfig,
     path: Path,
     settings: dict,
     device: str | torch.device = "cpu",
-    progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+    progress: Progress = silent,
 ) -> list[Sensitivity]:
     """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path`
     (JSON) after each.
 
-    A table of the same `settings` in `path` is gone on with; one of others is replaced. get, keys: as in
+    A table of the same `settings` in `path` is gone on with; one of others is replaced. source: as in
     `quantize_layers`. Layers whose width no kernel takes are left out. calibration: one that
     `require_statistics` takes. Raises CalibrationError where no token was held out, ValueError for a damaged
     table, and UnfitLayer.
@@ -90,14 +91,14 @@ def sensitivity(
     layers = [layer for layer in layers if not not_quantizable(layer)]
     for layer in progress(layers, len(layers)):
         if layer.name not in done:
-            done[layer.name] = _measured(layer, get, keys, calibration, config, device)
+            done[layer.name] = _measured(layer, source, calibration, config, device)
             table.add(asdict(done[layer.name]))
     return [done[layer.name] for layer in layers]
 
 
-def _measured(layer, get, keys, calibration, config, device):
-    make = lambda: problem_of(layer, get, keys, calibration, device)
-    problem = problem_of(layer, get, keys, calibration, device, second_moments=False)
+def _measured(layer, source, calibration, config, device):
+    make = lambda: problem_of(layer, source, calibration, device)
+    problem = problem_of(layer, source, calibration, device, second_moments=False)
     here = Sensitivity(layer.name, layer.block, layer.in_features, layer.out_features, layer.weight_only)
     if layer.weight_only:
         fitted = fit_problem(make(), MIXED, config).layer

@@ -1,7 +1,7 @@
 """Quantizes a model layer by layer; at any time one layer's weight is in memory in full precision."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -15,12 +15,12 @@ from ..layer.row import Row
 from ..layer.soundness import require_sound
 from ..methods import Method, fit_problem
 from .report import sensitive
+from .source import Weights
 
 
 def quantize_layers(
     layers: Iterable[Layer],
-    get: Callable[[str], torch.Tensor],
-    keys,
+    source: Weights,
     method: Method,
     config,
     calibration: Calibration | None = None,
@@ -29,28 +29,21 @@ def quantize_layers(
     """Yields each layer, quantized and back on the CPU, with its row of the report; None where it stays in 16
     bit.
 
-    get(key): the tensor of a ComfyUI key, in a dtype that has arithmetic; `keys`: those there are.
-    calibration: one that `require_statistics` takes. Raises UnfitLayer, which names the layer.
+    source: of the weights and biases. calibration: one that `require_statistics` takes. Raises UnfitLayer, which names the layer.
     """
     for layer in layers:
         started = time.perf_counter()
         if reason := not_quantizable(layer):
-            yield (
-                None,
-                Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=reason),
-            )
+            yield None, Row.in_16_bit(layer, reason)
             continue
-        problem = problem_of(layer, get, keys, calibration, device)
+        problem = problem_of(layer, source, calibration, device)
         try:
             fitted = fit_problem(problem, method, config)
         except SpecError as error:
             raise SpecError(f"layer {layer.name}: {error}") from error
         if fitted.layer is None:
             note = "; ".join(f"{k} {v}" for k, v in fitted.choices.items())
-            yield (
-                None,
-                Row(layer.name, layer.block, layer.in_features, layer.out_features, "16 bit", note=note),
-            )
+            yield None, Row.in_16_bit(layer, note)
             continue
         sqnr = output_sqnr(problem, fitted.layer)
         cpu = fitted.layer.to("cpu")
@@ -61,7 +54,7 @@ def quantize_layers(
 
 
 def problem_of(
-    layer: Layer, get, keys, calibration: Calibration | None, device, second_moments: bool = True
+    layer: Layer, source: Weights, calibration: Calibration | None, device, second_moments: bool = True
 ) -> Problem:
     """A layer's weight, bias and statistics on the device, filled up to whole groups of 64; the statistics
     None without calibration.
@@ -69,8 +62,8 @@ def problem_of(
     Arguments as in `quantize_layers`; second_moments False leaves them on the disk. Raises UnfitLayer as
     `require_sound` does, and CalibrationError.
     """
-    weight = get(f"{layer.name}.weight").to(device).flatten(1)  # a convolution's as a linear layer's
-    bias = get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in keys else None
+    weight = source.get(f"{layer.name}.weight").to(device).flatten(1)  # a convolution's as a linear layer's
+    bias = source.get(f"{layer.name}.bias").to(device) if f"{layer.name}.bias" in source.shapes else None
     statistics = None
     if calibration is not None and _wants_statistics(layer, calibration):
         statistics = calibration.get(layer.input, second_moments)

@@ -2,7 +2,7 @@
 finished is kept."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate, groupby, pairwise
 
 from ..calibration.file import Calibration
@@ -14,7 +14,8 @@ from ..methods import Method
 from ..training.presets import UNTRAINED, Preset
 from ..training.trainer import Trainer
 from .layers import problem_of, quantize_layers
-from .unfinished import Remembered, Unfinished
+from .source import Remembered, Weights
+from .unfinished import Unfinished
 
 
 def blocks_of(plan: list[Layer]) -> list[tuple[str, list[Layer]]]:
@@ -30,8 +31,7 @@ def runs_of(count: int, span: int) -> list[tuple[int, int]]:
 
 def quantize_blocks(
     plan: list[Layer],
-    get,
-    keys,
+    source: Weights,
     method: Method,
     config,
     calibration: Calibration | None,
@@ -46,60 +46,70 @@ def quantize_blocks(
     Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in
     the store is not done again, unless the weights it was made from have changed since.
     """
-    get = Remembered(get, keys)
-    fit = lambda members: list(quantize_layers(members, get, keys, method, config, calibration, device))
+    source = Remembered(source)
+    fit = lambda members: list(quantize_layers(members, source, method, config, calibration, device))
     if preset == UNTRAINED:
-        yield from _layer_by_layer(plan, fit, store, get)
+        yield from _layer_by_layer(plan, fit, store, source)
         return
+
+    def trained(stop, members, layers, rows, name):
+        return _train(trainer, stop, members, layers, rows, name, source, calibration, device)
+
     blocks = blocks_of(plan)
-    names = [name for name, _ in blocks]
-    sources = list(
-        accumulate(([get.source_of(m.name) for m in members] for _, members in blocks), _chained, initial="")
-    )[1:]
-    runs = runs_of(len(blocks), preset.span) if preset.distill else []
-    distilled = [_run_name(names, run) for run in runs]
+    weights = [[source.hash_of(layer.name) for layer in members] for _, members in blocks]
+    sources = list(accumulate(weights, _chained, initial=""))[1:]
+    yield from _block_by_block(blocks, sources, fit, trained, store, preset, trainer)
+    if preset.distill:
+        yield from _run_by_run(blocks, sources[-1], trained, store, preset, trainer)
+
+
+def _block_by_block(blocks, sources, fit, trained, store, preset, trainer) -> Iterator[str]:
+    """Each block fitted, and trained where the preset has a training of blocks."""
     # Once: each is read whole and compared with its hashes.
-    taken = [store.take(*unit) for unit in zip(names, sources, strict=True)]
+    taken = [store.take(name, made_from) for (name, _), made_from in zip(blocks, sources, strict=True)]
     if preset.blocks:
         trainer.begin(preset.blocks)
     for i, (name, members) in enumerate(blocks):
         if taken[i]:
             if preset.blocks and None in taken[i:]:
                 trainer.skip(i + 1, taken[i][0])
-            yield name
-            continue
-        done = fit(members)
-        layers, rows = {layer.name: layer for layer, _ in done if layer is not None}, [row for _, row in done]
-        if preset.blocks:
-            layers = _train(trainer, i + 1, members, layers, rows, name, get, keys, calibration, device)
-        store.save(name, sources[i], layers, rows)
+        else:
+            done = fit(members)
+            layers = {layer.name: layer for layer, _ in done if layer is not None}
+            rows = [row for _, row in done]
+            if preset.blocks:
+                layers = trained(i + 1, members, layers, rows, name)
+            store.save(name, sources[i], layers, rows)
         yield name
-    if runs:
-        trainer.begin(preset.distill)
-    taken = [store.take(name, sources[-1]) for name in distilled]
-    for (first, stop), name, done in zip(runs, distilled, taken, strict=True):
+
+
+def _run_by_run(blocks, source, trained, store, preset, trainer) -> Iterator[str]:
+    """Runs of finished blocks trained together."""
+    names = [name for name, _ in blocks]
+    runs = runs_of(len(blocks), preset.span)
+    trainer.begin(preset.distill)
+    taken = [store.take(_run_name(names, run), source) for run in runs]
+    for (first, stop), done in zip(runs, taken, strict=True):
+        name = _run_name(names, (first, stop))
         if done:
             if None in taken:
                 trainer.skip(stop, done[0])
-            yield name
-            continue
-        loaded = [store.load(block) for block in names[first:stop]]
-        layers, rows = (
-            {k: v for found, _ in loaded for k, v in found.items()},
-            [row for _, found in loaded for row in found],
-        )
-        members = [layer for _, group in blocks[first:stop] for layer in group]
-        layers = _train(trainer, stop, members, layers, rows, name, get, keys, calibration, device)
-        store.save(name, sources[-1], layers, rows)
+        else:
+            loaded = [store.load(block) for block in names[first:stop]]
+            layers = {k: v for found, _ in loaded for k, v in found.items()}
+            rows = [row for _, found in loaded for row in found]
+            members = [layer for _, group in blocks[first:stop] for layer in group]
+            layers = trained(stop, members, layers, rows, name)
+            store.save(name, source, layers, rows)
         yield name
 
 
-def _layer_by_layer(plan, fit, store, get) -> Iterator[str]:
+def _layer_by_layer(plan, fit, store, source) -> Iterator[str]:
     for layer in plan:
-        source = get.source_of(layer.name)
-        if store.take(layer.name, source) is None:
+        made_from = source.hash_of(layer.name)
+        if store.take(layer.name, made_from) is None:
             ((made, row),) = fit([layer])
-            store.save(layer.name, source, {} if made is None else {layer.name: made}, [row])
+            store.save(layer.name, made_from, {} if made is None else {layer.name: made}, [row])
         yield layer.name
 
 
@@ -138,11 +148,11 @@ def _run_name(names, run) -> str:
     return f"distilled-{names[first]}-to-{'prediction' if run[1] > len(names) else names[stop - 1]}"
 
 
-def _train(trainer, stop, members, layers, rows, name, get: Callable, keys, calibration, device):
+def _train(trainer, stop, members, layers, rows, name, source, calibration, device):
     """The layers after training, on the CPU; their rows say what it brought."""
     second_moments = bool({"transform", "smooth"} & set(trainer.config.kinds))  # for GPTQ afterwards
     problems = {
-        m.name: problem_of(m, get, keys, calibration, device, second_moments)
+        m.name: problem_of(m, source, calibration, device, second_moments)
         for m in members
         if m.name in layers
     }

@@ -6,7 +6,7 @@ A folder of this kind has a marker; only files that its run has written are ever
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..store import digests
 from ..store.atomic import TEMPORARY, file_name, new_folder, save_text
 from ..store.safe import CheckpointError
 from ..store.settings import differences
-from ..training.trainer import TRAINING
+from ..training.trainer import LOSSES, TRAINING
 
 MARKER, END = "nibble-unfinished.json", ".nibble.safetensors"
 FORMER = "settings.sha256"  # the marker up to 0.6
@@ -153,7 +153,7 @@ def files_of(folder: Path) -> list[Path]:
     if not is_unfinished(folder):
         return []
     former = (folder / FORMER).is_file()
-    own = lambda p: p.name.endswith((END, TRAINING)) or p.name == "losses.json" or (former and _nibble(p))
+    own = lambda p: p.name.endswith((END, TRAINING)) or p.name == LOSSES or (former and _nibble(p))
     temporary = [
         f for p in folder.iterdir() if p.name.endswith(TEMPORARY) and p.is_dir() for f in [*p.iterdir(), p]
     ]
@@ -184,23 +184,3 @@ def _nibble(path) -> bool:
     except (CheckpointError, ValueError):
         return False
     return True
-
-
-class Remembered:
-    """get(key) of a model that keeps the tensors of the layer asked for last: they are hashed, then fitted,
-    and read once."""
-
-    def __init__(self, get: Callable[[str], torch.Tensor], keys):
-        self._get, self._keys, self._held, self._layer = get, keys, {}, None
-
-    def __call__(self, key: str) -> torch.Tensor:
-        layer = key.rpartition(".")[0]
-        if layer != self._layer:
-            self._held, self._layer = {}, layer
-        if key not in self._held:
-            self._held[key] = self._get(key)
-        return self._held[key]
-
-    def source_of(self, layer: str) -> str:
-        """The hash of its weight and bias."""
-        return hash_of(self(key) for leaf in ("weight", "bias") if (key := f"{layer}.{leaf}") in self._keys)

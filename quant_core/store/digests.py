@@ -8,13 +8,14 @@ tensors by `verify`. They find damage, not malice.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import xxhash
 
+from .progress import Progress, silent
 from .safe import CheckpointError
 
 ENTRY = "nibble_xxh3"
@@ -77,7 +78,7 @@ def verify(
     path: Path,
     file,
     error: type[CheckpointError] = CheckpointError,
-    progress: Callable = lambda items, total: items,
+    progress: Progress = silent,
 ) -> int:
     """Reads every tensor of an opened safetensors file and returns how many bytes agree with their hashes; -1
     for a file without hashes.

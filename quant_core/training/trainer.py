@@ -13,6 +13,7 @@ from time import monotonic
 import torch
 
 from ..calibration.file import Calibration
+from ..calibration.gains import of_calibration
 from ..calibration.trajectory import Trajectory
 from ..families import Family, Layer
 from ..layer.chunks import power_db
@@ -20,12 +21,15 @@ from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem
 from ..layer.soundness import naming
 from ..store.atomic import file_name, save_text
+from ..store.progress import Progress, silent
+from .presets import Preset
 from .reconstruct import Modules, Run, TrainConfig, installed, judged, train
 from .rounding import round_again
 from .segments import Chain
 from .student import Student
 
 SAVE_EVERY = 60.0  # seconds between checkpoints within a run
+LOSSES = "losses.json"  # in a run's folder
 TRAINING = ".training"  # the state of a training under way
 
 
@@ -116,7 +120,7 @@ class Trainer:
     @property
     def losses(self) -> Path:
         """{run: its losses, gain and note} as JSON."""
-        return self.folder / "losses.json"
+        return self.folder / LOSSES
 
     def begin(self, config: TrainConfig):
         """Back to the network's input, to train by `config`."""
@@ -260,13 +264,36 @@ class Trainer:
         save_text(self.losses, json.dumps(before | {outcome.name: entry}))
 
 
+def trainer_of(
+    network: torch.nn.Module,
+    blocks: dict[str, str],
+    modules: Modules,
+    stream_of: Callable[[str], int | None],
+    calibration: Calibration,
+    preset: Preset,
+    folder: Path,
+    device="cpu",
+    check: Callable[[], None] = lambda: None,
+    progress: Progress = silent,
+) -> Trainer:
+    """A Trainer of a network in full precision, however it was loaded; how far errors of its blocks go is
+    measured first where the preset asks for it.
+
+    blocks: {block of the plan: name of its module in the network}, in order. modules: {layer of the plan: [(module,
+    its rows)]}. The rest as in Trainer. Raises the errors of `gains.of_calibration`.
+    """
+    held = {name: [network.get_submodule(block)] for name, block in blocks.items()}
+    gains = None
+    if preset.adaptive:
+        gains = of_calibration(calibration, list(held), lambda: (network, held), device, progress)
+    names, trajectory = list(blocks.values()), calibration.trajectory()
+    return Trainer(network, names, modules, trajectory, folder, device, stream_of, gains, check)
+
+
 def _in_own_memory(layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:
     """Copies. A memory-mapped tensor lies at any 8 bytes, where products differ in their last bit from those
     at PyTorch's 64: a training that goes on from a file would end elsewhere."""
-    return {
-        name: replace(layer, tensors={k: t.clone() for k, t in layer.tensors.items()})
-        for name, layer in layers.items()
-    }
+    return {name: layer.in_memory() for name, layer in layers.items()}
 
 
 def _rounded_again(problem, layer):

@@ -62,9 +62,8 @@ class Small:
         store = Unfinished(Path(folder), "flux", {"preset": repr(preset)})
         trainer = self.trainer(store.folder, check, preset)
         config = method.configured(**options)
-        keys = self.checkpoint.shapes
         work = quantize_blocks(
-            self.plan, self.checkpoint.get, keys, method, config, self.calibration, "cpu", store, preset, trainer
+            self.plan, self.checkpoint, method, config, self.calibration, "cpu", store, preset, trainer
         )  # fmt: skip
         progress(work)
         return *finished(self.plan, preset, store), trainer

@@ -14,6 +14,7 @@ from comfyui_nibble.quant_core.formats.origin import Origin
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.host.server import find_comfyui
 
 
@@ -53,7 +54,7 @@ def packed(comfy):
         shapes = {k: tuple(v.shape) for k, v in state.items()}
         family, chosen, layers = detect(shapes), by_name(method), {}
         for layer, _ in quantize_layers(
-            family.layers(shapes), state.__getitem__, shapes, chosen, chosen.configured(**options)
+            family.layers(shapes), Tensors(state), chosen, chosen.configured(**options)
         ):
             layers[layer.name] = layer
         rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}

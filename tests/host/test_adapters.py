@@ -89,6 +89,7 @@ def test_equals_the_float_merge(base, kind, key, strength):
     assert torch.equal(forward(base), plain)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", ["lora", "dora", "lokr", "diff"])
 def test_output_moves_by_the_merged_difference(base, kind):
     """Not only the weights agree: the layer's output with the adapter is its own plus x times the merged
@@ -225,6 +226,7 @@ def test_random_stacks_on_off_and_reordered(base, data):
     assert torch.equal(forward(base), plain)
 
 
+@pytest.mark.quick
 def test_tensors_of_the_layer_come_back_as_the_very_same(base):
     own = {n: {k: t.data_ptr() for k, t in m.layer().tensors.items()} for n, m in load(base).packed_layers()}
     for kind in KINDS:

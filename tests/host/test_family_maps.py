@@ -7,6 +7,7 @@ import torch
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.assets.synthetic import (
     chroma_shapes,
     flux2_shapes,
@@ -199,7 +200,7 @@ def test_wans_mlp_computes_its_gelu_once(comfy, one_thread):
     left to the quantizer."""
     shapes, method = wan_shapes(), by_name("rtn")
     state = random_state(shapes)
-    done = quantize_layers(detect(shapes).layers(shapes), state.__getitem__, shapes, method, method.config)
+    done = quantize_layers(detect(shapes).layers(shapes), Tensors(state), method, method.config)
     layers = {layer.name: layer for layer, _ in done}
     rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
     model = patcher_of(layers, rest, "wan").model.diffusion_model

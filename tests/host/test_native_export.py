@@ -9,6 +9,7 @@ from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.codes import assert_apart_by_flips, layer_error
 from comfyui_nibble.tests.host.conftest import COMFYUI
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node
@@ -92,8 +93,7 @@ def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_t
     method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
     made = quantize_layers(
         detect(shapes).layers(shapes),
-        tiny_state.__getitem__,
-        shapes,
+        Tensors(tiny_state),
         method,
         method.configured(quality_db=16),
     )

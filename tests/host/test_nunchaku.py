@@ -11,6 +11,7 @@ from comfyui_nibble.quant_core.formats.nunchaku.write import save
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.assets import nunchaku as made
 from comfyui_nibble.tests.codes import assert_repeats, record
 from comfyui_nibble.tests.host.inside import forward, patcher_of
@@ -24,7 +25,7 @@ def written(comfy, tiny_state, tmp_path_factory):
     """({name: layer}, {key: tensor} of the rest, the opened file): SVDQuant without data, rank 16."""
     shapes, method = {k: tuple(v.shape) for k, v in tiny_state.items()}, by_name("svdquant")
     config = method.configured(rank=16, gptq=False, iterations=0)
-    found = quantize_layers(detect(shapes).layers(shapes), tiny_state.__getitem__, shapes, method, config)
+    found = quantize_layers(detect(shapes).layers(shapes), Tensors(tiny_state), method, config)
     layers = {layer.name: layer for layer, _ in found}
     rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
     path = tmp_path_factory.mktemp("nunchaku") / "tiny.safetensors"

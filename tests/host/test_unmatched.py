@@ -30,6 +30,7 @@ def level(request):
     root.setLevel(before)
 
 
+@pytest.mark.quick
 def test_a_lora_of_another_model_is_refused_at_every_log_level(base, level):
     with pytest.raises(RuntimeError, match=REFUSAL):
         with_lora(base, STRAY)
@@ -58,6 +59,7 @@ def missing_of(comfy, tensors, targets, **options):
     return sorted(unmatched.keys_of(loaded))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "kind", ["lora", "lora and bias", "dora", "loha", "lokr, both decomposed", "glora", "oft", "diff", "set"]
 )
@@ -92,6 +94,7 @@ def test_tensors_that_comfyui_looks_at_in_vain_are_not_used(comfy):
     ]
 
 
+@pytest.mark.quick
 def test_any_mapping_is_read_by_its_own_methods(comfy):
     class Lazy(Mapping):
         def __init__(self, held):

@@ -21,6 +21,7 @@ from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.precision.allocate import with_choice
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.quant_core.training.presets import PRESETS
 from comfyui_nibble.quant_core.training.reconstruct import WINDOWS
 from comfyui_nibble.tests.assets.synthetic import (
@@ -256,10 +257,7 @@ def save_nunchaku(path, shapes):
     state, method = random_state(shapes), by_name("svdquant")
     config = method.configured(rank=32, gptq=False, iterations=0)
     made = [
-        layer
-        for layer, _ in quantize_layers(
-            detect(shapes).layers(shapes), state.__getitem__, shapes, method, config
-        )
+        layer for layer, _ in quantize_layers(detect(shapes).layers(shapes), Tensors(state), method, config)
     ]
     layers = {layer.name: layer for layer in made}
     nunchaku.save(

@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.packing import pack, unpack
 from comfyui_nibble.kernels.operator.quantizers import code_range
 from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
@@ -67,6 +68,11 @@ def inputs(m, k, dtype=torch.float32, seed=1):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def with_branches(x, spec, tensors, lora=(), before=None, target=None):
+    """quant_linear of a layer with LoRA branches, as the product runs them: more columns of its low rank."""
+    return quant_linear(x, *with_lora(spec, tensors, lora, x.dtype), before, target)
+
+
 def output_error(y, x, spec, tensors, lora=()):
     """|y - naive| over |naive| or, where the terms cancel, over the largest of them: y is rounded once, each
     low-rank term before."""
@@ -83,8 +89,8 @@ def kernels_codes():
     """The codes of what the kernels' quantizer is given within, part by part."""
     codes, real = Codes(), fused.quantize
 
-    def quantize(x, spec, tensors, target, step, *rest):
-        out, scale = real(x, spec, tensors, target, step, *rest)
+    def quantize(x, plan, launch, *rest):
+        (out, scale), step = real(x, plan, launch, *rest), launch.gemm
         natural = (
             out.unflatten(1, (step.planes, -1)).transpose(1, 2).flatten(1) if step.planes else unpack(out, 4)
         )
@@ -103,7 +109,7 @@ def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
     value and its scale by UNIT of the largest value, and the output by LIMIT.
     """
     with kernels_codes() as codes:
-        y = quant_linear(x, spec, tensors, lora, before, interpreter())
+        y = with_branches(x, spec, tensors, lora, before, interpreter())
     with taken(codes) as took:
         want = naive.quant_linear(x if before is None else before(x), spec, tensors, lora)
     assert took.at == len(codes.calls) > 0

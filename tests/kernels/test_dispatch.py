@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels import ops, plan
 from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
 from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec, parse
@@ -98,6 +97,7 @@ CHOICES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("layer", "target"), CHOICES)
 def test_path_and_reasons(layer, target):
     path, *refused = CHOICES[layer, target]
@@ -106,6 +106,7 @@ def test_path_and_reasons(layer, target):
     assert str(choice) == "; ".join([path, *(f"{name}: {reason}" for name, reason in refused)])
 
 
+@pytest.mark.quick
 def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
     spec = SPECS["W4A4"]
     assert not target_of("cpu").interpreted
@@ -117,6 +118,7 @@ def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
         interpreter()
 
 
+@pytest.mark.quick
 def test_layers_that_do_not_fit_x_are_refused():
     spec = SPECS["W4A4"]
     tensors = random_tensors(spec)
@@ -143,8 +145,9 @@ def test_x_that_no_kernel_takes_goes_the_eager_way(layer, target, rows, dtype):
     spec = SPECS[layer]
     tensors, x = random_tensors(spec, dtype=dtype), 2 * inputs(rows, 192, dtype)
     lora = [(inputs(4, 192, dtype), inputs(16, 4, dtype), 8)]
-    y = quant_linear(x, spec, tensors, lora, Gelu(), target)
-    assert torch.equal(y, eager.quant_linear(Gelu()(x), spec, tensors, lora))
+    spec, tensors = with_lora(spec, tensors, lora, dtype)
+    y = quant_linear(x, spec, tensors, Gelu(), target)
+    assert torch.equal(y, eager.quant_linear(Gelu()(x), spec, tensors))
 
 
 def test_spec_and_target_survive_as_constants():
@@ -155,13 +158,12 @@ def test_spec_and_target_survive_as_constants():
 
 
 class Layer(torch.nn.Module):
-    """A quantized layer after a plain one and a LayerNorm or a GELU, with a LoRA branch, on the interpreter."""
+    """A quantized layer after a plain one and a LayerNorm or a GELU, on the interpreter."""
 
     def __init__(self, spec, seed=0):
         super().__init__()
         self.spec, self.target = spec, interpreter()
         self.tensors = random_tensors(spec, seed, dtype=HALF)
-        self.lora = [(inputs(4, spec.in_features, HALF), inputs(16, 4, HALF), 8)]
         self.first = torch.nn.Linear(32, spec.in_features, dtype=HALF)
         self.modulation = inputs(1, spec.in_features, HALF, 3)
 
@@ -169,9 +171,7 @@ class Layer(torch.nn.Module):
         before = (
             Gelu() if self.spec.weight_only else LayerNormModulate(self.modulation.sin(), self.modulation)
         )
-        return torch.relu(
-            quant_linear(self.first(x), self.spec, self.tensors, self.lora, before, self.target)
-        )
+        return torch.relu(quant_linear(self.first(x), self.spec, self.tensors, before, self.target))
 
 
 def compiled(module):
@@ -252,7 +252,7 @@ def test_lora_merged_in_compiled_code(target):
     assert torch.equal(compiled(module)[0](x), module(x))
 
 
-def test_operators_keep_to_their_schemas():
+def test_the_operator_keeps_to_its_schema():
     for spec in (TWO_PARTS, SPECS["W4"], LEARNED):
         tensors, x = random_tensors(spec, dtype=HALF), inputs(5, spec.in_features, HALF)
         parts = [
@@ -267,80 +267,10 @@ def test_operators_keep_to_their_schemas():
                 "transform",
             )
         ]
-        lora = [inputs(4, spec.in_features, HALF)], [inputs(16, 4, HALF)], [8]
-        torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *lora, *NOTHING))
+        torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *NOTHING))
 
 
-def test_kernels_write_where_their_schemas_say():
-    spec, checks = SPECS["W4A4"], ("test_schema", "test_faketensor")
-    tensors, x = random_tensors(spec, dtype=HALF), inputs(5, 192, HALF)
-    codes, scale, low = (
-        torch.empty(5, 192, dtype=torch.int8),
-        torch.empty(3, 5),
-        torch.empty(5, 8, dtype=HALF),
-    )
-    quantize = (
-        x,
-        codes,
-        scale,
-        low,
-        None,
-        tensors["proj_down"],
-        None,
-        None,
-        192,
-        1,
-        2,
-        4,
-        False,
-        True,
-        0,
-        0.0,
-        1.0,
-        0,
-        0.0,
-    )
-    torch.library.opcheck(ops.quantize_activation.default, quantize, test_utils=checks)
-    ops.quantize_activation(*quantize)
-    factors = inputs(1, 8 * 8 + 16 * 16)[0]
-    learned = (
-        x[:, :128],
-        codes[:, :128],
-        scale[:1],
-        None,
-        factors,
-        None,
-        None,
-        1,
-        1,
-        8,
-        16,
-        False,
-        2,
-        4,
-        False,
-        1.0,
-        0,
-        0.0,
-    )
-    torch.library.opcheck(ops.quantize_kronecker.default, learned, test_utils=checks)
-    sides = (
-        codes,
-        scale,
-        tensors["weight"],
-        tensors["weight_scale"],
-        low,
-        tensors["proj_up"],
-        tensors["bias"],
-        torch.zeros(5, 48, dtype=HALF),
-    )
-    torch.library.opcheck(
-        ops.gemm.default, (*sides, "gemm_int8", 2, plan.GROUP, False, 32, [96], True, True), test_utils=checks
-    )
-    only = x, tensors["weight"], tensors["weight_scale"], None, torch.empty(5, 48, dtype=HALF), 4, 64
-    torch.library.opcheck(ops.weight_only.default, only, test_utils=checks)
-
-
+@pytest.mark.quick
 def test_scales_of_the_wrong_shape_are_named():
     spec = spec_of(128, 16)
     tensors = random_tensors(spec)

@@ -27,6 +27,7 @@ from comfyui_nibble.tests.kernels.layers import (
     kernels_codes,
     random_tensors,
     side_by_side,
+    with_branches,
 )
 from comfyui_nibble.tests.support import outlier_tokens
 
@@ -77,11 +78,11 @@ def outputs(x, layer, path, lora=()):
     """(y in fp16, float32's on the same codes): kernels rotate and transform in another order than torch, so
     that a few codes differ."""
     if path == "eager":
-        return quant_linear(x, layer.spec, layer.tensors, lora), naive.quant_linear(
+        return with_branches(x, layer.spec, layer.tensors, lora), naive.quant_linear(
             x, layer.spec, layer.tensors, lora
         )
     with kernels_codes() as codes:
-        y = quant_linear(x, layer.spec, layer.tensors, lora, target=PATHS[path])
+        y = with_branches(x, layer.spec, layer.tensors, lora, target=PATHS[path])
     with taken(codes) if codes.calls else nullcontext():
         return y, naive.quant_linear(x, layer.spec, layer.tensors, lora)
 

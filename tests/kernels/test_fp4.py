@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from triton.runtime.interpreter import InterpreterBuilder
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.fp4 import launch, naive, refused
 from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.tests.kernels.layers import LIMIT, inputs
@@ -41,7 +40,7 @@ def run_quantizer(x, kind, smooth=None, down=None, given=None):
         torch.empty(tokens),
     )
     low = None if down is None else torch.empty(tokens, down.shape[1], dtype=x.dtype)
-    ops.quantize_fp4(x, codes, scales, token_scale, low, smooth, down, given)
+    launch.quantize_fp4(x, codes, scales, token_scale, low, smooth, down, given)
     return codes, scales, token_scale, low
 
 
@@ -108,7 +107,7 @@ def run_linear(x, weight, kind, smooth=None, down=None, up=None, bias=None, give
     """Both kernels -> y in the dtype of x or `dtype`."""
     codes, scales, token_scale, low = run_quantizer(x, kind, smooth, down, given)
     y = torch.empty(x.shape[0], weight[0].shape[0], dtype=dtype or x.dtype)
-    ops.gemm_fp4(codes, scales, token_scale, *weight, low, up, bias, y)
+    launch.gemm_fp4(codes, scales, token_scale, *weight, low, up, bias, y)
     return y
 
 
@@ -229,11 +228,11 @@ def test_what_does_not_fit_is_said():
         run_quantizer(x, "mxfp4", given=torch.ones(1))
     codes, scales, token_scale, _ = run_quantizer(x, "nvfp4")
     with pytest.raises(ValueError, match="one fp4 format"):
-        ops.gemm_fp4(codes, scales, token_scale, *mx, None, None, None, y)
+        launch.gemm_fp4(codes, scales, token_scale, *mx, None, None, None, y)
     with pytest.raises(ValueError, match="float8_e4m3fn"):
-        ops.gemm_fp4(codes, scales.float(), token_scale, *nv, None, None, None, y)
+        launch.gemm_fp4(codes, scales.float(), token_scale, *nv, None, None, None, y)
     with pytest.raises(ValueError, match="one scale per 16"):
-        ops.gemm_fp4(codes, scales[:, :4], token_scale, *nv, None, None, None, y)
+        launch.gemm_fp4(codes, scales[:, :4], token_scale, *nv, None, None, None, y)
 
 
 def test_who_is_refused():
@@ -258,6 +257,6 @@ def test_fake_versions():
             torch.empty(4),
             torch.empty(4, 8, dtype=HALF),
         )
-        assert ops.quantize_fp4(x, codes, scales, token_scale, None, None, None, None) is None
+        assert launch.quantize_fp4(x, codes, scales, token_scale, None, None, None, None) is None
         weight = torch.empty(8, 32, dtype=torch.uint8), torch.empty(8, 2, dtype=torch.uint8)
-        assert ops.gemm_fp4(codes, scales, token_scale, *weight, None, None, None, None, y) is None
+        assert launch.gemm_fp4(codes, scales, token_scale, *weight, None, None, None, None, y) is None

@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from comfyui_nibble.kernels.fp4 import naive
 from comfyui_nibble.tests.support import outlier_tokens
 
+pytestmark = pytest.mark.quick
+
 
 def test_e2m1_by_hand():
     """Halves go to the even code, whose last bit is 0: 0, 1, 2 and 4."""

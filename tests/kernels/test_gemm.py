@@ -7,11 +7,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.kernels import ops, plan
-from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
+from comfyui_nibble.kernels import plan
+from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
-from comfyui_nibble.kernels.quant_linear import naive
+from comfyui_nibble.kernels.quant_linear import launch, naive
 from comfyui_nibble.kernels.target import Target, interpreter
 from comfyui_nibble.tests.kernels.layers import (
     CHANNEL,
@@ -26,6 +26,7 @@ from comfyui_nibble.tests.kernels.layers import (
     random_tensors,
     side_by_side,
     spec_of,
+    with_branches,
 )
 from comfyui_nibble.tests.support import relative_error
 
@@ -38,7 +39,7 @@ ACT8, WEIGHT8 = ActivationSpec(bits=8), WeightSpec(bits=8)
 def run(x, spec, tensors, lora=(), before=None):
     target = interpreter()
     assert choose(spec, target).path in ("int8 tensor cores", "weight-only kernel")
-    return quant_linear(x, spec, tensors, lora, before, target)
+    return with_branches(x, spec, tensors, lora, before, target)
 
 
 def check(m, spec, dtype=HALF, lora=(), seed=0):
@@ -308,7 +309,7 @@ def test_weight_only_parts_add_up():
 
 
 def product(codes, scale, tensors, low=None, **changed):
-    """ops.gemm on the launch of a layer into fp32, with some settings changed."""
+    """launch.gemm on the launch of a layer into fp32, with some settings changed."""
     y = torch.zeros(codes.shape[0], tensors["weight"].shape[0])
     chosen = {
         "kernel": "gemm_int8",
@@ -321,7 +322,7 @@ def product(codes, scale, tensors, low=None, **changed):
         **changed,
     }
     up = None if low is None else tensors["proj_up"]
-    ops.gemm(
+    launch.gemm(
         codes,
         scale,
         tensors["weight"],

@@ -86,6 +86,7 @@ def hopper_launch(monkeypatch):
     Gluon."""
     monkeypatch.setattr(launch, "kernel_target", lambda device: HOPPER)
     monkeypatch.setattr(hopper, "gemm_wgmma", Kernel())
+    monkeypatch.setattr(launch, "_chosen", launch._chosen.__wrapped__)  # not kept for other tests
 
     def run(planes, ends, accumulate=False, offset=0):
         scales, row_bytes = SLICE if len(ends) > 1 else CHANNEL, ends[-1]

@@ -31,7 +31,7 @@ for folder in sys.argv[1:]:
     y = of("kernels.dispatch").quant_linear(x, layer, tensors, target=target).float()
     naive = of("kernels.quant_linear.naive").quant_linear(x, layer, tensors)
     found.append({
-        "namespace": of("kernels.ops").NAMESPACE,
+        "namespace": of("kernels.quant_linear.op").NAMESPACE,
         "path": of("kernels.dispatch").choose(layer, target).path,
         "error": float((y - naive).norm() / naive.norm()),
         "output": y.tolist(),

@@ -1,5 +1,5 @@
 """The activation quantizer with a learned Kronecker transform, in Triton's interpreter, against
-`naive.quantize_activation`.
+`operator.quantizers.quantize_activation`.
 
 The products take fp16 scaled to its range. Next to the fp32 specification some codes are a step off, where a
 value was about to round either way: 0.06 % of 4-bit codes and 1 % of 8-bit codes for orthogonal factors.
@@ -8,12 +8,12 @@ value was about to round either way: 0.06 % of 4-bit codes and 1 % of 8-bit code
 import pytest
 import torch
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.operator import quantizers
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.quantizers import TINY
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
+from comfyui_nibble.kernels.quant_activation import launch
 from comfyui_nibble.quant_core.methods.factors import start_factor
 from comfyui_nibble.tests.kernels.layers import inputs
 
@@ -47,7 +47,7 @@ def run(x, spec, transform, smooth=None, planes=2, before=None):
     codes = torch.full((x.shape[0], x.shape[1] if planes else x.shape[1] // 2), 99, dtype=torch.int8)
     scale = torch.full((count, x.shape[0]), 99.0)
     kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
-    ops.quantize_kronecker(
+    launch.quantize_kronecker(
         x, codes, scale, smooth, transform, mod_scale, mod_shift, count, part.width // (p1 * p2), p1, p2, part.per_slice, planes, act.bits,
         act.unsigned, act.clip, kind, eps,
     )  # fmt: skip
@@ -192,7 +192,7 @@ def test_rows_of_a_wider_tensor():
         torch.zeros(5, 1024, dtype=torch.int8),
         torch.empty(1, 5),
     )
-    ops.quantize_kronecker(
+    launch.quantize_kronecker(
         x, codes[:, 256:], scale, smooth[512:1024], transform, None, None, 1, 2, 16, 16, False, 2, 4, False, 1.0, *NOTHING[:1], 0.0
     )  # fmt: skip
     check(

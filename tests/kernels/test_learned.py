@@ -6,13 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.dispatch import FUSED, choose, paths_of, quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
-from comfyui_nibble.kernels.quant_linear import naive
+from comfyui_nibble.kernels.quant_linear import fused, naive
 from comfyui_nibble.kernels.target import Target, interpreter
-from comfyui_nibble.tests.kernels.layers import LIMIT, check_on_equal_codes, inputs, output_error
+from comfyui_nibble.tests.kernels.layers import (
+    LIMIT,
+    check_on_equal_codes,
+    inputs,
+    output_error,
+    with_branches,
+)
 from comfyui_nibble.tests.support import relative_error
 
 CHANNEL, TOKEN = WeightSpec(4, "channel"), ActivationSpec(4, "token")
@@ -57,7 +62,7 @@ def test_eager_agrees_with_the_specification(name):
     spec = SPECS[name]
     tensors, x, lora = tensors_of(spec), inputs(33, spec.in_features), lora_of(spec)
     assert (
-        relative_error(naive.quant_linear(x, spec, tensors, lora), quant_linear(x, spec, tensors, lora))
+        relative_error(naive.quant_linear(x, spec, tensors, lora), with_branches(x, spec, tensors, lora))
         < 1e-5
     )
     assert (
@@ -74,13 +79,13 @@ def test_kernels_agree_with_the_specification(name, dtype, monkeypatch):
     """The kernel's transform has roundings to 11 bits; where torch transforms, it hands on the dtype of x."""
     spec, calls = SPECS[name], []
     tensors, x, lora = tensors_of(spec), inputs(33, spec.in_features, dtype), lora_of(spec)
-    real = ops.quantize_kronecker
-    monkeypatch.setattr(ops, "quantize_kronecker", lambda *args: calls.append(args[7]) or real(*args))
+    real = fused.quantize_kronecker
+    monkeypatch.setattr(fused, "quantize_kronecker", lambda *args: calls.append(args[7]) or real(*args))
     expected = [] if name in TORCH else [3] if name == "parts alike" else [1]
     for before in (None, Gelu()):
         calls.clear()
         if spec.weight_only:
-            got = quant_linear(x, spec, tensors, lora, before, interpreter())
+            got = with_branches(x, spec, tensors, lora, before, interpreter())
             assert output_error(got, x if before is None else before(x), spec, tensors, lora) < LIMIT[dtype]
         else:
             check_on_equal_codes(x, spec, tensors, lora, before, roundings=1 if before is None else 2)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_nibble.kernels import choose
+from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, naive
@@ -86,6 +87,7 @@ SPECS = {
 }  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SPECS)
 def test_naive_equals_the_formula_in_float64(name):
     spec = SPECS[name]
@@ -96,6 +98,7 @@ def test_naive_equals_the_formula_in_float64(name):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", SPECS)
 def test_eager_equals_naive(name):
     spec = SPECS[name]
@@ -106,7 +109,10 @@ def test_eager_equals_naive(name):
         (torch.randn(2, spec.in_features), torch.randn(48, 2), 0),
     ]
     assert (
-        relative_error(naive.quant_linear(x, spec, tensors, lora), eager.quant_linear(x, spec, tensors, lora))
+        relative_error(
+            naive.quant_linear(x, spec, tensors, lora),
+            eager.quant_linear(x, *with_lora(spec, tensors, lora, x.dtype)),
+        )
         < 1e-6
     )
 
@@ -138,6 +144,7 @@ def test_eager_equals_naive_for_any_shape(m, n, groups, rotation, smooth, rank, 
     assert relative_error(naive.quant_linear(x, spec, tensors), eager.quant_linear(x, spec, tensors)) < 2e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("codes", [-8, 7, 0])
 def test_extreme_codes_rows_and_outliers(codes):
     spec = spec_of(128, 8, smooth=True)
@@ -161,5 +168,6 @@ def test_bf16_input_keeps_its_dtype_and_stays_close():
     assert relative_error(naive.quant_linear(x, spec, tensors), y) < 0.01
 
 
+@pytest.mark.quick
 def test_dispatch_says_why():
     assert str(choose(SPECS["svdquant"], "cpu")) == "eager; triton: needs a GPU"

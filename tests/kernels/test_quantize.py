@@ -1,4 +1,4 @@
-"""The activation quantizer in Triton's interpreter against `naive.quantize_activation`."""
+"""The activation quantizer in Triton's interpreter against `operator.quantizers.quantize_activation`."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_nibble.kernels import ops
 from comfyui_nibble.kernels.operator import quantizers
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.quantizers import TINY
 from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
+from comfyui_nibble.kernels.quant_activation import launch
 from comfyui_nibble.tests.kernels.layers import inputs
 from comfyui_nibble.tests.support import relative_error
 
@@ -44,7 +44,7 @@ def run(x, part, planes, smooth=None, down=None, before=None):
     scale = torch.full((x.shape[1] // 64 if grouped else count, x.shape[0]), 99.0)
     low = None if down is None else x.new_full((x.shape[0], count * down.shape[1]), 99.0)
     kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
-    ops.quantize_activation(
+    launch.quantize_activation(
         x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits, act.unsigned, grouped,
         part.rotation, act.shift, act.clip, kind, eps,
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_rows_of_a_wider_tensor_and_the_right_part_of_a_buffer():
     first, in two planes."""
     wide, part = inputs(5, 320, HALF), part_of(64, SIGNED[2])
     x, codes, scale = wide[:, 192:320], torch.zeros(5, 256, dtype=torch.int8), torch.empty(2, 5)
-    ops.quantize_activation(
+    launch.quantize_activation(
         x, codes[:, 64:], scale, None, None, None, None, None, 64, 2, 2, 4, False, True, 0, 0.0, 1.0, *NOTHING[:1], 0.0
     )  # fmt: skip
     want, want_scale = expected(x, part)
@@ -150,6 +150,7 @@ def test_rotation_after_smoothing_rounds_to_bf16(rotation):
     assert_close(run(x, part, 2, factors), expected(x, part, factors), share=0.01, scale_error=0.01)
 
 
+@pytest.mark.quick
 def test_rotation_with_a_tail():
     for width, rotation in ((48, 16), (72, 8), (384, 128), (80, 16)):
         x, part = inputs(7, 2 * width, BF16), part_of(width, token(SIGNED[2]), rotation=rotation)
@@ -202,6 +203,7 @@ def test_fused_layernorm_equals_layernorm_before(batches, dtype):
         assert relative_error(torch.cat([a @ b for a, b in products], 1), low) < 2 * ROUNDING[dtype]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("act", [SIGNED[2], token(SHIFTED)], ids=["group", "token"])
 @pytest.mark.parametrize("before", [None, Gelu(), modulation(1, 192, HALF)], ids=["", "gelu", "layernorm"])
 def test_nan_stays_in_its_token(act, before):
@@ -221,6 +223,7 @@ def test_nan_stays_in_its_token(act, before):
     assert torch.equal(codes[whole], run(x, part_of(192, act), 2, before=before)[0][whole])
 
 
+@pytest.mark.quick
 def test_zero_and_outlier_rows():
     for act in (SIGNED[2], token(SIGNED[3])):
         x, part = inputs(17, 192, HALF), part_of(192, act)
@@ -248,6 +251,7 @@ def test_one_bit_of_what_underflows_in_the_division():
     assert torch.equal(scale[:, 0], x.float().abs().amax(1) * 0.25)
 
 
+@pytest.mark.quick
 def test_no_token_is_no_launch():
     codes, scale, low = run(inputs(0, 128, HALF), part_of(128, SIGNED[2]), 2, down=inputs(128, 8, HALF))
     assert (codes.shape, scale.shape, low.shape) == ((0, 128), (0, 2), (0, 8))

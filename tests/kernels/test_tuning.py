@@ -18,6 +18,8 @@ from comfyui_nibble.quant_core.evaluation.bench.tune import save
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.tests.kernels.layers import side_by_side
 
+pytestmark = pytest.mark.quick
+
 CARDS = [
     Target("cuda", a, triton)
     for triton in ((3, 6), (3, 9))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from comfyui_nibble.quant_core.calibration.file import save
 from comfyui_nibble.quant_core.calibration.trajectory import Recorder
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
-from comfyui_nibble.quant_core.convert.convert import convert
+from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.detect import open_quantized
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics

@@ -20,7 +20,7 @@ import torch
 from comfyui_nibble.kernels.operator.errors import MESSAGE
 from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
-from comfyui_nibble.quant_core.convert.convert import convert
+from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.detect import CALIBRATION, kind_of, open_any, open_quantized

@@ -21,12 +21,12 @@ from ...families import FLUX, Layer
 from ...layer.chunks import power_db
 from ...layer.linear import QuantizedLayer
 from ...layer.row import Row
+from ...run.model import Job, quantized
 from ...run.report import sqnr_summary
-from ...run.stages import finished, quantize_blocks
-from ...run.unfinished import Unfinished
+from ...run.source import Tensors
 from ...store.atomic import file_name
+from ...store.progress import Progress, silent
 from ...store.table import Table
-from ...training.presets import UNTRAINED
 from ..demo import metrics, pictures, tiny_flux
 from ..demo.outliers import add_outliers
 from ..demo.run import JUDGED, STEPS, calibrate_tiny
@@ -63,7 +63,7 @@ class World:
         captions=JUDGED,
         steps: int = STEPS,
         samples: int = 16,
-        bar: Bar = lambda items, total: items,
+        bar: Progress = silent,
     ):
         """Calibrates into `folder`, or reads what an earlier run has left there."""
         state = add_outliers(load_file(tiny_flux.CHECKPOINT), severity)
@@ -88,28 +88,21 @@ class World:
         """(the model with the entry's layers in place, rows of its report, the layers). Finished blocks of a
         training are kept."""
         settings = {"name": entry.name, "calibration": self.calibration.hash} | entry.settings
-        store = Unfinished(
-            self.folder / f"partial-{file_name(json.dumps(settings, sort_keys=True))}", "flux", settings
+        method, preset = entry.method, entry.preset
+        folder = self.folder / f"partial-{file_name(json.dumps(settings, sort_keys=True))}"
+        job = Job(
+            Tensors(self.state), self.plan, method, method.config, self.calibration, settings, preset=preset
         )
-        trainer = None
-        if entry.preset != UNTRAINED:
-            trainer = trainer_of(
-                self.model, FLUX, self.plan, self.calibration, "cpu", store.folder, entry.preset
-            )
-        for _ in quantize_blocks(
-            self.plan, self.state.__getitem__, self.state, entry.method, entry.method.config, self.calibration, "cpu", store, entry.preset, trainer
-        ):  # fmt: skip
-            pass
-        layers, rows = finished(self.plan, entry.preset, store)
+
+        def trainer(folder):
+            return trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", folder, preset)
+
+        with quantized(job, folder, trainer=trainer) as done:
+            layers = {name: layer.in_memory() for name, layer in done.layers.items()}
         out, names = copy.deepcopy(self.model), modules_of(FLUX, self.plan, self.model)
-        layers = {
-            name: QuantizedLayer(name, v.spec, {k: t.clone() for k, t in v.tensors.items()})
-            for name, v in layers.items()
-        }
         for name, layer in layers.items():
             place(out, names[name], layer)
-        store.remove()
-        return out, rows, layers
+        return out, done.rows, layers
 
 
 def prediction_db(
@@ -174,7 +167,7 @@ def run(
     folder: Path,
     entries: list[Entry],
     severity: float = 1.0,
-    bar: Bar = lambda items, total: items,
+    bar: Progress = silent,
     best: int = BEST,
     captions=JUDGED,
     steps: int = STEPS,

@@ -2,11 +2,9 @@
 
 import torch
 
-from ....kernels import ops
 from ....kernels.dispatch import FUSED, choose, quant_linear
-from ....kernels.operator.spec import LinearSpec
-from ....kernels.plan import lower
-from ....kernels.quant_linear import fused
+from ....kernels.quant_linear import fused, launch
+from ....kernels.quant_linear.arguments import plan_of
 from ....kernels.target import Target
 from .cases import Case, Column, generator, random_input, random_tensors
 from .timing import Work
@@ -23,7 +21,7 @@ def refusal(column: Column, n: int, k: int, target: Target) -> str:
 def operator(x, spec, tensors, target: Target, int8: bool = False):
     """quant_linear as a model calls it; with `int8`, planned for a card without native INT4."""
     return (
-        fused.quant_linear(x, spec, tensors, target)
+        fused.quant_linear(x, spec.text, tensors, target)
         if int8
         else quant_linear(x, spec, tensors, target=target)
     )
@@ -31,21 +29,19 @@ def operator(x, spec, tensors, target: Target, int8: bool = False):
 
 def quantized(x, spec, tensors, target: Target):
     """(codes, scale, low) of x for a layer that is one launch."""
-    (step,), low = lower(spec, target), fused.empty_low(x, spec)
-    return *fused.quantize(x, spec, tensors, target, step, low), low
+    plan = plan_of(spec.text, target.fields)
+    low = fused.empty_low(x, plan)
+    return *fused.quantize(x, plan, plan.launches[0], tensors, low), low
 
 
 def gemm_work(x, spec, tensors, target: Target) -> Work:
     """The product alone: the codes of x are made here, before the clock runs."""
-    (step,) = lower(spec, target)
+    (step,) = plan_of(spec.text, target.fields).launches
     codes, scale, low = quantized(x, spec, tensors, target)
     y = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
 
     def call(codes, scale, weight, weight_scale, low, up, bias):
-        ops.gemm(
-            codes, scale, weight, weight_scale, low, up, bias, y,
-            step.kernel, step.planes, step.scales, step.swap, step.block, step.ends, step.act_grouped, False,
-        )  # fmt: skip
+        launch.gemm(codes, scale, weight, weight_scale, low, up, bias, y, *step.settings)
         return y
 
     return Work(
@@ -62,9 +58,7 @@ def gemm_work(x, spec, tensors, target: Target) -> Work:
     )
 
 
-def layer_of(
-    case: Case, column: Column, dtype, device
-) -> tuple[torch.Tensor, LinearSpec, dict[str, torch.Tensor]]:
+def layer_of(case: Case, column: Column, dtype, device):
     """(x, spec, tensors) of a case, the same at every call."""
     spec, g = column.spec(case.n, case.k), generator(case.seed, device)
     return random_input(case.m, case.k, dtype, device, g), spec, random_tensors(spec, dtype, device, g)

@@ -35,71 +35,52 @@ def _ms(row: dict, column: str) -> float | None:
     return row["cells"].get(column, {}).get("ms")
 
 
-def targets(rows: list[dict], ceilings: dict, arch) -> list[dict]:
+def targets(rows: list[dict], ceilings: dict, arch: int | str) -> list[dict]:
     """One entry a target and shape: {"target", "case", "value", "bound", "met"}; met None where a number is
     missing. Hopper only."""
-    out = []
+    rows = [row for row in rows if arch == 90 and row["m"] == FLUX_TOKENS]
+    return [
+        {"target": text, "case": row["name"], "value": value, "bound": bound, "met": _met(value, bound, most)}
+        for row in rows
+        for text, value, bound, most in [*_at_least(row, ceilings), *_at_most(row)]
+    ]
 
-    def state(row, text, value, bound, at_least=True):
-        met = None if value is None else (value >= bound if at_least else value <= bound)
-        out.append({"target": text, "case": row["name"], "value": value, "bound": bound, "met": met})
 
-    ratio = lambda a, b: None if a is None or b is None else a / b
-    for row in rows if arch == 90 else []:
-        if row["m"] != FLUX_TOKENS:
-            continue
-        torch_ms, int8_ms, gemm_ms = _ms(row, "torch"), _ms(row, "torch int8"), _ms(row, "qgemm")
-        operator_ms, split_ms, peak = _ms(row, "operator"), _ms(row, "split4"), ceilings.get("int8_flops")
-        lora = ratio(_ms(row, "operator + LoRA"), operator_ms)
-        if row["n"] >= WIDE:
-            state(
-                row,
-                f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}",
-                ratio(torch_ms, operator_ms),
-                OPERATOR_WIDE,
-            )
-        if row["n"] == NARROW:
-            state(
-                row,
-                f"operator at least {OPERATOR_NARROW} x torch, N = {NARROW}",
-                ratio(torch_ms, operator_ms),
-                OPERATOR_NARROW,
-            )
-        state(row, f"qgemm at least {GEMM_OF_INT8} x torch int8", ratio(int8_ms, gemm_ms), GEMM_OF_INT8)
-        rate = ratio(2000 * row["m"] * row["n"] * row["k"], gemm_ms)
-        state(
-            row, f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", ratio(rate, peak), GEMM_OF_CEILING
-        )
-        state(
-            row,
-            f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm",
-            ratio(operator_ms, gemm_ms),
-            OPERATOR_OVER_GEMM,
-            False,
-        )
-        state(
-            row,
-            f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator",
-            lora,
-            LORA_OVER_OPERATOR,
-            False,
-        )
-        learned = ratio(_ms(row, "quantize transform"), _ms(row, "quantize token"))
-        state(
-            row,
-            f"transform and quantize at most {TRANSFORM_OVER_QUANTIZE} x quantize",
-            learned,
-            TRANSFORM_OVER_QUANTIZE,
-            False,
-        )
-        state(
-            row,
-            f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm",
-            ratio(split_ms, gemm_ms),
-            SPLIT_OVER_GEMM,
-            False,
-        )
-    return out
+def _met(value, bound, most):
+    return None if value is None else (value <= bound if most else value >= bound)
+
+
+def _at_least(row, ceilings):
+    """(target, value, bound, False) where more is better."""
+    torch_ms, gemm_ms, operator_ms = _ms(row, "torch"), _ms(row, "qgemm"), _ms(row, "operator")
+    over_torch = _ratio(torch_ms, operator_ms)
+    if row["n"] >= WIDE:
+        yield f"operator at least {OPERATOR_WIDE} x torch, N >= {WIDE}", over_torch, OPERATOR_WIDE, False
+    if row["n"] == NARROW:
+        yield f"operator at least {OPERATOR_NARROW} x torch, N = {NARROW}", over_torch, OPERATOR_NARROW, False
+    over_int8 = _ratio(_ms(row, "torch int8"), gemm_ms)
+    yield f"qgemm at least {GEMM_OF_INT8} x torch int8", over_int8, GEMM_OF_INT8, False
+    rate = _ratio(_ratio(2000 * row["m"] * row["n"] * row["k"], gemm_ms), ceilings.get("int8_flops"))
+    yield f"qgemm at least {GEMM_OF_CEILING} of the int8 ceiling", rate, GEMM_OF_CEILING, False
+
+
+def _at_most(row):
+    """(target, value, bound, True) where less is better."""
+    gemm_ms, operator_ms = _ms(row, "qgemm"), _ms(row, "operator")
+    over_gemm = _ratio(operator_ms, gemm_ms)
+    yield f"operator at most {OPERATOR_OVER_GEMM} x the time of qgemm", over_gemm, OPERATOR_OVER_GEMM, True
+    lora = _ratio(_ms(row, "operator + LoRA"), operator_ms)
+    text = f"a LoRA of rank 32 at most {LORA_OVER_OPERATOR} x the time of the operator"
+    yield text, lora, LORA_OVER_OPERATOR, True
+    learned = _ratio(_ms(row, "quantize transform"), _ms(row, "quantize token"))
+    text = f"transform and quantize at most {TRANSFORM_OVER_QUANTIZE} x quantize"
+    yield text, learned, TRANSFORM_OVER_QUANTIZE, True
+    split = _ratio(_ms(row, "split4"), gemm_ms)
+    yield f"split4 at most {SPLIT_OVER_GEMM} x the time of qgemm", split, SPLIT_OVER_GEMM, True
+
+
+def _ratio(a, b):
+    return None if a is None or b is None else a / b
 
 
 def cell_text(found: dict) -> str:

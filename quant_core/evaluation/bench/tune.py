@@ -39,15 +39,12 @@ def tuned_columns(columns) -> list[Column]:
 @contextmanager
 def forced(cache: TileCache, key: str, tile: Tile):
     """Launches take this tile while it lasts; the file is not touched."""
-    before = cache.tiles.get(key)
-    cache.tiles[key] = tile
+    before = cache.get(key)
+    cache.put({key: tile})
     try:
         yield
     finally:
-        if before is None:
-            del cache.tiles[key]
-        else:
-            cache.tiles[key] = before
+        cache.put({key: before})
 
 
 def written(work: Work) -> torch.Tensor:
@@ -110,6 +107,6 @@ def tune(case: Case, column: Column, target: Target, dtype, device, clock=measur
 
 def save(cache: TileCache, measured: dict[str, Tile]):
     """Adds to what is in the cache and in its file."""
-    cache.tiles.update(measured)
+    cache.put(measured)
     tiles = {key: astuple(tile) for key, tile in cache.tiles.items()}
     save_text(cache.path, json.dumps({"fields": [f.name for f in fields(Tile)], "tiles": tiles}, indent=1))

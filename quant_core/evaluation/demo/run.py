@@ -17,6 +17,8 @@ from ...methods import METHODS, Method
 from ...methods.rtn import RTNConfig
 from ...run.layers import quantize_layers
 from ...run.report import bits_per_weight, sqnr_summary
+from ...run.source import Tensors
+from ...store.progress import Progress, silent
 from . import metrics, pictures, tiny_flux
 from .outliers import add_outliers
 
@@ -61,7 +63,7 @@ def calibrate_tiny(
     folder,
     steps=10,
     samples=CALIBRATION_SAMPLES,
-    progress=lambda items, total: items,
+    progress: Progress = silent,
     model_hash="demo",
 ) -> Calibration:
     """Statistics of the small model over random captions, four pictures a run."""
@@ -84,9 +86,7 @@ def quantized_copy(model, layers, state_dict, method, calibration):
     """(a copy of the diffusers model with quantized layers in place, report rows)."""
     out, rows = copy.deepcopy(model), []
     names = modules_of(FLUX, layers, model)
-    for layer, row in quantize_layers(
-        layers, state_dict.__getitem__, state_dict, method, method.config, calibration
-    ):
+    for layer, row in quantize_layers(layers, Tensors(state_dict), method, method.config, calibration):
         rows.append(row)
         if layer is not None:
             place(out, names[layer.name], layer)
@@ -132,7 +132,7 @@ def run_severity(severity: float, folder: Path, progress) -> tuple[dict, dict[st
     return report, shown
 
 
-def run(out: Path, progress=lambda items, total: items) -> dict:
+def run(out: Path, progress: Progress = silent) -> dict:
     """Writes contact_sheet.png and report.json into `out`; returns the report: the hard outliers, and "mild"
     beside it."""
     import tempfile

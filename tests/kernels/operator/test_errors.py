@@ -14,6 +14,8 @@ from comfyui_nibble.kernels.operator.errors import (
 from comfyui_nibble.kernels.operator.spec import SpecError
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_text_without_control_characters_stays_as_it_is():
     text = "/models/flux ü 漢字.safetensors: double_blocks.0: expected F32 [4, 4], found BF16 [4, 4]."

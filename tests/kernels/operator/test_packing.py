@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 
 from comfyui_nibble.kernels.operator.packing import pack, pack_base3, unpack, unpack_base3
 
+pytestmark = pytest.mark.quick
+
 
 def test_even_channel_is_the_low_nibble():
     assert pack(torch.tensor([[1, 2, -8, 7]]), 4).view(torch.uint8).tolist() == [[0x21, 0x78]]

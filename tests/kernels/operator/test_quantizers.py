@@ -9,6 +9,8 @@ from comfyui_nibble.kernels.operator.quantizers import (
     quantize,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_signed_codes_never_reach_minus_eight():
     x = torch.tensor([[-7.0, 7.0, -6.6, 0.4]])

@@ -11,6 +11,8 @@ from comfyui_nibble.kernels.operator.transforms import (
     unfold_weight,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16, 64, 128, 256])
 def test_hadamard_is_orthonormal_and_symmetric(size):

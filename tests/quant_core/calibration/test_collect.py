@@ -9,6 +9,8 @@ from comfyui_nibble.quant_core.calibration.observe import Observation
 from comfyui_nibble.quant_core.calibration.plan import Input
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics, NonFiniteActivation
 
+pytestmark = pytest.mark.quick
+
 WIDTHS = {"a": 64, "b": 128, "c": 64}
 INPUTS = [Input(name, width, ((0, width),), name) for name, width in WIDTHS.items()]
 

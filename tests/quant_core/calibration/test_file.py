@@ -11,6 +11,8 @@ from comfyui_nibble.quant_core.calibration.file import Calibration, CalibrationE
 from comfyui_nibble.quant_core.calibration.trajectory import Recorder
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 
+pytestmark = pytest.mark.quick
+
 META = {"model": "m", "samples": 2, "done": 2, "passes": 1, "seed": 0}
 SEEN = {"order": ["a"], "shared": {}, "rows": {"a": 4}}
 

@@ -7,6 +7,8 @@ from comfyui_nibble.quant_core.calibration import Calibration, calibrate, trajec
 from comfyui_nibble.quant_core.calibration.plan import Input
 from comfyui_nibble.quant_core.calibration.trajectory import Recorder, Trajectory
 
+pytestmark = pytest.mark.quick
+
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
 
 

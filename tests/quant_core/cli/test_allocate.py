@@ -46,9 +46,7 @@ def measured(calibration, tmp_path_factory):
 def table(calibration, path, settings=None):
     checkpoint = Checkpoint(tiny_flux.CHECKPOINT)
     layers = checkpoint.family.layers(checkpoint.shapes)
-    return sensitivity.sensitivity(
-        layers, checkpoint.get, checkpoint.shapes, calibration, CONFIG, path, settings or {"a": 1}
-    )
+    return sensitivity.sensitivity(layers, checkpoint, calibration, CONFIG, path, settings or {"a": 1})
 
 
 def test_table(measured):

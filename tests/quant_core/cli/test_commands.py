@@ -296,6 +296,7 @@ def test_training_without_recorded_calls(tmp_path, transformer):
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.quick
 def test_layer_that_does_not_divide_by_64_is_filled_up(tmp_path):
     from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
@@ -320,6 +321,7 @@ def test_layer_that_does_not_divide_by_64_is_filled_up(tmp_path):
     assert pack.logical_shapes()[key] == (384, 100)
 
 
+@pytest.mark.quick
 def test_nan_weight_names_the_layer(tmp_path, tiny_state):
     state = {k: v.clone() for k, v in tiny_state.items()}
     state["single_blocks.1.linear2.weight"][3, 5] = float("nan")

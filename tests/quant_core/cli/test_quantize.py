@@ -19,6 +19,8 @@ from comfyui_nibble.quant_core.training.presets import preset
 from comfyui_nibble.quant_core.training.trainer import NoTrajectory
 from comfyui_nibble.tests.support import nibble, relative_error
 
+pytestmark = pytest.mark.quick
+
 RTN = METHODS["rtn"]
 REAL = {torch.float8_e4m3fn: torch.bfloat16, torch.float8_e5m2: torch.bfloat16, torch.float64: torch.float32}
 DTYPES = [*REAL, torch.float32, torch.bfloat16, torch.float16]

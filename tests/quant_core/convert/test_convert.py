@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
-from comfyui_nibble.quant_core.convert.convert import convert
+from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.formats import nibble as pack
@@ -56,6 +56,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.quick
 def test_there_and_back_is_the_same_file(packed, tmp_path):
     """ConvRot layers are ComfyUI's own but for the modulation, which is weight-only and becomes int8."""
     native, back, again = (tmp_path / f"{n}.safetensors" for n in ("native", "back", "again"))
@@ -77,6 +78,7 @@ def test_there_and_back_is_the_same_file(packed, tmp_path):
     assert after.provenance == before.provenance
 
 
+@pytest.mark.quick
 def test_what_would_be_lost_is_said_first_and_nothing_is_written(packed, tmp_path):
     out = tmp_path / "out.safetensors"
     with pytest.raises(convert.LossyConversion) as error:
@@ -111,6 +113,7 @@ def test_kitchen_takes_svdquant_as_it_is_but_for_two_parts(packed, tmp_path):
     assert read.specs[LINEAR2].parts[0].weight.bits == 8
 
 
+@pytest.mark.quick
 def test_refusals(packed, source, tmp_path):
     with pytest.raises(
         ValueError, match=r"unknown format 'gguf'; choose of native, kitchen, nunchaku, nibble"
@@ -179,7 +182,7 @@ def with_rank(layer, rank):
 
 
 def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypatch):
-    real = convert.pack.save
+    real = convert.nibble.save
 
     def wrong(path, layers, *rest, **more):
         layers["single_blocks.0.linear1"].tensors["weight"] = (
@@ -190,7 +193,7 @@ def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypa
             layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
         )
 
-    monkeypatch.setattr(convert.pack, "save", wrong)
+    monkeypatch.setattr(convert.nibble, "save", wrong)
     (tmp_path / "x.safetensors").write_text("of before")
     with pytest.raises(
         convert.NotReadBack,
@@ -226,7 +229,7 @@ def test_a_nan_of_the_source_reads_back_as_it_was(packed, tmp_path, method, to):
 @pytest.mark.parametrize("bad", [b"x", None])
 def test_a_copy_that_cannot_be_opened_is_not_left(packed, tmp_path, monkeypatch, bad):
     monkeypatch.setattr(
-        convert.pack,
+        convert.nibble,
         "save",
         lambda path, *_, **__: path.write_bytes(bad or packed["splitquant"].read_bytes()[:-100]),
     )
@@ -264,6 +267,7 @@ def test_declared_fp8_is_a_source(source, tmp_path):
     )
 
 
+@pytest.mark.quick
 def test_inspect_of_each_kind(packed, source, tmp_path):
     native = tmp_path / "native.safetensors"
     nibble("convert", packed["convrot"], native, "--to", "native", "--lossy")

@@ -11,6 +11,8 @@ from comfyui_nibble.quant_core.layer.problem import output_sqnr
 from comfyui_nibble.quant_core.methods import METHODS, weight_only
 from comfyui_nibble.tests.support import relative_error, sqnr_db
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def shifted(make_problem):

@@ -89,6 +89,7 @@ def predictions(model, calibration):
 # -- the map
 
 
+@pytest.mark.quick
 def test_map_of_dit_covers_every_linear_layer():
     with torch.device("meta"):
         model = DiTTransformer2DModel()  # XL/2
@@ -229,6 +230,7 @@ def pixart(folder):
     return lambda model: model(x, text, timestep=torch.tensor([300, 700]), added_cond_kwargs=extra).sample
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", [flux, pixart])
 @torch.no_grad()
 def test_file_in_diffusers_model_is_its_quantized_layers(kind, tmp_path):

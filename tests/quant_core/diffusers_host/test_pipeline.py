@@ -327,6 +327,7 @@ def test_kontext_without_a_picture(saved, tmp_path):
     assert calibration.get("double_blocks.0.img_attn.qkv").count == IMAGE_TOKENS
 
 
+@pytest.mark.quick
 def test_other_models_are_refused_before_they_load(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(CheckpointError, match="without a `transformer` or `unet` folder"):

@@ -8,6 +8,8 @@ import torch
 from comfyui_nibble.quant_core.families import FAMILIES, by_name, detect
 from comfyui_nibble.tests.assets.diffusers_models import MODELS, build
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):

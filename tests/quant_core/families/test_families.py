@@ -26,6 +26,8 @@ from comfyui_nibble.tests.assets.synthetic import (
     z_image_shapes,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_flux_map_of_a_full_width_model():
     shapes = flux_shapes(double=2, single=1)

@@ -17,6 +17,8 @@ from comfyui_nibble.quant_core.run.layers import leave_out
 from comfyui_nibble.quant_core.run.report import sensitive
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
 
+pytestmark = pytest.mark.quick
+
 
 def linear(*names, n=128, k=128):
     return {f"{name}.weight": (n, k) for name in names}

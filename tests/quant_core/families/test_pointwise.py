@@ -18,6 +18,8 @@ from comfyui_nibble.quant_core.layer.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import relative_error
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("shape", "want"),

@@ -14,6 +14,8 @@ from comfyui_nibble.quant_core.families.select import (
 )
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, pixart_shapes
 
+pytestmark = pytest.mark.quick
+
 DOUBLE, SINGLE = 19, 38
 FLUX, PIXART = list(flux_shapes(DOUBLE, SINGLE)), list(pixart_shapes())
 FLUX_MODULES, PIXART_MODULES = modules_of(FLUX), modules_of(PIXART)

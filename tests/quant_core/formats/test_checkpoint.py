@@ -10,6 +10,8 @@ from comfyui_nibble.quant_core.formats.shards import files_of
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
 
+pytestmark = pytest.mark.quick
+
 LAYER = "double_blocks.0.img_attn.qkv.weight"
 
 

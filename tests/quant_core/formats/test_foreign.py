@@ -15,6 +15,8 @@ from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 from comfyui_nibble.tests.support import nibble
 
+pytestmark = pytest.mark.quick
+
 NAME, N, K = "double_blocks.0.img_mlp.2", 256, 1024
 FP8, E5M2 = torch.zeros(N, K, dtype=torch.float8_e4m3fn), torch.zeros(N, K, dtype=torch.float8_e5m2)
 BYTES = lambda *shape: torch.zeros(shape, dtype=torch.uint8)

@@ -5,6 +5,8 @@ from comfyui_nibble.quant_core.formats import origin
 from comfyui_nibble.quant_core.formats.origin import Origin, decoded, encoded, is_beside, outside
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "value",

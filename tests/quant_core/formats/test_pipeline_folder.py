@@ -6,6 +6,8 @@ import torch
 from comfyui_nibble.quant_core.formats.pipeline_folder import origin_of
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 SDXL = {"_class_name": "UNet2DConditionModel", "addition_embed_type": "text_time"}
 
 

@@ -9,6 +9,8 @@ from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.prefixes import network
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 
+pytestmark = pytest.mark.quick
+
 BLOCK = ("double_blocks.0.", "double_blocks.0._orig_mod.")
 BEFORE = [
     "", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "model.", "transformer.", "unet.", "module.", "_orig_mod.",

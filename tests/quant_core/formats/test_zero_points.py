@@ -14,6 +14,8 @@ from comfyui_nibble.quant_core.formats.zero_points import (
 )
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 
+pytestmark = pytest.mark.quick
+
 N, K, G = 24, 256, 64
 
 

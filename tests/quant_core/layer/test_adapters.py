@@ -18,6 +18,8 @@ from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.tests.support import relative_error
 
+pytestmark = pytest.mark.quick
+
 N, K = 96, 128
 
 

@@ -7,6 +7,8 @@ from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import relative_error
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def layer(make_problem):

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
-from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError, parse
+from comfyui_nibble.kernels.lora import with_lora
+from comfyui_nibble.kernels.operator.spec import SpecError, parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import eager, naive
 from comfyui_nibble.kernels.target import interpreter
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.formats.nibble import PackError, PackFile, save
+from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.adapters import LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
@@ -21,6 +23,7 @@ from comfyui_nibble.quant_core.layer.precisions import to_w8a8, w4a8, w8a8
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.training.student import Student
 from comfyui_nibble.tests.codes import layer_error
+from comfyui_nibble.tests.kernels.layers import with_branches
 from comfyui_nibble.tests.support import relative_error
 
 N, K = 96, 320
@@ -73,21 +76,16 @@ def test_every_path_gathers_x_alone(layer, plain, order):
     for run in (eager.quant_linear, naive.quant_linear, quant_linear):
         assert torch.equal(run(x, layer.spec, layer.tensors), run(x[:, order], plain.spec, plain.tensors))
         got, want = (
-            run(x, layer.spec, layer.tensors, added),
-            run(x[:, order], plain.spec, plain.tensors, moved),
+            run(x, *with_lora(layer.spec, layer.tensors, added, x.dtype)),
+            run(x[:, order], *with_lora(plain.spec, plain.tensors, moved, x.dtype)),
         )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     for before in (Gelu(), modulated):
         got = quant_linear(x[None], layer.spec, layer.tensors, before=before)
         assert torch.equal(got[0], plain(before(x)[:, order]))
-    half, run = (
-        x.half(),
-        lambda spec, tensors, x, lora: quant_linear(x, spec, tensors, lora, target=interpreter()),
-    )
-    got, want = (
-        run(layer.spec, layer.tensors, half, added),
-        run(plain.spec, plain.tensors, half[:, order], moved),
-    )
+    half = x.half()
+    got = with_branches(half, layer.spec, layer.tensors, added, target=interpreter())
+    want = with_branches(half[:, order], plain.spec, plain.tensors, moved, target=interpreter())
     assert relative_error(want, got) < 1e-3
 
 
@@ -150,13 +148,9 @@ def test_sides_stand_in_raw_order(layer, plain, order):
 
 def test_description(layer, plain):
     """Where there is no order a description is the one that older versions wrote and read."""
-    assert "order" not in plain.spec.to_json()
-    assert LinearSpec.from_json(json.loads(json.dumps(plain.spec.to_json()))) == plain.spec
-    assert (
-        LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json())))
-        == layer.spec
-        == parse(layer.spec.text)
-    )
+    assert "order" not in to_json(plain.spec)
+    assert from_json(json.loads(json.dumps(to_json(plain.spec)))) == plain.spec
+    assert from_json(json.loads(json.dumps(to_json(layer.spec)))) == layer.spec == parse(layer.spec.text)
     assert layer.spec.text != plain.spec.text
     assert layer.spec.shapes()["channel_order"] == (K,)
     assert layer.spec.as_w8a8().order

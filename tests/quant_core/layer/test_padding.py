@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import pad
 
 from comfyui_nibble.kernels.dispatch import quant_linear
-from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError, parse
+from comfyui_nibble.kernels.lora import with_lora
+from comfyui_nibble.kernels.operator.spec import SpecError, parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.kernels.target import interpreter
@@ -20,6 +21,7 @@ from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.kitchen import write as kitchen_out
 from comfyui_nibble.quant_core.formats.nibble import PackFile, save
 from comfyui_nibble.quant_core.formats.nunchaku.write import losses as nunchaku_losses
+from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.adapters import Kronecker, LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
@@ -31,6 +33,7 @@ from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.quant_core.run.layers import not_quantizable
 from comfyui_nibble.quant_core.training.rounding import round_again
 from comfyui_nibble.quant_core.training.student import Student
+from comfyui_nibble.tests.kernels.layers import with_branches
 from comfyui_nibble.tests.support import outlier_tokens, relative_error
 
 N, K, WHOLE = 97, 200, 256  # 97: out-channels need no multiple of anything
@@ -150,8 +153,8 @@ def test_every_path_pads_x_alone(layer, plain):
     )
     for run in (naive.quant_linear, quant_linear):
         torch.testing.assert_close(
-            run(x, layer.spec, layer.tensors, added),
-            run(wide, plain.spec, plain.tensors, zeros),
+            run(x, *with_lora(layer.spec, layer.tensors, added, x.dtype)),
+            run(wide, *with_lora(plain.spec, plain.tensors, zeros, x.dtype)),
             rtol=1e-5,
             atol=1e-5,
         )
@@ -171,13 +174,13 @@ def test_kernels(make_problem, name, before):
     layer = fitted(make_problem(N, K, calibrated=False).filled(), name)
     x, down, up = randn(5, K).half(), randn(4, K).half() * 0.1, randn(32, 4).half()
     before = LayerNormModulate(randn(1, K).half(), randn(1, K, seed=1).half()) if before == "norm" else before
-    got = quant_linear(x, layer.spec, layer.tensors, [(down, up, 16)], before, target=interpreter())
+    got = with_branches(x, layer.spec, layer.tensors, [(down, up, 16)], before, interpreter())
     if isinstance(before, LayerNormModulate):
         x, before = before(x), None
     wide, added = pad(x, (0, WHOLE - K)), [(pad(down, (0, WHOLE - K)), up, 16)]
     assert torch.equal(
         got,
-        quant_linear(wide, layer.spec.without_padding(), layer.tensors, added, before, target=interpreter()),
+        with_branches(wide, layer.spec.without_padding(), layer.tensors, added, before, interpreter()),
     )
 
 
@@ -245,12 +248,8 @@ def test_sides_are_of_the_raw_x(layer):
 
 def test_description(layer, plain):
     """Where there is no padding a description is the one that older versions wrote and read."""
-    assert "padding" not in plain.spec.to_json()
-    assert (
-        LinearSpec.from_json(json.loads(json.dumps(layer.spec.to_json())))
-        == layer.spec
-        == parse(layer.spec.text)
-    )
+    assert "padding" not in to_json(plain.spec)
+    assert from_json(json.loads(json.dumps(to_json(layer.spec)))) == layer.spec == parse(layer.spec.text)
     assert layer.spec.text != plain.spec.text
     assert layer.spec.describe().endswith("padded to 256 channels")
     assert layer.spec.shapes()["proj_down"] == (WHOLE, 16)

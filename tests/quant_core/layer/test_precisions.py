@@ -7,6 +7,8 @@ from comfyui_nibble.quant_core.layer.precisions import to_w8a8
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import sqnr_db
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     "parts", [(Part(0, 256),), (Part(0, 256, True),), (Part(0, 64), Part(64, 256, True))]

@@ -27,6 +27,7 @@ from comfyui_nibble.quant_core.layer.soundness import (
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.quant_core.precision.menu import MIXED, MixedConfig, variants
 from comfyui_nibble.quant_core.run.layers import problem_of, quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 
 NAME = "blocks.0.linear"
 
@@ -47,7 +48,7 @@ def problem_with(problem, weight=None, bias=None):
         f"{NAME}.weight": problem.weight if weight is None else weight,
         f"{NAME}.bias": problem.bias if bias is None else bias,
     }
-    return problem_of(problem.layer, tensors.__getitem__, tensors, Held(problem.statistics), "cpu")
+    return problem_of(problem.layer, Tensors(tensors), Held(problem.statistics), "cpu")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -63,7 +64,7 @@ def test_weights_whose_sums_overflow(make_problem, method, calibrated):
         match=r"^layer blocks.0.linear: its weight goes up to 3e\+38, and from 1.44e\+17 on sums over 64 x "
         r"128 weights overflow",
     ):
-        list(quantize_layers([problem.layer], get.__getitem__, get, chosen, chosen.config, held))
+        list(quantize_layers([problem.layer], Tensors(get), chosen, chosen.config, held))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -224,4 +225,4 @@ def test_integers_are_no_weights(leaf, dtype):
     state = {"a.weight": torch.randn(64, 64), "a.bias": torch.randn(64)}
     state[f"a.{leaf}"] = torch.zeros(state[f"a.{leaf}"].shape, dtype=dtype)
     with pytest.raises(UnfitLayer, match=rf"layer a: its {leaf} has the dtype {dtype}, expected floats"):
-        problem_of(Layer("a", "b", 64, 64, (Part(0, 64),), "a"), state.__getitem__, state, None, "cpu")
+        problem_of(Layer("a", "b", 64, 64, (Part(0, 64),), "a"), Tensors(state), None, "cpu")

@@ -1,8 +1,11 @@
 """Factors that balance both sides, against their conditions and against what they minimise."""
 
+import pytest
 import torch
 
 from comfyui_nibble.quant_core.methods.balance import metric, riccati, sqrtm
+
+pytestmark = pytest.mark.quick
 
 
 def spd(n, seed):

@@ -45,6 +45,7 @@ def test_each_ingredient_earns_its_place(make_problem, option, margin):
     assert full > less + margin
 
 
+@pytest.mark.quick
 def test_unsigned_codes_help_after_gelu(make_problem):
     parts = (Part(0, 512, after_gelu=True),)
     unsigned = fitted(p := make_problem(256, 512, parts), "svdquant")
@@ -78,6 +79,7 @@ def test_rank_is_at_most_the_narrowest_part(make_problem):
     assert fitted(problem, "svdquant", rank=128).layer.spec.rank == 64
 
 
+@pytest.mark.quick
 def test_data_free_works_and_is_not_judged(make_problem):
     problem = make_problem(128, 256, calibrated=False)
     for name in METHODS:
@@ -89,6 +91,7 @@ def test_same_inputs_give_the_same_bytes(make_problem):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.quick
 def test_float16_models_keep_float16(make_problem):
     layer = fitted(make_problem(128, 256, dtype=torch.float16), "svdquant").layer
     assert {
@@ -96,6 +99,7 @@ def test_float16_models_keep_float16(make_problem):
     } == {torch.float16}
 
 
+@pytest.mark.quick
 def test_unknown_names_are_listed():
     with pytest.raises(ValueError, match="svdquant_r, svdquant, splitquant, convrot, rtn, robuq"):
         by_name("gguf")
@@ -179,6 +183,7 @@ def test_weight_only_keeps_what_is_best_on_held_out_rows(make_problem):
 # -- the pieces
 
 
+@pytest.mark.quick
 def test_truncated_svd_is_the_best_of_its_rank():
     g = torch.Generator().manual_seed(0)
     a = torch.randn(96, 24, generator=g) @ torch.randn(24, 128, generator=g) + 0.1 * torch.randn(
@@ -200,6 +205,7 @@ def test_whitened_svd_is_best_in_the_metric_of_the_data():
     assert error(u @ v.T) < 0.8 * error(plain_u @ plain_v.T)
 
 
+@pytest.mark.quick
 def test_upper_factor():
     x = torch.randn(300, 64, dtype=torch.float64)
     h = (x.T @ x).float()

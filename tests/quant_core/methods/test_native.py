@@ -12,6 +12,7 @@ from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem, native
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.support import nibble, sqnr_db
 
 METHOD = METHODS["native"]
@@ -127,7 +128,7 @@ def test_a_report_says_why_a_layer_stays(make_problem):
     problem = make_problem(64, 256, calibrated=False)
     tensors = {f"{problem.layer.name}.weight": problem.weight}
     [(layer, row)] = quantize_layers(
-        [problem.layer], tensors.__getitem__, tensors, METHOD, METHOD.configured(quality_db=60)
+        [problem.layer], Tensors(tensors), METHOD, METHOD.configured(quality_db=60)
     )
     assert layer is None
     assert row.what == "16 bit"

@@ -6,10 +6,11 @@ import torch
 
 from comfyui_nibble.kernels.dispatch import choose
 from comfyui_nibble.kernels.operator.quantizers import code_range, dequantize, quantize, ternary_scale
-from comfyui_nibble.kernels.operator.spec import LinearSpec, SpecError
+from comfyui_nibble.kernels.operator.spec import SpecError
 from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.formats import nibble
+from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.problem import output_sqnr
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name, fit_problem, gptq
@@ -178,7 +179,7 @@ def test_layer_is_ternary_and_survives_a_file(make_problem, tmp_path):
     assert all(((fields >> s) & 3 != 2).all() for s in (0, 2, 4, 6))  # -2 is never emitted
     nibble.save(tmp_path / "m.safetensors", {layer.name: layer}, {}, "flux", {}, [])
     again = nibble.PackFile(tmp_path / "m.safetensors").layer(layer.name)
-    assert again.spec == layer.spec == LinearSpec.from_json(layer.spec.to_json())
+    assert again.spec == layer.spec == from_json(to_json(layer.spec))
     assert all(torch.equal(again.tensors[k], t) for k, t in layer.tensors.items())
     x = problem.tokens("report")
     assert torch.equal(again(x), layer(x))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from comfyui_nibble.kernels.operator.spec import LinearSpec, parse
+from comfyui_nibble.kernels.operator.spec import parse
 from comfyui_nibble.kernels.operator.transforms import (
     fold_weight,
     kronecker,
@@ -13,6 +13,7 @@ from comfyui_nibble.kernels.operator.transforms import (
     unfold_weight,
 )
 from comfyui_nibble.quant_core.families import Layer, Part
+from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
 from comfyui_nibble.quant_core.methods import by_name
@@ -105,7 +106,7 @@ def test_spec_of_a_layer(make_problem, per_slice):
     assert (second.kronecker, second.pairs) == ((16, 16), 4 if per_slice else 1)
     assert layer.tensors["transform"].shape == (512 * (6 if per_slice else 2),)
     assert layer.spec.describe() == "W4A4 per channel smooth 2 slices 16x16"
-    assert LinearSpec.from_json(layer.spec.to_json()) == layer.spec == parse(layer.spec.text)
+    assert from_json(to_json(layer.spec)) == layer.spec == parse(layer.spec.text)
     assert output_sqnr(problem, layer) > 10
 
 

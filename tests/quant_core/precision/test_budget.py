@@ -15,6 +15,8 @@ from comfyui_nibble.quant_core.precision.budget import (
     for_quality,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def unit(name, noise, *options, layers=1):
     return Unit(name, noise, tuple(Option(*o) for o in options), layers)

@@ -24,6 +24,7 @@ from comfyui_nibble.quant_core.precision.guard import (
     noise_of,
 )
 from comfyui_nibble.quant_core.precision.guard_report import Decision, as_text, rows_after
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.support import sqnr_db
 
 PLAIN, GELU, HALVES = (Part(0, 512),), (Part(0, 512, True),), (Part(0, 128), Part(128, 512, True))
@@ -152,9 +153,7 @@ def test_measured_numbers(make_problem):
     problem = make_problem(96, 512)
     layer, name = quantized(problem), problem.layer.name
     tensors = {f"{name}.weight": problem.weight, f"{name}.bias": problem.bias}
-    (m,) = measure(
-        [problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics), ("W8A8",)
-    )
+    (m,) = measure([problem.layer], {name: layer}, Tensors(tensors), OneInput(problem.statistics), ("W8A8",))
     raised = w8a8(problem, layer)
     assert m == Measured(
         name,
@@ -168,7 +167,7 @@ def test_measured_numbers(make_problem):
     with pytest.raises(
         CalibrationError, match=r"no held-out tokens of layer blocks.0.linear .* 2 samples or more"
     ):
-        list(measure([problem.layer], {name: layer}, tensors.get, tensors, OneInput(problem.statistics)))
+        list(measure([problem.layer], {name: layer}, Tensors(tensors), OneInput(problem.statistics)))
 
 
 # -- layers, blocks and the report, on numbers

@@ -1,11 +1,14 @@
 """What reports say of sizes."""
 
+import pytest
 import torch
 
 from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.quant_core.layer.row import Row
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.run.report import as_text, file_storage, storage
+
+pytestmark = pytest.mark.quick
 
 
 def test_storage_is_bytes_against_bytes():

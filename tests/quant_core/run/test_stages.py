@@ -88,12 +88,8 @@ def test_runs_of_blocks():
 def test_untrained_is_layer_by_layer(small, untrained):
     layers, rows, _ = untrained
     assert [name for name, _ in blocks_of(small.plan)] == BLOCKS
-    method, get = by_name("splitquant"), small.checkpoint.get
-    done = list(
-        quantize_layers(
-            small.plan, get, small.checkpoint.shapes, method, method.configured(**FAST), small.calibration
-        )
-    )
+    method, source = by_name("splitquant"), small.checkpoint
+    done = list(quantize_layers(small.plan, source, method, method.configured(**FAST), small.calibration))
     same_layers(layers, {layer.name: layer for layer, _ in done})
     assert without_seconds(rows) == without_seconds([row for _, row in done])
 
@@ -246,10 +242,7 @@ def test_layers_of_files_are_computed_with_at_pytorchs_own_alignment(
     if skipped:
         trainer.skip(1, layers)
     else:
-        keys = small.checkpoint.shapes
-        problems = {
-            m.name: problem_of(m, small.checkpoint.get, keys, small.calibration, "cpu") for m in members
-        }
+        problems = {m.name: problem_of(m, small.checkpoint, small.calibration, "cpu") for m in members}
         trainer.run(1, problems, layers, BLOCKS[0])
     assert places
     assert set(places) == {0}

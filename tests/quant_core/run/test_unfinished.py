@@ -5,9 +5,12 @@ from comfyui_nibble.quant_core.formats.nibble import PackError
 from comfyui_nibble.quant_core.layer.row import Row
 from comfyui_nibble.quant_core.methods import METHODS, fit_problem
 from comfyui_nibble.quant_core.run import unfinished
-from comfyui_nibble.quant_core.run.unfinished import NotOurs, OtherRun, Remembered, Unfinished, hash_of
+from comfyui_nibble.quant_core.run.source import Remembered, Tensors
+from comfyui_nibble.quant_core.run.unfinished import NotOurs, OtherRun, Unfinished, hash_of
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.quant_core.store.safe import CheckpointError
+
+pytestmark = pytest.mark.quick
 
 SETTINGS = {"method": "rtn", "settings": {"group": 64}, "torch": "2.11"}
 
@@ -101,7 +104,7 @@ def test_a_folder_of_0_6_is_named_and_can_be_removed(tmp_path, layer):
     folder = tmp_path / "x.partial"
     folder.mkdir()
     (folder / "settings.sha256").write_text("0" * 64)
-    unfinished.pack.save(folder / "double_blocks.0.safetensors", {layer.name: layer}, {}, "flux", {}, [])
+    unfinished.nibble.save(folder / "double_blocks.0.safetensors", {layer.name: layer}, {}, "flux", {}, [])
     with pytest.raises(OtherRun, match="unfinished work of an earlier version of Nibble"):
         Unfinished(folder, "flux", SETTINGS)
     assert unfinished.remove(folder) > 0
@@ -131,12 +134,20 @@ def test_a_hash_sees_every_bit_dtype_and_shape():
 
 
 def test_weights_are_read_once_for_the_hash_and_the_fit():
-    state, seen = {f"{n}.{leaf}": torch.randn(4, 4) for n in "ab" for leaf in ("weight", "bias")}, []
-    get = Remembered(lambda key: seen.append(key) or state[key], state)
-    assert get.source_of("a") == hash_of([state["a.weight"], state["a.bias"]])
-    assert get("a.weight") is state["a.weight"]
-    get.source_of("b")
-    assert seen == ["a.weight", "a.bias", "b.weight", "b.bias"]
+    state = {f"{n}.{leaf}": torch.randn(4, 4) for n in "ab" for leaf in ("weight", "bias")}
+
+    class Read(Tensors):
+        seen: list[str] = []
+
+        def get(self, key):
+            self.seen.append(key)
+            return super().get(key)
+
+    weights = Remembered(Read(state))
+    assert weights.hash_of("a") == hash_of([state["a.weight"], state["a.bias"]])
+    assert weights.get("a.weight") is state["a.weight"]
+    weights.hash_of("b")
+    assert Read.seen == ["a.weight", "a.bias", "b.weight", "b.bias"]
 
 
 def test_the_folder_is_never_there_without_its_marker(tmp_path, monkeypatch):

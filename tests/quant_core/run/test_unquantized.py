@@ -10,6 +10,8 @@ from comfyui_nibble.quant_core.run.report import as_text, left_overs, whole
 from comfyui_nibble.quant_core.run.unquantized import kept_rows
 from comfyui_nibble.tests.assets.synthetic import chroma_shapes, flux_shapes, sdxl_shapes, wan_shapes
 
+pytestmark = pytest.mark.quick
+
 BLOCKS = {f"blocks.{i}.{x}.weight": (128, 128) for i in range(2) for x in "qkv"}
 
 

@@ -24,6 +24,8 @@ from comfyui_nibble.quant_core.store.atomic import (
     save_text,
 )
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_place_that_takes_a_file_is_left_as_it_was(tmp_path):
     there, new = tmp_path / "there.safetensors", tmp_path / "new" / "folder" / "q.safetensors"

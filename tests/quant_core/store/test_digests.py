@@ -49,6 +49,7 @@ def header_bytes(path):
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_has_a_hash(tmp_path, dtype):
     tensors = {
@@ -166,12 +167,14 @@ def test_files_of_earlier_versions_have_none(copy):
         verified(copy)
 
 
+@pytest.mark.quick
 def test_verified_is_said(made):
     size = sum(t.nbytes for t in load_file(made).values())
     assert verified(made) == f"{made}: {size / 1e6:,.1f} MB in 1 files, every tensor as it was written"
     assert open_quantized(made).verify() == size
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("leaf", ["weight_scale", "bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_side_data_are_finite(copy, leaf, value):

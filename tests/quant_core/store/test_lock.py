@@ -54,6 +54,7 @@ def test_a_killed_run_holds_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.quick
 def test_two_runs_within_a_process_are_kept_apart(tmp_path):
     with only_run(tmp_path / "q", "the first"):
         with pytest.raises(Busy, match="the first"), only_run(tmp_path / "q", "the second"):
@@ -89,6 +90,7 @@ assert done == 40
     assert log.read_text() == "in\nout\n" * 120
 
 
+@pytest.mark.quick
 def test_names_as_long_as_a_file_system_takes(tmp_path):
     with only_run(tmp_path / ("n" * 250), "x"):
         pass

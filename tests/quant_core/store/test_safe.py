@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from comfyui_nibble.quant_core.store import safe
 from comfyui_nibble.quant_core.store.safe import CheckpointError, open_safetensors
 
+pytestmark = pytest.mark.quick
+
 
 def write(path, header, data=b""):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()

@@ -6,6 +6,8 @@ from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.training.presets import NAMES, PRESETS, UNTRAINED, preset
 from comfyui_nibble.quant_core.training.student import KINDS
 
+pytestmark = pytest.mark.quick
+
 
 def test_every_name_of_every_method():
     for method in METHODS:

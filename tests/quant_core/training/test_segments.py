@@ -3,6 +3,8 @@ import torch
 
 from comfyui_nibble.quant_core.training.segments import Chain, replaced
 
+pytestmark = pytest.mark.quick
+
 CALLS = 2
 
 

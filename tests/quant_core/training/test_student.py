@@ -95,6 +95,7 @@ def problem_output(problem, x):
 # -- gradients
 
 
+@pytest.mark.quick
 def test_rounding_passes_the_gradient():
     x = torch.tensor([-1.5, -0.4, 0.5, 1.5, 2.5], requires_grad=True)
     y = round_through(x)
@@ -114,6 +115,7 @@ def one_layer(make_problem, shrink):
     )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shrink", [1.02, 0.4])
 def test_gradient_of_a_scale_is_lsq_s(make_problem, shrink):
     """q - w / s inside the range, the largest code outside (LSQ, equation 3), times s as log s is what is
@@ -168,6 +170,7 @@ def test_gradient_of_the_rounding(make_problem):
 # -- transforms
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("shape", [(4, 4), (1, 16, 16), (3, 9, 9)])
 @pytest.mark.parametrize("size", [0.0, 0.1, 30.0])
 def test_cayley_is_a_rotation(shape, size):
@@ -182,6 +185,7 @@ def test_cayley_is_a_rotation(shape, size):
         assert relative_error(eye, q) > 0.1
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("affine", [False, True])
 def test_both_of_a_factor_are_inverse(affine):
     g = torch.Generator().manual_seed(0)

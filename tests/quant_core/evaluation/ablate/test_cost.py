@@ -8,6 +8,8 @@ from comfyui_nibble.quant_core.evaluation.ablate.cost import beside, relative
 from comfyui_nibble.quant_core.evaluation.ablate.splitquant import cost_at, untrained
 from comfyui_nibble.quant_core.methods import METHODS
 
+pytestmark = pytest.mark.quick
+
 
 def test_multiply_adds_of_each_piece():
     """A slice X (p1, p2) as P1^T X P2: p1 p1 p2 and p1 p2 p2. A low rank: x D and (x D) U. A fast Hadamard:

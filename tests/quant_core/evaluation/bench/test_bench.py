@@ -174,6 +174,7 @@ def test_copies_exceed_twice_the_cache():
         assert c.stride() == columns.stride()
 
 
+@pytest.mark.quick
 def test_measure_queues_calls_over_all_copies(monkeypatch):
     """On a device that is not there: each event is a millisecond after the one before it."""
     log, clock = [], iter(range(1000))
@@ -215,6 +216,7 @@ def test_measure_queues_calls_over_all_copies(monkeypatch):
     assert calls[3:6] == calls[:3]
 
 
+@pytest.mark.quick
 def test_median_and_percentile():
     assert timing.median([3, 1, 2]) == 2
     assert timing.median([4, 1, 2, 3]) == 2.5
@@ -222,6 +224,7 @@ def test_median_and_percentile():
     assert timing.percentile([5], 0.9) == 5
 
 
+@pytest.mark.quick
 def test_least_time_is_the_slower_of_products_and_memory():
     ceilings = {"int8_flops": 2e12, "bytes_per_s": 1e9}
     assert report.least_ms(4e12, 1e9, ceilings) == 2000
@@ -242,6 +245,7 @@ def made_up_row(n, k, m=cases.FLUX_TOKENS, **ms):
     return vars(case) | {"name": case.name, "least_ms": 1.0, "failed": False, "checks": {}, "cells": cells}
 
 
+@pytest.mark.quick
 def test_targets():
     n, k, m = 9216, 3072, cases.FLUX_TOKENS
     wide = made_up_row(
@@ -279,6 +283,7 @@ def test_targets():
     assert report.targets([wide], {"int8_flops": ceiling}, 89) == []
 
 
+@pytest.mark.quick
 def test_text_of_numbers_and_refusals():
     assert report.cell_text(report.refused("no FP8 products here")) == "refused: no FP8 products here"
     assert report.cell_text(timed(2.0)) == "   2.0000 ms (min 2.0000, p90 2.0000)    500.0 TFLOP/s   1.50 x"
@@ -348,6 +353,7 @@ def test_columns_of_cards():
             assert max(p.width for p in parts) - min(p.width for p in parts) <= 128
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("arch", [75, 80, 89, 90, 100, 120])
 def test_every_case_has_a_kernel_of_one_launch_and_a_tile(arch):
     target = Target("cuda", arch, (3, 6))

@@ -14,6 +14,8 @@ from comfyui_nibble.quant_core.evaluation.bench.roofline import (
     transform_flops,
 )
 
+pytestmark = pytest.mark.quick
+
 M = 4608
 
 

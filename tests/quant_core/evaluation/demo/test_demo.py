@@ -6,6 +6,7 @@ from comfyui_nibble.quant_core.evaluation.demo.outliers import add_outliers, cha
 from comfyui_nibble.tests.support import relative_error
 
 
+@pytest.mark.quick
 def test_shipped_model_is_small_and_trained(tiny_state):
     assert tiny_flux.CHECKPOINT.stat().st_size <= 10_000_000
     assert tiny_state["img_in.weight"].shape[0] >= 256
@@ -21,12 +22,14 @@ def test_shipped_model_is_small_and_trained(tiny_state):
     assert right > wrong + 5
 
 
+@pytest.mark.quick
 def test_codec_keeps_the_pictures():
     scenes = [pictures.Scene("small", "red", "cross", "top", p, "white") for p in pictures.PATTERNS]
     drawn = torch.stack([torch.from_numpy(pictures.draw(s)) for s in scenes])
     assert metrics.psnr_db(drawn, pictures.decode(pictures.encode(drawn)), 1.0) > 28
 
 
+@pytest.mark.quick
 def test_text_encoding_tells_the_slots_apart():
     a, _ = pictures.encode_caption("large red circle center on plain blue background")
     b, _ = pictures.encode_caption("large blue circle center on plain red background")
@@ -45,6 +48,7 @@ def test_outliers_preserve_the_function(tiny_state, severity):
     assert relative_error(want, got) < 2e-5
 
 
+@pytest.mark.quick
 def test_severity_is_a_dial():
     assert torch.equal(channel_factors(256, 0.0, 1), torch.ones(256))
     mild, hard = channel_factors(256, 0.4, 1), channel_factors(256, 1.0, 1)
@@ -53,6 +57,7 @@ def test_severity_is_a_dial():
     assert (hard > 15).sum() >= 4
 
 
+@pytest.mark.quick
 def test_high_frequency_ratio():
     g = torch.Generator().manual_seed(0)
     sharp = torch.rand(2, 64, 64, 3, generator=g)

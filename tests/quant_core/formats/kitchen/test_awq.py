@@ -10,7 +10,7 @@ from comfy_kitchen.tensor import TensorCoreAWQW4A16Layout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from comfyui_nibble.quant_core.convert.convert import convert
+from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.formats import nibble as pack
 from comfyui_nibble.quant_core.formats.detect import open_quantized

@@ -20,6 +20,8 @@ from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 
+pytestmark = pytest.mark.quick
+
 SHAPES = flux_shapes(1, 0, 256, 64, 64)
 NAMES = ("double_blocks.0.img_attn.proj", "double_blocks.0.txt_attn.proj", "double_blocks.0.img_mlp.2")
 METADATA = {

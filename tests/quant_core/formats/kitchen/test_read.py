@@ -19,6 +19,8 @@ from comfyui_nibble.tests.assets.synthetic import flux_shapes, random_state
 from comfyui_nibble.tests.codes import layer_error
 from comfyui_nibble.tests.support import outlier_tokens, relative_error
 
+pytestmark = pytest.mark.quick
+
 HIDDEN = 256
 NAME, N, K = "double_blocks.0.img_mlp.2", HIDDEN, 4 * HIDDEN  # the layer that tests replace
 SHAPES = flux_shapes(1, 0, HIDDEN, 64, 64)

@@ -14,6 +14,8 @@ from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.methods.rtn import RTNConfig
 from comfyui_nibble.tests.codes import layer_error
 
+pytestmark = pytest.mark.quick
+
 METHOD = METHODS["svdquant"]
 
 

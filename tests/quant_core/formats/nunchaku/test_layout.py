@@ -8,6 +8,8 @@ from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.quant_core.formats.nunchaku import layout
 from comfyui_nibble.tests.assets.nunchaku import awq_place, fragment_place, scale_place, weight_place
 
+pytestmark = pytest.mark.quick
+
 
 def codes(n, k, low, high, seed=0):
     return torch.randint(low, high, (n, k), generator=torch.Generator().manual_seed(seed))

@@ -15,9 +15,12 @@ from comfyui_nibble.quant_core.formats.nunchaku.write import losses, reads_back,
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
+from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.assets import nunchaku as made
 from comfyui_nibble.tests.assets.nunchaku import D, gelu_tokens, tokens, write
 from comfyui_nibble.tests.support import relative_error, sqnr_db
+
+pytestmark = pytest.mark.quick
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def ours(tiny_state):
     """The small FLUX by SVDQuant of rank 24 without data: ({name: layer}, {key: tensor} of the rest)."""
     shapes, method = {k: tuple(v.shape) for k, v in tiny_state.items()}, by_name("svdquant")
     config = method.configured(rank=24, gptq=False, iterations=0)
-    found = quantize_layers(FLUX.layers(shapes), tiny_state.__getitem__, shapes, method, config)
+    found = quantize_layers(FLUX.layers(shapes), Tensors(tiny_state), method, config)
     layers = {layer.name: layer for layer, _ in found}
     return layers, {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
 

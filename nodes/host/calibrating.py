@@ -1,0 +1,147 @@
+"""A calibration of a model in the graph: sampled with as KSampler does, its layers' inputs watched."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sample
+import comfy.utils
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+
+from ...quant_core import calibration
+from ...quant_core.calibration import Calibration
+from ...quant_core.calibration.collect import first_tensor
+from ...quant_core.calibration.observe import Observation, observed
+from ...quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
+from .called import linear_layers_called
+from .inherited import uncompiled
+from .source import ModelSource, feed
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled with.
+
+    prompts: conditionings, taken in turn; negative: the one for guidance; latent: as KSampler takes it, its
+    values are kept. seed: of the first run, each further one adds 1.
+    """
+
+    prompts: list
+    negative: list
+    latent: dict
+    sampler: str
+    scheduler: str
+    steps: int
+    cfg: float
+    seed: int
+
+    def settings(self, second_moments: bool) -> dict:
+        """For the header of the calibration."""
+        named = {"sampler": self.sampler, "scheduler": self.scheduler, "steps": self.steps, "cfg": self.cfg}
+        return named | {"second_moments": second_moments}
+
+
+def calibrate(
+    model: ModelPatcher, sampling: Sampling, samples: int, memory: int, second_moments: bool
+) -> Calibration:
+    """Samples `samples` times and keeps the statistics in the output folder; a stopped calibration of the same
+    settings goes on. memory: bytes of statistics a pass.
+
+    Raises the errors of ModelSource and of `calibration.calibrate`, ValueError where the model calls none of
+    the layers that the rules found.
+    """
+    source = ModelSource(model)
+    latent = _latent(model, sampling.latent)
+    meta = _meta(model, source, sampling, latent, second_moments)
+    key = hashlib.sha256(repr([*sorted(meta.items()), sampling.seed, samples]).encode()).hexdigest()[:12]
+    folder = Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
+    network, plain = source.network, uncompiled(model)
+    # In sampling steps; the total is set when the work left is known.
+    bar = comfy.utils.ProgressBar(samples * sampling.steps)
+
+    def progress(items, total):
+        bar.total = total * sampling.steps
+        for item in items:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            yield item
+
+    def run(sample, capture):
+        with capture.watched(network, _timestep):
+            _sample(plain, sampling, latent, sample, sampling.steps, lambda *_: bar.update(1))
+
+    plan = _observed(source, meta, lambda: _sample(plain, sampling, latent, 0, 1))
+    inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
+    modules = {i.name: source.modules[i.name] for i in inputs}
+    options = {"samples": samples, "memory": memory, "seed": sampling.seed}
+    return calibration.calibrate(
+        run, modules, inputs, folder, meta, **options, place=_place, progress=progress
+    )
+
+
+def _latent(model, given):
+    ratios = given.get("downscale_ratio_spacial"), given.get("downscale_ratio_temporal")
+    return comfy.sample.fix_empty_latent_channels(model, given["samples"], *ratios)
+
+
+def _meta(model, source, sampling, latent, second_moments) -> dict:
+    digest = hashlib.sha256()
+    sigmas = vars(model.get_model_object("model_sampling"))
+    feed(digest, [sampling.prompts, sampling.negative, latent, sigmas])
+    return {
+        "model": source.fingerprint(),
+        "family": source.family.name,
+        "settings": sampling.settings(second_moments),
+        "conditioning": digest.hexdigest()[:16],
+    }
+
+
+def _sample(plain, sampling, latent, sample, steps, callback=None):
+    seed = sampling.seed + sample
+    noise = comfy.sample.prepare_noise(latent, seed)
+    prompt = sampling.prompts[sample % len(sampling.prompts)]
+    named = sampling.cfg, sampling.sampler, sampling.scheduler
+    quiet = not comfy.utils.PROGRESS_BAR_ENABLED
+    with linear_layers_called():
+        comfy.sample.sample(
+            plain,
+            noise,
+            steps,
+            *named,
+            prompt,
+            sampling.negative,
+            latent,
+            callback=callback,
+            disable_pbar=quiet,
+            seed=seed,
+        )
+
+
+def _observed(source, meta, once):
+    """The layers to calibrate; one step of sampling, `once`, says what the rules only guessed."""
+    plan = source.layers
+    if by_rule := [layer.name for layer in plan if layer.rule]:
+        with Observation().watching({name: source.modules[name] for name in by_rule}) as seen:
+            once()
+        meta["observed"] = seen.to_json()
+        plan = observed(plan, meta["observed"])
+        if not plan:
+            raise ValueError(
+                "Nibble Calibrate: the model called none of its linear layers in repeated blocks; there is "
+                "nothing to quantize"
+            )
+    return plan
+
+
+def _place(nbytes):
+    device = comfy.model_management.get_torch_device()
+    if not comfy.model_management.is_device_cpu(device):
+        comfy.model_management.free_memory(nbytes + 2**29, device)
+    return device
+
+
+def _timestep(args, kwargs) -> float:
+    """Of network(x, timestep, ...). LTX-2 is given one for video and one for sound, and image to video one a
+    frame, of which those that are given have 0: the largest is that of the step."""
+    return float(first_tensor(args[1]).max())
