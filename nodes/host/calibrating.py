@@ -46,8 +46,8 @@ class Sampling:
 def calibrate(
     model: ModelPatcher, sampling: Sampling, samples: int, memory: int, second_moments: bool
 ) -> Calibration:
-    """Samples `samples` times and keeps the statistics in the output folder; a stopped calibration of the same
-    settings goes on. memory: bytes of statistics a pass.
+    """Samples `samples` times and keeps the statistics in the output folder; a stopped calibration of the
+    same settings goes on. memory: bytes of statistics a pass.
 
     Raises the errors of ModelSource and of `calibration.calibrate`, ValueError where the model calls none of
     the layers that the rules found.

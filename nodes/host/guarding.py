@@ -37,8 +37,8 @@ PICK = {"quality": for_quality, "memory": for_memory}
 
 @dataclass(frozen=True)
 class Asked:
-    """by: "quality", with a limit in dB, or "memory", with one in bytes. blocks: whether the layers of a block
-    take one precision. allowed: precisions that a layer may be raised to."""
+    """by: "quality", with a limit in dB, or "memory", with one in bytes. blocks: whether the layers of a
+    block take one precision. allowed: precisions that a layer may be raised to."""
 
     by: str
     limit: float
@@ -52,8 +52,8 @@ def guarded_model(
     """(a model with what was raised and all that was on `quantized`, the decision, {layer: LinearSpec}, the
     device that was computed on).
 
-    source: of the full-precision model that `quantized` was made from. Raises ValueError where it was not, and
-    the errors of `precision.guard.measure` and of the budget.
+    source: of the full-precision model that `quantized` was made from. Raises ValueError where it was not,
+    and the errors of `precision.guard.measure` and of the budget.
     """
     fingerprint = source.fingerprint()
     require_guardable(quantized, fingerprint)
@@ -69,8 +69,8 @@ def guarded_model(
             if layer.name in layers and higher(layers[layer.name].spec)
         ]
         make_room(plan, device)
-        # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model would
-        # fill 18 GB.
+        # Two passes: numbers of all candidates, then only the chosen ones; the candidates of a 12B model
+        # would fill 18 GB.
         numbers = kept_numbers(plan, layers, source, fingerprint, calibration, asked.allowed, device)
         decision = decided(asked, numbers, len(layers) - len(plan))
         changing = [layer for layer in plan if layer.name in decision.layers]

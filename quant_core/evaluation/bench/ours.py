@@ -3,6 +3,7 @@
 import torch
 
 from ....kernels.dispatch import FUSED, choose, quant_linear
+from ....kernels.operator.spec import LinearSpec
 from ....kernels.quant_linear import fused, launch
 from ....kernels.quant_linear.arguments import plan_of
 from ....kernels.target import Target
@@ -58,7 +59,9 @@ def gemm_work(x, spec, tensors, target: Target) -> Work:
     )
 
 
-def layer_of(case: Case, column: Column, dtype, device):
+def layer_of(
+    case: Case, column: Column, dtype, device
+) -> tuple[torch.Tensor, LinearSpec, dict[str, torch.Tensor]]:
     """(x, spec, tensors) of a case, the same at every call."""
     spec, g = column.spec(case.n, case.k), generator(case.seed, device)
     return random_input(case.m, case.k, dtype, device, g), spec, random_tensors(spec, dtype, device, g)
