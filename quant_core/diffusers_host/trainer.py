@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -10,6 +11,7 @@ from ..families import Family, Layer
 from ..run.stages import blocks_of
 from ..training import trainer
 from ..training.presets import Preset
+from ..training.reconstruct import Modules
 from ..training.trainer import Trainer
 from .model import modules_of
 
@@ -26,14 +28,15 @@ def trainer_of(
     """`training.trainer.trainer_of` for a diffusers model in full precision, whose layers may be apart
     there."""
     names = modules_of(family, plan, model)
-    modules = {}
+    modules: Modules = {}
     for layer, targets in names.items():
         edge = 0
         modules[layer] = []
-        for module in map(model.get_submodule, targets):
+        for target in targets:
+            module = cast(torch.nn.Linear, model.get_submodule(target))
             modules[layer].append((module, slice(edge, edge + module.out_features)))
             edge += module.out_features
     first = {block: names[members[0].name][0] for block, members in blocks_of(plan)}
-    blocks = {block: re.match(r"(.+?\.\d+)\.", name)[1] for block, name in first.items()}
+    blocks = {block: cast(re.Match, re.match(r"(.+?\.\d+)\.", name))[1] for block, name in first.items()}
     streams = family.stream_of(family.diffusers_streams)
     return trainer.trainer_of(model, blocks, modules, streams, calibration, preset, folder, device)

@@ -1,5 +1,7 @@
 """Model families: which linear layers are quantized, how, and what the same tensors are called elsewhere."""
 
+from collections.abc import Mapping
+
 from .base import Family, UnknownArchitecture
 from .chroma import CHROMA
 from .dit import DIT
@@ -17,7 +19,7 @@ from .z_image import Z_IMAGE
 FAMILIES = (FLUX, FLUX2, CHROMA, PIXART, SD3, QWEN_IMAGE, Z_IMAGE, WAN_VACE, WAN, SDXL, DIT)
 
 
-def detect(shapes: dict[str, tuple[int, ...]]) -> Family:
+def detect(shapes: Mapping[str, tuple[int, ...]]) -> Family:
     """The family of a state dict {key: shape} in ComfyUI's or diffusers' names, without any prefix; `generic`
     where no other knows it.
 

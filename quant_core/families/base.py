@@ -125,7 +125,7 @@ class Family:
             (i for i, s in enumerate(streams) if re.match(rf".+?\.\d+\.{s}", name)), None
         )
 
-    def layers(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+    def layers(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
         """The layers to quantize, block by block in the order of the forward pass: those of the map, then
         what the rules find beside them, such as parts that a variant of the model adds."""
         found = self.mapped(shapes)
@@ -141,7 +141,7 @@ class Family:
         """Why a layer stays in 16 bit by the map, "" where it does not say so."""
         return next((why for pattern, why in self.kept if re.fullmatch(pattern, name)), "")
 
-    def mapped(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+    def mapped(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
         """The layers of the map alone. A model's fingerprint is made of them, so that it stays when the rules
         learn something."""
         linear = {

@@ -7,6 +7,7 @@ same), which see one row a picture (weight-only) and which read the output of a 
 After quantization a layer that is much worse than the others goes back to 16 bit.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .base import Family
@@ -24,7 +25,7 @@ class Generic(Family):
     def matches_diffusers(self, shapes) -> bool:
         return False
 
-    def mapped(self, shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+    def mapped(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
         """The layers within repeated blocks."""
         return in_blocks(shapes)
 

@@ -8,6 +8,7 @@ weight-only, as in FLUX (SVDQuant, section 5).
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from .layer import IN_BLOCK, SHARED, Layer, Part, natural
 from .pointwise import keeps_16_bit, spatial_of
@@ -30,7 +31,7 @@ def linear_layers(shapes) -> dict[str, tuple[int, int]]:
     return {k.removesuffix(".weight"): s for k, s in shapes.items() if k.endswith(".weight") and len(s) == 2}
 
 
-def in_blocks(shapes: dict[str, tuple[int, ...]]) -> list[Layer]:
+def in_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[Layer]:
     """The layers within repeated modules, in natural order of their names."""
     linear = {name: s for name, s in linear_layers(shapes).items() if min(s) >= SMALLEST}
     found = []
@@ -64,7 +65,7 @@ def _convolutions(shapes, blocks) -> list[Layer]:
     return found
 
 
-def shared_modulation(shapes: dict[str, tuple[int, ...]], layers: list[Layer]) -> list[Layer]:
+def shared_modulation(shapes: Mapping[str, tuple[int, ...]], layers: list[Layer]) -> list[Layer]:
     """Layers outside of the blocks that make shifts, scales and gates for all of them: from a width of the
     model to 3, 6, 9 ... times it, or to 4 and more times where the name says modulation (two shifts and two
     scales of LTX-2's attention between video and sound). layers: those within blocks."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
+from typing import cast
 
 import torch
 
@@ -287,7 +288,7 @@ def trainer_of(
     gains = None
     if preset.adaptive:
         gains = of_calibration(calibration, list(held), lambda: (network, held), device, progress)
-    names, trajectory = list(blocks.values()), calibration.trajectory()
+    names, trajectory = list(blocks.values()), cast(Trajectory, calibration.trajectory())
     return Trainer(network, names, modules, trajectory, folder, device, stream_of, gains, check)
 
 

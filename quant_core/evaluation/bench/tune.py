@@ -2,6 +2,7 @@
 cache."""
 
 import json
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from typing import Any
@@ -105,8 +106,8 @@ def tune(case: Case, column: Column, target: Target, dtype, device, clock=measur
     }
 
 
-def save(cache: TileCache, measured: dict[str, Tile]):
+def save(cache: TileCache, measured: Mapping[str, Tile]):
     """Adds to what is in the cache and in its file."""
-    cache.put(measured)
+    cache.put(dict(measured))
     tiles = {key: astuple(tile) for key, tile in cache.tiles.items()}
     save_text(cache.path, json.dumps({"fields": [f.name for f in fields(Tile)], "tiles": tiles}, indent=1))
