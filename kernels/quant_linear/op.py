@@ -26,10 +26,17 @@ def quant_linear(x, spec, tensors, before=None):
     """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N)."""
     get = tensors.get
     return layer(
-        x, spec.text, tensors["weight"], tensors["weight_scale"], get("smooth_factor"), get("proj_down"),
-        get("proj_up"), get("bias"), get("transform"),
+        x,
+        spec.text,
+        tensors["weight"],
+        tensors["weight_scale"],
+        get("smooth_factor"),
+        get("proj_down"),
+        get("proj_up"),
+        get("bias"),
+        get("transform"),
         *(NOTHING if before is None else before.operands(slice(None))),
-    )  # fmt: skip
+    )
 
 
 def _layer(x, text, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, transform, *prologue):

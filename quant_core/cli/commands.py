@@ -280,10 +280,17 @@ def calibrate(
         if not lines:
             raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(
-        pipeline, destination, lines, samples=samples, steps=steps, size=size, seed=seed,
+        pipeline,
+        destination,
+        lines,
+        samples=samples,
+        steps=steps,
+        size=size,
+        seed=seed,
         memory=int(memory_gb * 2**30),
-        device=device, progress=bar("sample"),
-    )  # fmt: skip
+        device=device,
+        progress=bar("sample"),
+    )
     typer.echo(
         f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}"
     )

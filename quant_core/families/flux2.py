@@ -64,8 +64,13 @@ FLUX2 = Family(
     title="FLUX.2",
     block=r"(?:double|single)_blocks\.\d+",
     # All of them read SiLU of the one vector of time and guidance.
-    outside=(Rule(r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin", weight_only=True,
-    shared_input="double_stream_modulation_img.lin"),),
+    outside=(
+        Rule(
+            r"(double_stream_modulation_(img|txt)|single_stream_modulation)\.lin",
+            weight_only=True,
+            shared_input="double_stream_modulation_img.lin",
+        ),
+    ),
     rules=(
         Rule(r"(img|txt)_attn\.qkv"),
         Rule(r"(img|txt)_attn\.proj"),
@@ -73,8 +78,11 @@ FLUX2 = Family(
         Rule(r"linear1"),
         Rule(r"linear2", split="attn|mlp"),
     ),
-    signature=("double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight",
-    "single_stream_modulation.lin.weight"),
+    signature=(
+        "double_stream_modulation_img.lin.weight",
+        "double_blocks.0.img_attn.qkv.weight",
+        "single_stream_modulation.lin.weight",
+    ),
     diffusers_signature=(
         "double_stream_modulation_img.linear.weight",
         "transformer_blocks.0.attn.add_q_proj.weight",
@@ -84,4 +92,4 @@ FLUX2 = Family(
     diffusers_class="Flux2Transformer2DModel",
     streams=("img_", "txt_"),
     diffusers_streams=("txt_", "img_"),
-)  # fmt: skip
+)

@@ -30,9 +30,18 @@ _LONE = {
     "head.modulation": "scale_shift_table",
 }
 _BLOCK = {
-    **{f"{ours}.{a}": f"{theirs}.{b}" for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-       for a, b in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"),
-       ("norm_k", "norm_k"))},
+    **{
+        f"{ours}.{a}": f"{theirs}.{b}"
+        for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for a, b in (
+            ("q", "to_q"),
+            ("k", "to_k"),
+            ("v", "to_v"),
+            ("o", "to_out.0"),
+            ("norm_q", "norm_q"),
+            ("norm_k", "norm_k"),
+        )
+    },
     "cross_attn.k_img": "attn2.add_k_proj",
     "cross_attn.v_img": "attn2.add_v_proj",
     "cross_attn.norm_k_img": "attn2.norm_added_k",
@@ -41,7 +50,7 @@ _BLOCK = {
     "ffn.2": "ffn.net.2",
     "before_proj": "proj_in",
     "after_proj": "proj_out",
-}  # fmt: skip
+}
 
 
 def _diffusers(shapes):

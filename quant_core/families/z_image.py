@@ -13,22 +13,38 @@ _TOP = {
     "x_embedder": "all_x_embedder.2-1",
     "final_layer.linear": "all_final_layer.2-1.linear",
     "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
-    **{name: name for name in (
-        "cap_embedder.0", "cap_embedder.1", "siglip_embedder.0", "siglip_embedder.1", "t_embedder.mlp.0",
-        "t_embedder.mlp.2",
-    )},
-}  # fmt: skip
+    **{
+        name: name
+        for name in (
+            "cap_embedder.0",
+            "cap_embedder.1",
+            "siglip_embedder.0",
+            "siglip_embedder.1",
+            "t_embedder.mlp.0",
+            "t_embedder.mlp.2",
+        )
+    },
+}
 _LONE = ("x_pad_token", "cap_pad_token", "siglip_pad_token")
 _BLOCK = {
     "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
     "attention.out": "attention.to_out.0",
     "attention.q_norm": "attention.norm_q",
     "attention.k_norm": "attention.norm_k",
-    **{name: name for name in (
-        "adaLN_modulation.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
-        "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2",
-    )},
-}  # fmt: skip
+    **{
+        name: name
+        for name in (
+            "adaLN_modulation.0",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
+            "attention_norm1",
+            "attention_norm2",
+            "ffn_norm1",
+            "ffn_norm2",
+        )
+    },
+}
 
 
 def _diffusers(shapes):

@@ -148,11 +148,14 @@ class SplitPart:
 
     def _finished(self, smooth, factors, clip):
         spec = PartSpec(
-            0, len(self.index), WeightSpec(self.bits, "group", self.group),
+            0,
+            len(self.index),
+            WeightSpec(self.bits, "group", self.group),
             ActivationSpec(self.bits, "group", self.group, clip=clip),
-            smooth=smooth is not None, kronecker=self.sizes,
+            smooth=smooth is not None,
+            kronecker=self.sizes,
             per_slice=self.config.per_slice and bool(self.sizes),
-        )  # fmt: skip
+        )
         dtype = self.dtype if self.config.scales == "group" else torch.float32
         codes, scales = round_part(self.weight, spec, smooth, dtype, factors=factors)
         return {
@@ -234,10 +237,11 @@ class SplitPart:
         if self.config.scales == "group":
             return [best | {"spec": replace(spec, start=start, stop=start + width)}]
         each = replace(
-            spec, weight=WeightSpec(self.bits, "channel"),
+            spec,
+            weight=WeightSpec(self.bits, "channel"),
             activation=ActivationSpec(self.bits, "token", clip=spec.activation.clip),
             per_slice=spec.per_slice and self.group == width,
-        )  # fmt: skip
+        )
         made = []
         for i, a in enumerate(range(0, width, self.group)):
             at, pick = (

@@ -99,11 +99,17 @@ class Trainer:
     """
 
     def __init__(
-        self, network: torch.nn.Module, blocks: list[str], modules: Modules, trajectory: Trajectory,
-        folder: Path, device="cpu",
-        stream_of: Callable[[str], int | None] = lambda name: None, gains: dict[str, float] | None = None,
+        self,
+        network: torch.nn.Module,
+        blocks: list[str],
+        modules: Modules,
+        trajectory: Trajectory,
+        folder: Path,
+        device="cpu",
+        stream_of: Callable[[str], int | None] = lambda name: None,
+        gains: dict[str, float] | None = None,
         check: Callable[[], None] = lambda: None,
-    ):  # fmt: skip
+    ):
         self.chain = Chain(network, blocks, lambda index: trajectory.run(network, index, device))
         self.network, self.modules, self.folder, self.stream_of, self.check = (
             network,

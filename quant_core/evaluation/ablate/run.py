@@ -35,10 +35,17 @@ from .splitquant import Entry, cost_at
 
 BEST = 10  # rows by coherent SQNR that are sampled with at the end, whatever they are
 COLUMNS = {
-    "layer_db": "layer dB", "worst_db": "worst", "prediction_db": "prediction", "coherent_db": "coherent",
+    "layer_db": "layer dB",
+    "worst_db": "worst",
+    "prediction_db": "prediction",
+    "coherent_db": "coherent",
     "latent_db": "latent dB",
-    "image_db": "image dB", "median_db": "median", "cost": "beside", "cost_3072": "at 3072", "seconds": "s",
-}  # fmt: skip
+    "image_db": "image dB",
+    "median_db": "median",
+    "cost": "beside",
+    "cost_3072": "at 3072",
+    "seconds": "s",
+}
 Bar = Callable[[Iterable, int], Iterable]
 
 
