@@ -60,7 +60,7 @@ def _arch(*archs):
 
 
 def _int8_products(spec, target):
-    if target.backend == "cuda" and target.arch < 80:
+    if 0 < target.capability < 80:
         return f"Triton has no int8 product for sm_{target.arch}"
     if target.backend == "hip" and not str(target.arch).startswith(("gfx94", "gfx95", "gfx11", "gfx12")):
         return f"no int8 matrix cores on {target.arch}"
@@ -123,7 +123,7 @@ def _wide_groups(spec, target):
 def _products_16(spec, target):
     return (
         f"Triton has no 16-bit tensor-core product for sm_{target.arch}"
-        if target.backend == "cuda" and target.arch < 80
+        if 0 < target.capability < 80
         else None
     )
 
@@ -206,7 +206,7 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     """The path that `quant_linear` takes for a layer on a Target, or on the device of that name."""
     if isinstance(target, str):
         target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
-    refused = []
+    refused: list[tuple[str, str]] = []
     for name, requirements in PATHS.items():
         reason = _first(requirements, spec, target)
         if reason is None:
@@ -240,7 +240,7 @@ def _path_of(spec: str, device, dtype, asked: tuple | None) -> str:
 def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
     """Whether the layer should run as W8A8 (`quant_core.requantize`): on Hopper the two FMA an output and
     group of group-64 scales take more issue slots than the whole bf16 product has time."""
-    hopper = target.backend == "cuda" and target.arch == 90 and target.triton is not None
+    hopper = target.capability == 90 and target.triton is not None
     quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
     return hopper and quantized and any(has_groups(p) for p in spec.parts)
 
@@ -248,7 +248,8 @@ def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
 def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:
     """For a report: {layer: path} on a target, and lines that count the layers of each path with the reasons
     for it."""
-    paths, counts = {}, Counter()
+    paths: dict[str, str] = {}
+    counts: Counter = Counter()
     for name, spec in specs.items():
         again = requantize_at_load(spec, target)
         choice = choose(spec.as_w8a8() if again else spec, target)

@@ -5,7 +5,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from math import gcd
 
-from .operator.spec import LinearSpec, PartSpec
+from .operator.spec import ActivationSpec, LinearSpec, PartSpec
 from .target import Target
 
 CHANNEL, SLICE, GROUP = 0, 1, 2
@@ -73,26 +73,32 @@ class Gemm:
 
     @cached_property
     def act_segments(self) -> int:
-        return sum(p.width // 64 if p.activation.granularity == "group" else 1 for p in self.parts)
+        return sum(p.width // 64 if _activation(p).granularity == "group" else 1 for p in self.parts)
 
     @cached_property
     def act_grouped(self) -> bool:
-        return self.parts[0].activation.granularity == "group"
+        return _activation(self.parts[0]).granularity == "group"
 
     @cached_property
     def weight_segments(self) -> int:
         return sum(p.scale_rows for p in self.parts)
 
 
+def _activation(part: PartSpec) -> ActivationSpec:
+    """Of a part that a launch of the quantizer takes, which weight-only parts are not."""
+    assert part.activation is not None
+    return part.activation
+
+
 def has_groups(part: PartSpec) -> bool:
     """Whether a scale changes every 64 channels."""
-    return part.weight.granularity == "group" or part.activation.granularity == "group"
+    return part.weight.granularity == "group" or _activation(part).granularity == "group"
 
 
 def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
     """(kernel, planes) of a part on a target."""
-    if target.backend == "cuda" and part.weight.bits == 4 and part.activation.bits <= 4:
-        kind = "u4s4" if part.activation.unsigned else "s4s4"
+    if target.backend == "cuda" and part.weight.bits == 4 and _activation(part).bits <= 4:
+        kind = "u4s4" if _activation(part).unsigned else "s4s4"
         if target.arch in NATIVE_INT4:
             return f"gemm_{kind}", 0
         if target.arch == TURING:
@@ -103,17 +109,17 @@ def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
 @lru_cache(maxsize=256)
 def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
     """The launches of a layer whose parts all have quantized activations."""
-    swap = target.backend == "cuda" and target.arch == 90
+    swap = target.capability == 90
     described, row, column = [], 0, 0
     for part in spec.parts:
         # Parts with only one of the two scales grouped have a stride of their own and stay alone.
-        mixed = has_groups(part) and not (part.weight.granularity == part.activation.granularity == "group")
+        mixed = has_groups(part) and not (part.weight.granularity == _activation(part).granularity == "group")
         key = (kernel_of(part, target), part.weight.bits, has_groups(part), part.start if mixed else None)
         described.append((key, part, row, column))
         row, column = row + part.scale_rows, column + part.bytes_per_row
     out = []
-    for ((kernel, planes), _, by_group, _), items in groupby(described, key=lambda d: d[0]):
-        items = list(items)
+    for ((kernel, planes), _, by_group, _), alike_items in groupby(described, key=lambda d: d[0]):
+        items = list(alike_items)
         for some in [items] if by_group else batched(items, MAX_SLICES):
             parts = tuple(d[1] for d in some)
             scales = GROUP if by_group else (CHANNEL if len(parts) == 1 else SLICE)

@@ -17,9 +17,16 @@ class Prologue:
 
     keeps_zero = False
 
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def fits(self, spec) -> bool:
         """Whether the quantizer can compute it for this layer."""
         return True
+
+    def operands(self, columns: slice) -> tuple:
+        """(kind, scale, shift, eps) for the quantizer of these in-channels, as in NOTHING."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import os
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,11 @@ class Target:
     interpreted: bool = False
     trouble: str = ""
 
+    if TYPE_CHECKING:  # set below
+
+        @property
+        def fields(self) -> tuple: ...
+
     def __post_init__(self):
         # Target(*fields) is this one again: for torch.compile, to which a tuple of constants is a constant,
         # and for caches, to which its hash is cheap.
@@ -35,17 +41,20 @@ class Target:
         object.__setattr__(self, "fields", fields)
 
     @property
+    def capability(self) -> int:
+        """Of a CUDA card, 89 for sm_89; 0 for anything else."""
+        return self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0
+
+    @property
     def shared_bytes(self) -> int:
         if self.backend == "cuda":
-            return 1024 * _SHARED_KIB.get(self.arch, 99)
-        return 1024 * _LDS_KIB.get(self.arch, 64)
+            return 1024 * _SHARED_KIB.get(self.capability, 99)
+        return 1024 * _LDS_KIB.get(str(self.arch), 64)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of x that the kernels take. Turing has no bf16."""
-        return (
-            (torch.float16,) if self.backend == "cuda" and self.arch < 80 else (torch.float16, torch.bfloat16)
-        )
+        return (torch.float16,) if 0 < self.capability < 80 else (torch.float16, torch.bfloat16)
 
     @property
     def matrix_dtype(self) -> torch.dtype:

@@ -149,7 +149,7 @@ def low_rank_limit(target: Target, rotation: int) -> int:
     None on Turing, whose 16-bit tensor cores Triton does not use, nor on RDNA beside tiles that are mixed
     (hundreds of spills).
     """
-    turing = target.backend == "cuda" and target.arch < 80
+    turing = 0 < target.capability < 80
     rdna = target.backend == "hip" and not str(target.arch).startswith("gfx9")
     return 0 if turing or (rdna and rotation > 64) else 64
 

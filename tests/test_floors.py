@@ -21,9 +21,9 @@ FLOORS = (
     ("quant_core/methods",),
     ("quant_core/training",),
     ("quant_core/run",),
-    ("quant_core/precision", "quant_core/convert", "quant_core/diffusers_host", "nodes/host"),
-    ("quant_core/evaluation", "nodes"),
-    ("quant_core/cli", "."),
+    ("quant_core/precision", "quant_core/convert", "quant_core/diffusers_host"),
+    ("quant_core/evaluation", "nodes/host"),
+    ("quant_core/cli", "nodes"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -41,8 +41,8 @@ def sources() -> list[Path]:
 
 
 def room_of(file: Path) -> str:
-    """The innermost room that the file lies in."""
-    return next(str(folder) for folder in file.parents if str(folder) in FLOOR)
+    """The innermost room that the file lies in; the pack's own `__init__.py` is the door of the nodes."""
+    return next((str(folder) for folder in file.parents if str(folder) in FLOOR), "nodes")
 
 
 def imported(file: Path, source: str, files: set[Path]) -> set[Path]:
@@ -86,7 +86,7 @@ def test_imports_run_downwards():
 
 def test_every_folder_is_in_a_room_and_every_room_is_there():
     rooms = {room_of(file) for file in sources()}
-    assert rooms | {"."} == set(FLOOR)
+    assert rooms == set(FLOOR)
 
     assert {p.name for p in (ROOT / "quant_core").glob("*.py")} == {"__init__.py"}
 

@@ -48,13 +48,22 @@ def quantize_fp4(x, codes, scale, token_scale, low, smooth, down, tensor_scale):
         smooth if smooth is not None else empty,
         down if rank else empty,
         tensor_scale if tensor_scale is not None else empty,
-        codes, scale.view(torch.uint8), token_scale, low if rank else empty,
-        tokens, width, rank, x.stride(0), codes.stride(0), scale.stride(0),
+        codes,
+        scale.view(torch.uint8),
+        token_scale,
+        low if rank else empty,
+        tokens,
+        width,
+        rank,
+        x.stride(0),
+        codes.stride(0),
+        scale.stride(0),
         down.stride(0) if rank else 0,
         low.stride(0) if rank else 0,
         **quantizer_constants(target, tile, block, rank, smooth is not None, tensor_scale is not None),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def gemm_fp4(codes, scale, token_scale, weight, weight_scale, tensor_scale, low, up, bias, y):
@@ -76,16 +85,32 @@ def gemm_fp4(codes, scale, token_scale, weight, weight_scale, tensor_scale, low,
     tile = gemm_tile(target, tokens)
     empty = token_scale  # a pointer that is never read
     kernels.gemm_fp4_kernel[(triton.cdiv(tokens, tile.bm) * triton.cdiv(channels, tile.bn),)](
-        codes, weight, scale.view(torch.uint8), weight_scale.view(torch.uint8), token_scale,
+        codes,
+        weight,
+        scale.view(torch.uint8),
+        weight_scale.view(torch.uint8),
+        token_scale,
         empty if tensor_scale is None else tensor_scale,
-        empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y,
-        tokens, channels, width // 2, rank, codes.stride(0), weight.stride(0), scale.stride(0),
-        weight_scale.stride(0), y.stride(0),
+        empty if low is None else low,
+        empty if up is None else up,
+        empty if bias is None else bias,
+        y,
+        tokens,
+        channels,
+        width // 2,
+        rank,
+        codes.stride(0),
+        weight.stride(0),
+        scale.stride(0),
+        weight_scale.stride(0),
+        y.stride(0),
         0 if tensor_scale is None or tensor_scale.numel() == 1 else tensor_scale.stride(0),
-        0 if low is None else low.stride(0), 0 if up is None else up.stride(0),
+        0 if low is None else low.stride(0),
+        0 if up is None else up.stride(0),
         **constants(target, tile, block, width // 2, rank, tensor_scale is not None, bias is not None),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def gemm_tile(target, tokens: int) -> Tile:

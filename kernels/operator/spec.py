@@ -4,6 +4,7 @@ from."""
 import json
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -198,6 +199,14 @@ class LinearSpec:
     padding: int = 0
     spatial: int = 0
 
+    if TYPE_CHECKING:  # set below: no fields, they say nothing more than the fields do
+
+        @property
+        def text(self) -> str: ...
+
+        @property
+        def weight_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]: ...
+
     def __post_init__(self):
         _check(self.padding >= 0, f"padding cannot be negative, found {self.padding}")
         _check(
@@ -217,7 +226,6 @@ class LinearSpec:
         padded = f" and {self.padding} of padding" * bool(self.padding)
         _check(edge == self.width, f"parts end at channel {edge}, the layer has {self.in_features}{padded}")
         _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
-        # No fields: they say nothing more than the fields do.
         object.__setattr__(self, "text", _text(_values(self)))
         rows, columns = sum(p.scale_rows for p in self.parts), sum(p.bytes_per_row for p in self.parts)
         shapes = (("weight", (self.out_features, columns)), ("weight_scale", (rows, self.out_features)))

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from ..operator.spec import LinearSpec, parse
 from ..plan import Gemm, lower
@@ -25,7 +26,7 @@ class Quantize:
     parts: tuple[tuple[slice, slice], ...]
     smooth: bool
     factors: slice | None
-    settings: tuple
+    settings: Any
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Launch:
     code_bytes: int
     segments: int
     quantize: tuple[Quantize, ...]
-    settings: tuple
+    settings: Any
     last: bool
 
 
@@ -57,10 +58,10 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def plan_of(text: str, target: tuple) -> Plan:
-    """The Plan of a `LinearSpec.text` whose parts all have quantized activations on a Target of these
-    fields."""
-    spec, target = parse(text), Target(*target)
+def plan_of(text: str, fields: tuple) -> Plan:
+    """The Plan of a `LinearSpec.text` whose parts all have quantized activations, on a Target of these
+    `fields`."""
+    spec, target = parse(text), Target(*fields)
     steps = lower(spec, target)
     limit = min(0 if p.kronecker else low_rank_limit(target, p.rotation) for p in spec.parts)
     launches = tuple(

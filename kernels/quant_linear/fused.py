@@ -1,5 +1,7 @@
 """The operator on the Triton kernels: quantize, multiply, one launch each for most layers."""
 
+from typing import Any
+
 import torch
 
 from ..fp16 import HALF, balanced_parts, row_power
@@ -54,23 +56,21 @@ def quantize(x, plan: Plan, launch: Launch, tensors, low, before: Prologue | Non
     tokens, device, fused = x.shape[0], x.device, plan.fused
     codes = torch.empty(tokens, launch.code_bytes, dtype=torch.int8, device=device)
     scale = torch.empty(launch.segments, tokens, dtype=torch.float32, device=device)
-    smooth, down = tensors.get("smooth_factor"), None
-    if plan.low:
-        down = tensors["proj_down"]
-        down = down if down.dtype == x.dtype else down.to(x.dtype)
+    smooth, down = tensors.get("smooth_factor"), tensors.get("proj_down")
+    if plan.low and down.dtype != x.dtype:
+        down = down.to(x.dtype)
     for step in launch.quantize:
         columns = step.columns
         kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
-        part, out = x[:, columns], (codes[:, step.code :], scale[step.segments])
+        into = x[:, columns], codes[:, step.code :], scale[step.segments]
         divisor = smooth[columns] if step.smooth else None
+        settings: Any = (*step.settings, kind, eps)
         if step.factors is not None:
-            factors = tensors["transform"][step.factors]
-            quantize_kronecker(part, *out, divisor, factors, mod_scale, mod_shift, *step.settings, kind, eps)
+            operands = divisor, tensors["transform"][step.factors], mod_scale, mod_shift
+            quantize_kronecker(*into, *operands, *settings)
         else:
-            into, of = (low[:, step.ranks], down[columns]) if fused else (None, None)
-            quantize_activation(
-                part, *out, into, divisor, of, mod_scale, mod_shift, *step.settings, kind, eps
-            )
+            branch, of = (low[:, step.ranks], down[columns]) if fused else (None, None)
+            quantize_activation(*into, branch, divisor, of, mod_scale, mod_shift, *settings)
         if plan.low and not fused:
             for at, ranks in step.parts:
                 torch.mm(x[:, at], down[at], out=low[:, ranks])

@@ -15,10 +15,21 @@ def weight_only(x, weight, weight_scale, bias, y, bits, group):
     target = kernel_target(x.device)
     chosen = constants(target, tokens, bits, group, bias is not None)
     weight_only_kernel[(triton.cdiv(channels, chosen["BN"]), triton.cdiv(tokens, chosen["BM"]))](
-        x, weight, weight_scale, bias if bias is not None else weight_scale, y,
-        tokens, channels, weight.shape[1], x.stride(0), weight.stride(0), y.stride(0), weight_scale.stride(0),
-        **chosen, **options(target, chosen["BM"]),
-    )  # fmt: skip
+        x,
+        weight,
+        weight_scale,
+        bias if bias is not None else weight_scale,
+        y,
+        tokens,
+        channels,
+        weight.shape[1],
+        x.stride(0),
+        weight.stride(0),
+        y.stride(0),
+        weight_scale.stride(0),
+        **chosen,
+        **options(target, chosen["BM"]),
+    )
 
 
 def constants(target, tokens: int, bits: int, group: int, has_bias: bool) -> dict:

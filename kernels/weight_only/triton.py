@@ -28,11 +28,27 @@ def _product(
 
 @triton.jit
 def weight_only_kernel(
-    x_ptr, w_ptr, sw_ptr, bias_ptr, y_ptr, M, N, KB, ldx, ldw, ldy, ld_sw,
-    PLANES: tl.constexpr, GROUPED: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    x_ptr,
+    w_ptr,
+    sw_ptr,
+    bias_ptr,
+    y_ptr,
+    M,
+    N,
+    KB,
+    ldx,
+    ldw,
+    ldy,
+    ld_sw,
+    PLANES: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
-    ASM: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
+    ASM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
     """x (M, PLANES KB), w (N, KB) bytes, sw (groups or 1, N), bias (N,), y (M, N). GROUPED: BK bytes are one
     group."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)

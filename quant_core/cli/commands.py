@@ -129,7 +129,7 @@ def allocate(
         allocate_file.opened(source, destination, statistics)  # refuses before the network runs
         weights = allocate_file.measured_gains(source, statistics, device, bar("layer"))
     else:
-        weights = allocate_file.read_gains(gains) if gains else None
+        weights = allocate_file.read_gains(Path(gains)) if gains else None
     done, rows = allocate_file.allocate_file(
         source, destination, statistics, asked, config, weights, device, bar, base3, note
     )

@@ -54,31 +54,36 @@ def quantize_file(
     require_place(destination, checkpoint, calibration)
     job = _job(checkpoint, method, config, calibration, device, preset)
 
-    digest = None
+    digest = []
 
     def begin(store: Unfinished):
-        nonlocal digest
-        digest = pool.submit(checkpoint.sha256)
+        digest.append(pool.submit(checkpoint.sha256))
         if store.kept:
             say(store.text)
         else:
-            rest = sum(
-                prod(checkpoint.shapes[key]) for key in rest_of(checkpoint, (x.name for x in job.plan))
-            )
-            require_room(destination, 2 * codes(job.plan, method) + rest)
+            require_room(destination, _least_bytes(checkpoint, job.plan, method))
 
     def trainer(folder: Path) -> Trainer:
+        assert calibration is not None  # a Job that trains has one
         model = diffusers_model.full(checkpoint.path, device)
         return trainer_of(model, checkpoint.family, job.plan, calibration, device, folder, preset)
 
     before = states(checkpoint.files)
     doing, folder = f"quantizes {checkpoint.path.name} with {method.name}", Path(f"{destination}.partial")
-    work = {"trainer": trainer, "begin": begin, "progress": progress}
     with ThreadPoolExecutor(1) as pool:
         named = lambda: naming(checkpoint.path, but=CalibrationError)
-        with quantized(job, folder, lock=destination, doing=doing, working=named, **work) as done:
+        with quantized(
+            job,
+            folder,
+            lock=destination,
+            doing=doing,
+            trainer=trainer,
+            begin=begin,
+            working=named,
+            progress=progress,
+        ) as done:
             require_unchanged(before)
-            job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest.result()}
+            job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest[0].result()}
             _write(destination, checkpoint, job, done, base3)
             losses = folder / LOSSES
             if losses.is_file():
@@ -108,6 +113,13 @@ def _write(destination, checkpoint, job, done, base3):
 def require_place(destination: Path, checkpoint: Checkpoint, calibration: Calibration | None = None):
     """Raises OSError where `destination` cannot be written, OverInput where it would replace what is read."""
     require_output(destination, [*checkpoint.files, *(calibration.files if calibration is not None else ())])
+
+
+def _least_bytes(checkpoint, plan, method) -> int:
+    """What the layers' codes take twice, finished and in the file, and all that stays in 16 bit, at a byte a
+    value."""
+    rest = rest_of(checkpoint, (layer.name for layer in plan))
+    return 2 * codes(plan, method) + sum(prod(checkpoint.shapes[key]) for key in rest)
 
 
 def codes(plan: list[Layer], method: Method) -> int:

@@ -71,7 +71,7 @@ class Plan:
         )
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
-        reasons = {}
+        reasons: dict = {}
         for name, why in self.lossy.items():
             # What nunchaku has in 4 bits may be in 16 here.
             what = (
@@ -172,7 +172,8 @@ def _converted(planned, destination, replacement, progress) -> tuple[list[str], 
     """(what the format changed, how many layers read back)."""
     source = planned.source
     source.verify()
-    layers, rest = {}, {key: source.tensor(key) for key in source.rest}
+    layers: dict[str, QuantizedLayer] = {}
+    rest = {key: source.tensor(key) for key in source.rest}
     for name in progress(list(source.specs), len(source.specs)):
         layer = source.layer(name)
         if name in planned.lossy:
@@ -217,8 +218,10 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
     if planned.to == "nunchaku":
         changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
         kept = {name: layer for name, layer in kept.items() if not changed(name)}
+    if not kept:
+        return 0
     try:
-        found = open_quantized(written) if kept else None
+        found = open_quantized(written)
     except NamedError as error:
         why = str(error).replace(str(written), "it")
         raise NotReadBack(

@@ -58,7 +58,9 @@ def nearest(layer: QuantizedLayer) -> QuantizedLayer:
     """The layer as W4A16 in groups of 64 without a low rank, its values rounded once more with the clip of
     least squares."""
     weight, bias = dense(layer)
-    return weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias).filled()).layer
+    made = weight_only.fit(_problem(layer.name, weight.to(_half(layer)), bias).filled()).layer
+    assert made is not None  # rounding to nearest takes any layer
+    return made
 
 
 def becomes(spec: LinearSpec, what: str) -> str:

@@ -1,7 +1,9 @@
 """Methods: functions from (weight, statistics, config) to a spec and its tensors. A new paper is a new file
 here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from ..layer.problem import Fitted, Problem
 from ..layer.soundness import UnfitLayer, naming, require_finite_fit
@@ -15,8 +17,8 @@ class Method:
 
     name: str
     title: str
-    fit: object
-    config: object
+    fit: Callable[..., Fitted]
+    config: Any
     weight_only: bool = False
     bits: int = 4
 

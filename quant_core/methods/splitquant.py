@@ -75,7 +75,7 @@ def fit(problem: Problem, config: SplitQuantConfig) -> Fitted:
     parts = [SplitPart(problem, torch.arange(p.start, p.stop), config) for p in problem.layer.parts]
     if config.sort:
         parts = [_sorted(problem, part, config) for part in parts]
-    choices = {}
+    choices: dict[str, object] = {}
     for i, part in enumerate(parts):
         choices |= part.chosen if len(parts) == 1 else {f"{i}.{k}": v for k, v in part.chosen.items()}
     layer = _layer(problem, parts)

@@ -7,6 +7,7 @@ smoothing (`svdquant_r`).
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ class PartFit:
     and `_refined`.
     """
 
-    scale_of = None
+    scale_of: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, problem, part, config):
         self.config, self.part, self.dtype = config, part, problem.dtype

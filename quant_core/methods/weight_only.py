@@ -6,6 +6,8 @@ nearly of low rank: GPTQ brings 6 dB for nothing there, and a whitened low rank 
 bits a weight at FLUX's widths (29.9, 35.6 and 42.9 dB in single_blocks.0).
 """
 
+from operator import itemgetter
+
 import torch
 
 from ...kernels.operator.quantizers import GROUP, best_clip_scale, dequantize, quantize
@@ -20,12 +22,11 @@ from . import gptq
 def fit(problem: Problem, rank: int = 0, use_gptq: bool = False, damp: float = 0.01) -> Fitted:
     """Round to nearest with the clip of least squares; with statistics also GPTQ and a whitened low rank of
     `rank`, whichever is best on held-out tokens."""
-    tokens, best = problem.tokens("select"), None
-    for candidate in _candidates(problem, rank, use_gptq, damp, tokens):  # one beside the best in memory
-        error = 0.0 if tokens is None else _error(problem, candidate[0], tokens)
-        if best is None or error < best[0]:
-            best = (error, *candidate)
-    _, part, chosen = best
+    tokens = problem.tokens("select")
+    judged = lambda part: 0.0 if tokens is None else _error(problem, part, tokens)
+    # One beside the best in memory; the first of equals is taken.
+    candidates = _candidates(problem, rank, use_gptq, damp, tokens)
+    _, part, chosen = min(((judged(part), part, chosen) for part, chosen in candidates), key=itemgetter(0))
     return Fitted(assemble(problem, [part]), chosen)
 
 

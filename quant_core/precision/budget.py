@@ -91,7 +91,9 @@ def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
         [(-(-(o.extra - low) // step), o.noise) for o in menu] for menu, low in zip(menus, least, strict=True)
     ]
     totals = Totals.of(costs, spare // step)
-    picks = totals.trace(totals.best(0, spare // step))
+    last = totals.best(0, spare // step)
+    assert last is not None  # to stay costs nothing
+    picks = totals.trace(last)
     return {u.name: menu[pick] for u, menu, pick in zip(units, menus, picks, strict=True) if pick}
 
 

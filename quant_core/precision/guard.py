@@ -50,7 +50,9 @@ def candidates(problem: Problem, quantized: QuantizedLayer, allowed=PRECISIONS) 
 
 def noise_of(problem: Problem, layer: QuantizedLayer) -> float:
     """Noise-to-signal ratio of the layer's output on the report tokens."""
-    return 10 ** (-output_sqnr(problem, layer) / 10)
+    sqnr = output_sqnr(problem, layer)
+    assert sqnr is not None  # there are tokens: `require_tokens`
+    return 10 ** (-sqnr / 10)
 
 
 def require_tokens(problem: Problem, calibration: Calibration):
@@ -109,7 +111,7 @@ def measure(
 def as_units(measured: list[Measured], blocks: bool) -> list[Unit]:
     """One Unit a layer, or one a block: then all its layers take a precision together, but for those that
     would measure worse."""
-    groups = {}
+    groups: dict[str, list[Measured]] = {}
     for m in measured:
         groups.setdefault(m.block if blocks else m.name, []).append(m)
     units = []

@@ -161,10 +161,11 @@ def rows_after(
         row = replace(row, sqnr_db=decibel(m.noise))
         if precision := decision.layers.get(m.name):
             told = f"raised by Nibble Guard, was {m.what} at {_db(m.noise)}"
-            if made[m.name] is None:
+            layer = made[m.name]
+            if layer is None:
                 row = replace(row, what=precision, sqnr_db=None, nbytes=0, choices={}, note=told)
             else:
-                what, (nbytes, noise) = made[m.name].spec.describe(), m.at(precision)
+                what, (nbytes, noise) = layer.spec.describe(), m.at(precision)
                 row = replace(
                     row,
                     what=what,

@@ -10,10 +10,10 @@ def as_text(done: Allocated, title: str) -> str:
     budget, chosen = done.budget, done.allocation
     layers = [s for s in done.table if not s.fixed]
     db = lambda noise: "exact" if noise <= 0 else f"{decibel(noise):.2f} dB"
+    base = sum(s.weights for s in layers)
     line = lambda name, a: (
         f"  {name:22}  {budget.text(a.reached):>34}  {db(a.noise / len(layers)):>9}  {a.cost / base:5.2f}"
     )
-    base = sum(s.weights for s in layers)
     lines = [
         f"{title}: {budget.text()}",
         f"  {'':22}  {'':>34}  {'mean noise':>9}  cost, the speed proxy (int4 1, int8 2, 16 bit 4)",

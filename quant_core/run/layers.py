@@ -69,7 +69,7 @@ def problem_of(
     if calibration is not None and _wants_statistics(layer, calibration):
         statistics = calibration.get(layer.input, second_moments)
     problem = Problem(layer, weight, bias, statistics)
-    require_sound(problem, calibration and calibration.path)
+    require_sound(problem, None if calibration is None else calibration.path)
     return problem.filled()
 
 
@@ -81,7 +81,9 @@ def _wants_statistics(layer, calibration):
 def require_statistics(layers: Iterable[Layer], calibration: Calibration | None):
     """Raises CalibrationError where a layer's input was not observed, or at another width. From headers
     alone, to be called before anything is fitted."""
-    for layer in layers if calibration is not None else ():
+    if calibration is None:
+        return
+    for layer in layers:
         if not_quantizable(layer) or not _wants_statistics(layer, calibration):
             continue
         if (width := calibration.width(layer.input)) != layer.in_features:

@@ -72,7 +72,8 @@ def leftovers(folder: Path) -> Iterator[Leftover]:
 
 def _unfinished(folder) -> Leftover:
     about, files = unfinished.about(folder), unfinished.files_of(folder)
-    settings = about.get("settings") if isinstance(about.get("settings"), dict) else {}
+    settings = about.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
     pieces = sum(f.name.endswith(".safetensors") for f in files)
     method = f"{settings.get('method', 'an earlier version')}"[:40]
     lock = folder.with_name(f".{folder.name}{LOCK}")

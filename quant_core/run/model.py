@@ -1,7 +1,7 @@
 """A whole model quantized: what a command and a node do alike, from the checks to the finished layers."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def quantized(
     doing: str = "",
     trainer: Callable[[Path], Trainer] | None = None,
     begin: Callable[[Unfinished], object] = lambda store: None,
-    working: Callable[[], object] = nullcontext,
+    working: Callable[[], AbstractContextManager] = nullcontext,
     progress: Progress = silent,
     keep: bool = False,
 ) -> Iterator[Finished]:

@@ -91,7 +91,8 @@ def whole(rows, shapes: Mapping[str, tuple[int, ...]]) -> str:
 def left_overs(rows, shapes: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
     """What stays in 16 bit, layers that differ by their number alone in one line: what was planned, then the
     biggest of the rest."""
-    groups, total = {}, sum(map(prod, (shapes or {}).values()))
+    groups: dict = {}
+    total = sum(map(prod, (shapes or {}).values()))
     for row in rows:
         if not row.quantized:
             groups.setdefault(

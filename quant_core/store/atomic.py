@@ -30,7 +30,7 @@ _own: set[Path] = set()  # of this process
 class NoRoom(OSError):
     """A disk, a quota or a limit on the size of files is too small for what is written. errno: which."""
 
-    def __init__(self, code: int, text: str):
+    def __init__(self, code: int | None, text: str):
         super().__init__(text)
         self.errno = code
 
