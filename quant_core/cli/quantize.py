@@ -39,16 +39,15 @@ def quantize_file(
     preset: Preset = UNTRAINED,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `pack.save`;
+    """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `nibble.save`;
     say(line): what a run before has left and is taken over.
 
     Each finished layer, with training each block, is kept in `<destination>.partial/` until the whole is
     written. Host memory: one layer at a time (1.3 GB above the page cache for a 12B FLUX with ConvRot);
-    source and finished layers stay memory-mapped. With a preset that trains, the source must be a diffusers
-    folder, whose model is loaded; the losses go to `<destination>.losses.json`. Raises the errors of
-    Checkpoint, Calibration, `require_place`, `require_statistics`, Unfinished and of training, and Busy,
-    before anything is computed, those of quantize_layers, with the name of `source` in front, and of Trainer
-    later.
+    source and finished layers stay memory-mapped. A preset that trains wants a diffusers folder, whose model
+    is loaded; its losses go to `<destination>.losses.json`. Raises the errors of Checkpoint, Calibration,
+    `require_place`, Job and Unfinished, and Busy, before anything is computed, and later those of
+    `quantize_layers`, with the name of `source` in front, and of Trainer.
     """
     checkpoint = Checkpoint(source)
     require_place(destination, checkpoint, calibration)
@@ -69,25 +68,24 @@ def quantize_file(
         return trainer_of(model, checkpoint.family, job.plan, calibration, device, folder, preset)
 
     before = states(checkpoint.files)
+    named = lambda: naming(checkpoint.path, but=CalibrationError)
     doing, folder = f"quantizes {checkpoint.path.name} with {method.name}", Path(f"{destination}.partial")
-    with ThreadPoolExecutor(1) as pool:
-        named = lambda: naming(checkpoint.path, but=CalibrationError)
-        with quantized(
-            job,
-            folder,
-            lock=destination,
-            doing=doing,
-            trainer=trainer,
-            begin=begin,
-            working=named,
-            progress=progress,
-        ) as done:
-            require_unchanged(before)
-            job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest[0].result()}
-            _write(destination, checkpoint, job, done, base3)
-            losses = folder / LOSSES
-            if losses.is_file():
-                losses.replace(f"{destination}.losses.json")
+    run = quantized(
+        job,
+        folder,
+        lock=destination,
+        doing=doing,
+        trainer=trainer,
+        begin=begin,
+        working=named,
+        progress=progress,
+    )
+    with ThreadPoolExecutor(1) as pool, run as done:
+        require_unchanged(before)
+        job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest[0].result()}
+        _write(destination, checkpoint, job, done, base3)
+        if (losses := folder / LOSSES).is_file():
+            losses.replace(f"{destination}.losses.json")
     return done.rows
 
 
