@@ -23,7 +23,7 @@ from comfyui_nibble.quant_core.formats import detect
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.formats.opened import Opened
 from comfyui_nibble.quant_core.layer.adapters import LowRank, Side
-from comfyui_nibble.quant_core.layer.assemble import assemble, round_part
+from comfyui_nibble.quant_core.layer.assemble import FittedPart, assemble, round_part
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.layer.problem import Fitted, output_sqnr
 from comfyui_nibble.quant_core.methods import METHODS, Method, by_name, fit_problem
@@ -90,7 +90,7 @@ def coarse(problem, config) -> Fitted:
         ActivationSpec(granularity="token"),
     )
     codes, scales = round_part(problem.weight, part, None, problem.dtype)
-    made = {"spec": part, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}
+    made = FittedPart(part, codes, scales)
     return Fitted(assemble(problem, [made]), {"bits": config.bits})
 
 

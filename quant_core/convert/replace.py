@@ -8,7 +8,7 @@ from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, Weigh
 from ..families import Layer, Part
 from ..formats.kitchen.declared import INT8_CHANNELS, ROTATIONS
 from ..layer.adapters import bias_correction
-from ..layer.assemble import assemble, round_part
+from ..layer.assemble import FittedPart, assemble, round_part
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem
 from ..methods import weight_only
@@ -42,7 +42,7 @@ def int8(layer: QuantizedLayer) -> QuantizedLayer:
     codes, scales = round_part(weight, spec, None, torch.float32)
     return assemble(
         _problem(layer.name, weight, bias),
-        [{"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}],
+        [FittedPart(spec, codes, scales)],
     )
 
 

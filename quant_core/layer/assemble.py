@@ -1,5 +1,6 @@
 """From a part's weight to stored tensors: the steps that methods share."""
 
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -90,10 +91,29 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
     return out
 
 
+@dataclass(frozen=True, eq=False)
+class FittedPart:
+    """A part of a layer as a method leaves it.
+
+    codes (N, w) int8; scales (N, G). smooth (w,) fp32; low_rank: (down (w, R), up (N, R)); factors: (left,
+    right) of a learned transform; each None without one. chosen: {choice: value} for the report, error: by
+    which candidates are compared, both the method's own.
+    """
+
+    spec: PartSpec
+    codes: torch.Tensor
+    scales: torch.Tensor
+    smooth: torch.Tensor | None = None
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
+    factors: tuple[torch.Tensor, torch.Tensor] | None = None
+    chosen: dict = field(default_factory=dict)
+    error: float = 0.0
+
+
 def fit_parts(problem: Problem, fit_part) -> Fitted:
-    """The layer of fit_part(part) -> ({"spec", "codes", ...} as `assemble` takes it, {choice: value}) for
+    """The layer of fit_part(part) -> (a FittedPart, {choice: value}) for
     each part of the problem."""
-    parts: list[dict] = []
+    parts: list[FittedPart] = []
     choices: dict = {}
     for i, part in enumerate(problem.layer.parts):
         fitted, chosen = fit_part(part)
@@ -102,40 +122,37 @@ def fit_parts(problem: Problem, fit_part) -> Fitted:
     return Fitted(assemble(problem, parts), choices)
 
 
-def assemble(problem: Problem, parts: list[dict], order: torch.Tensor | None = None) -> QuantizedLayer:
-    """A layer from its parts. Each part: {"spec", "codes" (N, w), "scales" (N, G), "smooth" or None,
-    "low_rank" or None}, and "factors" (left, right) where it has a learned transform. order (K,): the raw
-    in-channel at each place, None as they are."""
+def assemble(problem: Problem, parts: list[FittedPart], order: torch.Tensor | None = None) -> QuantizedLayer:
+    """A layer from its parts, which are side by side. order (K,): the raw in-channel at each place, None as
+    they are."""
     tensors = {
-        "weight": torch.cat([pack(p["codes"], p["spec"].weight.bits) for p in parts], 1),
-        "weight_scale": torch.cat([p["scales"].T for p in parts]).contiguous(),
+        "weight": torch.cat([pack(p.codes, p.spec.weight.bits) for p in parts], 1),
+        "weight_scale": torch.cat([p.scales.T for p in parts]).contiguous(),
     }
-    if any(p["smooth"] is not None for p in parts):
+    if any(p.smooth is not None for p in parts):
         ones = [
-            torch.ones(p["spec"].width, device=problem.weight.device) if p["smooth"] is None else p["smooth"]
+            torch.ones(p.spec.width, device=problem.weight.device) if p.smooth is None else p.smooth
             for p in parts
         ]
         tensors["smooth_factor"] = torch.cat([o.to(problem.dtype) for o in ones])
-    if parts[0]["low_rank"] is not None:
-        tensors["proj_down"] = torch.cat([p["low_rank"][0] for p in parts]).to(problem.dtype)
-        tensors["proj_up"] = torch.cat([p["low_rank"][1] for p in parts], 1).to(problem.dtype)
-    if learned := [
-        f.to(problem.dtype).flatten(1) for p in parts for f in [p.get("factors")] if f is not None for f in f
-    ]:
+    if branches := [p.low_rank for p in parts if p.low_rank is not None]:
+        tensors["proj_down"] = torch.cat([down for down, _ in branches]).to(problem.dtype)
+        tensors["proj_up"] = torch.cat([up for _, up in branches], 1).to(problem.dtype)
+    if learned := [f.to(problem.dtype).flatten(1) for p in parts for f in p.factors or ()]:
         tensors["transform"] = torch.cat(
             [torch.cat(pair, 1).flatten() for pair in zip(learned[::2], learned[1::2], strict=True)]
         )
     bias = problem.bias
     for p in parts:
-        if p["spec"].activation is not None and p["spec"].activation.shift:
+        if p.spec.activation is not None and p.spec.activation.shift:
             # In fp32: bf16 would round the correction to 1/256 of the bias.
-            correction = shift_correction(p["codes"], p["scales"], p["spec"], p["smooth"])
+            correction = shift_correction(p.codes, p.scales, p.spec, p.smooth)
             bias = -correction if bias is None else bias.float() - correction
     if bias is not None:
         tensors["bias"] = bias
     if order is not None:
         tensors["channel_order"] = order.int()
-    specs = tuple(p["spec"] for p in parts)
+    specs = tuple(p.spec for p in parts)
     k = problem.layer.in_features - problem.padding
     spec = LinearSpec(
         k,

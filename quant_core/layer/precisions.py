@@ -9,7 +9,7 @@ import torch
 from ...kernels.operator.packing import unpack
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, WeightSpec
-from .assemble import assemble, round_part
+from .assemble import FittedPart, assemble, round_part
 from .linear import QuantizedLayer
 from .problem import Problem
 
@@ -70,7 +70,7 @@ def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
         # Rounded as `assemble` stores it, and only then folded.
         smooth = None if smooth is None else smooth.to(problem.dtype).float()
         codes, scales = round_part(weight[:, part.start : part.stop], spec, smooth, torch.float32)
-        parts.append({"spec": spec, "codes": codes, "scales": scales, "smooth": smooth, "low_rank": None})
+        parts.append(FittedPart(spec, codes, scales, smooth))
     return assemble(problem, parts, order)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ...kernels.operator.quantizers import absmax_scale, code_range
+from ...kernels.operator.transforms import transform_activation
 
 
 def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -76,3 +77,13 @@ def _inverse_rows(c, first, last):
     unit = torch.zeros(last - first, c.shape[0] - first, device=c.device)
     unit.fill_diagonal_(1.0)
     return torch.linalg.solve_triangular(c[first:, first:], unit, upper=True, left=False)
+
+
+def transformed_moments(
+    moments: torch.Tensor, smooth: torch.Tensor | None, rotation: int = 0, factors=None
+) -> torch.Tensor:
+    """T H T^T, (k, k) fp32, of second moments H of the raw input: those of the transformed one, T as in
+    `transform_activation`."""
+    for _ in range(2):
+        moments = transform_activation(moments, smooth, rotation, factors=factors).T
+    return moments.contiguous()

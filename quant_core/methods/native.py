@@ -6,7 +6,7 @@ some layers: each gets the cheapest format whose output reaches a quality. The c
 in the rotated space change nothing at run time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,7 @@ from ...kernels.operator.quantizers import best_clip_scale, dequantize
 from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
 from ...kernels.operator.transforms import rotate
 from ..formats.kitchen.declared import INT8_CHANNELS, ROTATIONS, width_is_read
-from ..layer.assemble import assemble, folded, folded_t, round_part
+from ..layer.assemble import FittedPart, assemble, folded, folded_t, round_part
 from ..layer.chunks import power_db, row_chunks
 from ..layer.problem import Fitted, Problem, output_sqnr
 from . import gptq
@@ -102,27 +102,27 @@ def _rotation(problem: Problem) -> int:
 
 def _nearest(problem, spec, scale_of=None):
     codes, scales = round_part(problem.weight, spec, None, torch.float32, scale_of=scale_of)
-    return {"spec": spec, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}
+    return FittedPart(spec, codes, scales)
 
 
 def _gptq(problem, start, damp):
     """The part with codes by GPTQ at the scales it has."""
-    spec, factor = start["spec"], {}
+    spec, factor = start.spec, {}
     for block, moments in problem.statistics.hessians.items():
         half = rotate(moments.to(problem.weight.device, torch.float32), spec.rotation)
         factor[block] = gptq.upper_factor(rotate(half.T, spec.rotation), damp)
     folded_weight = folded_t(problem.weight, spec, None)
     codes, _ = gptq.quantize(
-        folded_weight, factor, 4, spec.width, torch.float32, scales=start["scales"].T.contiguous()
+        folded_weight, factor, 4, spec.width, torch.float32, scales=start.scales.T.contiguous()
     )
-    return start | {"codes": codes.T.contiguous()}
+    return replace(start, codes=codes.T.contiguous())
 
 
 def _weight_sqnr(problem, part) -> float:
     signal = noise = 0.0
     for rows in row_chunks(*problem.weight.shape):
-        want = folded(problem.weight, rows, part["spec"], None)
-        got = dequantize(part["codes"][rows], part["scales"][rows], "channel")
+        want = folded(problem.weight, rows, part.spec, None)
+        got = dequantize(part.codes[rows], part.scales[rows], "channel")
         signal += want.double().square().sum().item()
         noise += (want - got).double().square().sum().item()
     return power_db(signal, noise)

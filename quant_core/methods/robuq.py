@@ -117,12 +117,12 @@ class RobuQPart(PartFit):
     def _clipped(self, best):
         """`best` with the clip, among factors of the one it has, that leaves the least error of the
         output."""
-        start = best["spec"].activation.clip
+        start = best.spec.activation.clip
         for factor in self.config.clip:
-            spec = self._with_clip(best["spec"], start * factor)
-            best = min(best, self._judged(best | {"spec": spec}), key=error_of)
-        clip = best["spec"].activation.clip
-        return best | {"chosen": best["chosen"] | {"clip": f"{clip:g}"}}
+            spec = self._with_clip(best.spec, start * factor)
+            best = min(best, self._judged(replace(best, spec=spec)), key=error_of)
+        clip = best.spec.activation.clip
+        return replace(best, chosen=best.chosen | {"clip": f"{clip:g}"})
 
     # -- ternary GPTQ
 
@@ -132,7 +132,7 @@ class RobuQPart(PartFit):
         rank 32."""
         weight, width = residual.clone(), residual.shape[0]
         codes, scales = gptq.quantize(
-            residual, factor, 2, width, self.dtype, scales=best["scales"].T.contiguous()
+            residual, factor, 2, width, self.dtype, scales=best.scales.T.contiguous()
         )
         wq, qq = torch.zeros_like(weight[0]), torch.zeros_like(weight[0])
         for (start, stop), c in factor.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
-from ..layer.assemble import assemble, round_part
+from ..layer.assemble import FittedPart, assemble, round_part
 from ..layer.problem import Fitted, Problem
 
 
@@ -28,7 +28,5 @@ def fit(problem: Problem, config: RTNConfig) -> Fitted:
         rotation=config.rotation,
     )
     codes, scales = round_part(problem.weight, part, None, torch.float32)
-    layer = assemble(
-        problem, [{"spec": part, "codes": codes, "scales": scales, "smooth": None, "low_rank": None}]
-    )
+    layer = assemble(problem, [FittedPart(part, codes, scales)])
     return Fitted(layer)

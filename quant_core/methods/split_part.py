@@ -8,7 +8,7 @@ import torch
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
 from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
 from ...kernels.operator.transforms import fold_weight, kronecker, transform_activation, unfold_weight
-from ..layer.assemble import column_absmax, folded_t, round_part, smoothing
+from ..layer.assemble import FittedPart, column_absmax, folded_t, round_part, smoothing
 from ..layer.chunks import row_chunks
 from . import balance, gptq
 from .factors import balanced, hadamard_factor, slice_width, start_factor
@@ -158,21 +158,14 @@ class SplitPart:
         )
         dtype = self.dtype if self.config.scales == "group" else torch.float32
         codes, scales = round_part(self.weight, spec, smooth, dtype, factors=factors)
-        return {
-            "spec": spec,
-            "codes": codes,
-            "scales": scales,
-            "smooth": smooth,
-            "low_rank": None,
-            "factors": factors,
-        }
+        return FittedPart(spec, codes, scales, smooth, factors=factors)
 
     def _gptq(self, nearest):
         """The same part rounded by GPTQ at the same scales, in ranges of whole slices as wide as a block of
         the calibration; None without second moments."""
         if not self.hessians:
             return None
-        smooth, factors, upper, width = nearest["smooth"], nearest["factors"], {}, len(self.index)
+        smooth, factors, upper, width = nearest.smooth, nearest.factors, {}, len(self.index)
         step = self.step if self.sizes else 64
         most = max(1, max(b - a for a, b in self.hessians) // step)
         count = -(-(width // step) // most)
@@ -180,22 +173,21 @@ class SplitPart:
         for a, b in pairwise(edges):
             pick = slice(a // step, b // step) if self.config.per_slice else slice(None)
             local = None if factors is None else tuple(f[pick] for f in factors)
-            h = self._moments(slice(a, b))
-            for _ in range(2):  # T H T^T
-                h = transform_activation(h, None if smooth is None else smooth[a:b], 0, factors=local).T
-            upper[a, b] = gptq.upper_factor(h.contiguous(), self.config.damp)
-        rest = folded_t(self.weight, nearest["spec"], smooth, factors=factors)
-        scales = nearest["scales"].T.contiguous()
+            here = None if smooth is None else smooth[a:b]
+            h = gptq.transformed_moments(self._moments(slice(a, b)), here, factors=local)
+            upper[a, b] = gptq.upper_factor(h, self.config.damp)
+        rest = folded_t(self.weight, nearest.spec, smooth, factors=factors)
+        scales = nearest.scales.T.contiguous()
         codes, _ = gptq.quantize(rest, upper, self.bits, self.group, scales.dtype, scales=scales)
-        return nearest | {"codes": codes.T.contiguous()}
+        return replace(nearest, codes=codes.T.contiguous())
 
     def _weight(self, part, rows):
         """Rows of the rounded weight, of the transformed input."""
-        return dequantize(part["codes"][rows], part["scales"][rows].float(), "group", self.group)
+        return dequantize(part.codes[rows], part.scales[rows].float(), "group", self.group)
 
     def _error(self, part) -> float:
         """Energy of the output's error on the fit tokens, with the codes as they are."""
-        tx, error = self._seen(part["smooth"], part["factors"], part["spec"].activation.clip), 0.0
+        tx, error = self._seen(part.smooth, part.factors, part.spec.activation.clip), 0.0
         for rows in row_chunks(*self.weight.shape):
             error += (
                 (self.x @ self.weight[rows].float().T - tx @ self._weight(part, rows).T)
@@ -209,15 +201,15 @@ class SplitPart:
     def shares(self) -> torch.Tensor:
         """Of each channel in the ranges that scales are made of: the larger of its shares of absmax(x / s)
         and of absmax(W s), (w,)."""
-        smooth = self.best["smooth"]
+        smooth = self.best.smooth
         x, w = self.absmax / smooth, column_absmax(self.weight) * smooth
         return torch.maximum(x / x.sum(), w / w.sum())
 
     def blame(self) -> torch.Tensor:
         """Of each channel in the error of the output on the fit tokens, were the errors of channels
         independent, (w,)."""
-        smooth, factors = self.best["smooth"], self.best["factors"]
-        seen = self._seen(smooth, factors, self.best["spec"].activation.clip)
+        smooth, factors = self.best.smooth, self.best.factors
+        seen = self._seen(smooth, factors, self.best.spec.activation.clip)
         back = (
             seen
             if factors is None
@@ -231,11 +223,11 @@ class SplitPart:
             out += x_error * weight.square().sum(0) + x_energy * rest.square().sum(0)
         return out
 
-    def stored(self, start: int) -> list[dict]:
+    def stored(self, start: int) -> list[FittedPart]:
         """What `assemble` takes, the channels from place `start` on: one part, or one for each slice."""
-        spec, best, width = self.best["spec"], self.best, len(self.index)
+        spec, best, width = self.best.spec, self.best, len(self.index)
         if self.config.scales == "group":
-            return [best | {"spec": replace(spec, start=start, stop=start + width)}]
+            return [replace(best, spec=replace(spec, start=start, stop=start + width))]
         each = replace(
             spec,
             weight=WeightSpec(self.bits, "channel"),
@@ -248,12 +240,9 @@ class SplitPart:
                 slice(a, a + self.group),
                 slice(i, i + 1) if spec.per_slice and not each.per_slice else slice(None),
             )
-            piece = {
-                "spec": replace(each, start=start + a, stop=start + a + self.group),
-                "codes": best["codes"][:, at],
-            }
-            piece |= {"scales": best["scales"][:, i : i + 1], "low_rank": None}
-            piece["smooth"] = None if best["smooth"] is None else best["smooth"][at]
-            piece["factors"] = None if best["factors"] is None else tuple(f[pick] for f in best["factors"])
-            made.append(piece)
+            here = replace(each, start=start + a, stop=start + a + self.group)
+            smooth = None if best.smooth is None else best.smooth[at]
+            factors = None if best.factors is None else (best.factors[0][pick], best.factors[1][pick])
+            scales = best.scales[:, i : i + 1]
+            made.append(FittedPart(here, best.codes[:, at], scales, smooth, factors=factors))
         return made

@@ -8,14 +8,14 @@ smoothing (`svdquant_r`).
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...kernels.operator.quantizers import GROUP, dequantize, quantize_activation
 from ...kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from ...kernels.operator.transforms import rotate, rotation_size
-from ..layer.assemble import column_absmax, fit_parts, folded, folded_t, round_part, smoothing
+from ..layer.assemble import FittedPart, column_absmax, fit_parts, folded, folded_t, round_part, smoothing
 from ..layer.chunks import row_chunks
 from ..layer.lowrank import truncated
 from ..layer.problem import Fitted, Problem
@@ -77,11 +77,11 @@ class PartFit:
             )
 
     def fit(self):
-        """The best found: ({"spec", "codes", "scales", "smooth", "low_rank"}, choices)."""
+        """(the best found, its choices)."""
         best = self._best_transform()
         if self.x is not None:
             best = self._refined(best, self._factor(best))
-        return {k: best[k] for k in ("spec", "codes", "scales", "smooth", "low_rank")}, best["chosen"]
+        return best, best.chosen
 
     def _refined(self, best, factor):
         best = self._iterated(self._whitened(best, factor))
@@ -122,7 +122,7 @@ class PartFit:
             )
         candidates = list(self._candidates())
         rough = self._every_few_rows()
-        candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {})["error"])
+        candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {}).error)
         full = (
             self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)})
             for p, t, s in candidates[: self.config.finalists]
@@ -161,16 +161,7 @@ class PartFit:
         pair = self._low_rank(spec, smooth, factor, base)
         codes, scales = round_part(self.weight, spec, smooth, self.dtype, pair, scale_of=self.scale_of)
         chosen = chosen | ({"low_rank": low_rank} if self.rank else {}) | {"rounding": "nearest"}
-        return self._judged(
-            {
-                "spec": spec,
-                "codes": codes,
-                "scales": scales,
-                "smooth": smooth,
-                "low_rank": pair,
-                "chosen": chosen,
-            }
-        )
+        return self._judged(FittedPart(spec, codes, scales, smooth, pair, chosen=chosen))
 
     def _low_rank(self, spec, smooth, factor, base=None):
         if not self.rank:
@@ -189,7 +180,7 @@ class PartFit:
             return best
         return min(
             best,
-            self._rounded(best["spec"], best["smooth"], "whitened", factor, best["chosen"]),
+            self._rounded(best.spec, best.smooth, "whitened", factor, best.chosen),
             key=error_of,
         )
 
@@ -197,35 +188,34 @@ class PartFit:
         """`best` after rounds of L = SVD(W - Q), Q = quant(W - L) for as long as they help. factor: of the
         metric of that SVD."""
         for _ in range(self.config.iterations if self.rank else 0):
-            part = best["spec"]
+            part = best.spec
 
             def quantized(rows, best=best, part=part):
                 return dequantize(
-                    best["codes"][rows],
-                    best["scales"][rows].float(),
+                    best.codes[rows],
+                    best.scales[rows].float(),
                     part.weight.granularity,
                     part.weight.group,
                 )
 
-            chosen = {k: v for k, v in best["chosen"].items() if k not in ("low_rank", "rounding")}
+            chosen = {k: v for k, v in best.chosen.items() if k not in ("low_rank", "rounding")}
             label = "iterated" if factor is None else "whitened, iterated"
-            again = self._rounded(part, best["smooth"], label, factor, chosen, quantized)
-            if again["error"] >= best["error"]:
+            again = self._rounded(part, best.smooth, label, factor, chosen, quantized)
+            if again.error >= best.error:
                 break
             best = again
         return best
 
     def _gptq(self, best, factor):
-        residual = folded_t(self.weight, best["spec"], best["smooth"], best["low_rank"])
+        residual = folded_t(self.weight, best.spec, best.smooth, best.low_rank)
         codes, scales = self._gptq_codes(residual, best, factor)
         del residual
         codes, scales = codes.T.contiguous(), scales.T.contiguous()
-        return self._judged(
-            best | {"codes": codes, "scales": scales, "chosen": best["chosen"] | {"rounding": "gptq"}}
-        )
+        chosen = best.chosen | {"rounding": "gptq"}
+        return self._judged(replace(best, codes=codes, scales=scales, chosen=chosen))
 
     def _gptq_codes(self, residual, best, factor):
-        return gptq.quantize(residual, factor, best["spec"].weight.bits, GROUP, self.dtype)
+        return gptq.quantize(residual, factor, best.spec.weight.bits, GROUP, self.dtype)
 
     def _blocks(self):
         return [b for b in sorted(self.statistics.hessians) if self.part.start <= b[0] < self.part.stop]
@@ -239,15 +229,15 @@ class PartFit:
         for start, stop in self._blocks():
             a, b = start - self.part.start, stop - self.part.start
             h = self.statistics.hessians.pop((start, stop)).to(self.weight.device, torch.float32)
-            if best["smooth"] is not None:
-                s = best["smooth"][a:b]
+            if best.smooth is not None:
+                s = best.smooth[a:b]
                 h.div_(s).div_(s[:, None])
-            if best["spec"].rotation:
+            if best.spec.rotation:
                 # A block's width is a multiple of the rotation wherever the part's is, except when a cut fell
                 # inside.
-                if h.shape[0] % best["spec"].rotation:
+                if h.shape[0] % best.spec.rotation:
                     return {}
-                h = rotate(rotate(h, best["spec"].rotation).T, best["spec"].rotation)
+                h = rotate(rotate(h, best.spec.rotation).T, best.spec.rotation)
             out[a, b] = gptq.upper_factor(h, self.config.damp)
         return out
 
@@ -255,38 +245,36 @@ class PartFit:
 
     def _judged(self, candidate):
         error = 0.0 if self.x is None else self._error_of(candidate)
-        candidate["error"] = (
-            math.inf if math.isnan(error) else error
-        )  # nothing is better than NaN, not even itself
-        return candidate
+        # Nothing is better than NaN, not even itself.
+        return replace(candidate, error=math.inf if math.isnan(error) else error)
 
     def _error_of(self, candidate):
-        spec, smooth = candidate["spec"], candidate["smooth"]
+        spec, smooth = candidate.spec, candidate.smooth
         codes, scale = quantize_activation(self.x, spec, smooth)
         tx = dequantize(codes, scale, spec.activation.granularity, spec.activation.group)
         if spec.activation.shift:
             # Quantized weights also multiply the shift, which the bias takes back.
             tx = tx - (spec.activation.shift / smooth if smooth is not None else spec.activation.shift)
         low = None
-        if candidate["low_rank"] is not None:
-            low = self.x @ candidate["low_rank"][0].float()
+        if candidate.low_rank is not None:
+            low = self.x @ candidate.low_rank[0].float()
         error = 0.0
         for rows in row_chunks(*self.weight.shape):
             weight = dequantize(
-                candidate["codes"][rows],
-                candidate["scales"][rows].float(),
+                candidate.codes[rows],
+                candidate.scales[rows].float(),
                 spec.weight.granularity,
                 spec.weight.group,
             )
             rest = torch.addmm(self.y[:, rows], tx, weight.T, alpha=-1)
             if low is not None:
-                rest.addmm_(low, candidate["low_rank"][1][rows].float().T, alpha=-1)
+                rest.addmm_(low, candidate.low_rank[1][rows].float().T, alpha=-1)
             error += rest.double().square().sum().item()
         return error
 
 
 def error_of(candidate):
-    return candidate["error"]
+    return candidate.error
 
 
 def _label(spec):

@@ -12,7 +12,7 @@ import torch
 
 from ...kernels.operator.quantizers import GROUP, best_clip_scale, dequantize, quantize
 from ...kernels.operator.spec import PartSpec, WeightSpec
-from ..layer.assemble import assemble, folded, folded_t
+from ..layer.assemble import FittedPart, assemble, folded, folded_t
 from ..layer.chunks import row_chunks
 from ..layer.lowrank import truncated
 from ..layer.problem import Fitted, Problem
@@ -48,41 +48,38 @@ def _candidates(problem, rank, use_gptq, damp, tokens):
             yield _gptq(problem, pair, factor, {"low_rank": "whitened", "rounding": "gptq"})
 
 
-def _part(problem, pair):
-    spec = PartSpec(
-        0, problem.layer.in_features, WeightSpec(), None, rank=0 if pair is None else pair[0].shape[1]
-    )
-    return {"spec": spec, "smooth": None, "low_rank": pair}
+def _spec(problem, pair):
+    rank = 0 if pair is None else pair[0].shape[1]
+    return PartSpec(0, problem.layer.in_features, WeightSpec(), None, rank=rank)
 
 
 def _nearest(problem, pair, chosen):
-    part, codes, scales = _part(problem, pair), [], []
+    spec, codes, scales = _spec(problem, pair), [], []
     for rows in row_chunks(*problem.weight.shape):
-        weight = folded(problem.weight, rows, part["spec"], None, pair)
+        weight = folded(problem.weight, rows, spec, None, pair)
         scale = best_clip_scale(weight, 4, "group").to(problem.dtype)
         codes.append(quantize(weight, scale.float(), 4, "group"))
         scales.append(scale)
-    return part | {"codes": torch.cat(codes), "scales": torch.cat(scales)}, chosen
+    return FittedPart(spec, torch.cat(codes), torch.cat(scales), low_rank=pair), chosen
 
 
 def _gptq(problem, pair, factor, chosen):
-    part = _part(problem, pair)
-    codes, scales = gptq.quantize(
-        folded_t(problem.weight, part["spec"], None, pair), factor, 4, GROUP, problem.dtype
-    )
-    return part | {"codes": codes.T.contiguous(), "scales": scales.T.contiguous()}, chosen
+    spec = _spec(problem, pair)
+    folded_weight = folded_t(problem.weight, spec, None, pair)
+    codes, scales = gptq.quantize(folded_weight, factor, 4, GROUP, problem.dtype)
+    return FittedPart(spec, codes.T.contiguous(), scales.T.contiguous(), low_rank=pair), chosen
 
 
 def _error(problem, part, x) -> float:
     """Energy of the output's error on tokens x (R, K) fp32."""
-    low = None if part["low_rank"] is None else x @ part["low_rank"][0].float()
+    low = None if part.low_rank is None else x @ part.low_rank[0].float()
     error = 0.0
     for rows in row_chunks(*problem.weight.shape):
         rest = problem.weight[rows].float() - dequantize(
-            part["codes"][rows], part["scales"][rows].float(), "group", GROUP
+            part.codes[rows], part.scales[rows].float(), "group", GROUP
         )
         wrong = x @ rest.T
         if low is not None:
-            wrong.addmm_(low, part["low_rank"][1][rows].float().T, alpha=-1)
+            wrong.addmm_(low, part.low_rank[1][rows].float().T, alpha=-1)
         error += wrong.double().square().sum().item()
     return error

@@ -4,7 +4,6 @@ are."""
 import torch
 
 from ...kernels.operator.packing import pack
-from ...kernels.operator.transforms import transform_activation
 from ..layer.assemble import folded_t
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem
@@ -38,11 +37,9 @@ def round_again(problem: Problem, layer: QuantizedLayer, damp: float = 0.01) -> 
             pick = slice(a // step, b // step) if part.per_slice else slice(None)
             local = None if factors is None else tuple(f[pick].float() for f in factors)
             h = h.to(problem.weight.device, torch.float32)
-            for _ in range(2):  # T H T^T
-                h = transform_activation(
-                    h, None if smooth is None else smooth[a:b], part.rotation, factors=local
-                ).T
-            upper[a, b] = gptq.upper_factor(h.contiguous(), damp)
+            here = None if smooth is None else smooth[a:b]
+            h = gptq.transformed_moments(h, here, part.rotation, local)
+            upper[a, b] = gptq.upper_factor(h, damp)
         weight = problem.weight[:, part.start : part.stop]
         low_rank = None
         if part.rank:

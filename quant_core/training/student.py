@@ -14,7 +14,7 @@ import torch
 from ...kernels.operator.packing import unpack
 from ...kernels.operator.quantizers import TINY, code_range, grouped
 from ...kernels.operator.transforms import fold_weight, kronecker, transform_activation
-from ..layer.assemble import assemble
+from ..layer.assemble import FittedPart, assemble
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem
 
@@ -309,14 +309,7 @@ class _Part(torch.nn.Module):
                 spec, activation=replace(spec.activation, clip=round(float(self.clip.sigmoid()), 4))
             )
         low_rank = None if self.down is None else (self.down.to(self.dtype), self.up.to(self.dtype))
-        return {
-            "spec": spec,
-            "codes": codes,
-            "scales": scale,
-            "smooth": smooth,
-            "low_rank": low_rank,
-            "factors": factors,
-        }
+        return FittedPart(spec, codes, scale, smooth, low_rank, factors)
 
     def _normal(self, log):
         """A common factor of the smoothing would do nothing but leave the range of fp16."""

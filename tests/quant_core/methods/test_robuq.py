@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -265,7 +266,9 @@ def test_scales_after_gptq_are_the_best_for_its_codes(make_problem):
         for b in ((0, 128), (128, 192))
     }
     weight = part.weight.float()
-    codes, scales = part._gptq_codes(weight.T.clone(), {"scales": ternary_scale(weight).bfloat16()}, blocks)
+    codes, scales = part._gptq_codes(
+        weight.T.clone(), SimpleNamespace(scales=ternary_scale(weight).bfloat16()), blocks
+    )
     assert set(codes.unique().tolist()) == {-1, 0, 1}
 
     def error(scale):
