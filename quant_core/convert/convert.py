@@ -5,27 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.operator.errors import NamedError, naming
-from ..formats import nibble
 from ..formats.detect import open_quantized
 from ..formats.kitchen import native
-from ..formats.kitchen import write as kitchen_out
-from ..formats.nunchaku import read as nunchaku
 from ..formats.opened import Opened
-from ..formats.zero_points import offsets_only
-from ..layer.linear import QuantizedLayer, same_bits
+from ..layer.linear import QuantizedLayer
 from ..store.atomic import NoRoom, replacing, require_output
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
-from .replace import AS, NEAREST, SMALL, becomes, nearest_spec, replaced
+from .replace import AS, SMALL, becomes, replaced
+from .writers import WRITERS, Writer
 
-TARGETS = {
-    "native": (
-        "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack"
-    ),
-    "kitchen": "comfy-kitchen's svdquant_w4a4 beside the native formats; runs where ComfyUI's core takes it",
-    "nunchaku": "nunchaku's SVDQuant INT4, one file",
-    "nibble": "the pack's own file",
-}
+TARGETS = {name: writer.title for name, writer in WRITERS.items()}
 
 
 class LossyConversion(ValueError):
@@ -42,33 +32,36 @@ class NotReadBack(NamedError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a conversion will do. lossy: {layer: why it cannot stay as it is}; for nunchaku they become W4A16
-    without a low rank. impossible: why there is no such file at all, or ""."""
+    """What a conversion will do.
+
+    lossy: {layer: why it cannot stay as it is}. impossible: why there is no such file at all, or "". awq: whether
+    the ComfyUI that shall read a native or kitchen file has awq_w4a16.
+    """
 
     source: Opened
     to: str
     lossy: dict[str, str]
     impossible: str = ""
-    awq: bool = False  # whether the ComfyUI that shall read a native or kitchen file has awq_w4a16
+    awq: bool = False
+
+    @property
+    def writer(self) -> Writer:
+        return WRITERS[self.to]
 
     @property
     def lossless(self) -> bool:
         return not self.lossy and not self.impossible and not self.source.notes
 
     def becomes(self, replacement: str) -> str:
-        """What `lossy` layers become, where `replacement` was asked for: nunchaku has one way only."""
-        return NEAREST if self.to == "nunchaku" else replacement
+        """What `lossy` layers become, where `replacement` was asked for: a format may have one way only."""
+        return self.writer.replacement or replacement
 
     def lines(self, replacement: str = AS[0]) -> list[str]:
         exact = len(self.source.specs) - len(self.lossy)
         out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
         if self.impossible:
             return [*out, f"not possible: {self.impossible}"]
-        whole = (
-            ", but for biases, which nunchaku has in 16 bit"
-            if self.to == "nunchaku"
-            else ", nothing is lost" * self.lossless
-        )
+        whole = self.writer.exact or ", nothing is lost" * self.lossless
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
         reasons: dict = {}
@@ -92,35 +85,11 @@ def plan(source: Opened, to: str, comfyui: str = native.OLDEST) -> Plan:
     Raises ValueError for an unknown target or version."""
     if to not in TARGETS:
         raise ValueError(f"unknown format {to!r}; choose of {', '.join(TARGETS)}")
-    if to == "nunchaku":
-        return _for_nunchaku(source)
-    if to == "nibble":
-        return Plan(source, to, {})
-    awq = native.has_awq(comfyui)
-    losses = native.losses if to == "native" else kitchen_out.losses
-    return Plan(source, to, losses(source.specs, source.layer if awq else None), awq=awq)
-
-
-def _for_nunchaku(source: Opened) -> Plan:
-    """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement
-    there."""
-    lossy = nunchaku.losses(source.specs, source.family)
-    for name, spec in source.specs.items():
-        if name not in lossy and spec.weight_only and spec.rank and not offsets_only(source.layer(name)):
-            lossy[name] = (
-                f"has a low-rank branch of rank {spec.rank}, and nunchaku's modulation layers have none"
-            )
-    bare = {
-        n: nearest_spec(source.specs[n]) for n in lossy if n in source.specs and source.specs[n].weight_only
-    }
-    misfits = nunchaku.losses(source.specs | bare, source.family)
-    if not misfits:
-        return Plan(source, "nunchaku", lossy)
-    why = "; ".join(f"{name} {sentence}" for name, sentence in list(misfits.items())[:3])
-    more = f" ({len(misfits)} such layers)" * (len(misfits) > 3)
-    return Plan(
-        source, "nunchaku", {}, f"{why}{more}. Quantize the full-precision model with the method svdquant."
-    )
+    writer, awq = WRITERS[to], to in ("native", "kitchen") and native.has_awq(comfyui)
+    lossy = writer.losses(source, awq)
+    if impossible := writer.impossible(source, lossy):
+        return Plan(source, to, {}, impossible)
+    return Plan(source, to, lossy, awq=awq)
 
 
 def convert(
@@ -187,37 +156,17 @@ def _converted(planned, destination, replacement, progress) -> tuple[list[str], 
     ) as temporary:  # a file that does not read back never has the name, and what had it stays
         try:
             with naming(source.path):
-                notes = _write(planned, temporary, layers, rest)
+                notes = planned.writer.save(temporary, source, layers, rest, planned.awq)
             same = _verify(planned, temporary, destination, layers, notes)
         except NoRoom as error:
             raise NoRoom(error.errno, str(error).replace(str(temporary), str(destination))) from error
     return notes, same
 
 
-def _write(planned, destination, layers, rest) -> list[str]:
-    """Returns sentences on what the format changed."""
-    source = planned.source
-    if planned.to == "nibble":
-        nibble.save(
-            destination, layers, rest, source.family, source.provenance, source.report, origin=source.origin
-        )
-    elif planned.to == "nunchaku":
-        return nunchaku.save(destination, layers, rest, source.family, source.provenance)
-    else:
-        metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
-        (native if planned.to == "native" else kitchen_out).save(
-            destination, layers, rest, metadata, source.origin, planned.awq
-        )
-    return []
-
-
 def _verify(planned, written: Path, destination: Path, layers: dict[str, QuantizedLayer], notes) -> int:
     """How many layers of the file `written` are as they were. Raises NotReadBack, which speaks of
     `destination`."""
     kept = {name: layers[name] for name in planned.source.specs if name not in planned.lossy}
-    if planned.to == "nunchaku":
-        changed = lambda name: any(note.startswith((f"{name} ", f"{name}:")) for note in notes)
-        kept = {name: layer for name, layer in kept.items() if not changed(name)}
     if not kept:
         return 0
     try:
@@ -228,11 +177,10 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
             f"{destination}: made from {planned.source.path}, cannot be read back ({why}). The file is not "
             "written; report this."
         ) from error
-    if planned.to == "nunchaku":  # it has some weight-only layers in 16 bit
-        kept = {name: layer for name, layer in kept.items() if name in found.specs}
+    kept = {name: layer for name, layer in kept.items() if planned.writer.stays(name, found, notes)}
     for name, layer in kept.items():
         again = found.layer(name) if name in found.specs else None
-        if again is None or not _same(again, layer, planned.to):
+        if again is None or not planned.writer.same(again, layer):
             if not all(t.isfinite().all() for t in layer.tensors.values() if t.is_floating_point()):
                 raise NotReadBack(
                     f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the "
@@ -246,11 +194,3 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
                 f"{became}). The file is not written; report this with the two specifications."
             )
     return len(kept)
-
-
-def _same(found: QuantizedLayer, layer: QuantizedLayer, to: str) -> bool:
-    if to == "nunchaku" and nunchaku.reads_back(found, layer):
-        return True
-    same = all(k in found.tensors and same_bits(found.tensors[k], t) for k, t in layer.tensors.items())
-    # A format may ask for a low rank of zeros and smoothing by one where the layer has none.
-    return same and (found.spec == layer.spec or same_bits(found.dequantize(), layer.dequantize()))

@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
-from comfyui_nibble.quant_core.convert import convert
+from comfyui_nibble.quant_core.convert import convert, writers
 from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.formats import nibble as pack
@@ -182,7 +182,7 @@ def with_rank(layer, rank):
 
 
 def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypatch):
-    real = convert.nibble.save
+    real = writers.nibble.save
 
     def wrong(path, layers, *rest, **more):
         layers["single_blocks.0.linear1"].tensors["weight"] = (
@@ -193,7 +193,7 @@ def test_a_copy_that_reads_back_otherwise_is_an_error(packed, tmp_path, monkeypa
             layers["single_blocks.0.linear1"].tensors["weight"] ^ 1
         )
 
-    monkeypatch.setattr(convert.nibble, "save", wrong)
+    monkeypatch.setattr(writers.nibble, "save", wrong)
     (tmp_path / "x.safetensors").write_text("of before")
     with pytest.raises(
         convert.NotReadBack,
@@ -229,7 +229,7 @@ def test_a_nan_of_the_source_reads_back_as_it_was(packed, tmp_path, method, to):
 @pytest.mark.parametrize("bad", [b"x", None])
 def test_a_copy_that_cannot_be_opened_is_not_left(packed, tmp_path, monkeypatch, bad):
     monkeypatch.setattr(
-        convert.nibble,
+        writers.nibble,
         "save",
         lambda path, *_, **__: path.write_bytes(bad or packed["splitquant"].read_bytes()[:-100]),
     )
