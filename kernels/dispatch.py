@@ -11,10 +11,11 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import pad
 
+from .cards import INT4, M8N8K32
 from .fp16 import HALF, balanced_parts, row_power
 from .operator.spec import LinearSpec, parse
 from .operator.transforms import transform_activation
-from .plan import NATIVE_INT4, TURING, has_groups, kernel_of
+from .plan import has_groups, kernel_of
 from .quant_linear import eager, op
 from .target import MIN_INT4, MIN_TRITON, Target, target_of
 from .tuning import kronecker_limits, kronecker_tile
@@ -49,22 +50,18 @@ def _triton(spec, target):
     return None if target.triton >= MIN_TRITON else f"needs Triton {wanted}, found {found}"
 
 
-def _arch(*archs):
-    def check(spec, target):
-        names = ", ".join(f"sm_{a}" for a in archs)
-        return (
-            None if target.backend == "cuda" and target.arch in archs else f"{names} only, this is {target}"
-        )
-
-    return check
+def _int4_products(spec, target):
+    if target.card.int4:
+        return None
+    return f"{', '.join(f'sm_{capability}' for capability in INT4)} only, this is {target}"
 
 
 def _int8_products(spec, target):
-    if 0 < target.capability < 80:
-        return f"Triton has no int8 product for sm_{target.arch}"
-    if target.backend == "hip" and not str(target.arch).startswith(("gfx94", "gfx95", "gfx11", "gfx12")):
+    if target.card.int8:
+        return None
+    if target.backend == "hip":
         return f"no int8 matrix cores on {target.arch}"
-    return None
+    return f"Triton has no int8 product for sm_{target.arch}"
 
 
 def _every(text, accept):
@@ -122,9 +119,7 @@ def _wide_groups(spec, target):
 
 def _products_16(spec, target):
     return (
-        f"Triton has no 16-bit tensor-core product for sm_{target.arch}"
-        if 0 < target.capability < 80
-        else None
+        None if target.card.products_16 else f"Triton has no 16-bit tensor-core product for sm_{target.arch}"
     )
 
 
@@ -167,7 +162,8 @@ def _int4_triton(spec, target):
 def _turing_groups(spec, target):
     """Turing's kernel reads whole groups of 64."""
     bad = next((p for p in spec.parts if p.width % 64), None)
-    return None if target.arch != TURING or bad is None else f"{bad.width} channels, not a multiple of 64"
+    fits = target.card.int4 != M8N8K32 or bad is None
+    return None if fits else f"{bad.width} channels, not a multiple of 64"
 
 
 _BASE = (_gpu, _triton)
@@ -190,7 +186,7 @@ FUSED_TRANSFORM = (
 PATHS = {
     "int4 tensor cores": (
         *_QUANT,
-        _arch(TURING, *NATIVE_INT4),
+        _int4_products,
         _INT4_CODES,
         _edges,
         _int4_triton,
@@ -238,9 +234,9 @@ def _path_of(spec: str, device, dtype, asked: tuple | None) -> str:
 
 
 def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
-    """Whether the layer should run as W8A8 (`quant_core.requantize`): on Hopper the two FMA an output and
+    """Whether the layer should run as W8A8 (`layer.precisions`): on Hopper the two FMA an output and
     group of group-64 scales take more issue slots than the whole bf16 product has time."""
-    hopper = target.capability == 90 and target.triton is not None
+    hopper = target.card.wgmma and target.triton is not None
     quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
     return hopper and quantized and any(has_groups(p) for p in spec.parts)
 

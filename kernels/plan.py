@@ -5,13 +5,12 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, groupby
 from math import gcd
 
+from .cards import M8N8K32
 from .operator.spec import ActivationSpec, LinearSpec, PartSpec
 from .target import Target
 
 CHANNEL, SLICE, GROUP = 0, 1, 2
 MAX_SLICES = 8
-TURING = 75
-NATIVE_INT4 = (80, 86, 87, 89)
 
 
 @dataclass(frozen=True)
@@ -97,19 +96,16 @@ def has_groups(part: PartSpec) -> bool:
 
 def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
     """(kernel, planes) of a part on a target."""
-    if target.backend == "cuda" and part.weight.bits == 4 and _activation(part).bits <= 4:
+    if target.card.int4 and part.weight.bits == 4 and _activation(part).bits <= 4:
         kind = "u4s4" if _activation(part).unsigned else "s4s4"
-        if target.arch in NATIVE_INT4:
-            return f"gemm_{kind}", 0
-        if target.arch == TURING:
-            return f"turing_{kind}", 0
+        return f"{'turing' if target.card.int4 == M8N8K32 else 'gemm'}_{kind}", 0
     return "gemm_int8", 8 // part.weight.bits
 
 
 @lru_cache(maxsize=256)
 def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
     """The launches of a layer whose parts all have quantized activations."""
-    swap = target.capability == 90
+    swap = target.card.wgmma
     described, row, column = [], 0, 0
     for part in spec.parts:
         # Parts with only one of the two scales grouped have a stride of their own and stay alone.

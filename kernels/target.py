@@ -4,17 +4,15 @@ import importlib.metadata
 import os
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
+from .cards import Card, card_of
+
 MIN_TRITON = (3, 4)
 MIN_INT4 = (3, 6)  # the compiler hook of native INT4, and Gluon as Turing's kernel uses it
-# Shared memory a block may use, in KiB, by CUDA compute capability. Compilation does not check it; a launch
-# does.
-_SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
-_LDS_KIB = {"gfx950": 160}
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,18 @@ class Target:
         fields = self.backend, self.arch, self.triton, self.name, self.interpreted, self.trouble
         object.__setattr__(self, "fields", fields)
 
-    @property
-    def capability(self) -> int:
-        """Of a CUDA card, 89 for sm_89; 0 for anything else."""
-        return self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0
+    @cached_property
+    def card(self) -> Card:
+        return card_of(self.backend, self.arch)
 
     @property
     def shared_bytes(self) -> int:
-        if self.backend == "cuda":
-            return 1024 * _SHARED_KIB.get(self.capability, 99)
-        return 1024 * _LDS_KIB.get(str(self.arch), 64)
+        return 1024 * (64 if self.backend == "cpu" else self.card.shared_kib)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Dtypes of x that the kernels take. Turing has no bf16."""
-        return (torch.float16,) if 0 < self.capability < 80 else (torch.float16, torch.bfloat16)
+        return (torch.float16, torch.bfloat16) if self.card.products_16 else (torch.float16,)
 
     @property
     def matrix_dtype(self) -> torch.dtype:

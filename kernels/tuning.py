@@ -10,7 +10,8 @@ from pathlib import Path
 
 import platformdirs
 
-from .plan import CHANNEL, GROUP, NATIVE_INT4, SLICE, TURING
+from .cards import M8N8K32
+from .plan import CHANNEL, GROUP, SLICE
 from .target import MIN_INT4, Target
 
 
@@ -66,7 +67,7 @@ class Problem:
 def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
     """Fewer rows where tiles are mixed or many columns of the low rank are held in registers."""
     if target.backend == "hip":
-        return QuantizerTile(16, 1, stages=2 if str(target.arch).startswith("gfx9") else 1)
+        return QuantizerTile(16, 1, stages=2 if target.card.waves_of_64 else 1)
     if rank > 32:
         return QuantizerTile(16, 2)
     if 0 < rotation <= 64:
@@ -99,9 +100,7 @@ def kronecker_limits(target: Target, tile: KroneckerTile) -> tuple[int, int]:
     """The longest side of a slice, and the most values of a padded row that registers hold: 32 a thread in 16
     warps. RDNA spills above a quarter of that, RDNA 3 with sides of 64, CDNA with 128, a warp for each slice
     above 64 a thread."""
-    arch = str(target.arch)
-    values = 4096 if arch.startswith("gfx1") else 16384
-    side = 32 if arch.startswith("gfx11") else 64 if target.backend == "hip" else 128
+    values, side = target.card.row_values, target.card.side
     return side, min(values, 2048 * tile.slices) if tile.batched else values
 
 
@@ -118,18 +117,12 @@ def kronecker_tile(target: Target, p1: int, p2: int, slices: int, per_slice: boo
         1,
         per_slice and slices > 1,
     )
-    share = (
-        2048 if str(target.arch).startswith("gfx9") else 512 if target.backend == "hip" else 1024
-    )  # values of a warp
-    warps = min(max(tile.values // share, 1), 16)
+    warps = min(max(tile.values // target.card.warp_values, 1), 16)
     if tile.batched:  # more warps than slices would do the same work twice
         warps = min(warps, tile.slices)
-    elif target.arch in (100, 103) and warps in (
-        4,
-        8,
-    ):  # these make the products tcgen05, whose result Triton 3.6 cannot transpose
+    elif target.card.tcgen05 and warps in (4, 8):  # Triton 3.6 cannot transpose its result
         warps = 16
-    elif target.arch == 90 and max(tile.sides) == 128:  # 16 warps spill
+    elif target.card.wgmma and max(tile.sides) == 128:  # 16 warps spill
         warps = min(warps, 8)
     return replace(tile, warps=warps)
 
@@ -149,9 +142,8 @@ def low_rank_limit(target: Target, rotation: int) -> int:
     None on Turing, whose 16-bit tensor cores Triton does not use, nor on RDNA beside tiles that are mixed
     (hundreds of spills).
     """
-    turing = 0 < target.capability < 80
-    rdna = target.backend == "hip" and not str(target.arch).startswith("gfx9")
-    return 0 if turing or (rdna and rotation > 64) else 64
+    card = target.card
+    return 64 if card.branch and rotation <= card.branch_rotation else 0
 
 
 def candidates(target: Target, problem: Problem) -> list[Tile]:
@@ -185,16 +177,15 @@ def _divisor(block: int, limit: int) -> int:
 def _family(target: Target, problem: Problem) -> list[Tile]:
     kind = problem.scales
     if target.backend == "hip":
-        wide = str(target.arch).startswith("gfx9")
-        if wide:
+        if target.card.waves_of_64:
             return [Tile(64, 128, 64, 4, 2, rank_block=16), Tile(64, 64, 64, 4, 2)]
         return [Tile(64, 64, 64, 8 if kind else 4, 2, rank_block=16), Tile(32, 64, 64, 4, 2, rank_block=16)]
-    if target.arch == TURING:  # 4 warps of 64 x 64 or 32 x 64; a step is always a group of 64
+    if target.card.int4 == M8N8K32:  # 4 warps of 64 x 64 or 32 x 64; a step is always a group of 64
         return [Tile(128, 128, 32, 4, 1), Tile(64, 128, 32, 4, 1)][kind != 0 :]
     # Registers: from Triton 3.9 on a tile of 128 x 128 spills where sums and their rescaled total are both
     # kept.
     roomy = target.triton is None or target.triton < (3, 9)
-    if target.arch == 90:
+    if target.card.wgmma:
         if problem.planes == 1:
             return [Tile(128, 256, 128, 8, 3), Tile(128, 128, 128, 8, 3)][kind != 0 :]
         if problem.planes == 4:  # 256 x 128 spills
@@ -202,13 +193,13 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         if kind:
             return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 8, 4)]
         return [Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]
-    if target.arch in NATIVE_INT4 and not problem.planes:
+    if target.card.int4 and not problem.planes:
         small = [Tile(64, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)]
         if kind:
             return [Tile(128, 128, 64, 8, 4), *small] if roomy or kind == GROUP else small
         large = [Tile(128, 256, 64, 8, 3)] if roomy else []
         return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 128, 8, 3), *large, small[0]]
-    if target.arch in (100, 103) and kind:
+    if target.card.tcgen05 and kind:
         return [Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)]
     # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
     return [
@@ -235,12 +226,7 @@ _GLUON = {
 
 def _gluon(target: Target, problem: Problem) -> list[Tile]:
     """Its copies want rows of whole 16 bytes. Few tokens wait for the weights, whatever multiplies them."""
-    known = (
-        target.backend == "cuda"
-        and target.arch == 90
-        and target.triton is not None
-        and target.triton >= MIN_INT4
-    )
+    known = target.card.wgmma and target.triton is not None and target.triton >= MIN_INT4
     if not known or problem.tokens <= 64 or problem.row_bytes % 16:
         return []
     tiles = _GLUON.get((problem.planes, problem.scales), [])

@@ -20,7 +20,7 @@ QUANTIZER_TILE = QuantizerTile(16, 2)  # 16 values a thread: with 32 the exact d
 
 def tiles(target) -> tuple[Tile, ...]:
     """Tiles of a target's kind of tensor cores; `bk` in bytes, two channels each."""
-    return TILES["tcgen05" if target.arch in (100, 103) else "mma"]
+    return TILES["tcgen05" if target.card.tcgen05 else "mma"]
 
 
 def quantize_fp4(x, codes, scale, token_scale, low, smooth, down, tensor_scale):

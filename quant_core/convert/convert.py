@@ -34,8 +34,8 @@ class NotReadBack(NamedError):
 class Plan:
     """What a conversion will do.
 
-    lossy: {layer: why it cannot stay as it is}. impossible: why there is no such file at all, or "". awq: whether
-    the ComfyUI that shall read a native or kitchen file has awq_w4a16.
+    lossy: {layer: why it cannot stay as it is}. impossible: why there is no such file at all, or "".
+    awq: whether the ComfyUI that shall read a native or kitchen file has awq_w4a16.
     """
 
     source: Opened

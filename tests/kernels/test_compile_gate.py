@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels import plan, tuning
+from comfyui_nibble.kernels.cards import MMA
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
 from comfyui_nibble.tests.kernels import gate
@@ -254,7 +255,7 @@ def expected_product(arch, layer):
         return "v_mfma_i32_32x32x|v_mfma_i32_16x16x" if arch.startswith("gfx9") else "v_wmma_i32_16x16x16_iu8"
     if arch == 90:
         return r"IGMMA\.64x\d+x32\.S8\.S8"
-    if arch in plan.NATIVE_INT4 and layer not in ("W8A8", "ternary A4"):
+    if Target("cuda", arch).card.int4 == MMA and layer not in ("W8A8", "ternary A4"):
         return r"IMMA\.16864\.U4\.S4" if layer == "group unsigned" else r"IMMA\.16864\.S4\.S4"
     return r"IMMA\.16832\.S8\.S8|UTCIMMA"  # on sm_100 from Triton 3.9 on
 

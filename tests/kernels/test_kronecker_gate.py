@@ -9,8 +9,8 @@ import re
 import pytest
 
 from comfyui_nibble.kernels import dispatch, tuning
+from comfyui_nibble.kernels.cards import MMA, card_of
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from comfyui_nibble.kernels.plan import NATIVE_INT4
 from comfyui_nibble.tests.kernels import gate
 from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, SIXTEEN_BIT, TARGETS
 
@@ -49,7 +49,7 @@ def case_of(arch, name):
     if choice.path == "eager" or dispatch.FUSED in dict(choice.refused):
         return None
     tile = tuning.kronecker_tile(TARGETS[arch], p1, p2, slices, per_slice)
-    planes = 0 if arch in NATIVE_INT4 and bits <= 4 else 2
+    planes = 0 if card_of("cuda", arch).int4 == MMA and bits <= 4 else 2
     return tile, kronecker_constants(
         TARGETS[arch], tile, p1, p2, slices, per_slice, prologue, True, bits, False, planes
     )

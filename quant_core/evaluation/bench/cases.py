@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import torch
 
+from ....kernels.cards import MMA
 from ....kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from ....kernels.plan import NATIVE_INT4
 from ....kernels.target import Target
 from ...methods.factors import balanced
 
@@ -124,7 +124,7 @@ def columns(target: Target) -> tuple[Column, ...]:
         Column("quantize token", "quantize", "channel"),
         Column("quantize transform", "quantize", "channel", learned=True),
     )
-    if target.backend == "cuda" and target.arch in NATIVE_INT4:
+    if target.card.int4 == MMA:
         found += tuple(replace(c, name=f"{c.name} int8", int8=True) for c in found)
     return found
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from comfyui_nibble.kernels.cards import card_of
 from comfyui_nibble.kernels.plan import lower
 from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.kernels.tuning import Problem, candidates
@@ -344,7 +345,7 @@ def test_columns_of_cards():
     assert hopper["operator"].grain == hopper["quantize"].grain == "channel"
     assert set(hopper) == {"qgemm", "operator", "operator + LoRA", "operator W8A8", "split4"} | QUANTIZERS
     assert ada["operator"].grain == "group"
-    assert ada["operator int8"].target(Target("cuda", 89, (3, 6))).arch not in cases.NATIVE_INT4
+    assert ada["operator int8"].target(Target("cuda", 89, (3, 6))).card.int4 == ""
     for shapes in cases.LAYERS.values():
         for n, k in shapes:
             parts = hopper["split4"].spec(n, k).parts
@@ -364,7 +365,7 @@ def test_every_case_has_a_kernel_of_one_launch_and_a_tile(arch):
                 continue
             assert ours.refusal(column, case.n, case.k, target) == ""
             (step,) = lower(column.spec(case.n, case.k), column.target(target))
-            assert (step.planes > 0) == (column.int8 or arch not in (75, *cases.NATIVE_INT4))
+            assert (step.planes > 0) == (column.int8 or not card_of("cuda", arch).int4)
             assert step.block == 0 or step.block % 32 == 0
             problem = Problem(
                 step.kernel, step.planes, step.scales, step.swap, case.m, case.n, step.row_bytes, step.block
