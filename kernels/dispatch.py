@@ -260,11 +260,11 @@ def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, st
     return paths, lines
 
 
-def quant_linear(x, spec, tensors, before=None, target=None):
-    """y = operator(before(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See
+def quant_linear(x, spec, tensors, prologue=None, target=None):
+    """y = operator(prologue(x)) for x (..., K), any float dtype -> (..., N) in that dtype. See
     `quant_linear.naive` for the formula.
 
-    `before`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible.
+    `prologue`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible.
     `target`: `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that
     token of y. Raises ValueError where x and the layer do not fit or are on different devices.
     """
@@ -282,44 +282,44 @@ def quant_linear(x, spec, tensors, before=None, target=None):
                 f"{tuple(tensors[name].shape)}"
             )
     if spec.padding:
-        return _padded(x, spec, tensors, before, target)
+        return _padded(x, spec, tensors, prologue, target)
     if spec.order:
-        return _ordered(x, spec, tensors, before, target)
+        return _ordered(x, spec, tensors, prologue, target)
     rows = x.reshape(-1, spec.in_features)
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
     if path == _TRANSFORMED:
-        y = _transformed(rows, spec, tensors, before, target)
+        y = _transformed(rows, spec, tensors, prologue, target)
     elif path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
-        y = eager.quant_linear(rows if before is None else before(rows), spec, tensors)
+        y = eager.quant_linear(rows if prologue is None else prologue(rows), spec, tensors)
     else:
-        y = op.quant_linear(rows, spec, tensors, before)
+        y = op.quant_linear(rows, spec, tensors, prologue)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _padded(x, spec, tensors, before, target):
+def _padded(x, spec, tensors, prologue, target):
     """A layer whose in-channels do not fill their last group: x gets the zeros that are missing, once, and no
     kernel knows of them."""
     zeros, rows = (0, spec.padding), x.reshape(-1, spec.in_features)
-    if before is not None and not before.keeps_zero:
-        rows, before = before(rows), None
-    y = quant_linear(pad(rows, zeros), spec.without_padding(), tensors, before, target)
+    if prologue is not None and not prologue.keeps_zero:
+        rows, prologue = prologue(rows), None
+    y = quant_linear(pad(rows, zeros), spec.without_padding(), tensors, prologue, target)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _ordered(x, spec, tensors, before, target):
+def _ordered(x, spec, tensors, prologue, target):
     """A layer with an order of its own: torch gathers the channels of x and of what is a matrix over the raw
     x."""
     order, rows = tensors["channel_order"], x.reshape(-1, spec.in_features)
-    rows = (rows if before is None else before(rows)).index_select(1, order)
+    rows = (rows if prologue is None else prologue(rows)).index_select(1, order)
     plain = {k: t for k, t in tensors.items() if k != "channel_order"}
     y = quant_linear(rows, spec.without_order(), plain, target=target)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 
-def _transformed(rows, spec, tensors, before, target):
+def _transformed(rows, spec, tensors, prologue, target):
     """A layer whose learned transform the quantizer does not take: torch smooths and transforms x, and the
     rest is a plain layer of what comes out. The low-rank branches see the raw x."""
-    rows = rows if before is None else before(rows)
+    rows = rows if prologue is None else prologue(rows)
     if rows.dtype == HALF:
         return _transformed_in_range(rows, spec, tensors, target)
     pieces = []

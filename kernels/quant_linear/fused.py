@@ -14,13 +14,13 @@ from .arguments import Launch, Plan, plan_of
 from .launch import gemm
 
 
-def quant_linear(x, text: str, tensors, target: Target, before: Prologue | None = None):
+def quant_linear(x, text: str, tensors, target: Target, prologue: Prologue | None = None):
     """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. text: of the LinearSpec, whose
     `tensors` these are."""
     plan = plan_of(text, target.fields)
     spec, fused = plan.spec, plan.fused
-    if before is not None and ((spec.rank and not fused) or not before.fits(spec)):
-        x, before = before(x), None
+    if prologue is not None and ((spec.rank and not fused) or not prologue.fits(spec)):
+        x, prologue = prologue(x), None
     low = empty_low(x, plan)
     if spec.rank and x.dtype == HALF:
         tensors = tensors | dict(zip(("proj_down", "proj_up"), balanced_parts(spec, tensors), strict=True))
@@ -30,7 +30,7 @@ def quant_linear(x, text: str, tensors, target: Target, before: Prologue | None 
     y = torch.empty(x.shape[0], spec.out_features, dtype=between, device=x.device)
     weight, weight_scale = tensors["weight"], tensors["weight_scale"]
     for launch in plan.launches:
-        codes, scale = quantize(x, plan, launch, tensors, low, before)
+        codes, scale = quantize(x, plan, launch, tensors, low, prologue)
         up, bias = (tensors.get("proj_up"), tensors.get("bias")) if launch.last else (None, None)
         gemm(
             codes,
@@ -51,7 +51,7 @@ def empty_low(x, plan: Plan):
     return torch.empty(x.shape[0], plan.low, dtype=x.dtype, device=x.device) if plan.low else None
 
 
-def quantize(x, plan: Plan, launch: Launch, tensors, low, before: Prologue | None = None):
+def quantize(x, plan: Plan, launch: Launch, tensors, low, prologue: Prologue | None = None):
     """(codes, scale) of x (M, K) for one launch of the product; its parts' columns of `low` are written."""
     tokens, device, fused = x.shape[0], x.device, plan.fused
     codes = torch.empty(tokens, launch.code_bytes, dtype=torch.int8, device=device)
@@ -61,7 +61,7 @@ def quantize(x, plan: Plan, launch: Launch, tensors, low, before: Prologue | Non
         down = down.to(x.dtype)
     for step in launch.quantize:
         columns = step.columns
-        kind, mod_scale, mod_shift, eps = before.operands(columns) if before is not None else NOTHING
+        kind, mod_scale, mod_shift, eps = prologue.operands(columns) if prologue is not None else NOTHING
         into = x[:, columns], codes[:, step.code :], scale[step.segments]
         divisor = smooth[columns] if step.smooth else None
         settings: Any = (*step.settings, kind, eps)
@@ -77,10 +77,10 @@ def quantize(x, plan: Plan, launch: Launch, tensors, low, before: Prologue | Non
     return codes, scale
 
 
-def weight_only(x, spec, tensors, before: Prologue | None = None):
+def weight_only(x, spec, tensors, prologue: Prologue | None = None):
     """As `quant_linear` for parts with 16-bit activations. The transforms of a few rows are left to torch."""
-    if before is not None:
-        x = before(x)
+    if prologue is not None:
+        x = prologue(x)
     if x.dtype == HALF and (
         spec.rank or len(spec.parts) > 1 or any(p.smooth or p.rotation for p in spec.parts)
     ):

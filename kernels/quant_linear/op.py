@@ -22,7 +22,7 @@ _SCHEMA = (
 )
 
 
-def quant_linear(x, spec, tensors, before=None):
+def quant_linear(x, spec, tensors, prologue=None):
     """`layer` on a LinearSpec and its tensors: x (M, K) of a dtype that the kernels take -> y (M, N)."""
     get = tensors.get
     return layer(
@@ -35,22 +35,22 @@ def quant_linear(x, spec, tensors, before=None):
         get("proj_up"),
         get("bias"),
         get("transform"),
-        *(NOTHING if before is None else before.operands(slice(None))),
+        *(NOTHING if prologue is None else prologue.operands(slice(None))),
     )
 
 
 def _layer(x, text, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, transform, *prologue):
     from . import fused  # imports Triton, which a machine may not have
 
-    spec, before = parse(text), restored(*prologue)
+    spec, prologue = parse(text), restored(*prologue)
     tensors = {"weight": weight, "weight_scale": weight_scale, "smooth_factor": smooth_factor, "bias": bias}
     tensors |= {"proj_down": proj_down, "proj_up": proj_up, "transform": transform}
     if x.stride(-1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if spec.weight_only:
-            return fused.weight_only(x, spec, tensors, before)
-        return fused.quant_linear(x, text, tensors, kernel_target(x.device), before)
+            return fused.weight_only(x, spec, tensors, prologue)
+        return fused.quant_linear(x, text, tensors, kernel_target(x.device), prologue)
 
 
 _library = torch.library.Library(NAMESPACE, "DEF")

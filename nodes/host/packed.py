@@ -230,7 +230,7 @@ class Packable:
         if prologue is not None and (rows or DENSE in tensors):
             x, prologue = prologue(x), None
         own = {k: tensors[k] for k in TENSOR_NAMES if k in tensors}
-        y = quant_linear(x, self.spec, own, before=prologue)
+        y = quant_linear(x, self.spec, own, prologue=prologue)
         for i, first in enumerate(rows):
             left, right = factor_names(i)
             term = kronecker(x, tensors[left].mT, tensors[right].mT)

@@ -20,9 +20,9 @@ def seen(base, monkeypatch):
     load(base)
     found, inner = [], packed.quant_linear
 
-    def record(x, spec, tensors, before=None):
-        found.append(before)
-        return inner(x, spec, tensors, before=before)
+    def record(x, spec, tensors, prologue=None):
+        found.append(prologue)
+        return inner(x, spec, tensors, prologue=prologue)
 
     monkeypatch.setattr(packed, "quant_linear", record)
     return found

@@ -68,9 +68,9 @@ def inputs(m, k, dtype=torch.float32, seed=1):
     return torch.randn(m, k, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def with_branches(x, spec, tensors, lora=(), before=None, target=None):
+def with_branches(x, spec, tensors, lora=(), prologue=None, target=None):
     """quant_linear of a layer with LoRA branches, as the product runs them: more columns of its low rank."""
-    return quant_linear(x, *with_lora(spec, tensors, lora, x.dtype), before, target)
+    return quant_linear(x, *with_lora(spec, tensors, lora, x.dtype), prologue, target)
 
 
 def output_error(y, x, spec, tensors, lora=()):
@@ -101,7 +101,7 @@ def kernels_codes():
         yield codes
 
 
-def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
+def check_on_equal_codes(x, spec, tensors, lora=(), prologue=None, roundings=0):
     """The layer in the interpreter against naive on the codes of the kernels' quantizer, each a code that
     naive's own value rounds to.
 
@@ -109,9 +109,9 @@ def check_on_equal_codes(x, spec, tensors, lora=(), before=None, roundings=0):
     value and its scale by UNIT of the largest value, and the output by LIMIT.
     """
     with kernels_codes() as codes:
-        y = with_branches(x, spec, tensors, lora, before, interpreter())
+        y = with_branches(x, spec, tensors, lora, prologue, interpreter())
     with taken(codes) as took:
-        want = naive.quant_linear(x if before is None else before(x), spec, tensors, lora)
+        want = naive.quant_linear(x if prologue is None else prologue(x), spec, tensors, lora)
     assert took.at == len(codes.calls) > 0
     top = max(code_range(p.activation.bits, p.activation.unsigned)[1] for p in spec.parts)
     assert took.edge < 2 * roundings * UNIT[x.dtype] * top + 1e-5

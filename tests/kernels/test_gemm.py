@@ -36,10 +36,10 @@ ADA = Target("cuda", 89, (3, 6))
 ACT8, WEIGHT8 = ActivationSpec(bits=8), WeightSpec(bits=8)
 
 
-def run(x, spec, tensors, lora=(), before=None):
+def run(x, spec, tensors, lora=(), prologue=None):
     target = interpreter()
     assert choose(spec, target).path in ("int8 tensor cores", "weight-only kernel")
-    return with_branches(x, spec, tensors, lora, before, target)
+    return with_branches(x, spec, tensors, lora, prologue, target)
 
 
 def check(m, spec, dtype=HALF, lora=(), seed=0):
@@ -228,11 +228,12 @@ def test_before_is_fused_or_called():
         for before in (Gelu(), LayerNormModulate(inputs(3, k, BF16, 2) / 4, inputs(3, k, BF16, 3) / 4)):
             if spec.weight_only:
                 assert (
-                    output_error(run(x, spec, tensors, before=before), before(x), spec, tensors) < LIMIT[BF16]
+                    output_error(run(x, spec, tensors, prologue=before), before(x), spec, tensors)
+                    < LIMIT[BF16]
                 )
             else:
                 check_on_equal_codes(
-                    x, spec, tensors, before=before, roundings=1 if isinstance(before, Gelu) else 2
+                    x, spec, tensors, prologue=before, roundings=1 if isinstance(before, Gelu) else 2
                 )
 
 
@@ -318,7 +319,7 @@ def product(codes, scale, tensors, low=None, **changed):
         "scales": plan.GROUP,
         "swap": False,
         "block": 32,
-        "ends": [64],
+        "ends": (64,),
         "act_grouped": True,
         **changed,
     }
@@ -345,7 +346,7 @@ LAUNCHES = {
     "group 2 bit": (spec_of(192, 33, weight=WeightSpec(2), rank=17), {"planes": 4, "block": 16}),
     "group 8 bit": (spec_of(192, 33, weight=WEIGHT8, rank=17), {"planes": 1, "block": 64}),
     "slice": (side_by_side(33, (64, TOKEN, CHANNEL), (128, TOKEN, CHANNEL), rank=17),
-    {"scales": plan.SLICE, "ends": [32, 96], "act_grouped": False}),
+    {"scales": plan.SLICE, "ends": (32, 96), "act_grouped": False}),
 }  # fmt: skip
 
 

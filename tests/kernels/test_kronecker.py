@@ -40,13 +40,13 @@ def factors_of(spec, gain=1.0, seed=0):
     )
 
 
-def run(x, spec, transform, smooth=None, planes=2, before=None):
+def run(x, spec, transform, smooth=None, planes=2, prologue=None):
     """The operator on alike parts: codes (M, K) in the order of channels, scales (M, parts)."""
     part, count = spec.parts[0], len(spec.parts)
     (p1, p2), act = part.kronecker, part.activation
     codes = torch.full((x.shape[0], x.shape[1] if planes else x.shape[1] // 2), 99, dtype=torch.int8)
     scale = torch.full((count, x.shape[0]), 99.0)
-    kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
+    kind, mod_scale, mod_shift, eps = prologue.operands(slice(None)) if prologue else NOTHING
     launch.quantize_kronecker(
         x, codes, scale, smooth, transform, mod_scale, mod_shift, count, part.width // (p1 * p2), p1, p2,
         part.per_slice, planes, act.bits,
@@ -214,7 +214,7 @@ def test_fused_gelu_and_layernorm():
     transform = factors_of(spec)
     for before, raised in ((Gelu(), x.clamp(-6, 6)), (modulation, x + 40)):
         got, want = (
-            run(raised, spec, transform, smooth, before=before),
+            run(raised, spec, transform, smooth, prologue=before),
             expected(before(raised), spec, transform, smooth),
         )
         steps = (

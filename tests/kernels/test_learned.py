@@ -70,7 +70,7 @@ def test_eager_agrees_with_the_specification(name):
     )
     assert (
         relative_error(
-            naive.quant_linear(Gelu()(x), spec, tensors), quant_linear(x, spec, tensors, before=Gelu())
+            naive.quant_linear(Gelu()(x), spec, tensors), quant_linear(x, spec, tensors, prologue=Gelu())
         )
         < 1e-5
     )
@@ -105,7 +105,7 @@ def test_layernorm_in_front(name):
         0.3 * inputs(2, spec.in_features, torch.bfloat16, 6),
     )
     assert before.fits(spec) == (name == "shared")
-    check_on_equal_codes(x, spec, tensors, before=before, roundings=3)
+    check_on_equal_codes(x, spec, tensors, prologue=before, roundings=3)
 
 
 def test_transform_of_each_part_reads_its_own_factors():

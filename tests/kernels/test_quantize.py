@@ -36,14 +36,14 @@ def smoothing(k, dtype, seed=2):
     return (torch.rand(k, generator=torch.Generator().manual_seed(seed)) + 0.5).to(dtype)
 
 
-def run(x, part, planes, smooth=None, down=None, before=None):
+def run(x, part, planes, smooth=None, down=None, prologue=None):
     """The operator on all slices of x, one PartSpec for each: codes (M, K) in the order of channels, scales
     (M, segments), low."""
     act, count, grouped = part.activation, x.shape[1] // part.width, part.activation.granularity == "group"
     codes = torch.full((x.shape[0], x.shape[1] if planes else x.shape[1] // 2), 99, dtype=torch.int8)
     scale = torch.full((x.shape[1] // 64 if grouped else count, x.shape[0]), 99.0)
     low = None if down is None else x.new_full((x.shape[0], count * down.shape[1]), 99.0)
-    kind, mod_scale, mod_shift, eps = before.operands(slice(None)) if before else NOTHING
+    kind, mod_scale, mod_shift, eps = prologue.operands(slice(None)) if prologue else NOTHING
     launch.quantize_activation(
         x, codes, scale, low, smooth, down, mod_scale, mod_shift, part.width, count, planes, act.bits,
         act.unsigned, grouped,
@@ -185,7 +185,9 @@ def test_fused_gelu_equals_gelu_before(grouped, dtype):
     act = SHIFTED if grouped else token(SHIFTED)
     for rows, width, count in ((33, 192, 1), (5, 64, 3)):
         x, part = 2 * inputs(rows, width * count, dtype), part_of(width, act)
-        assert_close(run(x, part, 2, before=Gelu()), expected(Gelu()(x), part), share=0.005, scale_error=0.01)
+        assert_close(
+            run(x, part, 2, prologue=Gelu()), expected(Gelu()(x), part), share=0.005, scale_error=0.01
+        )
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
@@ -198,7 +200,7 @@ def test_fused_layernorm_equals_layernorm_before(batches, dtype):
             part_of(width, act, rank=8),
             inputs(width * count, 8, dtype, 3),
         )
-        codes, scale, low = run(x, part, 1, down=down, before=before)
+        codes, scale, low = run(x, part, 1, down=down, prologue=before)
         plain = before(x)
         assert_close((codes, scale), expected(plain, part), share=0.005, scale_error=0.01)
         products = zip(plain.double().split(width, 1), down.double().split(width), strict=True)
@@ -211,7 +213,7 @@ def test_fused_layernorm_equals_layernorm_before(batches, dtype):
 def test_nan_stays_in_its_token(act, before):
     x = inputs(33, 192, HALF)
     x[20, 70] = torch.nan
-    codes, scale, _ = run(x, part_of(192, act), 2, before=before)
+    codes, scale, _ = run(x, part_of(192, act), 2, prologue=before)
     lost = torch.zeros_like(scale, dtype=torch.bool)
     lost[
         20,
@@ -222,7 +224,7 @@ def test_nan_stays_in_its_token(act, before):
     assert torch.equal(scale.isnan(), lost)
     x[20] = 0
     whole = torch.arange(33) != 20
-    assert torch.equal(codes[whole], run(x, part_of(192, act), 2, before=before)[0][whole])
+    assert torch.equal(codes[whole], run(x, part_of(192, act), 2, prologue=before)[0][whole])
 
 
 @pytest.mark.quick

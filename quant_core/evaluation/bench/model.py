@@ -56,8 +56,8 @@ class FloatLinear(nn.Module):
         )
         self.weight, self.bias = make(n, k), make(n)
 
-    def forward(self, x, before=None):
-        return linear(x if before is None else before(x), self.weight, self.bias)
+    def forward(self, x, prologue=None):
+        return linear(x if prologue is None else prologue(x), self.weight, self.bias)
 
 
 class NibbleLinear(nn.Module):
@@ -70,8 +70,8 @@ class NibbleLinear(nn.Module):
         for name, tensor in random_tensors(self.spec, dtype, device, generator).items():
             self.register_buffer(name, tensor)
 
-    def forward(self, x, before=None):
-        return quant_linear(x, self.spec, dict(self.named_buffers()), before=before)
+    def forward(self, x, prologue=None):
+        return quant_linear(x, self.spec, dict(self.named_buffers()), prologue=prologue)
 
 
 def layer_spec(n: int, k: int, kind: str, grain: str) -> LinearSpec:

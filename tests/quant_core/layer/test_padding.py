@@ -161,10 +161,10 @@ def test_every_path_pads_x_alone(layer, plain):
             atol=1e-5,
         )
     modulated = LayerNormModulate(randn(1, K), randn(1, K, seed=1))
-    got = quant_linear(x[None], layer.spec, layer.tensors, before=modulated)
+    got = quant_linear(x[None], layer.spec, layer.tensors, prologue=modulated)
     assert torch.equal(got[0], plain(pad(modulated(x), (0, WHOLE - K))))
-    got = quant_linear(x[None], layer.spec, layer.tensors, before=Gelu())
-    assert torch.equal(got[0], quant_linear(wide, plain.spec, plain.tensors, before=Gelu()))
+    got = quant_linear(x[None], layer.spec, layer.tensors, prologue=Gelu())
+    assert torch.equal(got[0], quant_linear(wide, plain.spec, plain.tensors, prologue=Gelu()))
     with pytest.raises(ValueError, match=f"the layer has {K} in-channels, x has the shape"):
         layer(wide)
 
