@@ -99,7 +99,7 @@ def test_a_merge_with_another_model_counts(comfy, full, source_of, tiny_state):
     for key, patch in other.get_key_patches(PREFIX).items():
         merged.add_patches({key: patch}, 0.25, 0.75)
     source, base = source_of(merged), source_of(full)
-    for key in base.keys:
+    for key in base.shapes:
         assert relative_error(1.25 * base.get(key), source.get(key)) < 1e-6
 
 

@@ -36,7 +36,7 @@ def test_every_tensor_of_a_source_has_arithmetic(tiny_state, source_of, dtype): 
     model = held(tiny_state, dtype=dtype)
     source, state = source_of(model), model.model.diffusion_model.state_dict()
     assert state[f"{QKV.removeprefix(PREFIX)}.bias"].dtype == dtype
-    for key in source.keys:
+    for key in source.shapes:
         assert source.get(key).dtype == REAL.get(dtype, dtype)
         assert torch.equal(source.get(key).double(), state[key].double())
 

@@ -5,6 +5,8 @@ import math
 
 import torch
 
+from comfyui_nibble.tests.unwritten import filled_with_junk
+
 _UNIT = ("norm", "scale", "gamma")  # names of multiplicative parameters, which start at 1
 
 
@@ -18,7 +20,8 @@ def make(entry):
     config.set_inference_dtype(torch.float32, None)
     rand = entry.rand()
     outside = {k: _exact(rand(*shape) / math.sqrt(shape[-1])) for k, shape in entry.outside.items()}
-    model = config.get_model(outside, "", device="cpu")
+    with filled_with_junk():  # so that `fill` sees what a checkpoint would have brought
+        model = config.get_model(outside, "", device="cpu")
     fill(model.diffusion_model, rand, entry.gain)
     with torch.no_grad():
         entry.prepare(model.diffusion_model)
@@ -39,11 +42,14 @@ def config_of(entry, narrow=True):
 
 def fill(network, rand, gain):
     """Gives every parameter a value: layers of variance gain^2 / K with small biases, norms at 1 and 0,
-    tables of variance gain^2."""
+    tables of variance gain^2, and so do buffers that nobody has written."""
     with torch.no_grad():
         for name, module in network.named_modules():
             for leaf, p in module.named_parameters(recurse=False):
                 p.copy_(_exact(_value(f"{name}.{leaf}", leaf, module, p.shape, rand, gain)))
+        for buffer in network.buffers():
+            if buffer.is_floating_point() and buffer.isnan().any():
+                buffer.copy_(_exact(rand(*buffer.shape) * gain))
 
 
 def _value(name, leaf, module, shape, rand, gain):
