@@ -339,9 +339,8 @@ def _transformed(rows, spec, tensors, prologue, target):
 def _transformed_in_range(rows, spec, tensors, target):
     """`_transformed` in fp16: each token divided by a power of two, which changes no code, and y multiplied
     by it in the end."""
-    if any(
-        p.activation is not None and p.activation.shift for p in spec.parts
-    ):  # that of a divided token would be another one
+    # That of a divided token would be another one.
+    if any(p.activation is not None and p.activation.shift for p in spec.parts):
         return eager.quant_linear(rows, spec, tensors)
     pieces = []
     for (part, _, _, smooth), factors in zip(spec.split(tensors), spec.factors(tensors), strict=True):

@@ -16,9 +16,8 @@ MOST = 12
 # Values up to here are left alone: terms of a sum have as much room again, and what is 2^-32 of the largest
 # is not lost.
 CALM = 256.0
-_kept = (
-    WeakTensorKeyDictionary()
-)  # {down: (versions, up, factor)}: eleven launches less for a layer that has been seen
+# {down: (versions, up, factor)}: eleven launches less for a layer that has been seen.
+_kept = WeakTensorKeyDictionary()
 
 
 def row_power(*largest: torch.Tensor) -> torch.Tensor:

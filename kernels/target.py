@@ -119,9 +119,8 @@ def _trouble(index: int) -> str:
             x = torch.zeros(16, device="cuda")
             add_one[(1,)](x)
             return "" if bool((x == 1).all()) else "Triton's first kernel gave a wrong result"
-    except (
-        Exception
-    ) as e:  # a compiler, a driver, a C compiler for the launcher: whatever it is, the eager path works
+    except Exception as e:
+        # A compiler, a driver, a C compiler for the launcher: whatever it is, the eager path works.
         line = (str(e).strip() or type(e).__name__).splitlines()[0]
         reason = f"Triton cannot run here ({type(e).__name__}: {line})"
         warnings.warn(f"{reason}; quantized layers take the slower eager path", stacklevel=2)

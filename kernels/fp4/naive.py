@@ -26,10 +26,11 @@ def encode_e2m1(x):
     """x, any float dtype -> codes 0..15, uint8. That of NaN has no meaning."""
     edges = torch.tensor([(a + b) / 2 for a, b in pairwise(VALUES)], dtype=torch.float64, device=x.device)
     magnitude = x.double().abs().unsqueeze(-1)
+    # They differ on an edge, by one.
     above, reached = (
         (magnitude > edges).sum(-1),
         (magnitude >= edges).sum(-1),
-    )  # they differ on an edge, by one
+    )
     code = torch.where(above % 2 == 0, above, reached)
     return (code + 8 * torch.signbit(x)).to(torch.uint8)
 

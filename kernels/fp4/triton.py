@@ -50,9 +50,8 @@ def _encode_e4m3(v):
     """fp32 v >= 0 -> codes 0..127 as int32, saturating at 448; 127 is NaN."""
     c = tl.where(v < 448.0, v, 448.0)
     bits = c.to(tl.int32, bitcast=True)
-    normal = (
-        (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
-    ) - 960  # the exponent's bias, 127 - 7, eight codes each
+    # The exponent's bias, 127 - 7, eight codes each.
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
     code = tl.where(c < 0.015625, _nearest(c * 512.0), normal)
     return tl.where(v == v, code, 127)
 

@@ -120,13 +120,11 @@ def _products(
         mbarrier.wait(full.index(slot), step // STAGES & 1)
         if PLANES == 2:
             packed = ws.index(slot).load(W)
-            acc = warpgroup_mma_wait(
-                1, deps=(acc,)
-            )  # the low nibbles of the step before are done, the high ones run
+            # The low nibbles of the step before are done, the high ones run.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
             acc = warpgroup_mma(_low(packed), xs.index(2 * slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(
-                1, deps=(acc,)
-            )  # the high nibbles of the step before are done, the low ones run
+            # The high nibbles of the step before are done, the low ones run.
+            acc = warpgroup_mma_wait(1, deps=(acc,))
             acc = warpgroup_mma(_high(packed), xs.index(2 * slot + 1).permute((1, 0)), acc, is_async=True)
         else:
             acc = warpgroup_mma(ws.index(slot), xs.index(slot).permute((1, 0)), acc, is_async=True)

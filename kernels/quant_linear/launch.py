@@ -32,13 +32,9 @@ def gemm(
         kernel_target(codes.device).fields, tuning.changes, kernel, planes, scales, swap, block, ends,
         tokens, channels, row_bytes, weight_scale.dtype, rank, bias is not None, accumulate,
     )  # fmt: skip
-    act_segmented = act_grouped or scales == SLICE
-    strides = (
-        scale.stride(0)
-        if act_segmented
-        else 0,  # from a segment's scales to the next's; 0 where one serves all
-        weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0,
-    )
+    # From a segment's scales to the next's; 0 where one serves all.
+    act_stride = scale.stride(0) if act_grouped or scales == SLICE else 0
+    strides = act_stride, weight_scale.stride(0) if weight_scale.shape[0] > 1 else 0
     if chosen.turing:
         _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, strides)
         return

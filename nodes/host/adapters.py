@@ -210,9 +210,8 @@ def _add(side, patch, key, weight, device, behind):
         _add_difference(side, value, region, strength, strength_model, device)
         return
     term = _structured(value, device) if isinstance(value, WeightAdapterBase) else None
-    if (
-        isinstance(term, LowRank) and function is comfy.utils.swap_scale_shift
-    ):  # reorders rows, so it commutes with the product
+    # Reorders rows, so it commutes with the product.
+    if isinstance(term, LowRank) and function is comfy.utils.swap_scale_shift:
         term, function = LowRank(term.down, function(term.up)), None
     magnitude = _dora_scale(value)
     by_row = magnitude is None or (magnitude.shape[0] == region.rows and isinstance(term, LowRank))

@@ -20,11 +20,12 @@ from .inherited import NotInheritable
 # What a bypass leaves out of an adapter's weights: DoRA's magnitudes, which ask for the layer's weight, and
 # the new shape of the layer.
 LEFT_OUT = {LoRAAdapter: (4, 5), LoHaAdapter: (7,), LoKrAdapter: (8,)}
+# Dtypes of a layer in which its adapter is held once it was injected.
 INJECTED = (
     torch.float32,
     torch.float16,
     torch.bfloat16,
-)  # dtypes of a layer in which its adapter is held once it was injected
+)
 
 
 def patches_of(patcher: ModelPatcher, names: dict) -> dict[str, list]:

@@ -325,9 +325,8 @@ class NibblePatcher(comfy.model_patcher.ModelPatcher):
         if packed is None or packed[1] == "bias":
             super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
             cached = self.cached_hook_patches.get(hooks, {})
-            if (
-                packed and key in cached
-            ):  # ModelPatcher copies it back as it is, so the bias as stored and not the model's own
+            # ModelPatcher copies it back as it is, so the bias as stored and not the model's own.
+            if packed and key in cached:
                 cached[key] = (packed[0].bias.detach().to(cached[key][0].device, copy=True), cached[key][1])
 
     def unpatch_hooks(self, *args: object, **kwargs: object) -> None:

@@ -235,10 +235,11 @@ def merge(paths, out: Path):
         "done": total,
         "merged_from": [c.hash for c in calibrations],
     }
+    # Some passes of a merged calibration are none.
     with (
         only_run(out, "merges calibrations"),
         new_folder(out) as part,
-    ):  # some passes of a merged calibration are none
+    ):
         for index, names in enumerate(calibrations[0].passes()):
             merged = {name: calibrations[0].get(name) for name in names}
             for name, statistics in merged.items():

@@ -115,9 +115,8 @@ def _unlike(layer, seen) -> str:
     """What an Observation has against the guess of the rules."""
     if layer.name not in seen["rows"]:
         return "never called during the calibration"
-    if (
-        layer.weight_only and seen["rows"][layer.name] > FEW_ROWS
-    ):  # sensitive, and W4A16 is slow for many rows
+    # Sensitive, and W4A16 is slow for many rows.
+    if layer.weight_only and seen["rows"][layer.name] > FEW_ROWS:
         return f"modulation of single tokens, {seen['rows'][layer.name]} rows a call"
     return ""
 

@@ -38,7 +38,7 @@ def allocate_file(
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Allocated, list[Row]]:
     """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as
-    they are in memory: base3, see `pack.save`, makes the file smaller than that.
+    they are in memory: base3, see `nibble.save`, makes the file smaller than that.
 
     The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another
     budget measures nothing again. weights: as in `allocate`, of `gains.measure`. progress(unit): a progress

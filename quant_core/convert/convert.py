@@ -151,9 +151,8 @@ def _converted(planned, destination, replacement, progress) -> tuple[list[str], 
             layers, rest = layers | one, rest | more
         else:
             layers[name] = layer
-    with replacing(
-        destination
-    ) as temporary:  # a file that does not read back never has the name, and what had it stays
+    # A file that does not read back never has the name, and what had it stays.
+    with replacing(destination) as temporary:
         try:
             with naming(source.path):
                 notes = planned.writer.save(temporary, source, layers, rest, planned.awq)

@@ -51,9 +51,8 @@ def calibrate_pipeline(
         )
     require_safetensors(Path(pipeline))
     require_folder(folder)
-    _mapped(
-        Checkpoint(pipeline).family
-    )  # refuses a model that `nibble quantize` could not read, before the text encoders load
+    # Refuses a model that `nibble quantize` could not read, before the text encoders load.
+    _mapped(Checkpoint(pipeline).family)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(

@@ -176,10 +176,11 @@ class Family:
     def _layer(self, name, shapes, block, rule, blocks):
         n, k, *ones = shapes[f"{name}.weight"]
         if rule.split in ("attn|gelu", "attn|mlp"):
+            # Out-channels = hidden = width of the attention half.
             parts = (
                 Part(0, n),
                 Part(n, k, after_gelu=rule.split == "attn|gelu"),
-            )  # out-channels = hidden = width of the attention half
+            )
         else:
             parts = (Part(0, k, after_gelu=rule.split == "gelu"),)
         shared = rule.shared_input.format(block=block, first="{first}")

@@ -7,9 +7,8 @@ that has it.
 
 import re
 
-_KNOWN = re.compile(
-    r"(^|\.)(proj_(in|out)|(inverted|point)_conv\.conv|pointwise_conv\d?)$"
-)  # SD 1 and 2, ACE-Step, Conformers
+# SD 1 and 2, ACE-Step, Conformers.
+_KNOWN = re.compile(r"(^|\.)(proj_(in|out)|(inverted|point)_conv\.conv|pointwise_conv\d?)$")
 # Joins the two streams of a U-Net, whose ranges differ (Q-Diffusion, arXiv 2302.04304, section 4.2), past
 # every norm: 3 % of SD 1.5's weights, and a small random one is 0.27 off with them in 4 bits, 0.24 without.
 _SKIP = re.compile(r"(^|\.)(skip_connection|conv_shortcut)$")

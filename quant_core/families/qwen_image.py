@@ -12,10 +12,11 @@ _SIGNATURE = (
     "transformer_blocks.0.attn.add_q_proj.weight",
     "txt_norm.weight",
 )
+# Text first, and the first that fits counts.
 _STREAMS = (
     r"(?:txt_|attn\.add_|attn\.to_add_out)",
     r"(?:img_|attn\.to_)",
-)  # text first, and the first that fits counts
+)
 
 QWEN_IMAGE = Family(
     name="qwen_image",

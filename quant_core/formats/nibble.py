@@ -132,9 +132,8 @@ class PackFile(Opened):
             )
         self.rest = sorted(self._keys - owned)
         self._require_described()
-        digests.require_description(
-            self.path, self._file, PackError
-        )  # last: what is said above is more to the point
+        # Last: what is said above is more to the point.
+        digests.require_description(self.path, self._file, PackError)
 
     def _origin(self, value, owned) -> Origin:
         def read(name):

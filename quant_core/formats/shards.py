@@ -9,13 +9,14 @@ from ..store.safe import CheckpointError
 
 INDEX = ".safetensors.index.json"
 INDEX_BYTES = 64 * 2**20  # FLUX's index has 120 kB
+# What torch.save's files are called; to open one may run code.
 PICKLED = (
     ".bin",
     ".pt",
     ".pth",
     ".ckpt",
     ".pkl",
-)  # what torch.save's files are called; to open one may run code
+)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 

@@ -36,9 +36,8 @@ class SplitPart:
         )
         self.step = slice_width(width, self.slices)
         self.sizes = balanced(self.step) if config.transform != "identity" else ()
-        if (
-            self.sizes and self.sizes[1] % 2
-        ):  # 47 x 16, not 16 x 47: kernels pack two codes of a row into a byte
+        # 47 x 16, not 16 x 47: kernels pack two codes of a row into a byte.
+        if self.sizes and self.sizes[1] % 2:
             self.sizes = self.sizes[::-1]
         self.group = {"token": width, "slice": self.step, "group": 64}[config.scales]
         self.absmax = self.x = None

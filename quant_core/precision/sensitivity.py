@@ -115,9 +115,8 @@ def _cell(problem, layer: QuantizedLayer | None) -> Cell:
     if layer is None:  # 2 bytes each, also of an fp32 original
         bias = 0 if problem.bias is None else problem.bias.numel()
         return Cell(0.0, 2 * (macs + bias), 16.0, 16.0, relative_cost(None) * macs)
-    noise = (
-        0.0 if problem.tokens("report") is None else noise_of(problem, layer)
-    )  # of weight-only layers, outside of every choice
+    # Of weight-only layers, outside of every choice.
+    noise = 0.0 if problem.tokens("report") is None else noise_of(problem, layer)
     mean = lambda bits: sum(p.width * bits(p) for p in layer.spec.parts) / layer.spec.width
     activation = mean(lambda p: 16 if p.activation is None else p.activation.bits)
     return Cell(

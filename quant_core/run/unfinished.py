@@ -57,9 +57,8 @@ class Unfinished:
         self.kept = len(list(self.folder.glob(f"*{END}")))
         if not (self.folder / MARKER).exists():
             made = {"settings": self.settings, "since": f"{datetime.now():%Y-%m-%d %H:%M}"}
-            with new_folder(
-                self.folder
-            ) as part:  # never without its marker, or a run killed here would leave a folder of nobody's
+            # Never without its marker, or a run killed here would leave a folder of nobody's.
+            with new_folder(self.folder) as part:
                 save_text(part / MARKER, json.dumps(made, indent=1) + "\n")
 
     @property

@@ -138,9 +138,8 @@ def replacing(path: Path, size: int = 0):
         temporary = folder / "file"
         try:
             temporary.touch()
-            mode = (
-                (path if path.exists() else temporary).stat().st_mode
-            )  # safetensors 0.8 makes files of 0600
+            # Safetensors 0.8 makes files of 0600.
+            mode = (path if path.exists() else temporary).stat().st_mode
             yield temporary
             temporary.chmod(mode & 0o7777)
             with open(temporary, "rb+") as f:

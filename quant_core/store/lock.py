@@ -15,10 +15,11 @@ from filelock import FileLock, Timeout
 
 from ...kernels.operator.errors import plain, shortened
 
+# The lock, and who has it: the lock's own bytes cannot be read on Windows.
 LOCK, RUN = (
     ".nibble-lock",
     ".nibble-run",
-)  # the lock, and who has it: the lock's own bytes cannot be read on Windows
+)
 _own: set[Path] = set()  # of this process
 
 
@@ -35,9 +36,8 @@ def only_run(target: Path, doing: str):
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock, run = (
-        target.with_name(f".{target.name[:200]}{suffix}") for suffix in (LOCK, RUN)
-    )  # names have 255 bytes
+    # Names have 255 bytes.
+    lock, run = (target.with_name(f".{target.name[:200]}{suffix}") for suffix in (LOCK, RUN))
     try:
         held = acquired(lock)
     except Timeout:
@@ -96,9 +96,8 @@ def acquired(lock: Path) -> FileLock:
 
 def released(lock: Path, held: FileLock):
     """Gives the lock back and removes its file."""
-    if (
-        os.name != "nt"
-    ):  # removed while held, so that nobody locks it in between; Windows removes no open file
+    # Removed while held, so that nobody locks it in between; Windows removes no open file.
+    if os.name != "nt":
         lock.unlink(missing_ok=True)
         held.release()
         return

@@ -169,9 +169,8 @@ def train(
         for step in range(len(state.losses), config.steps):
             for student in students.values():
                 student.renew()
-            with (
-                torch.autograd.graph.allow_mutation_on_saved_tensors()
-            ):  # ComfyUI's blocks add to their streams in place
+            # ComfyUI's blocks add to their streams in place.
+            with torch.autograd.graph.allow_mutation_on_saved_tensors():
                 losses = losses_of(chain, run, _picked(by_sample, config, step), config.coherence)
                 if state.unit is None:
                     state.unit = [max(float(loss.detach()), 1e-20) for loss in losses]
@@ -304,9 +303,8 @@ class _State:
                 state = {}
                 for key in (k for k in keys if k.startswith("optimizer.")):
                     _, i, name = key.split(".")
-                    like = (
-                        torch.empty(()) if name == "step" else trained[int(i)]
-                    )  # which AdamW keeps on the CPU
+                    # Which AdamW keeps on the CPU.
+                    like = torch.empty(()) if name == "step" else trained[int(i)]
                     state.setdefault(int(i), {})[name] = _copied(f.get_tensor(key), like)
             found, schedule = {k: plain[k] for k in _PLAIN}, dict(plain["schedule"])
             groups = [

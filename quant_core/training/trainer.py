@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
@@ -163,9 +163,8 @@ class Trainer:
                 )
             trained = layers | {n: s.layer() for n, s in students.items()}
             offered = [trained]
-            if {"transform", "smooth"} & set(
-                self.config.kinds
-            ):  # the start may have GPTQ's codes, these are rounded to nearest
+            # The start may have GPTQ's codes, these are rounded to nearest.
+            if {"transform", "smooth"} & set(self.config.kinds):
                 offered.append(
                     trained
                     | {
@@ -253,16 +252,11 @@ class Trainer:
         return on_step
 
     def _log(self, outcome):
-        try:
-            before = (
-                dict(json.loads(self.losses.read_text(encoding="utf-8"))) if self.losses.is_file() else {}
-            )
-        except (
-            ValueError,
-            TypeError,
-            RecursionError,
-        ):  # damaged: the curves are for the eye, a trained block is hours
-            before = {}
+        before: dict = {}
+        # Damaged ones are left out: the curves are for the eye, a trained block is hours.
+        with suppress(ValueError, TypeError, RecursionError):
+            if self.losses.is_file():
+                before = dict(json.loads(self.losses.read_text(encoding="utf-8")))
         entry = {
             "losses": [round(x, 6) for x in outcome.losses],
             "gain_db": round(outcome.gain_db, 3),

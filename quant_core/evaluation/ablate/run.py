@@ -196,9 +196,8 @@ def run(
         "steps": steps,
     }
     table = Table(folder / "rows.json", asked, "an ablation")
-    known = dict(
-        table.parsed(lambda r: ((r["name"], json.dumps(r["settings"], sort_keys=True)), r))
-    )  # the last of a name holds
+    # The last of a name holds.
+    known = dict(table.parsed(lambda r: ((r["name"], json.dumps(r["settings"], sort_keys=True)), r)))
     key = lambda entry: (entry.name, json.dumps(entry.settings, sort_keys=True))
 
     def add(entry, **options):

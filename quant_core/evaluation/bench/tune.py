@@ -89,9 +89,8 @@ def tune(case: Case, column: Column, target: Target, dtype, device, clock=measur
         if reason:
             found["error"] = reason
             if x.is_cuda:
-                torch.cuda.synchronize(
-                    device
-                )  # raises if the device is lost, with which no candidate can be judged
+                # Raises if the device is lost, with which no candidate can be judged.
+                torch.cuda.synchronize(device)
             continue
         if best is None or found["ms"] < best["ms"]:
             best = found

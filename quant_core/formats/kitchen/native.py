@@ -14,10 +14,11 @@ from . import write as kitchen_out
 from .declared import width_is_read
 
 FORMATS = ("convrot_w4a4", "int8_tensorwise")
+# ComfyUI 0.33 has no awq_w4a16; the sources of 0.38.1 do, and name no version that began with it.
 OLDEST, AWQ = (
     "0.31",
     "0.38",
-)  # ComfyUI 0.33 has no awq_w4a16; the sources of 0.38.1 do, and name no version that began with it
+)
 
 
 def has_awq(comfyui: str) -> bool:
@@ -34,7 +35,7 @@ def format_of(
     spec: LinearSpec, name: str = "", layer: Callable[[], QuantizedLayer] | None = None
 ) -> tuple[str, str]:
     """(one of FORMATS or awq_w4a16, ""), or ("", why stock ComfyUI does not run exactly this layer, `name` of
-    the model). layer(): as in `kitchen_out.format_of`, for a ComfyUI that has awq_w4a16."""
+    the model). layer(): as in `write.format_of`, for a ComfyUI that has awq_w4a16."""
     conf, reason = kitchen_out.format_of(spec, layer)
     if conf and conf["format"] not in (*FORMATS, "awq_w4a16"):
         return (
@@ -63,7 +64,7 @@ def save(
     origin: Origin | None = None,
     awq: bool = False,
 ):
-    """Writes the file; arguments as in `kitchen_out.save`. Raises ValueError naming a layer that is not
+    """Writes the file; arguments as in `write.save`. Raises ValueError naming a layer that is not
     native."""
     for name, sentence in losses(
         {name: layer.spec for name, layer in layers.items()}, layers.__getitem__ if awq else None

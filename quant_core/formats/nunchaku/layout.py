@@ -12,12 +12,12 @@ TILE = 128  # out-channels of a warp; nunchaku pads N and K to multiples of it
 RANK = 16  # the low-rank branch is stored in blocks of 16 x 16
 GROUP = 64
 AWQ_ROWS = 4  # rows that the modulation layers interleave
-SCALES = slice(
-    1, None, 3
-)  # of a modulation layer's (shift, scale, gate), once or twice: nunchaku's biases of the scales are 1 higher
+# Of a modulation layer's (shift, scale, gate), once or twice: nunchaku's biases of the scales are 1 higher.
+SCALES = slice(1, None, 3)
 
 # Sizes of the stored axes; the permutation puts them in natural order. -1 is the axis whose size depends on
 # the layer.
+# Stored: n tile, k tile, n pack 8, n lane 8, k lane 4, n half 2, k half 2; words of 8 channels.
 _WEIGHT = (
     0,
     2,
@@ -26,7 +26,7 @@ _WEIGHT = (
     1,
     6,
     4,
-)  # stored: n tile, k tile, n pack 8, n lane 8, k lane 4, n half 2, k half 2; words of 8 channels
+)
 _SCALE = (1, 0, 2, 4, 3, 5)  # stored: n tile, group, 16 channels 8, lane 4, half 2, pair 2
 _DOWN = (1, 4, 2, 0, 5, 3, 6)  # stored: k tile, r tile, r lane 8, k lane 4, r half 2, k half 2, pair 2
 _UP = (0, 4, 2, 1, 5, 3, 6)  # stored: n tile, r tile, n lane 8, r lane 4, n half 2, r half 2, pair 2

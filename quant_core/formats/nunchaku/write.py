@@ -145,9 +145,8 @@ def _plain(names: Names, rest, quantized, dtype, notes):
     out: dict[str, torch.Tensor] = {}
     for key, tensor in rest.items():
         if key not in stacks and key.endswith("_norm.weight"):
-            key = (
-                key.removesuffix("weight") + "scale"
-            )  # FLUX's norms as ComfyUI holds them, and not as its files name them
+            # FLUX's norms as ComfyUI holds them, and not as its files name them.
+            key = key.removesuffix("weight") + "scale"
         if key not in stacks:
             left.append(key)
             continue
