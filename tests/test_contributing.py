@@ -227,7 +227,7 @@ def by_rows(family, monkeypatch, tmp_path):
 
 def test_a_format_is_detected_and_described(by_rows):
     assert detect.kind_of(by_rows) == "by_rows"
-    assert isinstance(detect.open_any(by_rows), ByRows)
+    assert isinstance(detect.open_quantized(by_rows), ByRows)
     said = nibble("inspect", by_rows)
     assert "kind: by_rows" in said
     assert "layers.1.mix: W8A8" in said

@@ -90,8 +90,3 @@ def _fp8(path) -> str:
     except UnknownArchitecture:
         return ""
     return f"in fp8 ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""
-
-
-def open_any(path: Path) -> Opened | Checkpoint:
-    """A quantized model, or one in full precision."""
-    return Checkpoint(path) if kind_of(path) == FULL else open_quantized(path)

@@ -23,7 +23,7 @@ from comfyui_nibble.quant_core.cli.quantize import quantize_file
 from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.convert.inspect import as_text, describe
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
-from comfyui_nibble.quant_core.formats.detect import CALIBRATION, kind_of, open_any, open_quantized
+from comfyui_nibble.quant_core.formats.detect import CALIBRATION, FULL, kind_of, open_quantized
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.tests.reliability.mutations import damaged, sound
@@ -35,11 +35,12 @@ SECONDS, MEGABYTES = 5.0, 200.0
 def read_all(path, out):
     if kind_of(path) == CALIBRATION:
         return
-    model = open_any(path)
-    if isinstance(model, Checkpoint):
+    if kind_of(path) == FULL:
+        model = Checkpoint(path)
         for key in model.shapes:
             model.get(key)
         return
+    model = open_quantized(path)
     for name in model.specs:
         model.layer(name)
     for key in model.rest:
