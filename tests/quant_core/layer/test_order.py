@@ -82,7 +82,7 @@ def test_every_path_gathers_x_alone(layer, plain, order):
         )
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     for before in (Gelu(), modulated):
-        got = quant_linear(x[None], layer.spec, layer.tensors, before=before)
+        got = quant_linear(x[None], layer.spec, layer.tensors, prologue=before)
         assert torch.equal(got[0], plain(before(x)[:, order]))
     half = x.half()
     got = with_branches(half, layer.spec, layer.tensors, added, target=interpreter())
