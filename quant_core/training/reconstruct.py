@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..store.atomic import save_tensors
+from .mutation import mutation_allowed
 from .segments import Chain, State, replaced
 from .student import Student
 
@@ -170,7 +171,7 @@ def train(
             for student in students.values():
                 student.renew()
             # ComfyUI's blocks add to their streams in place.
-            with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            with mutation_allowed():
                 losses = losses_of(chain, run, _picked(by_sample, config, step), config.coherence)
                 if state.unit is None:
                     state.unit = [max(float(loss.detach()), 1e-20) for loss in losses]
