@@ -19,7 +19,7 @@ import torch
 from ..calibration.file import Calibration
 from ..families import Layer
 from ..run.layers import not_quantizable
-from ..run.source import Source
+from ..run.source import Source, rest_of
 from ..store.progress import Progress, silent
 from .budget import BudgetError, Totals
 from .menu import MixedConfig
@@ -267,7 +267,7 @@ def measure_and_decide(
     what the two raise.
     """
     table = sensitivity(plan, source, calibration, config, path, settings, device, progress)
-    held = sum(size(source.get(key)) for key in untouched(source.shapes, table))
+    held = sum(size(source.get(key)) for key in rest_of(source, (row.name for row in table)))
     return decide(table, budget, config, gains, held)
 
 
@@ -292,9 +292,3 @@ def decide(
 def with_choice(layers: Iterable[Layer]) -> list[Layer]:
     """Those that a menu is for, and whose gains count."""
     return [layer for layer in layers if not layer.weight_only and not not_quantizable(layer)]
-
-
-def untouched(keys: Iterable[str], table: list[Sensitivity]) -> list[str]:
-    """The tensors that are written as they are."""
-    quantized = {s.name for s in table}
-    return [k for k in keys if k.rpartition(".")[0] not in quantized]

@@ -69,6 +69,17 @@ def run(arguments: list, log: Path, **options) -> Ended:
     return Run(arguments, log, **options).wait(600)
 
 
+def small_inputs(folder: Path):
+    """Writes what commands of these tests read: native.safetensors, quantized from the shipped model, and the
+    calibrations a and b."""
+    from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+
+    made = folder / "native.safetensors"
+    asked = ["quantize", tiny_flux.CHECKPOINT, made, "--method", "native", "--device", "cpu"]
+    for arguments in (asked, ["calibration", folder / "a"], ["calibration", folder / "b"]):
+        assert run(arguments, folder / "log").code == 0
+
+
 def _main(arguments, log, largest=None, without_check=False, stop_after=None):
     from comfyui_nibble.quant_core.cli import commands, quantize
     from comfyui_nibble.quant_core.run import stages

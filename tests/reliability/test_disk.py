@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
-from comfyui_nibble.tests.reliability.runs import contents, run
+from comfyui_nibble.tests.reliability.runs import contents, run, small_inputs
 
 OLD = b"what was there before"
 
@@ -17,23 +17,7 @@ OLD = b"what was there before"
 @pytest.fixture(scope="module")
 def before(tmp_path_factory):
     folder = tmp_path_factory.mktemp("before")
-    assert (
-        run(
-            [
-                "quantize",
-                tiny_flux.CHECKPOINT,
-                folder / "native.safetensors",
-                "--method",
-                "native",
-                "--device",
-                "cpu",
-            ],
-            folder / "log",
-        ).code
-        == 0
-    )
-    for name in "ab":
-        assert run(["calibration", folder / name], folder / "log").code == 0
+    small_inputs(folder)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.run.leftovers import leftovers
-from comfyui_nibble.tests.reliability.runs import Run, contents, moments, run, size_of
+from comfyui_nibble.tests.reliability.runs import Run, contents, moments, run, size_of, small_inputs
 
 LAYERS = 16
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -60,23 +60,7 @@ if size_of("NIBBLE_KILLS", 0) >= 60:  # a minute a run
 def before(tmp_path_factory):
     """A folder with what the jobs read."""
     folder = tmp_path_factory.mktemp("before")
-    assert (
-        run(
-            [
-                "quantize",
-                tiny_flux.CHECKPOINT,
-                folder / "native.safetensors",
-                "--method",
-                "native",
-                "--device",
-                "cpu",
-            ],
-            folder / "log",
-        ).code
-        == 0
-    )
-    for name in "ab":
-        assert run(["calibration", folder / name], folder / "log").code == 0
+    small_inputs(folder)
     if len(JOBS) > 6:
         assert run(["calibration_of_flux", folder / "flux"], folder / "log").code == 0
     (folder / "log").unlink()

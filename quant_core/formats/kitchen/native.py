@@ -50,7 +50,7 @@ def format_of(
 def losses(
     specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
 ) -> dict[str, str]:
-    """{layer: sentence} of the layers that stock ComfyUI does not run as they are: what `others.replaced` is
+    """{layer: sentence} of the layers that stock ComfyUI does not run as they are: what `replace.replaced` is
     for. layer(name): as in `format_of`."""
     found = {name: format_of(spec, name, layer and partial(layer, name)) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}

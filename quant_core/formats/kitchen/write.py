@@ -127,7 +127,7 @@ def _activation(act):
 def losses(
     specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
 ) -> dict[str, str]:
-    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `others.replaced`
+    """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `replace.replaced`
     is for. layer(name): as in `format_of`."""
     found = {name: format_of(spec, layer and partial(layer, name)) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
