@@ -20,10 +20,10 @@ from ..quant_core.precision.allocate import Allocated, measure_and_decide, parse
 from ..quant_core.precision.menu import MENUS, MIXED, MixedConfig
 from ..quant_core.precision.menu import menu as menu_of
 from ..quant_core.precision.plot import pixels
-from ..quant_core.precision.report import as_text
+from ..quant_core.precision.report import allocation_text
 from ..quant_core.run.layers import require_statistics
 from ..quant_core.run.provenance import provenance
-from ..quant_core.run.report import as_text as rows_as_text
+from ..quant_core.run.report import allocation_text as rows_as_text
 from .host.inherited import uncompiled
 from .host.progress import steps
 from .host.quantized import make_room, quantized
@@ -149,7 +149,7 @@ class NibbleAllocateBits(io.ComfyNode):
         notes = [*kept, GAINS_NOTE if use_gains else NO_GAINS_NOTE, *notes]
         title = f"{source.family.title}, {NAME}"
         rows_text = rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes)
-        text = [as_text(done, title), "", *notes, "", rows_text]
+        text = [allocation_text(done, title), "", *notes, "", rows_text]
         return io.NodeOutput(made, "\n".join(text), picture)
 
 

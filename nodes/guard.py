@@ -7,7 +7,7 @@ from ..kernels import paths_of
 from ..kernels.target import target_of
 from ..quant_core.calibration.file import Calibration
 from ..quant_core.layer.precisions import PRECISIONS
-from ..quant_core.precision.guard_report import as_text
+from ..quant_core.precision.guard_report import guard_text
 from .host.guarding import NAME, PICK, Asked, guarded_model
 from .host.source import ModelSource
 from .host.types import CalibrationType
@@ -120,5 +120,5 @@ class NibbleGuard(io.ComfyNode):
         result, decision, specs, device = guarded_model(source, quantized, calibration, asked)
         _, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(
-            result, "\n".join([as_text(decision, f"{source.family.title}, {NAME}"), "", *lines])
+            result, "\n".join([guard_text(decision, f"{source.family.title}, {NAME}"), "", *lines])
         )

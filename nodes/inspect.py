@@ -4,7 +4,7 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant_core.convert.inspect import as_text, describe
+from ..quant_core.convert.inspect import describe, description_text
 
 DESCRIPTION = (
     "Says what a model file holds, from its header: format, layers and the kernels they run on here, whether "
@@ -44,5 +44,5 @@ class NibbleInspect(io.ComfyNode):
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        text = as_text(describe(path, comfy.model_management.get_torch_device()))
+        text = description_text(describe(path, comfy.model_management.get_torch_device()))
         return io.NodeOutput(text, ui=ui.PreviewText(text))

@@ -11,7 +11,7 @@ from ..quant_core.calibration.file import Calibration
 from ..quant_core.calibration.observe import measured
 from ..quant_core.methods import METHODS, by_name
 from ..quant_core.run.provenance import provenance
-from ..quant_core.run.report import as_text
+from ..quant_core.run.report import quantization_text
 from ..quant_core.training.presets import NAMES, preset
 from .host.quantized import make_room, quantized
 from .host.source import ModelSource
@@ -121,5 +121,7 @@ class NibbleQuantize(io.ComfyNode):
         paths, lines = paths_of(specs, target_of(device))
         return io.NodeOutput(
             made,
-            as_text(rows, f"{source.family.title}, {chosen.title}", [*notes, *lines], paths, source.shapes),
+            quantization_text(
+                rows, f"{source.family.title}, {chosen.title}", [*notes, *lines], paths, source.shapes
+            ),
         )

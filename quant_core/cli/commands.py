@@ -64,7 +64,7 @@ def quantize(
     from ..calibration import Calibration
     from ..formats.nibble import PackFile
     from ..methods import by_name
-    from ..run.report import as_text, file_storage
+    from ..run.report import file_storage, quantization_text
     from ..training.plot import plot
     from ..training.presets import UNTRAINED, preset
     from .quantize import quantize_file
@@ -89,7 +89,7 @@ def quantize(
     )
     written = PackFile(destination)
     typer.echo(
-        as_text(
+        quantization_text(
             rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()
         )
     )
@@ -120,7 +120,7 @@ def allocate(
     from ..precision import plot as allocate_plot
     from ..precision import report
     from ..precision.allocate import parse_budget
-    from ..run.report import as_text, file_storage
+    from ..run.report import file_storage, quantization_text
     from . import allocate as allocate_file
 
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
@@ -133,11 +133,13 @@ def allocate(
     done, rows = allocate_file.allocate_file(
         source, destination, statistics, asked, config, weights, device, bar, base3, note
     )
-    typer.echo(report.as_text(done, str(destination)))
+    typer.echo(report.allocation_text(done, str(destination)))
     written = PackFile(destination)
     typer.echo(
         "\n"
-        + as_text(rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes())
+        + quantization_text(
+            rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes()
+        )
     )
     if find_spec("matplotlib") is None:
         typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
@@ -195,13 +197,13 @@ def inspect(
 ):
     """Says what a file holds, what its layers run on, whether stock ComfyUI loads it and what memory it
     takes."""
-    from ..convert.inspect import as_text, describe, verified
+    from ..convert.inspect import describe, description_text, verified
 
     if verify:
         typer.echo(verified(file, bar("tensor")))
         return
     found = describe(file)
-    typer.echo(json.dumps(found, indent=1) if as_json else as_text(found))
+    typer.echo(json.dumps(found, indent=1) if as_json else description_text(found))
 
 
 @app.command()
@@ -331,13 +333,13 @@ def clean(
 ):
     """Lists what stopped runs have left: finished layers of quantizations that nobody went on with, and files
     that were not written to their end. ComfyUI's lie in output/nibble_calibration."""
-    from ..run.leftovers import as_text, leftovers
+    from ..run.leftovers import leftovers, leftovers_text
 
     found = [left for folder in folders or [Path()] for left in leftovers(folder)]
     if not found:
         typer.echo("nothing is left of stopped runs")
         return
-    typer.echo(as_text(found))
+    typer.echo(leftovers_text(found))
     size = sum(left.nbytes for left in found if not left.held) / 1e6
     if not remove:
         typer.echo(

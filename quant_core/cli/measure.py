@@ -27,7 +27,7 @@ def demo(
     from ..evaluation.demo import run
 
     report = run.run(out, bar("step"))
-    typer.echo(run.as_text(report))
+    typer.echo(run.pictures_text(report))
     typer.echo(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}")
 
 
@@ -42,7 +42,7 @@ def bench_fit(
     from ..methods import METHODS
 
     typer.echo(
-        bench.as_text(
+        bench.fitting_times_text(
             bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], bar("fit"), json_file, device_of(device))
         )
     )
@@ -95,7 +95,7 @@ def ablate_splitquant(
     from ..evaluation.ablate.splitquant import entries
     from ..store.atomic import save_text
 
-    text = run.as_text(rows := run.run(out, entries(quick), severity, bar("row")))
+    text = run.ablation_text(rows := run.run(out, entries(quick), severity, bar("row")))
     save_text(out / "ablation.txt", text + "\n")
     typer.echo(text)
     if find_spec("matplotlib") is not None:

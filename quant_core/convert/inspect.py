@@ -143,7 +143,7 @@ def _stock(model: Opened, kind: str) -> str:
     )
 
 
-def as_text(found: dict) -> str:
+def description_text(found: dict) -> str:
     """A description as lines, the layers last and indented. Names and texts of the file have no control
     characters here, and are cut."""
     lines, shown = [], lambda value: shortened(plain(str(value)), MESSAGE)

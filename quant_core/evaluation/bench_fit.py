@@ -180,7 +180,7 @@ def projected(results: list[dict], method: str) -> float:
     return 38 * block + 19 * 2 * (square + qkv * (1 + 12288 / 9216 + 18432 / 9216) + down)
 
 
-def as_text(results: list[dict]) -> str:
+def fitting_times_text(results: list[dict]) -> str:
     """One line a result, and one a method for all of FLUX.1."""
     lines = []
     for r in results:

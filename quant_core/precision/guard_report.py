@@ -36,7 +36,7 @@ class Decision:
         return sum(o.extra for o in self.chosen.values())
 
 
-def as_text(decision: Decision, title: str) -> str:
+def guard_text(decision: Decision, title: str) -> str:
     """Totals, one line for each layer or block that changes, and what stays below what was asked for."""
     d = decision
     kind = "block" if d.blocks else "layer"

@@ -4,7 +4,7 @@ from .allocate import Allocated
 from .budget import decibel
 
 
-def as_text(done: Allocated, title: str) -> str:
+def allocation_text(done: Allocated, title: str) -> str:
     """The budget, what it came to against one entry for all layers, and what each layer got, in the order of
     the forward pass."""
     budget, chosen = done.budget, done.allocation

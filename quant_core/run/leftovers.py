@@ -138,7 +138,7 @@ def _changed(files) -> datetime:
     return datetime.fromtimestamp(max((f.stat().st_mtime for f in files), default=0))
 
 
-def as_text(found: list[Leftover]) -> str:
+def leftovers_text(found: list[Leftover]) -> str:
     """A line for each, the largest first."""
     lines = [
         (

@@ -114,7 +114,7 @@ def left_overs(rows, shapes: Mapping[str, tuple[int, ...]] | None = None) -> lis
     return lines
 
 
-def as_text(
+def quantization_text(
     rows, title: str, notes=(), paths=None, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> str:
     """A summary and a table, worst layers first. paths: {layer: the kernels it runs on}, of

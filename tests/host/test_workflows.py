@@ -1,57 +1,35 @@
 """The example workflows: each graph, its API twin and its picture; run small in a real ComfyUI, opened in its
 real frontend."""
 
-import json
 import re
-import shutil
-from dataclasses import asdict
 from itertools import combinations
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.calibration import gains
 from comfyui_nibble.quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of, plan_passes
 from comfyui_nibble.quant_core.calibration.trajectory import CALLS
 from comfyui_nibble.quant_core.families import detect
-from comfyui_nibble.quant_core.formats.nibble import PackFile
-from comfyui_nibble.quant_core.formats.nunchaku import read as nunchaku
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
-from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.precision.allocate import with_choice
-from comfyui_nibble.quant_core.run.layers import quantize_layers
-from comfyui_nibble.quant_core.run.source import Tensors
-from comfyui_nibble.quant_core.training.presets import PRESETS
 from comfyui_nibble.quant_core.training.reconstruct import WINDOWS
 from comfyui_nibble.tests.assets.synthetic import (
     flux_shapes,
     pixart_shapes,
-    random_state,
-    save_random,
     sdxl_shapes,
-    taesd_shapes,
     wan_shapes,
 )
-from comfyui_nibble.tests.host.graphs import node
-from comfyui_nibble.tests.host.server import PACK
-from comfyui_nibble.tests.support import relative_error
+from comfyui_nibble.tests.host.workflow_graphs import (
+    FOLDER,
+    GROUPS,
+    NAMES,
+    STAGES,
+    note,
+    of_kind,
+    twin,
+    workflow,
+)
 
-FOLDER = PACK / "workflows"
-QUANTIZED = ["Load", "Calibrate", "Quantize", "Sample"]
-GROUPS = {
-    "flux_4bit": QUANTIZED,
-    "pixart_4bit": QUANTIZED,
-    "flux_4bit_two_loras": ["Load", "LoRA", "Sample"],
-    "flux_find_blocks": ["Load", "Calibrate", "Swap", "Guard", "Sample"],
-    "flux_three_methods": QUANTIZED,
-    "flux_splitquant_trained": QUANTIZED,
-    "flux_robuq_budget": ["Load", "Calibrate", "Allocate", "Sample"],
-    "flux_nunchaku": ["Load", "Inspect", "LoRA", "Sample"],
-    "flux_export_native": ["Load", "Calibrate", "Export", "Sample"],
-    "wan_4bit": QUANTIZED,
-    "sdxl_4bit": QUANTIZED,
-}
 # The models that the notes are about.
 REAL = {
     "flux_4bit": flux_shapes(19, 38),
@@ -59,29 +37,10 @@ REAL = {
     "wan_4bit": wan_shapes(30, 1536, 8960),
     "sdxl_4bit": sdxl_shapes((0, 0, 2, 2, 10, 10), 10, (10, 10, 10, 2, 2, 2, 0, 0, 0), (1, 2, 4)),
 }
-NAMES = list(GROUPS)
-TRAINING = PRESETS["splitquant"]["standard"]
-STAGES = [config for config in (TRAINING.blocks, TRAINING.distill) if config is not None]
-CHROMIUM = shutil.which("chromium")
+
+
 # Only in the UI: what the frontend does with a seed after a run, and notes.
 UI_ONLY_WIDGETS, UI_ONLY_NODES = {"control_after_generate"}, {"MarkdownNote"}
-H = 256  # hidden width of the small FLUX
-
-
-def workflow(name):
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def twin(name):
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def note(name):
-    return next(n["widgets_values"][0] for n in workflow(name)["nodes"] if n["type"] == "MarkdownNote")
-
-
-def of_kind(graph, kind):
-    return {key: n for key, n in graph.items() if n["class_type"] == kind}
 
 
 def test_these_are_all():
@@ -191,405 +150,3 @@ def test_thumbnail(name):
     data = (FOLDER / f"{name}.jpg").read_bytes()
     assert data[:3] == b"\xff\xd8\xff"
     assert len(data) < 100_000
-
-
-@pytest.fixture(scope="module")
-def models(server, comfy):
-    """Small random files under the very names that the workflows use."""
-    folder = server.base / "models"
-    for name in ("text_encoders", "checkpoints"):
-        (folder / name).mkdir(exist_ok=True)
-    small = {
-        "flux_4bit": (flux_shapes(hidden=H), taesd_shapes(16)),
-        "flux_nunchaku": (flux_shapes(hidden=H), taesd_shapes(16)),
-        "pixart_4bit": (pixart_shapes(), taesd_shapes(4)),
-        "wan_4bit": (wan_shapes(), wan_vae_shapes()),
-        "sdxl_4bit": (sdxl_shapes(), taesd_shapes(4)),
-    }
-    for name, (shapes, vae) in small.items():
-        for n in twin(name).values():
-            match n["class_type"]:
-                case "UNETLoader":
-                    save_random(folder / "diffusion_models" / n["inputs"]["unet_name"], shapes)
-                case "NibbleLoadDiffusionModel":
-                    save_nunchaku(folder / "diffusion_models" / n["inputs"]["model_name"], shapes)
-                case "CheckpointLoaderSimple":
-                    whole = {f"model.diffusion_model.{k}": s for k, s in shapes.items()} | {
-                        f"first_stage_model.{k}": s for k, s in vae.items()
-                    }
-                    save_random(folder / "checkpoints" / n["inputs"]["ckpt_name"], whole)
-                case "VAELoader":
-                    save_random(folder / "vae" / n["inputs"]["vae_name"], vae)
-                case "CLIPLoader" | "DualCLIPLoader":
-                    # Only listed, never opened: see `shrunk`.
-                    for key in n["inputs"].keys() & {"clip_name", "clip_name1", "clip_name2"}:
-                        (folder / "text_encoders" / n["inputs"][key]).touch()
-    g = torch.Generator().manual_seed(0)
-    for n in of_kind(twin("flux_4bit_two_loras"), "LoraLoader").values():
-        lora = {}
-        for layer, rows, columns in (
-            ("double_blocks.0.img_attn.qkv", 3 * H, H),
-            ("single_blocks.0.linear2", H, 5 * H),
-        ):
-            lora[f"diffusion_model.{layer}.lora_A.weight"] = torch.randn(4, columns, generator=g) * 0.12
-            lora[f"diffusion_model.{layer}.lora_B.weight"] = torch.randn(rows, 4, generator=g) * 0.12
-        save_file(lora, folder / "loras" / n["inputs"]["lora_name"])
-    return folder
-
-
-def wan_vae_shapes():
-    """Wan 2.1's, whose width ComfyUI reads off the file: 8 channels instead of 96."""
-    from comfy.ldm.wan.vae import WanVAE
-
-    made = WanVAE(
-        dim=8,
-        z_dim=16,
-        dim_mult=[1, 2, 4, 4],
-        num_res_blocks=2,
-        attn_scales=[],
-        temperal_downsample=[False, True, True],
-    )
-    return {key: tuple(t.shape) for key, t in made.state_dict().items()}
-
-
-def save_nunchaku(path, shapes):
-    """The random FLUX of `shapes` by SVDQuant without data, in nunchaku's format."""
-    state, method = random_state(shapes), by_name("svdquant")
-    config = method.configured(rank=32, gptq=False, iterations=0)
-    made = [
-        layer for layer, _ in quantize_layers(detect(shapes).layers(shapes), Tensors(state), method, config)
-    ]
-    layers = {layer.name: layer for layer in made}
-    nunchaku.save(
-        path, layers, {k: t for k, t in state.items() if k.rpartition(".")[0] not in layers}, "flux", {}
-    )
-
-
-@pytest.fixture(scope="module")
-def flux_4bit(server, models):
-    """What running the first workflow gave. Others start from the file that it saves, and one from its
-    calibration."""
-    graph = shrunk(twin("flux_4bit"), 128)
-    return graph, server.run(graph)
-
-
-def shrunk(graph, pixels, **more):
-    """The graph for small models: other text encoders, small pictures, few steps, `more` {kind of node:
-    {input: value}}. Nothing else is touched."""
-    small = {
-        "NibbleCalibrationPrompts": {"count": 4},
-        "NibbleCalibrate": {"steps": 2, "samples": 4},
-        "EmptySD3LatentImage": {"width": pixels, "height": pixels},
-        "EmptyLatentImage": {"width": pixels, "height": pixels},
-        "EmptyHunyuanLatentVideo": {"width": pixels, "height": pixels, "length": 5},
-        "KSampler": {"steps": 2},
-        "NibbleSwapBlocks": {"blocks": "double 0"},
-    } | more
-    out = {}
-    for key, n in graph.items():
-        if n["class_type"] in ("CLIPLoader", "DualCLIPLoader"):
-            out[key] = node("TestTextEncoder", type=n["inputs"]["type"], seed=0)
-        else:
-            values = small.get(n["class_type"], {})
-            assert values.keys() <= n["inputs"].keys()
-            out[key] = n | {"inputs": n["inputs"] | values}
-    for checkpoint in of_kind(graph, "CheckpointLoaderSimple"):  # the small one holds no text encoders
-        for n in out.values():
-            n["inputs"] = {k: ["clip", 0] if v == [checkpoint, 1] else v for k, v in n["inputs"].items()}
-        out["clip"] = node("TestTextEncoder", type="sdxl", seed=0)
-    return out
-
-
-def size_of(server, outputs, key):
-    """Of the picture that an image node wrote, which may not be of one flat colour, as NaN would give."""
-    from PIL import Image
-
-    [item] = outputs[key]["images"]
-    with Image.open(server.base / item["type"] / item["subfolder"] / item["filename"]) as picture:
-        assert any(low < high for low, high in picture.getextrema()[:3])
-        return picture.size
-
-
-def clip_of(server, outputs, key):
-    """(frames, width, height) of the clip that a video node wrote, which may not be of one flat colour."""
-    import av
-
-    [item] = outputs[key]["images"]
-    with av.open(server.base / item["type"] / item["subfolder"] / item["filename"]) as clip:
-        frames = [frame.to_ndarray(format="rgb24") for frame in clip.decode(video=0)]
-    assert all(frame.min() < frame.max() for frame in frames)
-    return len(frames), frames[0].shape[1], frames[0].shape[0]
-
-
-def pictures_are(server, outputs, nodes, pixels):
-    for key in nodes:
-        assert size_of(server, outputs, key) == (pixels, pixels)
-
-
-def saved_name(graph, outputs, save=None):
-    """Of the file that Nibble Save Model wrote; save: its key, where there are several."""
-    return re.search(
-        r"(\S+\.safetensors)", outputs[save or next(iter(of_kind(graph, "NibbleSaveModel")))]["text"][0]
-    )[1]
-
-
-def packs_of(server, graph, outputs):
-    """{method, or kind of the node that made it: the saved file}"""
-    folder = server.base / "output" / "diffusion_models"
-    saves = of_kind(graph, "NibbleSaveModel").items()
-    return {maker(graph, n): PackFile(folder / saved_name(graph, outputs, key)) for key, n in saves}
-
-
-def maker(graph, n):
-    """Where a node's model comes from: the method of Nibble Quantize, else the kind of node."""
-    source = graph[n["inputs"]["model"][0]]
-    return source["inputs"].get("method", source["class_type"])
-
-
-def with_latents(graph):
-    """The graph with what each KSampler gives saved under `latents_` and `maker`."""
-    out = dict(graph)
-    for key, n in of_kind(graph, "KSampler").items():
-        out[f"latents_{maker(graph, n)}"] = node("SaveLatent", samples=[key, 0], filename_prefix="workflow")
-    return out
-
-
-# PixArt's position embedding needs 272 pixels or more.
-@pytest.mark.parametrize(
-    ("name", "pixels", "layers"),
-    [("flux_4bit", 128, 13), ("pixart_4bit", 288, 8), ("wan_4bit", 64, 11), ("sdxl_4bit", 128, 74)],
-)
-def test_twin_runs(server, models, request, name, pixels, layers):
-    if name == "flux_4bit":
-        graph, outputs = request.getfixturevalue(name)
-    else:
-        # Its 74 layers by GPTQ and with a low rank would take a minute; test_families_main_job has both.
-        plain = {"NibbleQuantize": {"rank": 0, "gptq": False}} if name == "sdxl_4bit" else {}
-        graph = shrunk(twin(name), pixels, **plain)
-        outputs = server.run(graph)
-    of = lambda kind: outputs[next(iter(of_kind(graph, kind)))]
-
-    report = of("PreviewAny")["text"][0]
-    assert f"{layers} layers" in report
-    assert "Layer SQNR on held-out tokens" in report
-
-    pack = packs_of(server, graph, outputs)["svdquant_r"]
-    assert len(pack.specs) == layers
-    assert pack.provenance["method"] == "svdquant_r"
-    assert pack.provenance["calibration"]["samples"] == 4
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), pixels)
-    assert all(clip_of(server, outputs, key) == (5, pixels, pixels) for key in of_kind(graph, "SaveVideo"))
-
-
-def test_two_loras_run(server, flux_4bit):
-    graph = with_latents(shrunk(twin("flux_4bit_two_loras"), 128))
-    first, second = of_kind(graph, "LoraLoader")
-    [loader] = of_kind(graph, "NibbleLoadDiffusionModel").values()
-    assert loader["inputs"]["model_name"] == saved_name(*flux_4bit)
-    path = server.base / "output" / "diffusion_models" / saved_name(*flux_4bit)
-    before = path.read_bytes()
-
-    def sampled(*off):
-        without = {
-            key: graph[key] | {"inputs": graph[key]["inputs"] | {"strength_model": 0.0}} for key in off
-        }
-        outputs = server.run(graph | without)
-        pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
-        return server.latents(outputs, "latents_LoraLoader")
-
-    found = [sampled(), sampled(first), sampled(second), sampled(first, second)]
-    for a, b in combinations(found, 2):
-        assert relative_error(a, b) > 0.02  # 0.040 to 0.059
-    assert path.read_bytes() == before
-
-
-def test_find_blocks_runs(server, flux_4bit):
-    graph = with_latents(shrunk(twin("flux_find_blocks"), 128))
-    folder = server.base / "output" / "nibble_calibration"
-    # Nibble Guard keeps what it measured beside the calibration.
-    calibrations = lambda: {
-        p: p.stat().st_mtime_ns for p in folder.rglob("*") if not p.name.endswith(".guard.json")
-    }
-    before = calibrations()
-    outputs = server.run(graph)
-    assert calibrations() == before  # the first workflow's was read, and no other was made
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
-
-    of = lambda kind: server.latents(outputs, f"latents_{kind}")
-    full, packed, guarded = of("UNETLoader"), of("NibbleLoadDiffusionModel"), of("NibbleGuard")
-    # 0.0049 and, guarded, 0.0045 of 0.0081.
-    assert 0 < relative_error(full, of("NibbleSwapBlocks")) < relative_error(full, packed)
-    assert relative_error(full, guarded) < relative_error(full, packed)
-    assert relative_error(packed, of("NibbleSwapBlocks")) > 0.002  # 0.0074
-
-    swapped, report = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
-    assert "A with double 0 of B" in swapped
-    assert re.search(r"[1-9]\d* of \d+ measured layers raised", report)
-
-    name = saved_name(graph, outputs)
-    pack = PackFile(server.base / "output" / "diffusion_models" / name)
-    assert pack.provenance["guard"][0]["limit"] == 24.0
-    # The saved file in place of Guard samples the same.
-    guard = next(iter(of_kind(graph, "NibbleGuard")))
-    ends = ("SaveImage", "SaveLatent", "PreviewAny", "NibbleSaveModel")
-    again = {
-        key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends
-    }
-    again[guard] = node("NibbleLoadDiffusionModel", model_name=name)
-    assert torch.equal(server.latents(server.run(again), "latents_NibbleGuard"), guarded)
-
-
-def run_on_calibration_of(server, first, name):
-    """(graph, outputs) of a workflow that reads the calibration of `first` and makes no other."""
-    made = lambda: {
-        p
-        for p in (server.base / "output" / "nibble_calibration").iterdir()
-        if p.is_dir() and p.suffix != ".training"
-    }
-    before, graph = made(), with_latents(shrunk(twin(name), 128))
-    outputs = server.run(graph)
-    assert made() == before
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
-    return graph, outputs
-
-
-@pytest.fixture(scope="module")
-def three_methods(server, flux_4bit):
-    return run_on_calibration_of(server, flux_4bit, "flux_three_methods")
-
-
-def test_three_methods_run(server, three_methods):
-    graph, outputs = three_methods
-    packs = packs_of(server, graph, outputs)
-    assert list(packs) == ["svdquant_r", "splitquant", "robuq"]
-    for method, pack in packs.items():
-        assert pack.provenance["method"] == method
-        assert "training" not in pack.provenance
-        assert len(pack.specs) == 13
-        assert pack.path.name == f"flux1-dev-{method}_00001_.safetensors"
-    reports = [outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny")]
-    for title, report in zip(("SVDQuant", "SplitQuant", "RobuQ"), reports, strict=True):
-        assert title in report.splitlines()[0]
-    of = lambda maker: server.latents(outputs, f"latents_{maker}")
-    errors = {method: relative_error(of("UNETLoader"), of(method)) for method in packs}
-    assert 0 < errors["svdquant_r"] < errors["splitquant"] < errors["robuq"]  # 0.0081, 0.0121, 0.0193
-    bits = {
-        method: {part.weight.bits for s in pack.specs.values() if not s.weight_only for part in s.parts}
-        for method, pack in packs.items()
-    }
-    assert bits == {"svdquant_r": {4}, "splitquant": {4}, "robuq": {2}}
-
-
-def test_splitquant_trained_runs(server, flux_4bit, three_methods):
-    graph, outputs = run_on_calibration_of(server, flux_4bit, "flux_splitquant_trained")
-    pack = packs_of(server, graph, outputs)["splitquant"]
-    assert pack.provenance["method"] == "splitquant"
-    assert pack.provenance["training"] == json.loads(json.dumps(asdict(TRAINING)))
-    [losses] = (server.base / "output" / "nibble_calibration").glob("*.training/losses.json")
-    runs = json.loads(losses.read_text(encoding="utf-8")).values()
-    assert {len(run["losses"]) for run in runs} == {config.steps for config in STAGES}
-    [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
-    assert len(re.findall(r" trained \+\d", report)) == 10 * len(STAGES)  # all but the modulation
-    # Against the same method untrained, of the other workflow: one prompt and one seed.
-    full, untrained = (
-        server.latents(three_methods[1], f"latents_{maker}") for maker in ("UNETLoader", "splitquant")
-    )
-    trained = server.latents(outputs, "latents_splitquant")
-    assert torch.equal(server.latents(outputs, "latents_UNETLoader"), full)
-    assert 0 < relative_error(full, trained) < relative_error(full, untrained)  # 0.0095 of 0.0121
-
-
-def test_robuq_budget_runs(server, flux_4bit):
-    graph, outputs = run_on_calibration_of(server, flux_4bit, "flux_robuq_budget")
-    pack = packs_of(server, graph, outputs)["NibbleAllocateBits"]
-    allocation = pack.provenance["allocation"]
-    assert allocation["budget"] == "3 activation bits on average"
-    assert allocation["gains"] is True
-    of = {
-        name: (spec.parts[0], spec.out_features * spec.in_features)
-        for name, spec in pack.specs.items()
-        if not spec.weight_only
-    }
-    assert len(of) == 10
-    assert {part.weight.bits for part, _ in of.values()} == {2}
-    mean = sum(part.activation.bits * n for part, n in of.values()) / sum(n for _, n in of.values())
-    assert 2.97 <= mean <= 3.0
-
-    [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
-    assert "Layer noise is weighted by gains" in report
-    assert float(
-        re.search(r"^ *allocated +([\d.]+) activation bits", report, re.MULTILINE)[1]
-    ) == pytest.approx(mean, abs=0.006)
-    [plot] = of_kind(graph, "PreviewImage")
-    assert min(size_of(server, outputs, plot)) > 400
-    full, reduced = (
-        server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "NibbleAllocateBits")
-    )
-    assert relative_error(full, reduced) > 0
-
-
-@pytest.fixture(scope="module")
-def page(server, models, flux_4bit):
-    """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in
-    page.errors."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: apt install chromium")
-    # Else the list of templates opens over the graph.
-    server.post("/settings", {"Comfy.TutorialCompleted": True})
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-    ]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet, "--disable-sync"])
-        page = browser.new_page(viewport={"width": 1600, "height": 950})
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        local = (server.url + "/", "data:", "blob:")
-        page.route(
-            "**/*", lambda route: route.continue_() if route.request.url.startswith(local) else route.abort()
-        )
-        page.goto(server.url + "/")
-        # KSampler comes with ComfyUI: the pack's own nodes are for the tests to look for.
-        page.wait_for_function(
-            "() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler", timeout=120_000
-        )
-        page.wait_for_timeout(2000)  # the first, empty graph is opened after the nodes are registered
-        yield page
-        browser.close()
-
-
-OPEN = """async ([graph, name]) => {
-    await app.loadGraphData(graph, true, true, name);
-    await new Promise(done => setTimeout(done, 1000));
-    return {
-        missing: app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types)).map(n => n.type),
-        unknown: app.graph.nodes.flatMap(n => (n.widgets ?? [])
-            .filter(w => Array.isArray(w.options?.values) && !w.options.values.includes(w.value)).map(w => [n.type, w.name, w.value])),
-        dialogs: [...document.querySelectorAll('[role=dialog], [role=alert]')].map(d => d.innerText),
-        output: (await app.graphToPrompt()).output,
-    };
-}"""
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_opens_in_the_frontend(page, name):
-    graph = workflow(name)
-    used = {n["type"] for n in graph["nodes"] if n["type"].startswith("Nibble")}
-    registered = set(page.evaluate("Object.keys(LiteGraph.registered_node_types)"))
-    assert used | {"NibbleLoadDiffusionModel"} <= registered
-    opened = page.evaluate(OPEN, [graph, name])
-    assert opened["missing"] == []
-    assert opened["unknown"] == []  # choices that a list does not offer
-    assert opened["dialogs"] == []
-    assert opened["output"] == twin(name)
-    assert page.errors == []
-
-
-def test_comfyui_lists_them(server):
-    """In Browse Templates, under the name of the pack's folder; `api` is not a template."""
-    assert set(server.get("/workflow_templates")["ComfyUI-Nibble"]) == set(NAMES)

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.kitchen.declared import HEADER
 from comfyui_nibble.tests.codes import assert_apart_by_flips
-from comfyui_nibble.tests.host import test_workflows
+from comfyui_nibble.tests.host import test_workflows_run
 from comfyui_nibble.tests.host.graphs import node
-from comfyui_nibble.tests.host.test_workflows import of_kind, pictures_are, shrunk, twin, with_latents
+from comfyui_nibble.tests.host.workflow_graphs import of_kind, pictures_are, shrunk, twin, with_latents
 from comfyui_nibble.tests.support import relative_error
 
-models = test_workflows.models  # the fixture
+models = test_workflows_run.models  # the fixture
 
 
 def test_nunchaku_runs(server, models):

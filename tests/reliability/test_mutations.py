@@ -21,13 +21,14 @@ from comfyui_nibble.kernels.operator.errors import MESSAGE
 from comfyui_nibble.quant_core.calibration import Calibration
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
 from comfyui_nibble.quant_core.convert import convert
-from comfyui_nibble.quant_core.convert.inspect import as_text, describe
+from comfyui_nibble.quant_core.convert.inspect import describe, description_text
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.detect import CALIBRATION, FULL, kind_of, open_quantized
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.store import atomic
-from comfyui_nibble.tests.reliability.mutations import damaged, sound
+from comfyui_nibble.tests.reliability.mutations import damaged
 from comfyui_nibble.tests.reliability.runs import size_of
+from comfyui_nibble.tests.reliability.sound import sound
 
 SECONDS, MEGABYTES = 5.0, 200.0
 
@@ -58,7 +59,7 @@ def calibration(path, out):
 
 def inspected(path, out):
     found = describe(path, "cpu")
-    text = as_text(found)
+    text = description_text(found)
     json.dumps(found)
     assert text.replace("\n", "").isprintable(), "control characters in the text"
 

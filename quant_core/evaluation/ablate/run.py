@@ -214,7 +214,7 @@ def run(
     return [known[key(entry)] for entry in entries]
 
 
-def as_text(rows: list[dict]) -> str:
+def ablation_text(rows: list[dict]) -> str:
     """A table, best coherent SQNR first; then the mean of each level of each factor."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'row':{width}}  " + "  ".join(f"{title:>{max(7, len(title))}}" for title in COLUMNS.values())]

@@ -185,7 +185,7 @@ def _target_text(stated: list[dict]) -> list[str]:
     return lines
 
 
-def as_text(doc: dict) -> str:
+def benchmark_text(doc: dict) -> str:
     """The whole report."""
     m, c = doc["machine"], doc["ceilings"]
     lines = [

@@ -67,14 +67,14 @@ class Session:
         self.doc["targets"] = report.targets(self.doc["rows"], self.doc["ceilings"], self.target.arch)
         plain = _finite(self.doc)
         save_text(self.path, json.dumps(plain, indent=1, allow_nan=False) + "\n")
-        save_text(self.path.with_suffix(".txt"), report.as_text(plain))
+        save_text(self.path.with_suffix(".txt"), report.benchmark_text(plain))
         return plain
 
     def finish(self) -> int:
         """Writes everything, prints the report; the exit code."""
         plain = self.save()
         plot.draw(plain, self.path.with_suffix(".png"))
-        self.echo(report.as_text(plain))
+        self.echo(report.benchmark_text(plain))
         self.say(f"{self.path}, .txt and .png")
         return 1 if plain["errors"] or any(row["failed"] for row in plain["rows"]) else 0
 

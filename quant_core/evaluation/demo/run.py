@@ -180,7 +180,7 @@ def contact_sheet(path, shown, reports):
     plt.close(figure)
 
 
-def as_text(report: dict) -> str:
+def pictures_text(report: dict) -> str:
     """The report as a table."""
     lines = [
         f"{'outliers':8}  {'method':11}  {'image dB':>8}  {'latent dB':>9}  {'high freq':>9}  "

@@ -150,13 +150,8 @@ _PIXELDIT_SMALL = {
     "pixel_depth": 1,
     "txt_embed_dim": 64,
 }
-_PID = {
-    "image_model": "pid",
-    "lq_latent_channels": 16,
-    "lq_hidden_dim": 512,
-    "lq_interval": 2,
-    "latent_spatial_down_factor": 8,
-}
+_LQ = {"lq_latent_channels": 16, "lq_hidden_dim": 512, "lq_interval": 2}
+_PID = {"image_model": "pid", "latent_spatial_down_factor": 8} | _LQ
 
 
 def _masked(rand):

@@ -19,7 +19,7 @@ from comfyui_nibble.quant_core.precision import menu, plot, sensitivity
 from comfyui_nibble.quant_core.precision.allocate import Budget
 from comfyui_nibble.quant_core.precision.budget import BudgetError
 from comfyui_nibble.quant_core.precision.menu import Entry, MixedConfig, variants
-from comfyui_nibble.quant_core.precision.report import as_text
+from comfyui_nibble.quant_core.precision.report import allocation_text
 
 FAST = (("smooth", ((0.5, 0.5),)), ("low_rank", ("plain",)), ("iterations", 0), ("finalists", 1))
 MENU = (*(Entry(f"A{b}", "robuq", (("activation_bits", b), *FAST)) for b in (2, 4)), Entry("16 bit"))
@@ -131,7 +131,7 @@ def test_file_is_what_was_chosen(calibration, tmp_path, monkeypatch):
             assert 10 ** (-row.sqnr_db / 10) == pytest.approx(s.cells[chosen].noise, rel=1e-6)
     assert pack.provenance["method"] == "mixed"
     assert pack.provenance["settings"]["layers"] == done.allocation.layers
-    text = as_text(done, "q")
+    text = allocation_text(done, "q")
     assert "q: 3 activation bits on average" in text
     assert "all A4" in text
     plot.plot(tmp_path / "p.png", done)

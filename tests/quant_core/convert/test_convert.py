@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from comfyui_nibble.quant_core.cli.quantize import quantize_file
 from comfyui_nibble.quant_core.convert import convert, writers
-from comfyui_nibble.quant_core.convert.inspect import as_text, describe
+from comfyui_nibble.quant_core.convert.inspect import describe, description_text
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.formats import nibble as pack
 from comfyui_nibble.quant_core.formats.detect import kind_of, open_quantized
@@ -283,13 +283,13 @@ def test_inspect_of_each_kind(packed, source, tmp_path):
     for path, what in found.items():
         assert what["family"] == "FLUX.1"
         assert what["memory"][0].startswith("on a card: ")
-        text = as_text(what)
+        text = description_text(what)
         assert text == nibble("inspect", path).rstrip("\n")
         assert json.loads(nibble("inspect", path, "--json")) == what
-    assert "  double_blocks.0.img_mlp.0: W4A4 per token" not in as_text(
+    assert "  double_blocks.0.img_mlp.0: W4A4 per token" not in description_text(
         found[native]
     )  # a scale a row is "per channel"
-    assert "  double_blocks.0.img_mlp.0: W4A4 per channel H64, eager" in as_text(found[native])
+    assert "  double_blocks.0.img_mlp.0: W4A4 per channel H64, eager" in description_text(found[native])
 
 
 def test_a_source_that_is_not_what_was_written_is_refused(tmp_path):

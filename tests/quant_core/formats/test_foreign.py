@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_nibble.quant_core.convert.inspect import as_text, describe
+from comfyui_nibble.quant_core.convert.inspect import describe, description_text
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.detect import open_quantized
 from comfyui_nibble.quant_core.formats.nibble import PackError
@@ -150,8 +150,8 @@ def test_inspect_says_fp8(tmp_path, state, leaves, said):
     save_file(state, full)
     found = describe(path)
     assert (found["kind"], found["fp8"]) == ("fp8 checkpoint", said)
-    assert f"fp8: {said}" in as_text(found)
-    assert "fp8" not in as_text(describe(full)).replace(str(full), "")
+    assert f"fp8: {said}" in description_text(found)
+    assert "fp8" not in description_text(describe(full)).replace(str(full), "")
     assert describe(full)["kind"] == "full-precision checkpoint"
     assert found["memory"] != describe(full)["memory"]
     with pytest.raises(

@@ -23,7 +23,7 @@ from comfyui_nibble.quant_core.precision.guard import (
     measure,
     noise_of,
 )
-from comfyui_nibble.quant_core.precision.guard_report import Decision, as_text, rows_after
+from comfyui_nibble.quant_core.precision.guard_report import Decision, guard_text, rows_after
 from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.support import sqnr_db
 
@@ -221,7 +221,7 @@ def test_a_layer_of_a_block_that_would_measure_worse_stays():
 
 
 def test_report_of_a_quality_budget():
-    text = as_text(decide("quality", 22), "FLUX.1, Nibble Guard")
+    text = guard_text(decide("quality", 22), "FLUX.1, Nibble Guard")
     assert (
         "FLUX.1, Nibble Guard: every layer at 22 dB or more at the least extra memory; allowed: W4A8, "
         "W8A8, 16 bit"
@@ -237,7 +237,7 @@ def test_report_of_a_quality_budget():
 
 
 def test_report_says_what_misses_the_target():
-    text = as_text(
+    text = guard_text(
         decide(
             "quality",
             22,
@@ -255,7 +255,7 @@ def test_report_says_what_misses_the_target():
 def test_report_of_a_memory_budget():
     decision = decide("memory", 1100)
     assert decision.layers == {"b.0.x": "W8A8", "b.1.x": "W4A8"}
-    text = as_text(decision, "")
+    text = guard_text(decision, "")
     assert "the least noise at 1.1 KiB more or less" in text
     assert "3.0 KiB -> 4.0 KiB, +1.0 KiB of 1.1 KiB allowed" in text
     assert "worst of 3; takes away 66.3% of all noise" in text  # 0.0199 of 0.03
@@ -267,8 +267,8 @@ def test_report_of_a_memory_budget():
 
 
 def test_nothing_to_raise():
-    assert "No layer with quantized activations" in as_text(decide("quality", 20, measured=[]), "")
-    text = as_text(decide("quality", 10), "")
+    assert "No layer with quantized activations" in guard_text(decide("quality", 20, measured=[]), "")
+    text = guard_text(decide("quality", 10), "")
     assert "0 of 3 measured layers raised\n" in text
     assert "slower" not in text
 

@@ -6,7 +6,7 @@ import torch
 from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.quant_core.layer.row import Row
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.quant_core.run.report import as_text, file_storage, storage
+from comfyui_nibble.quant_core.run.report import file_storage, quantization_text, storage
 
 pytestmark = pytest.mark.quick
 
@@ -25,7 +25,7 @@ def test_storage_is_bytes_against_bytes():
 
 def test_layers_left_in_16_bit_count():
     rows = [Row("a", "b", 1000, 1000, "W2A4", nbytes=250_000), Row("c", "b", 1000, 100, "16 bit")]
-    text = as_text(rows, "t")
+    text = quantization_text(rows, "t")
     assert (
         "Blocks, 0.5 MB: 9.8x smaller than fp32, 4.9x than bf16, 1.30x than 4-bit with scales" in text
     )  # 450 kB of 1.1 M weights

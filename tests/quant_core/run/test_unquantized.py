@@ -6,7 +6,7 @@ from comfyui_nibble.quant_core.families import FLUX, GENERIC, WAN, detect
 from comfyui_nibble.quant_core.families.chroma import CHROMA
 from comfyui_nibble.quant_core.families.sdxl import SDXL
 from comfyui_nibble.quant_core.layer.row import Row
-from comfyui_nibble.quant_core.run.report import as_text, left_overs, whole
+from comfyui_nibble.quant_core.run.report import left_overs, quantization_text, whole
 from comfyui_nibble.quant_core.run.unquantized import kept_rows
 from comfyui_nibble.tests.assets.synthetic import chroma_shapes, flux_shapes, sdxl_shapes, wan_shapes
 
@@ -104,7 +104,7 @@ def test_a_report_counts_the_whole_model():
         "Left in 16 bit: c (8.1 dB), 0.0 % of the weights",
         "Left in 16 bit: 2 x b.N (embedder, kept by the map), 75.0 % of the weights",
     ]
-    text = as_text(rows, "t", shapes=shapes)
+    text = quantization_text(rows, "t", shapes=shapes)
     assert text.splitlines()[1] == whole(rows, shapes)
     # What no plan had does not count to the blocks.
     assert "1 layers: 15.3 MiB at 16 bit -> 4.4 MiB" in text

@@ -144,7 +144,7 @@ def test_trained_row(done):
 
 def test_table_and_picture(done, tmp_path):
     _, rows = done
-    lines = ablation.as_text(rows).splitlines()
+    lines = ablation.ablation_text(rows).splitlines()
     assert lines[0].split() == " ".join(["row", *ablation.COLUMNS.values()]).split()
     assert [line.split("  ")[0] for line in lines[1:4]] == [
         r["name"] for r in sorted(rows, key=lambda r: -r["coherent_db"])
@@ -169,5 +169,5 @@ def test_command(done, tmp_path, monkeypatch):
     )
     assert result.exit_code == 0, result.output
     assert asked.args[:3] == (tmp_path, ["quick"], 0.4)
-    assert result.stdout == (tmp_path / "ablation.txt").read_text() == ablation.as_text(rows) + "\n"
+    assert result.stdout == (tmp_path / "ablation.txt").read_text() == ablation.ablation_text(rows) + "\n"
     assert (tmp_path / "ablation.png").stat().st_size > 10_000

@@ -12,7 +12,6 @@ import textwrap
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from comfyui_nibble.kernels.cards import card_of
 from comfyui_nibble.kernels.plan import lower
@@ -22,14 +21,10 @@ from comfyui_nibble.quant_core.evaluation.bench import (
     baselines,
     cases,
     machine,
-    model,
     ours,
-    report,
     run,
     timing,
 )
-from comfyui_nibble.quant_core.evaluation.bench.cases import Case
-from comfyui_nibble.tests.support import relative_error
 
 QUANTIZERS = {"quantize", "quantize token", "quantize transform"}
 COLUMNS = {"qgemm", "operator", "operator + LoRA", "operator channel", "split4"} | QUANTIZERS  # without a GPU
@@ -226,135 +221,6 @@ def test_median_and_percentile():
 
 
 @pytest.mark.quick
-def test_least_time_is_the_slower_of_products_and_memory():
-    ceilings = {"int8_flops": 2e12, "bytes_per_s": 1e9}
-    assert report.least_ms(4e12, 1e9, ceilings) == 2000
-    assert report.least_ms(4e12, 5e9, ceilings) == 5000
-    assert report.least_ms(1, 1, {"int8_flops": None, "bytes_per_s": 1}) is None
-    case = Case("any", 8, 16, 4)
-    assert case.flops == 1024
-    assert case.least_bytes == 2 * 64 + 2 * 32 + 64
-
-
-def timed(ms):
-    return report.cell(timing.Timing(ms, ms, ms, 0.1, 20, 1, 2, True), 10**12, 3.0)
-
-
-def made_up_row(n, k, m=cases.FLUX_TOKENS, **ms):
-    case = Case("FLUX", n, k, m)
-    cells = {name.replace("_", " "): timed(v) if v else report.refused("not here") for name, v in ms.items()}
-    return vars(case) | {"name": case.name, "least_ms": 1.0, "failed": False, "checks": {}, "cells": cells}
-
-
-@pytest.mark.quick
-def test_targets():
-    n, k, m = 9216, 3072, cases.FLUX_TOKENS
-    wide = made_up_row(
-        n,
-        k,
-        torch=3.0,
-        torch_int8=1.8,
-        qgemm=2.0,
-        operator=2.0,
-        split4=2.2,
-        quantize_token=1.0,
-        quantize_transform=1.05,
-    )
-    wide["cells"]["operator + LoRA"] = timed(2.08)
-    narrow = made_up_row(3072, k, torch=2.5, torch_int8=None, qgemm=1.5, operator=2.0, split4=1.5)
-    other = made_up_row(n, k, 256, torch=3.0, operator=1.0)
-    ceiling = 2000 * m * n * k / 2.0 / 0.65
-    found = report.targets([wide, narrow, other], {"int8_flops": ceiling}, 90)
-    stated = {(t["case"], t["target"]): (t["value"], t["met"]) for t in found}
-    assert len(stated) == len(found) == 14
-    at = lambda row, start: next(
-        v for (case, target), v in stated.items() if case == row["name"] and target.startswith(start)
-    )
-    assert at(wide, "operator at least 1.5 x torch") == (1.5, True)
-    assert at(wide, "qgemm at least 0.9") == (0.9, True)
-    assert at(wide, "qgemm at least 0.65") == (pytest.approx(0.65), True)
-    assert at(wide, "operator at most 1.12") == (1.0, True)
-    assert at(wide, "a LoRA of rank 32 at most 1.05") == (1.04, True)
-    assert at(wide, "split4 at most 1.05") == (1.1, False)
-    assert at(wide, "transform and quantize at most 1.1") == (1.05, True)
-    assert at(narrow, "transform and quantize at most 1.1") == (None, None)
-    assert at(narrow, "operator at least 1.3 x torch") == (1.25, False)
-    assert at(narrow, "qgemm at least 0.9") == (None, None)
-    assert at(narrow, "operator at most 1.12") == (pytest.approx(4 / 3), False)
-    assert report.targets([wide], {"int8_flops": ceiling}, 89) == []
-
-
-@pytest.mark.quick
-def test_text_of_numbers_and_refusals():
-    assert report.cell_text(report.refused("no FP8 products here")) == "refused: no FP8 products here"
-    assert report.cell_text(timed(2.0)) == "   2.0000 ms (min 2.0000, p90 2.0000)    500.0 TFLOP/s   1.50 x"
-    row = made_up_row(3072, 3072, torch=3.0, torch_fp8=None, qgemm=2.0)
-    row["checks"] = {
-        "qgemm": {
-            "naive": {"ok": False, "error": 0.5, "worst": None, "finite": False},
-            "eager": report.refused("out of memory"),
-        }
-    }
-    facts = dict.fromkeys(("driver", "cuda", "comfy_kitchen", "commit"), "") | {
-        "device": "Card",
-        "backend": "cuda",
-        "arch": 90,
-    }
-    doc = {
-        "machine": facts | {"torch": "2", "triton": "3"},
-        "date": "today",
-        "command": "nibble bench",
-        "dtype": "bfloat16",
-        "timed": True,
-    }
-    doc |= {
-        "ceilings": {"bf16_flops": 6e14, "int8_flops": None, "bytes_per_s": 3e12},
-        "rows": [row],
-        "errors": ["split4: out of memory"],
-    }
-    doc |= {"model": {"torch": report.refused("too large")}, "targets": report.targets([row], {}, 90)}
-    text = report.as_text(doc)
-    for line in (
-        "Card, sm_90",
-        "Measured ceilings: 600.0 TFLOP/s in bfloat16, - in int8, 3000.0 GB/s copied",
-        "  torch fp8         refused: not here",
-        "  qgemm against naive: FAILED, relative error 0.5, worst element - rms, NOT FINITE",
-        "  qgemm against eager: out of memory",
-        "  torch             refused: too large",
-        "error: split4: out of memory",
-    ):
-        assert line in text.splitlines()
-    assert "not measured" in text
-
-
-def test_baselines_refuse_with_a_reason(monkeypatch):
-    target, case = Target("cuda", 80, (3, 6), "Card"), Case("any", 16, 64, 8)
-    with pytest.raises(baselines.Refused, match="no FP8 products on Card"):
-        baselines.torch_fp8(case, target, torch.bfloat16, "cpu")
-    with pytest.raises(baselines.Refused, match="more than 16 tokens"):
-        baselines.torch_int8(case, target, torch.bfloat16, "cpu")
-    monkeypatch.setattr(baselines, "kitchen_version", lambda: "")
-    for build in baselines.KITCHEN.values():
-        with pytest.raises(baselines.Refused, match="not installed"):
-            build(case, target, torch.bfloat16, "cpu")
-
-
-def test_columns_of_cards():
-    names = lambda arch: {c.name: c for c in cases.columns(Target("cuda", arch, (3, 6)))}
-    hopper, ada = names(90), names(89)
-    assert hopper["operator"].grain == hopper["quantize"].grain == "channel"
-    assert set(hopper) == {"qgemm", "operator", "operator + LoRA", "operator W8A8", "split4"} | QUANTIZERS
-    assert ada["operator"].grain == "group"
-    assert ada["operator int8"].target(Target("cuda", 89, (3, 6))).card.int4 == ""
-    for shapes in cases.LAYERS.values():
-        for n, k in shapes:
-            parts = hopper["split4"].spec(n, k).parts
-            assert len(parts) == 4
-            assert all(p.width % 128 == 0 for p in parts)
-            assert max(p.width for p in parts) - min(p.width for p in parts) <= 128
-
-
-@pytest.mark.quick
 @pytest.mark.parametrize("arch", [75, 80, 89, 90, 100, 120])
 def test_every_case_has_a_kernel_of_one_launch_and_a_tile(arch):
     target = Target("cuda", arch, (3, 6))
@@ -392,90 +258,3 @@ def test_commit_of_a_checkout(tmp_path):
     assert machine.commit(tree) == "34cd"
     (git / "HEAD").write_text("56ef\n")
     assert machine.commit(tmp_path) == "56ef"
-
-
-TINY_MODEL = model.Size(hidden=128, heads=2, double=1, single=1, image=12, text=5, channels=16, context=32)
-
-
-def plain_flux(m, image, text, vector):
-    """The model written out with plain functions, for one double and one single block."""
-    full = lambda layer, x: F.linear(x, layer.weight, layer.bias)
-    modulated = lambda x, scale, shift: (
-        (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-6).sqrt() * (1 + scale)
-        + shift
-    )
-    normed = lambda x, scale: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
-    tanh_gelu = lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    tokens, heads, width = len(text) + len(image), 2, 64
-    angle = torch.outer(
-        torch.arange(tokens, dtype=torch.float64),
-        10000.0 ** -(torch.arange(width // 2, dtype=torch.float64) / (width // 2)),
-    )
-    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
-    turned = lambda x: torch.view_as_real(
-        torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous()) * turn
-    ).flatten(-2)
-
-    def split(block, qkv):
-        q, k, v = (t.unflatten(-1, (heads, width)) for t in qkv.chunk(3, -1))
-        return normed(q, block.query), normed(k, block.key), v
-
-    def attend(q, k, v):
-        weights = (torch.einsum("qhc,khc->hqk", turned(q), turned(k)) / width**0.5).softmax(-1)
-        return torch.einsum("hqk,khc->qhc", weights, v.double()).flatten(1)
-
-    act = vector * torch.sigmoid(vector)
-    txt, img = full(m.text_in, text), full(m.image_in, image)
-    both, pair = [], m.double_blocks[0]
-    mods = {name: full(pair[name].mod, act).chunk(6, -1) for name in ("text", "image")}
-    for name, x in (("text", txt), ("image", img)):
-        shift, scale = mods[name][0], mods[name][1]
-        both.append(split(pair[name], full(pair[name].qkv, modulated(x, scale, shift))))
-    attended = attend(*(torch.cat(t) for t in zip(*both, strict=True)))
-    streams = []
-    for name, x, part in (("text", txt, attended[: len(text)]), ("image", img, attended[len(text) :])):
-        _, _, gate, shift, scale, mlp_gate = mods[name]
-        x = x + gate * full(pair[name].proj, part)
-        streams.append(
-            x + mlp_gate * full(pair[name].mlp2, tanh_gelu(full(pair[name].mlp0, modulated(x, scale, shift))))
-        )
-    x, block = torch.cat(streams), m.single_blocks[0]
-    shift, scale, gate = full(block.mod, act).chunk(3, -1)
-    out = full(block.linear1, modulated(x, scale, shift))
-    attended = attend(*split(block, out[:, : 3 * 128]))
-    x = x + gate * full(block.linear2, torch.cat((attended, tanh_gelu(out[:, 3 * 128 :])), -1))
-    shift, scale = full(m.last_mod, act).chunk(2, -1)
-    return full(m.last, modulated(x[len(text) :], scale, shift))
-
-
-@torch.no_grad()
-def test_float_model_is_the_plain_one():
-    m, given = (
-        model.build(TINY_MODEL, torch.float64, "cpu", None),
-        model.inputs(TINY_MODEL, torch.float64, "cpu"),
-    )
-    for name, norm in m.named_parameters():
-        if name.endswith((".query", ".key")):
-            norm.copy_(torch.rand(norm.shape, dtype=norm.dtype) + 0.5)
-    y = m(*given)
-    assert y.shape == (12, 16)
-    # The model's rotation angles are fp32.
-    assert relative_error(plain_flux(m, *given), y) < 1e-6
-
-
-@pytest.mark.parametrize("grain", ["group", "channel"])
-def test_quantized_model_runs_and_is_small(grain):
-    found = model.step(TINY_MODEL, torch.bfloat16, "cpu", grain, repeats=1)
-    plain = model.step(TINY_MODEL, torch.bfloat16, "cpu", None, repeats=1)
-    assert found["finite"]
-    assert found["block_bytes"] < 0.6 * plain["block_bytes"]  # with rank 32 at a hidden size of 128
-    m = model.build(TINY_MODEL, torch.bfloat16, "cpu", grain)
-    assert m.double_blocks[0]["image"].mlp2.spec.parts[0].activation.unsigned
-    assert [p.activation.unsigned for p in m.single_blocks[0].linear2.spec.parts] == [False, True]
-    assert m.single_blocks[0].mod.spec.weight_only
-
-
-def test_model_has_twelve_billion_weights():
-    size = model.Size()
-    count = lambda layers: sum(n * k for _, n, k, _ in layers) * size.hidden**2
-    assert 11.8e9 < 2 * size.double * count(model.STREAM) + size.single * count(model.SINGLE) < 12e9

@@ -104,4 +104,4 @@ def test_contact_sheet_is_written(hard, tmp_path):
         tmp_path / "sheet.png", {"mild": shown, "hard": shown}, {"mild": report, "hard": report}
     )
     assert Image.open(tmp_path / "sheet.png").width > 1000
-    assert "naive" in run.as_text({"mild": report, **report})
+    assert "naive" in run.pictures_text({"mild": report, **report})
