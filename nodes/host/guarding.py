@@ -17,8 +17,9 @@ from ...quant_core.families.layer import Layer
 from ...quant_core.layer.linear import QuantizedLayer
 from ...quant_core.layer.precisions import higher, w4a8, w8a8
 from ...quant_core.precision.budget import for_memory, for_quality
-from ...quant_core.precision.guard import Measured, as_units, by_layer, measure
+from ...quant_core.precision.guard import as_units, by_layer, measure
 from ...quant_core.precision.guard_report import Decision, rows_after
+from ...quant_core.precision.measured import Measured, from_json
 from ...quant_core.run.layers import problem_of
 from ...quant_core.run.provenance import VERSION
 from ...quant_core.run.unfinished import hash_of
@@ -83,7 +84,7 @@ def guarded_model(
         info = quantized.attachments[ATTACHMENT]
         info = info | {
             "provenance": guarded(info["provenance"], decision, calibration),
-            "report": rows_after(info["report"], decision, plan, made),
+            "report": rows_after(info["report"], decision, made),
             "source": f"{info['source']}, raised by {NAME}",
         }
         result = build(lambda name: layers.pop(name, None), specs, rest, info, frame)
@@ -117,7 +118,7 @@ def kept_numbers(
     settings["quantized"] = hash_of(t for layer in plan for t in layers[layer.name].tensors.values())
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     table = Table(Path(f"{calibration.path}.{key}.guard.json"), settings, "measured layers")
-    done = {row.name: row for row in table.parsed(lambda row: Measured(**row))}
+    done = {row.name: row for row in table.parsed(from_json)}
     left = [layer for layer in plan if layer.name not in done]
     for found in steps(measure(left, layers, source, calibration, allowed, device), len(left)):
         done[found.name] = found

@@ -22,8 +22,9 @@ from ..run.layers import not_quantizable
 from ..run.source import Source, rest_of
 from ..store.progress import Progress, silent
 from .budget import BudgetError, Totals
+from .measured import Measured, Option
 from .menu import MixedConfig
-from .sensitivity import Cell, Sensitivity, sensitivity
+from .sensitivity import sensitivity
 
 STEPS = 2**16
 NEAR = 0.99  # an average counts as met from here on
@@ -38,7 +39,7 @@ ONE_X = (
 @dataclass(frozen=True)
 class Budget:
     """kind: "activation" or "weight", value bits on average over the weights of the layers that the menu is
-    for, "memory", bytes, or "speed", the cost of the speed proxy (`sensitivity.relative_cost`) as a multiple
+    for, "memory", bytes, or "speed", the cost of the speed proxy (`measured.relative_cost`) as a multiple
     of `reference_cost`.
 
     An average counts a layer by its in-channels times out-channels, its multiply-adds a token. Bits are those
@@ -52,12 +53,12 @@ class Budget:
     def average(self) -> bool:
         return self.kind in ("activation", "weight")
 
-    def of(self, cell: Cell) -> float:
+    def of(self, option: Option) -> float:
         return {
-            "activation": cell.activation_bits,
-            "weight": cell.weight_bits,
-            "memory": cell.nbytes,
-            "speed": cell.cost,
+            "activation": option.activation_bits,
+            "weight": option.weight_bits,
+            "memory": option.nbytes,
+            "speed": option.cost,
         }[self.kind]
 
     def text(self, value: float | None = None) -> str:
@@ -71,14 +72,14 @@ class Budget:
         return f"{value:.4g} {self.kind} bits on average"
 
 
-def reference_cost(layer: Sensitivity) -> float:
+def reference_cost(layer: Measured) -> float:
     """What 1x of a speed budget is for a layer: its most expensive quantized entry, an int8 product under the
     menus of `mixed`.
 
     All W4A4 is 0.5x then, all 16 bit 2x. A menu of 16 bit alone is its own reference.
     """
-    quantized = [c.cost for c in layer.cells.values() if c.activation_bits < 16]
-    return max(quantized or [c.cost for c in layer.cells.values()])
+    quantized = [c.cost for c in layer.options.values() if c.activation_bits < 16]
+    return max(quantized or [c.cost for c in layer.options.values()])
 
 
 def parse_budget(text: str) -> Budget:
@@ -115,7 +116,7 @@ class Allocation:
 
 
 def allocate(
-    table: list[Sensitivity], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
+    table: list[Measured], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
 ) -> Allocation:
     """The entries with the least noise, summed over the layers, that meet the budget.
 
@@ -142,7 +143,7 @@ def allocate(
 
 
 def uniform(
-    table: list[Sensitivity],
+    table: list[Measured],
     entry: str,
     budget: Budget,
     weights: Mapping[str, float] | None = None,
@@ -150,11 +151,11 @@ def uniform(
 ) -> Allocation:
     """Every layer at one entry, in the units of the budget."""
     problem = _Problem(table, budget, weights or {}, held)
-    return problem.allocation([list(layer.cells).index(entry) for layer in problem.layers])
+    return problem.allocation([list(layer.options).index(entry) for layer in problem.layers])
 
 
 def pareto(
-    table: list[Sensitivity], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
+    table: list[Measured], budget: Budget, weights: Mapping[str, float] | None = None, held: int = 0
 ) -> list[tuple[float, float]]:
     """[(budget, least noise)] of all budgets of this kind, from one dynamic program; only points that no
     cheaper one equals."""
@@ -177,9 +178,9 @@ class _Problem:
             raise BudgetError("no layer has quantized activations: there is nothing to allocate")
         self.gain = [weights.get(s.name, 1.0) for s in self.layers]
         scale = lambda s: s.weights if budget.average else 1
-        self.costs = [[round(budget.of(c) * scale(s)) for c in s.cells.values()] for s in self.layers]
+        self.costs = [[round(budget.of(c) * scale(s)) for c in s.options.values()] for s in self.layers]
         self.held = (
-            held + sum(c.nbytes for s in table if s.fixed for c in s.cells.values())
+            held + sum(c.nbytes for s in table if s.fixed for c in s.options.values())
             if budget.kind == "memory"
             else 0
         )
@@ -192,7 +193,10 @@ class _Problem:
         most = sum(max(costs) for costs in above)
         self.step = common * max(1, math.ceil(most / common / STEPS))
         self.menus = [
-            [(-(-c // self.step), gain * cell.noise) for c, cell in zip(costs, s.cells.values(), strict=True)]
+            [
+                (-(-c // self.step), gain * option.noise)
+                for c, option in zip(costs, s.options.values(), strict=True)
+            ]
             for costs, s, gain in zip(above, self.layers, self.gain, strict=True)
         ]
         self.span = sum(max(c for c, _ in menu) for menu in self.menus)
@@ -214,11 +218,11 @@ class _Problem:
         return totals.best(low, self.room)
 
     def allocation(self, picks) -> Allocation:
-        cells = [list(s.cells.items())[pick] for s, pick in zip(self.layers, picks, strict=True)]
-        noise = sum(gain * cell.noise for gain, (_, cell) in zip(self.gain, cells, strict=True))
+        options = [list(s.options.items())[pick] for s, pick in zip(self.layers, picks, strict=True)]
+        noise = sum(gain * option.noise for gain, (_, option) in zip(self.gain, options, strict=True))
         reached = self.value(sum(costs[pick] for costs, pick in zip(self.costs, picks, strict=True)))
-        layers = {s.name: name for s, (name, _) in zip(self.layers, cells, strict=True)}
-        return Allocation(layers, reached, noise, sum(cell.cost for _, cell in cells))
+        layers = {s.name: name for s, (name, _) in zip(self.layers, options, strict=True)}
+        return Allocation(layers, reached, noise, sum(option.cost for _, option in options))
 
     def closest(self) -> list[float]:
         """The nearest budget below and above that can be met; the nearest two on one side where the other has
@@ -241,7 +245,7 @@ class Allocated:
     curve: of `pareto`."""
 
     budget: Budget
-    table: list[Sensitivity]
+    table: list[Measured]
     allocation: Allocation
     uniforms: dict[str, Allocation]
     curve: list[tuple[float, float]]
@@ -272,7 +276,7 @@ def measure_and_decide(
 
 
 def decide(
-    table: list[Sensitivity],
+    table: list[Measured],
     budget: Budget,
     config: MixedConfig,
     weights: Mapping[str, float] | None,

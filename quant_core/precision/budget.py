@@ -15,7 +15,7 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Option:
+class Upgrade:
     """A unit at a higher precision. extra: bytes over what it has now, below 0 where it gets smaller; noise:
     the unit's then."""
 
@@ -31,13 +31,13 @@ class Unit:
 
     name: str
     noise: float
-    options: tuple[Option, ...] = ()
+    upgrades: tuple[Upgrade, ...] = ()
     layers: int = 1
 
     @property
-    def improving(self) -> list[Option]:
-        """The options that measure better than what is there; no other is ever taken."""
-        return [o for o in self.options if o.noise < self.noise]
+    def improving(self) -> list[Upgrade]:
+        """The upgrades that measure better than what is there; no other is ever taken."""
+        return [o for o in self.upgrades if o.noise < self.noise]
 
 
 def decibel(noise: float) -> float:
@@ -45,12 +45,12 @@ def decibel(noise: float) -> float:
     return math.inf if noise <= 0 else -10 * math.log10(noise)
 
 
-def for_quality(units, target: float) -> dict[str, Option]:
-    """The cheapest option at which each unit's mean noise has an SQNR of at least `target` dB; {} of those
+def for_quality(units, target: float) -> dict[str, Upgrade]:
+    """The cheapest upgrade at which each unit's mean noise has an SQNR of at least `target` dB; {} of those
     that have it now.
 
-    A unit that no option brings there gets the one that comes nearest. Raises BudgetError where target is not
-    a number above 0.
+    A unit that no upgrade brings there gets the one that comes nearest. Raises BudgetError where target is
+    not a number above 0.
     """
     if not 0 < target < math.inf:
         raise BudgetError(
@@ -68,12 +68,12 @@ def for_quality(units, target: float) -> dict[str, Option]:
     return chosen
 
 
-def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
-    """The options that leave the least noise, summed over all units, at `budget` bytes more in all or less.
+def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Upgrade]:
+    """The upgrades that leave the least noise, summed over all units, at `budget` bytes more in all or less.
 
     Dynamic programming over the bytes that may be spent, cut into `steps`: the optimum of a budget smaller by
     at most one step a unit, 0.35 % of it for the 228 layers of FLUX.1, and the optimum itself where a step is
-    one byte. Options without extra bytes need no budget, and bytes that an option saves may be spent
+    one byte. Upgrades without extra bytes need no budget, and bytes that one saves may be spent
     elsewhere. Raises BudgetError for a budget below 0.
     """
     if not 0 <= budget < math.inf:
@@ -83,7 +83,7 @@ def for_memory(units, budget: int, steps: int = 2**16) -> dict[str, Option]:
     if sum(o.extra for o in best.values()) <= budget:
         return best
     # The first of equal noise wins, so a unit stays as it is where nothing is gained.
-    menus = [[Option("", 0, u.noise), *sorted(u.improving, key=lambda o: o.extra)] for u in units]
+    menus = [[Upgrade("", 0, u.noise), *sorted(u.improving, key=lambda o: o.extra)] for u in units]
     least = [min(o.extra for o in menu) for menu in menus]
     spare = budget - sum(least)  # never below 0: to stay costs nothing
     step = max(1, math.ceil(spare / steps))

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from ..families import Layer
 from ..layer.linear import QuantizedLayer
 from ..layer.row import Row
-from .budget import Option, Unit, decibel
-from .guard import Measured
+from .budget import Unit, Upgrade, decibel
+from .measured import Measured
 
 SHOWN = 5  # units named of those that had to stay; the table of Nibble Quantize has all layers
 
@@ -26,7 +25,7 @@ class Decision:
     allowed: tuple[str, ...]
     measured: list[Measured]
     units: list[Unit]
-    chosen: dict[str, Option]
+    chosen: dict[str, Upgrade]
     layers: dict[str, str]
     weight_only: int = 0
 
@@ -58,14 +57,14 @@ def guard_text(decision: Decision, title: str) -> str:
     lines.append(
         f"{len(d.layers)} of {len(d.measured)} measured layers raised" + (f": {kinds}" if kinds else "")
     )
-    before = sum(m.nbytes for m in d.measured)
+    before = sum(m.here.nbytes for m in d.measured)
     budget = f" of {_kib(d.limit)} allowed" if d.by == "memory" else ""
     lines.append(
         f"Memory of these layers: {_kib(before)} -> {_kib(before + d.extra)}, {_signed(d.extra)}{budget}"
     )
-    then = {m.name: m.at(d.layers[m.name])[1] if m.name in d.layers else m.noise for m in d.measured}
-    mean = [sum(v) / len(d.measured) for v in ([m.noise for m in d.measured], then.values())]
-    worst = [max(v) for v in ([m.noise for m in d.measured], then.values())]
+    then = {m.name: (m.at(d.layers[m.name]) if m.name in d.layers else m.here).noise for m in d.measured}
+    mean = [sum(v) / len(d.measured) for v in ([m.here.noise for m in d.measured], then.values())]
+    worst = [max(v) for v in ([m.here.noise for m in d.measured], then.values())]
     lines.append(
         f"Noise on held-out tokens: mean {mean[0]:.3%} -> {mean[1]:.3%} of the signal ({_db(mean[0])} -> "
         f"{_db(mean[1])}), "
@@ -91,23 +90,23 @@ def _changes(d: Decision, worst_first: list[Unit]) -> list[str]:
         kind = "block" if d.blocks else "layer"
         lines.append(f"{kind:{width}}  {'from -> to':>14}  {'SQNR':>20}  {'memory':>12}  why")
     for u in changed:
-        option = d.chosen[u.name]
+        upgrade = d.chosen[u.name]
         kinds = {m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers}
-        what = f"{'/'.join(sorted(kinds))} -> {option.precision}"
-        arrow = f"{_db(u.noise / u.layers)} -> {_db(option.noise / u.layers)}"
-        why = f"{_place(place[u.name], len(d.units))}; {_reason(d, u, option)}"
-        lines.append(f"{u.name:{width}}  {what:>14}  {arrow:>20}  {_signed(option.extra):>12}  {why}")
+        what = f"{'/'.join(sorted(kinds))} -> {upgrade.precision}"
+        arrow = f"{_db(u.noise / u.layers)} -> {_db(upgrade.noise / u.layers)}"
+        why = f"{_place(place[u.name], len(d.units))}; {_reason(d, u, upgrade)}"
+        lines.append(f"{u.name:{width}}  {what:>14}  {arrow:>20}  {_signed(upgrade.extra):>12}  {why}")
     return lines
 
 
-def _reason(d: Decision, u: Unit, option: Option) -> str:
+def _reason(d: Decision, u: Unit, upgrade: Upgrade) -> str:
     if d.by == "memory":
-        share = (u.noise - option.noise) / sum(m.noise for m in d.measured)
+        share = (u.noise - upgrade.noise) / sum(m.here.noise for m in d.measured)
         return f"takes away {share:.1%} of all noise"
     text = f"below the target {d.limit:g} dB"
-    if decibel(option.noise / u.layers) < d.limit:
+    if decibel(upgrade.noise / u.layers) < d.limit:
         return text + ", the nearest that the allowed precisions come"
-    tried = [o for o in u.improving if o.extra < option.extra]
+    tried = [o for o in u.improving if o.extra < upgrade.extra]
     return text + (
         f" ({', '.join(f'{o.precision}: {_db(o.noise / u.layers)}' for o in tried)})" if tried else ""
     )
@@ -148,29 +147,27 @@ def _left(d: Decision, worst_first) -> list[str]:
     return [f"Not raised further, {_kib(d.limit - d.extra)} of the budget are left: {shown}"]
 
 
-def rows_after(
-    rows: list[dict], decision: Decision, plan: list[Layer], made: dict[str, QuantizedLayer | None]
-) -> list[dict]:
-    """The rows of a model's report (JSON) with what was measured and what changed. plan: its layers; made:
-    the raised ones."""
+def rows_after(rows: list[dict], decision: Decision, made: dict[str, QuantizedLayer | None]) -> list[dict]:
+    """The rows of a model's report (JSON) with what was measured and what changed. made: the raised
+    layers."""
     table = {r["name"]: Row(**r) for r in rows}
-    shapes = {layer.name: (layer.out_features, layer.in_features) for layer in plan}
     for m in decision.measured:
-        n, k = shapes[m.name]
-        row = table.get(m.name) or Row(m.name, m.block, k, n, m.what, nbytes=m.nbytes)
-        row = replace(row, sqnr_db=decibel(m.noise))
+        row = table.get(m.name) or Row(
+            m.name, m.block, m.in_features, m.out_features, m.what, nbytes=m.here.nbytes
+        )
+        row = replace(row, sqnr_db=decibel(m.here.noise))
         if precision := decision.layers.get(m.name):
-            told = f"raised by Nibble Guard, was {m.what} at {_db(m.noise)}"
+            told = f"raised by Nibble Guard, was {m.what} at {_db(m.here.noise)}"
             layer = made[m.name]
             if layer is None:
                 row = replace(row, what=precision, sqnr_db=None, nbytes=0, choices={}, note=told)
             else:
-                what, (nbytes, noise) = layer.spec.describe(), m.at(precision)
+                option = m.at(precision)
                 row = replace(
                     row,
-                    what=what,
-                    sqnr_db=decibel(noise),
-                    nbytes=nbytes,
+                    what=layer.spec.describe(),
+                    sqnr_db=decibel(option.noise),
+                    nbytes=option.nbytes,
                     choices=row.choices | {"guard": told},
                 )
         table[m.name] = row

@@ -33,13 +33,13 @@ def figure(done: Allocated):
     from matplotlib.figure import Figure
 
     layers = [s for s in done.table if not s.fixed]
-    cells = [s.cells[done.allocation.layers[s.name]] for s in layers]
+    options = [s.options[done.allocation.layers[s.name]] for s in layers]
     places = range(len(layers))
     made = Figure(figsize=(max(8, 0.16 * len(layers)), 9), dpi=DPI)
     FigureCanvasAgg(made)
     bars, curve = made.subplots(2, 1)
-    bars.bar([x - 0.2 for x in places], [c.activation_bits for c in cells], 0.4, label="activation bits")
-    bars.bar([x + 0.2 for x in places], [c.weight_bits for c in cells], 0.4, label="weight bits")
+    bars.bar([x - 0.2 for x in places], [o.activation_bits for o in options], 0.4, label="activation bits")
+    bars.bar([x + 0.2 for x in places], [o.weight_bits for o in options], 0.4, label="weight bits")
     bars.set_xticks(list(places), [s.name for s in layers], rotation=90, fontsize=7)
     bars.set_ylabel("bits of the codes")
     bars.set_title(f"{done.budget.text()}: {done.budget.text(done.allocation.reached)} reached", fontsize=10)

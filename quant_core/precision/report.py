@@ -30,8 +30,8 @@ def allocation_text(done: Allocated, title: str) -> str:
     names = list(done.uniforms)
     lines.append(f"{'layer':{width}}  {'N x K':>13}  " + "  ".join(f"{n:>14}" for n in names) + "  takes")
     for s in layers:
-        cells = "  ".join(f"{db(s.cells[n].noise):>14}" for n in names)
+        row = "  ".join(f"{db(s.options[n].noise):>14}" for n in names)
         lines.append(
-            f"{s.name:{width}}  {f'{s.out_features} x {s.in_features}':>13}  {cells}  {chosen.layers[s.name]}"
+            f"{s.name:{width}}  {f'{s.out_features} x {s.in_features}':>13}  {row}  {chosen.layers[s.name]}"
         )
     return "\n".join(lines)

@@ -2,70 +2,20 @@
 works on."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ...kernels.operator.spec import LinearSpec
 from ..calibration.file import Calibration
 from ..families import Layer
-from ..layer.linear import QuantizedLayer
 from ..methods import fit_problem
 from ..run.layers import not_quantizable, problem_of
 from ..run.source import Weights
 from ..store.progress import Progress, silent
 from ..store.table import Table
-from .guard import noise_of, require_tokens
+from .measured import Measured, from_json, option_of, require_tokens
 from .menu import MIXED, MixedConfig, variants
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A layer at one precision. noise: noise-to-signal ratio of its output on held-out tokens; nbytes: with
-    all side data.
-
-    bits: of the codes, the mean over in-channels, without side data. cost: multiply-adds a token, times
-    `relative_cost`.
-    """
-
-    noise: float
-    nbytes: int
-    activation_bits: float
-    weight_bits: float
-    cost: float
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A layer and {entry: Cell}. fixed: weight-only, with one cell, outside of averages of bits."""
-
-    name: str
-    block: str
-    in_features: int
-    out_features: int
-    fixed: bool = False
-    cells: dict[str, Cell] = field(default_factory=dict)
-
-    @property
-    def weights(self) -> int:
-        return self.in_features * self.out_features
-
-
-def relative_cost(spec: LinearSpec | None) -> float:
-    """Time of a multiply-add against int4's, by the peak rates of Ampere's and Ada's tensor cores (int4 4,
-    int8 2, 16 bit 1).
-
-    A proxy: the path is that of `kernels.plan.kernel_of` there, where 2-bit weights, and any with 8-bit
-    activations, are int8 products. So fewer activation bits than 8 make a ternary layer no faster today.
-    Memory traffic, quantizer and low rank are not in it.
-    """
-    if spec is None:
-        return 4.0
-    rate = lambda p: (
-        4 if p.activation is None else (1 if p.weight.bits == 4 and p.activation.bits <= 4 else 2)
-    )
-    return sum(p.width * rate(p) for p in spec.parts) / spec.in_features
 
 
 def sensitivity(
@@ -77,7 +27,7 @@ def sensitivity(
     settings: dict,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
-) -> list[Sensitivity]:
+) -> list[Measured]:
     """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path`
     (JSON) after each.
 
@@ -87,7 +37,7 @@ def sensitivity(
     table, and UnfitLayer.
     """
     table = Table(path, settings, "sensitivities")
-    done = {row.name: row for row in table.parsed(_row)}
+    done = {row.name: row for row in table.parsed(from_json)}
     layers = [layer for layer in layers if not not_quantizable(layer)]
     for layer in progress(layers, len(layers)):
         if layer.name not in done:
@@ -99,30 +49,12 @@ def sensitivity(
 def _measured(layer, source, calibration, config, device):
     make = lambda: problem_of(layer, source, calibration, device)
     problem = problem_of(layer, source, calibration, device, second_moments=False)
-    here = Sensitivity(layer.name, layer.block, layer.in_features, layer.out_features, layer.weight_only)
+    here = Measured(layer.name, layer.block, layer.in_features, layer.out_features, layer.weight_only)
     if layer.weight_only:
         fitted = fit_problem(make(), MIXED, config).layer
-        here.cells["W4A16"] = _cell(problem, fitted)
+        here.options["W4A16"] = option_of(problem, fitted)
         return here
     require_tokens(problem, calibration)
     for entry, made in variants(make, config):
-        here.cells[entry.name] = _cell(problem, made)
+        here.options[entry.name] = option_of(problem, made)
     return here
-
-
-def _cell(problem, layer: QuantizedLayer | None) -> Cell:
-    macs = problem.original.numel()
-    if layer is None:  # 2 bytes each, also of an fp32 original
-        bias = 0 if problem.bias is None else problem.bias.numel()
-        return Cell(0.0, 2 * (macs + bias), 16.0, 16.0, relative_cost(None) * macs)
-    # Of weight-only layers, outside of every choice.
-    noise = 0.0 if problem.tokens("report") is None else noise_of(problem, layer)
-    mean = lambda bits: sum(p.width * bits(p) for p in layer.spec.parts) / layer.spec.width
-    activation = mean(lambda p: 16 if p.activation is None else p.activation.bits)
-    return Cell(
-        noise, layer.nbytes, activation, mean(lambda p: p.weight.bits), relative_cost(layer.spec) * macs
-    )
-
-
-def _row(row: dict) -> Sensitivity:
-    return Sensitivity(**row | {"cells": {name: Cell(**c) for name, c in row["cells"].items()}})

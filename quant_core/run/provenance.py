@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-VERSION = "0.7.0"
+VERSION = "0.8.0"
 
 
 def provenance(fingerprint: str, method: str, config, calibration, source: dict | None = None) -> dict:

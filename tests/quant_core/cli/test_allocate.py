@@ -15,7 +15,7 @@ from comfyui_nibble.quant_core.formats import stop
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.layer.problem import output_sqnr
-from comfyui_nibble.quant_core.precision import menu, plot, sensitivity
+from comfyui_nibble.quant_core.precision import measured, menu, plot, sensitivity
 from comfyui_nibble.quant_core.precision.allocate import Budget
 from comfyui_nibble.quant_core.precision.budget import BudgetError
 from comfyui_nibble.quant_core.precision.menu import Entry, MixedConfig, variants
@@ -54,15 +54,15 @@ def test_table(measured):
     assert len(rows) == 16
     assert sum(r.fixed for r in rows) == 4
     for r in rows:
-        assert list(r.cells) == (["W4A16"] if r.fixed else ["A2", "A4", "16 bit"])
+        assert list(r.options) == (["W4A16"] if r.fixed else ["A2", "A4", "16 bit"])
         if not r.fixed:
-            assert r.cells["A2"].noise > r.cells["A4"].noise > 0 == r.cells["16 bit"].noise
-            assert [c.activation_bits for c in r.cells.values()] == [2, 4, 16]
-            assert [c.weight_bits for c in r.cells.values()] == [2, 2, 16]
-            assert [c.cost / r.weights for c in r.cells.values()] == [2, 2, 4]
-            assert r.cells["16 bit"].nbytes == 2 * (r.weights + r.out_features)
+            assert r.options["A2"].noise > r.options["A4"].noise > 0 == r.options["16 bit"].noise
+            assert [c.activation_bits for c in r.options.values()] == [2, 4, 16]
+            assert [c.weight_bits for c in r.options.values()] == [2, 2, 16]
+            assert [c.cost / r.weights for c in r.options.values()] == [2, 2, 4]
+            assert r.options["16 bit"].nbytes == 2 * (r.weights + r.out_features)
             # Codes, scales of a row, smoothing and bias.
-            assert r.cells["A4"].nbytes == r.weights // 4 + 2 * r.in_features + r.out_features * (
+            assert r.options["A4"].nbytes == r.weights // 4 + 2 * r.in_features + r.out_features * (
                 2 + 2
             ) + 2 * r.out_features * ("linear2" in r.name)
 
@@ -92,7 +92,7 @@ def test_table_of_other_settings_is_replaced(calibration, measured, tmp_path, mo
     path.write_text(measured[1].read_text())
     monkeypatch.setattr(sensitivity, "variants", lambda make, config: iter([(Entry("16 bit"), None)]))
     assert table(calibration, path) == measured[0]
-    assert {tuple(r.cells) for r in table(calibration, path, {"a": 2})} == {("W4A16",), ("16 bit",)}
+    assert {tuple(r.options) for r in table(calibration, path, {"a": 2})} == {("W4A16",), ("16 bit",)}
     path.write_text("{")
     with pytest.raises(
         ValueError, match=r"t\.json: not a table of sensitivities .* Delete it to measure again"
@@ -128,7 +128,7 @@ def test_file_is_what_was_chosen(calibration, tmp_path, monkeypatch):
             assert {p.activation.bits for p in pack.specs[s.name].parts} == {bits[chosen]}
             (row,) = [r for r in rows if r.name == s.name]
             assert row.choices["allocated"] == chosen
-            assert 10 ** (-row.sqnr_db / 10) == pytest.approx(s.cells[chosen].noise, rel=1e-6)
+            assert 10 ** (-row.sqnr_db / 10) == pytest.approx(s.options[chosen].noise, rel=1e-6)
     assert pack.provenance["method"] == "mixed"
     assert pack.provenance["settings"]["layers"] == done.allocation.layers
     text = allocation_text(done, "q")
@@ -242,5 +242,5 @@ def test_names_that_are_not_there(make_problem):
 def test_speed_proxy(weight, activation, cost):
     act = None if activation is None else ActivationSpec(activation, "token")
     spec = LinearSpec(256, 8, (PartSpec(0, 256, WeightSpec(weight, "channel"), act),))
-    assert sensitivity.relative_cost(spec) == cost
-    assert sensitivity.relative_cost(None) == 4
+    assert measured.relative_cost(spec) == cost
+    assert measured.relative_cost(None) == 4

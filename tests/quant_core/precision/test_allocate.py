@@ -17,24 +17,24 @@ from comfyui_nibble.quant_core.precision.allocate import (
     uniform,
 )
 from comfyui_nibble.quant_core.precision.budget import BudgetError, Totals
-from comfyui_nibble.quant_core.precision.sensitivity import Cell, Sensitivity
+from comfyui_nibble.quant_core.precision.measured import Measured, Option
 
 
-def layer(name, n, k, *cells, fixed=False):
-    """cells: (entry, noise, bytes, activation bits, weight bits). The cost is 2 a weight, 1 at 2 activation
+def layer(name, n, k, *options, fixed=False):
+    """options: (entry, noise, bytes, activation bits, weight bits). The cost is 2 a weight, 1 at 2 activation
     bits and 4 in 16 bit."""
     made = {
-        entry: Cell(noise, nbytes, a, w, {2: 1.0, 16: 4.0}.get(a, 2.0) * n * k)
-        for entry, noise, nbytes, a, w in cells
+        entry: Option(noise, nbytes, a, w, {2: 1.0, 16: 4.0}.get(a, 2.0) * n * k)
+        for entry, noise, nbytes, a, w in options
     }
-    return Sensitivity(name, "b", k, n, fixed, made)
+    return Measured(name, "b", k, n, fixed, made)
 
 
 def random_table(seed, layers=5, bits=(2, 3, 4, 8)):
     r, table = random.Random(seed), []
     for i in range(layers):
         n, k, noise = 64 * r.randint(1, 12), 64 * r.randint(1, 6), r.uniform(0.01, 0.1)
-        cells = [
+        options = [
             (
                 f"A{b}",
                 noise * r.uniform(0.6, 1) / 2**b,
@@ -44,7 +44,7 @@ def random_table(seed, layers=5, bits=(2, 3, 4, 8)):
             )
             for b in bits
         ]
-        table.append(layer(f"l{i}", n, k, *cells))
+        table.append(layer(f"l{i}", n, k, *options))
     return table
 
 
@@ -52,11 +52,11 @@ def exhaustive(table, budget, weights=None, held=0):
     """(least noise, what it reaches) of all assignments that meet the budget, None where none does; and all
     that can be reached."""
     best, reachable, weights = None, set(), weights or {}
-    for pick in itertools.product(*(s.cells.values() for s in table)):
+    for pick in itertools.product(*(s.options.values() for s in table)):
         if budget.kind == "memory":
             reached = held + sum(c.nbytes for c in pick)
         elif budget.kind == "speed":
-            quantized = [[c.cost for c in s.cells.values() if c.activation_bits < 16] for s in table]
+            quantized = [[c.cost for c in s.options.values() if c.activation_bits < 16] for s in table]
             reached = sum(c.cost for c in pick) / sum(map(max, quantized))
         else:
             reached = sum(budget.of(c) * s.weights for c, s in zip(pick, table, strict=True)) / sum(
@@ -97,11 +97,12 @@ def test_equals_exhaustive_search(seed, kind, place, weighted):
     found = allocate(table, budget, weights)
     assert math.isclose(found.noise, best, rel_tol=1e-12)
     assert found.reached <= budget.value * (1 + 1e-5)
-    cells = [s.cells[found.layers[s.name]] for s in table]
+    options = [s.options[found.layers[s.name]] for s in table]
     assert math.isclose(
-        found.noise, sum((weights or {}).get(s.name, 1) * c.noise for s, c in zip(table, cells, strict=True))
+        found.noise,
+        sum((weights or {}).get(s.name, 1) * c.noise for s, c in zip(table, options, strict=True)),
     )
-    assert found.cost == sum(c.cost for c in cells)
+    assert found.cost == sum(c.cost for c in options)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -231,7 +232,7 @@ def test_pareto_is_the_optimum_of_every_budget():
     for value, noise in curve:
         assert math.isclose(noise, exhaustive(table, Budget("memory", value))[0], rel_tol=1e-12)
     assert curve[0][0] == min(
-        sum(c.nbytes for c in pick) for pick in itertools.product(*(s.cells.values() for s in table))
+        sum(c.nbytes for c in pick) for pick in itertools.product(*(s.options.values() for s in table))
     )
 
 

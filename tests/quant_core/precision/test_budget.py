@@ -8,8 +8,8 @@ import pytest
 
 from comfyui_nibble.quant_core.precision.budget import (
     BudgetError,
-    Option,
     Unit,
+    Upgrade,
     decibel,
     for_memory,
     for_quality,
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.quick
 
 
 def unit(name, noise, *options, layers=1):
-    return Unit(name, noise, tuple(Option(*o) for o in options), layers)
+    return Unit(name, noise, tuple(Upgrade(*o) for o in options), layers)
 
 
 def total(units, chosen):
@@ -30,7 +30,7 @@ def total(units, chosen):
 
 def exhaustive(units, budget):
     """The least noise at `budget` bytes more or less, where no unit may get worse."""
-    menus = [[(0, u.noise), *((o.extra, o.noise) for o in u.options if o.noise < u.noise)] for u in units]
+    menus = [[(0, u.noise), *((o.extra, o.noise) for o in u.upgrades if o.noise < u.noise)] for u in units]
     sums = ((sum(e for e, _ in pick), sum(n for _, n in pick)) for pick in itertools.product(*menus))
     return min(n for e, n in sums if e <= budget)
 
@@ -65,7 +65,7 @@ def test_memory_is_the_optimum(seed, smaller):
 def test_coarse_steps_cost_at_most_one_a_unit(seed):
     units = random_units(seed)
     units = [
-        Unit(u.name, u.noise, tuple(Option(o.precision, o.extra * 1000, o.noise) for o in u.options))
+        Unit(u.name, u.noise, tuple(Upgrade(o.precision, o.extra * 1000, o.noise) for o in u.upgrades))
         for u in units
     ]
     budget, steps = 400_000, 64

@@ -1,6 +1,7 @@
 """What a layer can be raised to, on synthetic layers with outliers, and what the report says of it."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,15 +16,9 @@ from comfyui_nibble.quant_core.layer.problem import output_sqnr
 from comfyui_nibble.quant_core.layer.row import Row
 from comfyui_nibble.quant_core.methods import METHODS, weight_only
 from comfyui_nibble.quant_core.precision.budget import for_memory, for_quality
-from comfyui_nibble.quant_core.precision.guard import (
-    Measured,
-    as_units,
-    by_layer,
-    candidates,
-    measure,
-    noise_of,
-)
+from comfyui_nibble.quant_core.precision.guard import as_units, by_layer, measure, raised
 from comfyui_nibble.quant_core.precision.guard_report import Decision, guard_text, rows_after
+from comfyui_nibble.quant_core.precision.measured import Measured, Option, from_json, option_of
 from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.support import sqnr_db
 
@@ -41,35 +36,29 @@ def quantized(problem, method="svdquant", **options):
 def test_each_precision_is_better_than_the_one_below(make_problem, parts, method):
     problem = make_problem(192, 512, parts)
     layer = quantized(problem, method)
-    found = {c.precision: c for c in candidates(problem, layer)}
+    found = dict(raised(problem, layer))
     assert list(found) == higher(layer.spec) == ["W4A8", "W8A8", "16 bit"]
-    db = [
-        output_sqnr(problem, layer),
-        output_sqnr(problem, found["W4A8"].layer),
-        output_sqnr(problem, found["W8A8"].layer),
-    ]
+    db = [output_sqnr(problem, made) for made in (layer, found["W4A8"], found["W8A8"])]
     # 1.7 dB and more where the weights' noise is most of it, 6 dB at best; without smoothing a row's scale is
     # lost on outliers.
     assert db[1] > db[0] + 1.5
     assert db[2] > db[1] + 13
     if method != "convrot":
         assert db[2] > 40
-    assert found["W8A8"].noise == 10 ** (-db[2] / 10)
-    assert (found["16 bit"].layer, found["16 bit"].noise) == (None, 0.0)
+    assert option_of(problem, found["W8A8"]).noise == 10 ** (-db[2] / 10)
+    assert found["16 bit"] is None
+    assert option_of(problem, None).noise == 0.0
 
 
 @pytest.mark.parametrize("parts", [PLAIN, GELU, HALVES])
 def test_bytes(make_problem, parts):
     problem = make_problem(192, 512, parts)
     layer = quantized(problem)
-    found = {c.precision: c for c in candidates(problem, layer)}
+    made = dict(raised(problem, layer))
+    found = {precision: option_of(problem, higher) for precision, higher in made.items()}
     assert found["W4A8"].nbytes == layer.nbytes
     # codes, an fp32 scale a row and part, smoothing and the bias in 16 bit
-    assert (
-        found["W8A8"].nbytes
-        == found["W8A8"].layer.nbytes
-        == 192 * 512 + 4 * 192 * len(parts) + 2 * 512 + 2 * 192
-    )
+    assert found["W8A8"].nbytes == made["W8A8"].nbytes == 192 * 512 + 4 * 192 * len(parts) + 2 * 512 + 2 * 192
     assert found["16 bit"].nbytes == 2 * 192 * 512 + 2 * 192
 
 
@@ -108,8 +97,7 @@ def test_no_bias_stays_none(make_problem):
     layer = quantized(problem)
     assert layer.spec.bias  # made for the shift
     assert "bias" not in w8a8(problem, layer).tensors
-    found = {c.precision: c.nbytes for c in candidates(problem, layer)}
-    assert found["16 bit"] == 2 * 96 * 512
+    assert option_of(problem, None).nbytes == 2 * 96 * 512
 
 
 @pytest.mark.parametrize("parts", [PLAIN, GELU, (Part(0, 128), Part(128, 640, True))])
@@ -130,7 +118,7 @@ def test_what_is_above(make_problem):
     assert higher(w4a8(layer).spec) == ["W8A8", "16 bit"]
     assert higher(w8a8(problem, layer).spec) == ["16 bit"]
     assert higher(weight_only.fit(problem).layer.spec) == []
-    assert [c.precision for c in candidates(problem, layer, allowed=("16 bit", "W4A8"))] == ["W4A8", "16 bit"]
+    assert [name for name, _ in raised(problem, layer, allowed=("16 bit", "W4A8"))] == ["W4A8", "16 bit"]
 
 
 class OneInput:
@@ -154,15 +142,11 @@ def test_measured_numbers(make_problem):
     layer, name = quantized(problem), problem.layer.name
     tensors = {f"{name}.weight": problem.weight, f"{name}.bias": problem.bias}
     (m,) = measure([problem.layer], {name: layer}, Tensors(tensors), OneInput(problem.statistics), ("W8A8",))
-    raised = w8a8(problem, layer)
-    assert m == Measured(
-        name,
-        "blocks.0",
-        "W4A4",
-        layer.nbytes,
-        noise_of(problem, layer),
-        {"W8A8": (raised.nbytes, noise_of(problem, raised))},
-    )
+    here, above = option_of(problem, layer), option_of(problem, w8a8(problem, layer))
+    assert m == Measured(name, "blocks.0", 512, 96, options={"W8A8": above}, now=("W4A4", here))
+    assert (here.activation_bits, here.weight_bits, here.cost) == (4, 4, 96 * 512)
+    assert (above.activation_bits, above.weight_bits, above.cost) == (8, 8, 2 * 96 * 512)
+    assert from_json(json.loads(json.dumps(asdict(m)))) == m
     problem.statistics.tokens = problem.statistics.tokens[:1]
     with pytest.raises(
         CalibrationError, match=r"no held-out tokens of layer blocks.0.linear .* 2 samples or more"
@@ -172,32 +156,16 @@ def test_measured_numbers(make_problem):
 
 # -- layers, blocks and the report, on numbers
 
-MEASURED = [
-    Measured(
-        "b.0.x",
-        "b.0",
-        "W4A4",
-        1024,
-        0.02,
-        {"W4A8": (1024, 0.015), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
-    ),
-    Measured(
-        "b.0.y",
-        "b.0",
-        "W4A4",
-        1024,
-        0.004,
-        {"W4A8": (1024, 0.005), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
-    ),
-    Measured(
-        "b.1.x",
-        "b.1",
-        "W4A4",
-        1024,
-        0.006,
-        {"W4A8": (1024, 0.003), "W8A8": (2048, 0.0001), "16 bit": (4096, 0.0)},
-    ),
-]
+
+def measured(name, now, w4a8_noise):
+    """A layer of 1 KiB, 32 x 64, at noise `now`."""
+    of = lambda nbytes, noise: Option(noise, nbytes, 4.0, 4.0, 2048.0)
+    options = {"W4A8": of(1024, w4a8_noise), "W8A8": of(2048, 0.0001), "16 bit": of(4096, 0.0)}
+    block = name.rpartition(".")[0]
+    return Measured(name, block, 64, 32, options=options, now=("W4A4", of(1024, now)))
+
+
+MEASURED = [measured("b.0.x", 0.02, 0.015), measured("b.0.y", 0.004, 0.005), measured("b.1.x", 0.006, 0.003)]
 ALL = ("W4A8", "W8A8", "16 bit")
 
 
@@ -210,7 +178,7 @@ def decide(by, limit, blocks=False, measured=MEASURED, allowed=ALL):
 def test_a_layer_of_a_block_that_would_measure_worse_stays():
     block = as_units(MEASURED, True)[0]
     assert (block.name, block.noise, block.layers) == ("b.0", 0.024, 2)
-    assert [(o.precision, o.extra, round(o.noise, 6)) for o in block.options] == [
+    assert [(o.precision, o.extra, round(o.noise, 6)) for o in block.upgrades] == [
         ("W4A8", 0, 0.019),
         ("W8A8", 2048, 0.0002),
         ("16 bit", 6144, 0.0),
@@ -276,7 +244,6 @@ def test_nothing_to_raise():
 def test_rows(make_problem):
     problem = make_problem(96, 512)
     raised = w8a8(problem, quantized(problem))
-    plan = [replace(problem.layer, name=m.name, block=m.block) for m in MEASURED]
     rows = [
         Row(m.name, m.block, 512, 96, "W4A4 g64 r16", 1.0, 1024, choices={"smooth": "rms"}).to_json()
         for m in MEASURED
@@ -284,7 +251,7 @@ def test_rows(make_problem):
     rows.append(Row("b.0.mod", "b.0", 512, 96, "W4A16 g64", None, 99).to_json())
     decision = replace(decide("quality", 25), layers={"b.0.x": "16 bit", "b.1.x": "W8A8"})
     made = {"b.0.x": None, "b.1.x": QuantizedLayer("b.1.x", raised.spec, raised.tensors)}
-    x, y, z, mod = rows_after(rows, decision, plan, made)
+    x, y, z, mod = rows_after(rows, decision, made)
     assert (x["what"], x["nbytes"], x["sqnr_db"]) == ("16 bit", 0, None)
     assert x["note"] == "raised by Nibble Guard, was W4A4 at 17.0 dB"
     assert y == rows[1] | {"sqnr_db": pytest.approx(23.979, abs=1e-3)}  # measured now, and left
