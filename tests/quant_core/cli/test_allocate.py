@@ -15,9 +15,10 @@ from comfyui_nibble.quant_core.formats import stop
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.layer.problem import output_sqnr
-from comfyui_nibble.quant_core.precision import measured, menu, plot, sensitivity
+from comfyui_nibble.quant_core.precision import menu, plot, sensitivity
 from comfyui_nibble.quant_core.precision.allocate import Budget
 from comfyui_nibble.quant_core.precision.budget import BudgetError
+from comfyui_nibble.quant_core.precision.measured import relative_cost
 from comfyui_nibble.quant_core.precision.menu import Entry, MixedConfig, variants
 from comfyui_nibble.quant_core.precision.report import allocation_text
 
@@ -242,5 +243,5 @@ def test_names_that_are_not_there(make_problem):
 def test_speed_proxy(weight, activation, cost):
     act = None if activation is None else ActivationSpec(activation, "token")
     spec = LinearSpec(256, 8, (PartSpec(0, 256, WeightSpec(weight, "channel"), act),))
-    assert measured.relative_cost(spec) == cost
-    assert measured.relative_cost(None) == 4
+    assert relative_cost(spec) == cost
+    assert relative_cost(None) == 4
