@@ -23,7 +23,7 @@ from ..quant_core.precision.plot import pixels
 from ..quant_core.precision.report import allocation_text
 from ..quant_core.run.layers import require_statistics
 from ..quant_core.run.provenance import provenance
-from ..quant_core.run.report import allocation_text as rows_as_text
+from ..quant_core.run.report import quantization_text
 from .host.inherited import uncompiled
 from .host.progress import steps
 from .host.quantized import make_room, quantized
@@ -148,7 +148,9 @@ class NibbleAllocateBits(io.ComfyNode):
         picture, notes = plotted(done)
         notes = [*kept, GAINS_NOTE if use_gains else NO_GAINS_NOTE, *notes]
         title = f"{source.family.title}, {NAME}"
-        rows_text = rows_as_text(rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes)
+        rows_text = quantization_text(
+            rows, f"{source.family.title}, menu {menu}", lines, paths, source.shapes
+        )
         text = [allocation_text(done, title), "", *notes, "", rows_text]
         return io.NodeOutput(made, "\n".join(text), picture)
 
