@@ -16,7 +16,7 @@ class Card:
     warp_values: what a warp holds of a learned transform's row; row_values, side: the most of a padded
     row, and of one side of its slices, before registers spill. branch_rotation: the largest Hadamard
     block beside which the quantizer has registers for the low rank; branch: whether it has a product for
-    it at all.
+    it at all. torch_int8: `torch._int_mm` is exact and runs on instructions for int8.
     """
 
     shared_kib: int = 99
@@ -31,24 +31,26 @@ class Card:
     side: int = 128
     branch: bool = True
     branch_rotation: int = 4096
+    torch_int8: bool = False
 
 
+_AMPERE = Card(torch_int8=True)
 _BEFORE_AMPERE = Card(products_16=False, int8=False, branch=False)
 _RDNA = Card(64, warp_values=512, row_values=4096, side=64, branch_rotation=64)
 _CDNA = Card(64, waves_of_64=True, warp_values=2048, side=64)
 
 # By compute capability.
 CUDA = {
-    75: replace(_BEFORE_AMPERE, shared_kib=64, int4=M8N8K32),
-    80: Card(163, int4=MMA),
-    86: Card(99, int4=MMA),
-    87: Card(163, int4=MMA),
-    89: Card(99, int4=MMA),
-    90: Card(227, wgmma=True),
-    100: Card(227, tcgen05=True),
-    103: Card(227, tcgen05=True),
-    120: Card(99),
-    121: Card(99),
+    75: replace(_BEFORE_AMPERE, shared_kib=64, int4=M8N8K32, torch_int8=True),
+    80: replace(_AMPERE, shared_kib=163, int4=MMA),
+    86: replace(_AMPERE, shared_kib=99, int4=MMA),
+    87: replace(_AMPERE, shared_kib=163, int4=MMA),
+    89: replace(_AMPERE, shared_kib=99, int4=MMA),
+    90: replace(_AMPERE, shared_kib=227, wgmma=True),
+    100: replace(_AMPERE, shared_kib=227, tcgen05=True),
+    103: replace(_AMPERE, shared_kib=227, tcgen05=True),
+    120: replace(_AMPERE, shared_kib=99),
+    121: replace(_AMPERE, shared_kib=99),
 }
 # By how the name begins, the longest first.
 HIP = {
@@ -61,6 +63,8 @@ HIP = {
     "gfx1": replace(_RDNA, int8=False),
     "": replace(_RDNA, int8=False, row_values=16384),
 }
+# A CPU by whether its int8 product is exact, see `target`.
+CPU = {"int8": Card(torch_int8=True)}
 INT4 = tuple(capability for capability, card in CUDA.items() if card.int4)
 
 
@@ -69,5 +73,5 @@ def card_of(backend: str, arch: int | str) -> Card:
     if backend == "hip":
         return next(card for name, card in HIP.items() if str(arch).startswith(name))
     if backend == "cuda" and isinstance(arch, int):
-        return CUDA.get(arch, _BEFORE_AMPERE if arch < 80 else Card())
-    return Card()
+        return CUDA.get(arch, _BEFORE_AMPERE if arch < 80 else _AMPERE)
+    return CPU.get(str(arch), Card())

@@ -16,11 +16,12 @@ from .fp16 import HALF, balanced_parts, row_power
 from .operator.spec import LinearSpec, parse
 from .operator.transforms import transform_activation
 from .plan import has_groups, kernel_of
-from .quant_linear import eager, op
+from .quant_linear import eager, op, torch_int8
 from .target import MIN_INT4, MIN_TRITON, Target, target_of
 from .tuning import kronecker_limits, kronecker_tile
 
 _TRANSFORMED = "x transformed by torch"
+TORCH_INT8 = "int8 products of torch"
 ROW_LIMIT = (
     64  # rows of x up to which the weight-only kernel, bound by reading the weights, beats dequantizing them
 )
@@ -93,7 +94,7 @@ _WEIGHT_GROUPS = _every(
 _ROTATION = _every("Hadamard blocks of {p.rotation} channels, above 256", lambda p: p.rotation <= 256)
 _SIGNED_8 = _every(
     "unsigned 8-bit codes do not fit into int8",
-    lambda p: not (p.activation.unsigned and p.activation.bits == 8),
+    lambda p: not (p.activation and p.activation.unsigned and p.activation.bits == 8),
 )
 _INT4_CODES = _every(
     "W{w.bits}A{a.bits} is not 4 bit on both sides", lambda p: p.weight.bits == 4 and p.activation.bits <= 4
@@ -166,6 +167,26 @@ def _turing_groups(spec, target):
     return None if fits else f"{bad.width} channels, not a multiple of 64"
 
 
+def _torch_int8(spec, target):
+    if target.card.torch_int8:
+        return None
+    if target.backend == "cpu":
+        return "needs x86 with VNNI or AMX, where torch's int8 product is exact"
+    return f"no int8 product of torch's is known to be fast on {target}"
+
+
+_ONE_SCALE = _every(
+    "scales of groups",
+    lambda p: "group" not in (p.weight.granularity, p.activation and p.activation.granularity),
+)
+
+
+def _multiples_of_8(spec, target):
+    """As CUDA's product asks for."""
+    odd = next((n for n in (spec.out_features, *(p.width for p in spec.parts)) if n % 8), None)
+    return None if target.backend == "cpu" or odd is None else f"{odd} channels, not a multiple of 8"
+
+
 _BASE = (_gpu, _triton)
 _QUANT = (*_BASE, _QUANTIZED, _NO_TENSOR_SCALE, _GROUPS, _ROTATION)
 
@@ -194,7 +215,9 @@ PATHS = {
     ),
     "int8 tensor cores": (*_QUANT, _int8_products, _SIGNED_8, _edges, _wide_groups),
     "weight-only kernel": (*_BASE, _WEIGHT_ONLY, _WEIGHT_GROUPS),
+    TORCH_INT8: (_torch_int8, _ONE_SCALE, _NO_TENSOR_SCALE, _SIGNED_8, _multiples_of_8),
 }
+_OF_TRITON = tuple(name for name in PATHS if name != TORCH_INT8)
 
 
 @lru_cache(maxsize=4096)
@@ -202,15 +225,29 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     """The path that `quant_linear` takes for a layer on a Target, or on the device of that name."""
     if isinstance(target, str):
         target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
-    refused: list[tuple[str, str]] = []
-    for name, requirements in PATHS.items():
-        reason = _first(requirements, spec, target)
+    refused: dict[str, str] = {}
+    for name in _OF_TRITON if _has_kernels(target) else PATHS:
+        reason = _first(PATHS[name], spec, target)
         if reason is None:
-            against = _first(FUSED_TRANSFORM, spec, target) if any(p.kronecker for p in spec.parts) else None
-            return Choice(name, (*refused, (FUSED, against)) if against else tuple(refused))
-        refused.append((name, reason))
-    reasons = {reason for _, reason in refused}
-    return Choice("eager", (("triton", reasons.pop()),) if len(reasons) == 1 else tuple(refused))
+            learned = name != TORCH_INT8 and any(p.kronecker for p in spec.parts)
+            if against := _first(FUSED_TRANSFORM, spec, target) if learned else None:
+                refused[FUSED] = against
+            return Choice(name, _summed_up(refused))
+        refused[name] = reason
+    return Choice("eager", _summed_up(refused))
+
+
+def _has_kernels(target):
+    """Whether Triton runs here at all: torch's products are for where it does not."""
+    return _first(_BASE, None, target) is None
+
+
+def _summed_up(refused):
+    """One line for Triton where one reason is against all of its kernels."""
+    reasons = {refused.get(name) for name in _OF_TRITON}
+    if len(reasons) > 1 or None in reasons:
+        return tuple(refused.items())
+    return (("triton", reasons.pop()), *((n, r) for n, r in refused.items() if n not in _OF_TRITON))
 
 
 def _first(requirements, spec, target):
@@ -227,18 +264,27 @@ def _path(spec: str, device, dtype, asked: tuple | None) -> str:
 @lru_cache(maxsize=4096)
 def _path_of(spec: str, device, dtype, asked: tuple | None) -> str:
     target = Target(*asked) if asked else target_of(device)
-    if dtype not in target.dtypes:
-        return "eager"
     choice = choose(parse(spec), target)
+    if dtype not in (torch_int8.DTYPES if choice.path == TORCH_INT8 else target.dtypes):
+        return "eager"
     return _TRANSFORMED if choice.path != "eager" and FUSED in dict(choice.refused) else choice.path
 
 
-def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
-    """Whether the layer should run as W8A8 (`layer.precisions`): on Hopper the two FMA an output and
-    group of group-64 scales take more issue slots than the whole bf16 product has time."""
-    hopper = target.card.wgmma and target.triton is not None
-    quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
-    return hopper and quantized and any(has_groups(p) for p in spec.parts)
+def spec_at_load(spec: LinearSpec, target: Target) -> LinearSpec:
+    """The layer as it should run on a target (`layer.precisions.in_int8` makes it); the same spec where that
+    is how it is stored.
+
+    On Hopper the two FMA an output and group of group-64 scales take more issue slots than the whole bf16
+    product has time: W8A8. Where torch's int8 product runs, weights are held in int8, which unpacking 4 bits
+    at each call would double the time of, and layers with scales of groups are W8A8 or W8A16.
+    """
+    if not all(p.activation is None or p.activation.granularity != "tensor" for p in spec.parts):
+        return spec
+    if target.card.wgmma and target.triton is not None and all(p.activation for p in spec.parts):
+        return spec.as_int8() if any(has_groups(p) for p in spec.parts) else spec
+    if not _has_kernels(target) and choose(spec.as_int8(), target).path == TORCH_INT8:
+        return spec.as_int8()
+    return spec
 
 
 def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:
@@ -247,9 +293,9 @@ def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, st
     paths: dict[str, str] = {}
     counts: Counter = Counter()
     for name, spec in specs.items():
-        again = requantize_at_load(spec, target)
-        choice = choose(spec.as_w8a8() if again else spec, target)
-        paths[name] = choice.path + " as W8A8" * again
+        run = spec_at_load(spec, target)
+        choice = choose(run, target)
+        paths[name] = choice.path + f" as {run.precision}" * (run is not spec)
         counts[paths[name], choice.refused] += 1
     lines = [f"Runs on {target}:"]
     for (path, refused), count in counts.most_common():
@@ -289,7 +335,9 @@ def quant_linear(x, spec, tensors, prologue=None, target=None):
     path = _path(spec.text, x.device, x.dtype, None if target is None else target.fields)
     if path == _TRANSFORMED:
         y = _transformed(rows, spec, tensors, prologue, target)
-    elif path == "eager" or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
+    elif path == TORCH_INT8 and not (torch.is_grad_enabled() and rows.requires_grad):
+        y = torch_int8.quant_linear(rows if prologue is None else prologue(rows), spec, tensors)
+    elif path in ("eager", TORCH_INT8) or (path == "weight-only kernel" and rows.shape[0] > ROW_LIMIT):
         y = eager.quant_linear(rows if prologue is None else prologue(rows), spec, tensors)
     else:
         y = op.quant_linear(rows, spec, tensors, prologue)

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import platform
 import warnings
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -17,7 +18,8 @@ MIN_INT4 = (3, 6)  # the compiler hook of native INT4, and Gluon as Turing's ker
 
 @dataclass(frozen=True)
 class Target:
-    """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "". triton: (major, minor), None where
+    """backend: "cuda", "hip" or "cpu". arch: 89 for sm_89, "gfx942", "int8" for a CPU with such instructions,
+    "". triton: (major, minor), None where
     it cannot be used and `trouble` says why, if it is installed. interpreted: see `interpreter`."""
 
     backend: str
@@ -79,7 +81,7 @@ def target_of(device) -> Target:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         return _gpu(index)
-    return Target("cpu", triton=triton_version())
+    return Target("cpu", "int8" if device.type == "cpu" and _int8_is_exact() else "", triton_version())
 
 
 def interpreter() -> Target:
@@ -107,6 +109,21 @@ def _gpu(index: int) -> Target:
     if torch.version.hip:
         return Target("hip", properties.gcnArchName.split(":")[0], version, properties.name, trouble=trouble)
     return Target("cuda", 10 * properties.major + properties.minor, version, properties.name, trouble=trouble)
+
+
+@lru_cache(maxsize=1)
+def _int8_is_exact() -> bool:
+    """Whether `torch._int_mm` gives the exact sums on this CPU, which x86 has instructions for: VNNI, AMX.
+    Without them oneDNN adds products of 8 bits in 16, where the largest do not fit."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return False
+    ends = torch.tensor([127, -127, 1, -128], dtype=torch.int8)
+    codes = torch.cartesian_prod(*[ends] * 4).repeat(1, 16)  # (256, 64): pairs of ends are neighbours
+    try:
+        found = torch._int_mm(codes, codes.T)
+    except RuntimeError:
+        return False
+    return torch.equal(found, (codes.double() @ codes.double().T).int())
 
 
 def _trouble(index: int) -> str:

@@ -309,15 +309,27 @@ class LinearSpec:
         """What is left when x comes padded."""
         return replace(self, in_features=self.width, padding=0)
 
-    def as_w8a8(self) -> "LinearSpec":
-        """The layer with 8 bits on both sides, one scale a token and one a channel; transforms, shift and low
-        rank stay."""
-        eight = lambda p: replace(
-            p,
-            weight=WeightSpec(8, "channel"),
-            activation=ActivationSpec(8, "token", shift=p.activation.shift),
-        )
-        return replace(self, parts=tuple(map(eight, self.parts)))
+    def as_int8(self) -> "LinearSpec":
+        """The layer with 8-bit weights, one scale a row; itself where it has them.
+
+        Parts whose scales are those of rows and tokens keep their activations: only the codes are stored in
+        more bits. Those with groups are W8A8 with one scale a token, weight-only ones W8A16. Transforms,
+        shift and low rank stay.
+        """
+
+        def eight(p):
+            if p.activation is None or "group" not in (p.weight.granularity, p.activation.granularity):
+                return replace(p, weight=WeightSpec(8, "channel"))
+            activation = ActivationSpec(8, "token", shift=p.activation.shift)
+            return replace(p, weight=WeightSpec(8, "channel"), activation=activation)
+
+        parts = tuple(map(eight, self.parts))
+        return self if parts == self.parts else replace(self, parts=parts)
+
+    @property
+    def precision(self) -> str:
+        """E.g. "W4A8", of the widest part."""
+        return self.describe().split()[0]
 
     def describe(self) -> str:
         """One short phrase for reports, e.g. "W4A4 g64 smooth r32". Of the widest part, and what is in more

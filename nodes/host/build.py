@@ -9,14 +9,14 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...kernels import requantize_at_load
+from ...kernels import spec_at_load
 from ...kernels.operator.spec import LinearSpec
 from ...kernels.target import target_of
 from ...quant_core.families import by_name
 from ...quant_core.formats.detect import open_quantized
 from ...quant_core.formats.origin import Origin
 from ...quant_core.layer.linear import QuantizedLayer
-from ...quant_core.layer.precisions import to_w8a8
+from ...quant_core.layer.precisions import in_int8
 from ...quant_core.run.report import as_report
 from .bare import PREFIX, bare, original
 from .frame import DetectionError, Frame, like, of_file
@@ -89,9 +89,9 @@ def frame_of_file(
 
 def _for_this_card(layer: QuantizedLayer) -> QuantizedLayer:
     device = comfy.model_management.get_torch_device()
-    if not requantize_at_load(layer.spec, target_of(device)):
+    if spec_at_load(layer.spec, target_of(device)) is layer.spec:
         return layer
-    return to_w8a8(layer.to(device)).to("cpu")
+    return in_int8(layer.to(device)).to("cpu")
 
 
 def load(path: str | Path, disable_dynamic: bool = True) -> NibblePatcher:

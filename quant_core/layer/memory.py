@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from ...kernels import requantize_at_load
+from ...kernels import spec_at_load
 from ...kernels.operator.spec import LinearSpec
 from ...kernels.target import Target
 
@@ -22,13 +22,13 @@ class Memory:
     weights: int
     layer: int
     tokens: int
-    w8a8: int  # how many layers are held in 8 bits because this card is faster there
+    int8: int  # how many layers are held in 8 bits because this machine is faster there
     free: int | None
     total: int | None
 
     def lines(self) -> list[str]:
         mib = lambda n: f"{n / 2**20:,.0f} MiB"
-        again = f", {self.w8a8} layers in 8 bits as this card runs them" * bool(self.w8a8)
+        again = f", {self.int8} layers in 8 bits as this machine runs them" * bool(self.int8)
         out = [
             f"on a card: {mib(self.weights)} of weights{again}; the widest layer works in "
             f"{mib(self.layer)} at {self.tokens} tokens"
@@ -46,7 +46,7 @@ class Memory:
 
 def predict(specs: dict[str, LinearSpec], rest: int, target: Target, tokens: int = TOKENS) -> Memory:
     """rest: bytes of all tensors that belong to no quantized layer."""
-    run = {name: spec.as_w8a8() if requantize_at_load(spec, target) else spec for name, spec in specs.items()}
+    run = {name: spec_at_load(spec, target) for name, spec in specs.items()}
     free = total = None
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()

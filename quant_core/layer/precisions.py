@@ -16,22 +16,27 @@ from .problem import Problem
 PRECISIONS = ("W4A8", "W8A8", "16 bit")
 
 
-def to_w8a8(layer: QuantizedLayer) -> QuantizedLayer:
-    """The layer with int8 codes and fp32 scales (parts, N) of its dequantized weights, on the device of its
-    tensors.
+def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer with int8 codes and one scale a row (`LinearSpec.as_int8`), fp32 (parts, N), on the device of
+    its tensors.
 
-    For group-64 layers on cards where group scales cost more than the product itself (sm_90). The 4-bit
-    values are rounded once more, to 8 bits: noise of about 1 % of what 4 bits cost, twice the memory.
+    For cards where group scales cost more than the product itself (sm_90), and for torch's int8 product.
+    Codes with one scale a row keep their values exactly. Those with scales of groups are rounded once more,
+    to 8 bits: noise of about 1 % of what 4 bits cost. Twice the memory of 4 bits in both cases.
     """
     codes, scales = [], []
     for part, packed, scale, _ in layer.spec.split(layer.tensors):
-        grain = "group" if part.scale_rows > 1 else "channel"
-        weight = dequantize(unpack(packed, part.weight.bits), scale.float().T, grain, part.weight.group)
+        values = unpack(packed, part.weight.bits)
+        if part.scale_rows == 1:
+            codes.append(values.to(torch.int8))
+            scales.append(scale.float())
+            continue
+        weight = dequantize(values, scale.float().T, "group", part.weight.group)
         row_scale = absmax_scale(weight, 8, "channel")
         codes.append(quantize(weight, row_scale, 8, "channel"))
         scales.append(row_scale.T)
     tensors = layer.tensors | {"weight": torch.cat(codes, 1), "weight_scale": torch.cat(scales).contiguous()}
-    return QuantizedLayer(layer.name, layer.spec.as_w8a8(), tensors)
+    return QuantizedLayer(layer.name, layer.spec.as_int8(), tensors)
 
 
 def w4a8(quantized: QuantizedLayer) -> QuantizedLayer:

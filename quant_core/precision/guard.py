@@ -47,7 +47,7 @@ def measure(
         require_tokens(problem, calibration)
         here = quantized[layer.name].to(device)
         options = {name: option_of(problem, made) for name, made in raised(problem, here, allowed)}
-        now = (here.spec.describe().split()[0], option_of(problem, here))
+        now = (here.spec.precision, option_of(problem, here))
         yield Measured(
             layer.name, layer.block, layer.in_features, layer.out_features, options=options, now=now
         )

@@ -28,8 +28,9 @@ def test_amd_cards_are_found_by_how_their_names_begin(arch, row):
 
 
 def test_cards_that_nobody_named():
-    assert card_of("cuda", 130) == Card()
+    assert card_of("cuda", 130) == Card(torch_int8=True)
     old = card_of("cuda", 70)
     assert (old.products_16, old.int8, old.int4, old.branch) == (False, False, "", False)
     assert not card_of("hip", "gfx90a").int8
     assert card_of("cpu", "") == Card()
+    assert card_of("cpu", "int8") == Card(torch_int8=True)

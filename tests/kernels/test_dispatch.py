@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels.dispatch import ROW_LIMIT, choose, quant_linear
+from comfyui_nibble.kernels.dispatch import ROW_LIMIT, TORCH_INT8, choose, quant_linear
 from comfyui_nibble.kernels.lora import with_lora
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec, parse
 from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
@@ -56,6 +56,8 @@ SPECS = {
 INT4, INT8, ONLY, EAGER = "int4 tensor cores", "int8 tensor cores", "weight-only kernel", "eager"
 CARDS = "sm_75, sm_80, sm_86, sm_87, sm_89 only, this is {}"
 QUANTIZED = (ONLY, "activations are quantized")
+OLD_CPU = (TORCH_INT8, "needs x86 with VNNI or AMX, where torch's int8 product is exact")
+GROUPS = (TORCH_INT8, "scales of groups")
 
 
 def twice(reason):
@@ -70,11 +72,13 @@ CHOICES = {
     ("W4A4", "H100"): (INT8, (INT4, CARDS.format("NVIDIA H100"))),
     ("W4A4", "gfx1030"): (EAGER, (INT4, CARDS.format("gfx1030")), (INT8, "no int8 matrix cores on gfx1030"),
     QUANTIZED),
-    ("W4A4", "cpu"): (EAGER, ("triton", "needs a GPU")),
-    ("W4", "cpu"): (EAGER, ("triton", "needs a GPU")),
-    ("W4A4", "no triton"): (EAGER, ("triton", "Triton is not installed")),
-    ("W4A4", "no compiler"): (EAGER, ("triton", "Triton cannot run here (RuntimeError: no C compiler)")),
-    ("W4", "triton 3.3"): (EAGER, ("triton", "needs Triton 3.4, found 3.3")),
+    ("W4A4", "cpu"): (EAGER, ("triton", "needs a GPU"), OLD_CPU),
+    ("W4", "cpu"): (EAGER, ("triton", "needs a GPU"), OLD_CPU),
+    ("W4A4", "no triton"): (EAGER, ("triton", "Triton is not installed"), GROUPS),
+    ("W4A4", "no compiler"): (
+        EAGER, ("triton", "Triton cannot run here (RuntimeError: no C compiler)"), GROUPS
+    ),
+    ("W4", "triton 3.3"): (EAGER, ("triton", "needs Triton 3.4, found 3.3"), GROUPS),
     ("W4A4", "triton 3.5"): (INT8, (INT4, "needs Triton 3.6, found 3.5")),
     **{("W4A4 unsigned", t): (INT4,) for t in ("sm_75", "sm_89")},
     ("W4A8", "sm_75"): (EAGER, (INT4, "W4A8 is not 4 bit on both sides"),
@@ -119,7 +123,8 @@ def test_path_and_reasons(layer, target):
 def test_the_interpreter_is_never_chosen_unless_asked_for(monkeypatch):
     spec = SPECS["W4A4"]
     assert not target_of("cpu").interpreted
-    assert str(choose(spec, "cpu")) == "eager; triton: needs a GPU"
+    here = GROUPS if target_of("cpu").arch else OLD_CPU
+    assert str(choose(spec, "cpu")) == f"eager; triton: needs a GPU; {here[0]}: {here[1]}"
     assert choose(spec, interpreter()).path == INT8
     assert kernel_target(torch.device("cpu")) == interpreter()
     monkeypatch.delenv("TRITON_INTERPRET")

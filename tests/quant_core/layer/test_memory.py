@@ -34,10 +34,10 @@ def test_hopper_holds_groups_in_8_bits():
     specs = {"a": G64, "b": CHANNEL}
     ampere, hopper = predict(specs, 1000, card(86)), predict(specs, 1000, card(90))
     assert ampere.weights == 1000 + layer_bytes(G64) + layer_bytes(CHANNEL)
-    assert (ampere.w8a8, hopper.w8a8) == (0, 1)
+    assert (ampere.int8, hopper.int8) == (0, 1)
     assert (
         hopper.weights - ampere.weights
-        == layer_bytes(G64.as_w8a8()) - layer_bytes(G64)
+        == layer_bytes(G64.as_int8()) - layer_bytes(G64)
         > prod((9216, 3072)) // 2 * 0.8
     )
     assert ampere.layer == working_bytes(G64, 4608)

@@ -19,7 +19,7 @@ from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.adapters import LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
-from comfyui_nibble.quant_core.layer.precisions import to_w8a8, w4a8, w8a8
+from comfyui_nibble.quant_core.layer.precisions import in_int8, w4a8, w8a8
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.training.student import Student
 from comfyui_nibble.tests.codes import layer_error
@@ -109,7 +109,7 @@ def test_rows_devices_and_modules_keep_the_order(layer, plain, order):
 
 def test_other_precisions_keep_the_order(layer, plain, problem, order):
     x = randn(5, K)
-    for other in (w4a8, to_w8a8):
+    for other in (w4a8, in_int8):
         assert torch.equal(other(layer)(x), other(plain)(x[:, order]))
     moved = replace(problem, weight=problem.weight[:, order])
     got, want = w8a8(problem, layer), w8a8(moved, plain)
@@ -154,7 +154,7 @@ def test_description(layer, plain):
     assert from_json(json.loads(json.dumps(to_json(layer.spec)))) == layer.spec == parse(layer.spec.text)
     assert layer.spec.text != plain.spec.text
     assert layer.spec.shapes()["channel_order"] == (K,)
-    assert layer.spec.as_w8a8().order
+    assert layer.spec.as_int8().order
     assert layer.spec.without_order() == plain.spec
 
 

@@ -25,7 +25,7 @@ from comfyui_nibble.quant_core.formats.spec_json import from_json, to_json
 from comfyui_nibble.quant_core.layer.adapters import Kronecker, LowRank, Side
 from comfyui_nibble.quant_core.layer.bake import bake
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, QuantLinear
-from comfyui_nibble.quant_core.layer.precisions import to_w8a8, w4a8, w8a8
+from comfyui_nibble.quant_core.layer.precisions import in_int8, w4a8, w8a8
 from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
 from comfyui_nibble.quant_core.layer.stack import columns_spec, split_columns, stack_rows
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
@@ -205,7 +205,7 @@ def test_rows_devices_and_modules(layer):
 
 def test_other_precisions(layer, plain, problem):
     x = randn(5, K)
-    for other in (w4a8, to_w8a8):
+    for other in (w4a8, in_int8):
         assert torch.equal(other(layer)(x), other(plain)(pad(x, (0, WHOLE - K))))
     raised = w8a8(problem, layer)
     assert raised.spec.padding == WHOLE - K

@@ -3,7 +3,7 @@
 import pytest
 
 from comfyui_nibble.quant_core.families import Part
-from comfyui_nibble.quant_core.layer.precisions import to_w8a8
+from comfyui_nibble.quant_core.layer.precisions import in_int8
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.tests.support import sqnr_db
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.quick
 def test_weights_stay_and_outputs_get_better(make_problem, parts):
     problem = make_problem(96, 256, parts=parts, fit_tokens=2048)
     layer = METHODS["svdquant"].fit(problem, METHODS["svdquant"].configured(rank=16)).layer
-    again = to_w8a8(layer)
+    again = in_int8(layer)
     assert {
         (p.weight.bits, p.weight.granularity, p.activation.bits, p.activation.granularity)
         for p in again.spec.parts
