@@ -10,6 +10,7 @@ from ...kernels.operator.packing import unpack
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, WeightSpec
 from .assemble import FittedPart, assemble, round_part
+from .chunks import row_chunks
 from .linear import QuantizedLayer
 from .problem import Problem
 
@@ -31,9 +32,12 @@ def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
             codes.append(values.to(torch.int8))
             scales.append(scale.float())
             continue
-        weight = dequantize(values, scale.float().T, "group", part.weight.group)
-        row_scale = absmax_scale(weight, 8, "channel")
-        codes.append(quantize(weight, row_scale, 8, "channel"))
+        rounded, row_scale = torch.empty_like(values), scale.new_empty(len(values), 1, dtype=torch.float32)
+        for rows in row_chunks(*values.shape):
+            weight = dequantize(values[rows], scale.float().T[rows], "group", part.weight.group)
+            row_scale[rows] = absmax_scale(weight, 8, "channel")
+            rounded[rows] = quantize(weight, row_scale[rows], 8, "channel")
+        codes.append(rounded)
         scales.append(row_scale.T)
     tensors = layer.tensors | {"weight": torch.cat(codes, 1), "weight_scale": torch.cat(scales).contiguous()}
     return QuantizedLayer(layer.name, layer.spec.as_int8(), tensors)
