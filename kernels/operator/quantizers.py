@@ -40,7 +40,7 @@ def absmax_scale(
     "tensor"."""
     values = grouped(x, granularity, group)
     # No copy of the magnitudes: 4.7 ms for 9.4 M values in groups on a CPU, 22 with one.
-    absmax = torch.maximum(values.amax(-1), values.amin(-1).neg_()).clamp_(min=TINY).float()
+    absmax = torch.maximum(values.amax(-1), -values.amin(-1)).clamp(min=TINY).float()
     return absmax * clip / code_range(bits, unsigned)[1]
 
 
