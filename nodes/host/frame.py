@@ -64,8 +64,12 @@ class Frame:
                 if id(t) in stored_as and key.endswith(".weight")
             }
         missing, unexpected = network.load_state_dict(state, strict=False)
-        buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
-        if missing := [key for key in missing if key not in buffers]:
+        if not self.network_names:
+            # A checkpoint may leave out buffers, as their module makes them; what was taken from a model has
+            # them all, those too that a module leaves empty (positions of SD3).
+            buffers = {name for name, _ in network.named_buffers()}
+            missing = [key for key in missing if key not in buffers]
+        if missing:
             raise IncompleteModel(
                 f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are "
                 f"missing: {names_text(missing)}. The file is not whole: download it or quantize the model "
@@ -94,7 +98,7 @@ def _like(source, origin, operations):
     config.model_type = lambda *args, **kwargs: kind  # of the source it must hold nothing: a second model
     if (dtype := config.unet_config.get("dtype")) is not None and dtype.itemsize == 1:
         _set_dtypes(config)
-    model = _made(config, origin)
+    model = _made(config, origin.beside)
     if type(model) is not type(source):
         raise DetectionError(
             f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a "
@@ -137,7 +141,7 @@ def of_file(
                 "the model, or the file is not whole. Update ComfyUI, or download or quantize the model "
                 "again."
             )
-        return Frame(lambda operations: _detected(found, origin, operations), origin, False, prepare)
+        return Frame(lambda operations: _detected(found, shown, operations), origin, False, prepare)
     if found is not None and type(found).__name__ != host["class"]:
         logging.info(
             f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would take "
@@ -146,10 +150,11 @@ def of_file(
     return Frame(lambda operations: _recorded(host, origin, operations, source), origin, True, prepare)
 
 
-def _detected(config, origin, operations):
+def _detected(config, shown, operations):
+    """Classes may look at the network's tensors too: Stable Diffusion 2 tells v-prediction by a bias."""
     config.quant_config, config.custom_operations = None, operations
     _set_dtypes(config)
-    return _made(config, origin)
+    return _made(config, shown)
 
 
 def _recorded(host, origin, operations, source):
@@ -181,7 +186,7 @@ def _recorded(host, origin, operations, source):
         config.latent_format = getattr(comfy.latent_formats, latent)()
     config.custom_operations = operations
     _set_dtypes(config)
-    model = _made(config, origin)
+    model = _made(config, origin.beside)
     if type(model).__name__ != host["model"] or model.model_type != kind:
         raise DetectionError(
             f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a "
@@ -198,9 +203,9 @@ def _recorded(host, origin, operations, source):
     return model
 
 
-def _made(config, origin):
+def _made(config, state):
     try:
-        model = config.get_model(dict(origin.beside), "")
+        model = config.get_model(dict(state), "")
     except Exception as error:  # constructors of any kind
         raise DetectionError(
             f"ComfyUI's class {type(config).__name__} could not make the model ({type(error).__name__}: "

@@ -14,6 +14,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWA
 from .bare import NETWORK, bare, in_network
 
 EXAMPLES = 3
+MULTIGPU = "multigpu"  # ComfyUI's key for clones of a model on further cards
 SETTINGS = (str, int, float, bool, type(None), torch.dtype)
 
 
@@ -40,9 +41,10 @@ def require_inheritable(model: ModelPatcher) -> None:
 
 
 def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
-    """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, settings
-    of the network) onto the one that is made of it, where it stays in force. The network is compiled again
-    where it was compiled as a whole; modules that were compiled one by one are not, and the log says so."""
+    """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, models
+    that these run, settings of the network) onto the one that is made of it, where it stays in force. The
+    network is compiled again where it was compiled as a whole; modules that were compiled one by one are not,
+    and the log says so."""
     twin = model.clone()
     onto.model_options = twin.model_options
     outside = {
@@ -57,6 +59,7 @@ def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
         twin.force_cast_weights,
     )
     onto.attachments = twin.attachments | onto.attachments
+    onto.additional_models = {k: held for k, held in twin.additional_models.items() if k != MULTIGPU}
     _compile_again(onto)
     if compiled := _compiled(model):
         logging.warning(
