@@ -119,6 +119,37 @@ def test_prediction_of_an_sdxl_checkpoint(comfy, folder, sdxl_state, kind):
         assert facts(comfy.sd.load_diffusion_model(str(native))) == want
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["in front", "behind"])
+@pytest.mark.parametrize("zsnr", [False, True])
+def test_a_prediction_that_a_node_has_set_is_kept(comfy, folder, sdxl_state, caplog, zsnr, behind):
+    """As ComfyUI's own save nodes keep it, in the file and in an export; whichever side the node is on."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    patch = lambda model: ModelSamplingDiscrete().patch(model, "v_prediction", zsnr)[0]
+    model = comfy.sd.load_diffusion_model_state_dict(dict(sdxl_state))
+    made = patch(quantized(model)) if behind else quantized(patch(model))
+    path = saved(made)
+    command("convert", path, folder / "native.safetensors", "--to", "native", "--lossy")
+    want = made.get_model_object("model_sampling")
+    for again in (
+        loaded(path),
+        loaded(saved(loaded(path), "again")),
+        comfy.sd.load_diffusion_model(str(folder / "native.safetensors")),
+    ):
+        assert again.model.model_type.name == "V_PREDICTION"
+        assert again.model.model_sampling.zsnr == zsnr
+        assert torch.equal(again.model.model_sampling.sigmas, want.sigmas)
+    assert "the file is without" not in caplog.text
+
+
+def test_a_sampling_without_a_place_in_a_file_is_named(comfy, folder, full, caplog):
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+
+    path = saved(ModelSamplingFlux().patch(quantized(full), 1.15, 0.5, 512, 512)[0])
+    assert "the file is without the model_sampling (ModelSamplingAdvanced) that a node has set" in caplog.text
+    assert facts(loaded(path)) == facts(full)
+
+
 @pytest.mark.parametrize(("spread", "kind"), [(1.0, "V_PREDICTION"), (0.01, "EPS")])
 def test_prediction_of_stable_diffusion_2(comfy, folder, monkeypatch, spread, kind):
     """ComfyUI tells it by the values of one bias of the network; by a file of the command too."""
