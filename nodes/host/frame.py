@@ -4,7 +4,7 @@ own detection."""
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import comfy.latent_formats
 import comfy.model_base
@@ -42,6 +42,17 @@ class Frame:
         self._take, self._renamed = None, {}
         operations = operations_for(lambda name: self._take(self._renamed.get(name, name)), prepare)
         self.origin, self.network_names, self._model = origin, network_names, make(operations)
+
+    def require_modules(self, keys: Iterable[str]) -> None:
+        """Raises DetectionError for tensors whose modules ComfyUI's class does not make: blocks that a pack
+        has replaced in the network itself, or parametrized weights."""
+        made = {name for name, _ in self._model.diffusion_model.named_modules()}
+        if lost := [key for key in keys if key.rpartition(".")[0] not in made]:
+            raise DetectionError(
+                f"another pack has put modules of its own into this model's network ({names_text(lost)}), "
+                f"which ComfyUI's class {type(self._model.model_config).__name__} does not have. Put the "
+                "node that does so behind the quantized model, and load the model again."
+            )
 
     def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str) -> torch.nn.Module:
         """Loads the network's tensors and gives the model away. take(name of a linear layer): its

@@ -32,12 +32,22 @@ class NotInheritable(ValueError):
 
 def require_inheritable(model: ModelPatcher) -> None:
     """Raises NotInheritable for weight wrappers, and for object patches of the network that
-    `inherit_sampling_patches` leaves behind."""
+    `inherit_sampling_patches` leaves behind. The log names methods that were changed in the network itself,
+    which no patcher knows of."""
     if model.weight_wrapper_patches:
         raise NotInheritable("weight wrappers", list(model.weight_wrapper_patches))
     inherited = {*_settings(model), *_compiled(model)}
     if found := [name for name in model.object_patches if in_network(name) and name not in inherited]:
         raise NotInheritable("object patches", found)
+    with bare(model) as shared:
+        modules = shared.diffusion_model.named_modules()
+        written_over = [name or NETWORK for name, module in modules if "forward" in vars(module)]
+    if written_over:
+        logging.warning(
+            f"Nibble: another pack has written over what {', '.join(written_over[:EXAMPLES])}"
+            f"{', ...' * (len(written_over) > EXAMPLES)} of this model's own network computes. A model made "
+            "of it is without that: put the node that does so behind the quantized model."
+        )
 
 
 def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
