@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..quant_core.formats import nibble
 from ..quant_core.run.report import file_storage
 from .host.build import ATTACHMENT, load, unpatched
+from .host.origin import as_sampled
 from .host.saving import free_path, narrow, require_savable
 
 SAVE_DESCRIPTION = (
@@ -59,10 +60,8 @@ class NibbleSaveModel(io.ComfyNode):
         info = model.attachments[ATTACHMENT]
         layers, rest = unpatched(model)
         rest = {k: narrow(t) for k, t in rest.items()}
-        path = free_path(filename_prefix)
-        nibble.save(
-            path, layers, rest, info["family"], info["provenance"], info["report"], base3, info["origin"]
-        )
+        path, origin = free_path(filename_prefix), as_sampled(model, info["origin"])
+        nibble.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, origin)
         text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(nibble.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import comfy.model_management
@@ -71,9 +71,13 @@ def placeholders(
     return out
 
 
-def frame_like(patcher: ModelPatcher) -> Frame:
-    """An empty model like a MODEL, quantized or not, for layers as this machine's card wants them."""
-    return like(patcher, _for_this_card)
+def frame_like(patcher: ModelPatcher, keys: Iterable[str] = ()) -> Frame:
+    """An empty model like a MODEL, quantized or not, for layers as this machine's card wants them. Raises
+    DetectionError where ComfyUI cannot make it, or has no place in it for one of the network's tensors
+    `keys`."""
+    frame = like(patcher, _for_this_card)
+    frame.require_modules(keys)
+    return frame
 
 
 def frame_of_file(

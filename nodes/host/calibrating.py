@@ -15,6 +15,7 @@ from ...quant_core.calibration import Calibration
 from ...quant_core.calibration.collect import first_tensor
 from ...quant_core.calibration.observe import Observation, observed
 from ...quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
+from .build import frame_like
 from .called import linear_layers_called
 from .inherited import uncompiled
 from .source import ModelSource, feed
@@ -53,6 +54,7 @@ def calibrate(
     the layers that the rules found.
     """
     source = ModelSource(model)
+    frame_like(model, source.shapes)  # what could not be quantized afterwards fails before the sampling
     latent = _latent(model, sampling.latent)
     meta = _meta(model, source, sampling, latent, second_moments)
     key = hashlib.sha256(repr([*sorted(meta.items()), sampling.seed, samples]).encode()).hexdigest()[:12]

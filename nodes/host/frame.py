@@ -4,7 +4,7 @@ own detection."""
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import comfy.latent_formats
 import comfy.model_base
@@ -43,6 +43,17 @@ class Frame:
         operations = operations_for(lambda name: self._take(self._renamed.get(name, name)), prepare)
         self.origin, self.network_names, self._model = origin, network_names, make(operations)
 
+    def require_modules(self, keys: Iterable[str]) -> None:
+        """Raises DetectionError for tensors whose modules ComfyUI's class does not make: blocks that a pack
+        has replaced in the network itself, or parametrized weights."""
+        made = {name for name, _ in self._model.diffusion_model.named_modules()}
+        if lost := [key for key in keys if key.rpartition(".")[0] not in made]:
+            raise DetectionError(
+                f"another pack has put modules of its own into this model's network ({names_text(lost)}), "
+                f"which ComfyUI's class {type(self._model.model_config).__name__} does not have. Put the "
+                "node that does so behind the quantized model, and load the model again."
+            )
+
     def fill(self, take: Callable, state: dict[str, torch.Tensor], source: str) -> torch.nn.Module:
         """Loads the network's tensors and gives the model away. take(name of a linear layer): its
         QuantizedLayer or None; the entry of a quantized one in `state` only says that it is there.
@@ -64,8 +75,12 @@ class Frame:
                 if id(t) in stored_as and key.endswith(".weight")
             }
         missing, unexpected = network.load_state_dict(state, strict=False)
-        buffers = {name for name, _ in network.named_buffers()}  # as their module makes them
-        if missing := [key for key in missing if key not in buffers]:
+        if not self.network_names:
+            # A checkpoint may leave out buffers, as their module makes them; what was taken from a model has
+            # them all, those too that a module leaves empty (positions of SD3).
+            buffers = {name for name, _ in network.named_buffers()}
+            missing = [key for key in missing if key not in buffers]
+        if missing:
             raise IncompleteModel(
                 f"{source}: {len(missing)} tensors of the model ({type(model.model_config).__name__}) are "
                 f"missing: {names_text(missing)}. The file is not whole: download it or quantize the model "
@@ -94,7 +109,7 @@ def _like(source, origin, operations):
     config.model_type = lambda *args, **kwargs: kind  # of the source it must hold nothing: a second model
     if (dtype := config.unet_config.get("dtype")) is not None and dtype.itemsize == 1:
         _set_dtypes(config)
-    model = _made(config, origin)
+    model = _made(config, origin.beside)
     if type(model) is not type(source):
         raise DetectionError(
             f"ComfyUI's {type(config).__name__} makes a {type(model).__name__}, and this model is a "
@@ -137,7 +152,7 @@ def of_file(
                 "the model, or the file is not whole. Update ComfyUI, or download or quantize the model "
                 "again."
             )
-        return Frame(lambda operations: _detected(found, origin, operations), origin, False, prepare)
+        return Frame(lambda operations: _detected(found, shown, operations), origin, False, prepare)
     if found is not None and type(found).__name__ != host["class"]:
         logging.info(
             f"Nibble: {source} is a {host['class']} by its record; from its tensors alone ComfyUI would take "
@@ -146,10 +161,11 @@ def of_file(
     return Frame(lambda operations: _recorded(host, origin, operations, source), origin, True, prepare)
 
 
-def _detected(config, origin, operations):
+def _detected(config, shown, operations):
+    """Classes may look at the network's tensors too: Stable Diffusion 2 tells v-prediction by a bias."""
     config.quant_config, config.custom_operations = None, operations
     _set_dtypes(config)
-    return _made(config, origin)
+    return _made(config, shown)
 
 
 def _recorded(host, origin, operations, source):
@@ -181,7 +197,7 @@ def _recorded(host, origin, operations, source):
         config.latent_format = getattr(comfy.latent_formats, latent)()
     config.custom_operations = operations
     _set_dtypes(config)
-    model = _made(config, origin)
+    model = _made(config, origin.beside)
     if type(model).__name__ != host["model"] or model.model_type != kind:
         raise DetectionError(
             f"{source}: a {host['model']} with prediction {kind.name}; this ComfyUI makes a "
@@ -198,9 +214,9 @@ def _recorded(host, origin, operations, source):
     return model
 
 
-def _made(config, origin):
+def _made(config, state):
     try:
-        model = config.get_model(dict(origin.beside), "")
+        model = config.get_model(dict(state), "")
     except Exception as error:  # constructors of any kind
         raise DetectionError(
             f"ComfyUI's class {type(config).__name__} could not make the model ({type(error).__name__}: "

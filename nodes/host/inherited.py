@@ -14,6 +14,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWA
 from .bare import NETWORK, bare, in_network
 
 EXAMPLES = 3
+MULTIGPU = "multigpu"  # ComfyUI's key for clones of a model on further cards
 SETTINGS = (str, int, float, bool, type(None), torch.dtype)
 
 
@@ -31,18 +32,29 @@ class NotInheritable(ValueError):
 
 def require_inheritable(model: ModelPatcher) -> None:
     """Raises NotInheritable for weight wrappers, and for object patches of the network that
-    `inherit_sampling_patches` leaves behind."""
+    `inherit_sampling_patches` leaves behind. The log names methods that were changed in the network itself,
+    which no patcher knows of."""
     if model.weight_wrapper_patches:
         raise NotInheritable("weight wrappers", list(model.weight_wrapper_patches))
     inherited = {*_settings(model), *_compiled(model)}
     if found := [name for name in model.object_patches if in_network(name) and name not in inherited]:
         raise NotInheritable("object patches", found)
+    with bare(model) as shared:
+        modules = shared.diffusion_model.named_modules()
+        written_over = [name or NETWORK for name, module in modules if "forward" in vars(module)]
+    if written_over:
+        logging.warning(
+            f"Nibble: another pack has written over what {', '.join(written_over[:EXAMPLES])}"
+            f"{', ...' * (len(written_over) > EXAMPLES)} of this model's own network computes. A model made "
+            "of it is without that: put the node that does so behind the quantized model."
+        )
 
 
 def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
-    """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, settings
-    of the network) onto the one that is made of it, where it stays in force. The network is compiled again
-    where it was compiled as a whole; modules that were compiled one by one are not, and the log says so."""
+    """Puts what sampling nodes have set on a model (ModelSamplingFlux, attention patches, wrappers, models
+    that these run, settings of the network) onto the one that is made of it, where it stays in force. The
+    network is compiled again where it was compiled as a whole; modules that were compiled one by one are not,
+    and the log says so."""
     twin = model.clone()
     onto.model_options = twin.model_options
     outside = {
@@ -57,6 +69,7 @@ def inherit_sampling_patches(model: ModelPatcher, onto: ModelPatcher) -> None:
         twin.force_cast_weights,
     )
     onto.attachments = twin.attachments | onto.attachments
+    onto.additional_models = {k: held for k, held in twin.additional_models.items() if k != MULTIGPU}
     _compile_again(onto)
     if compiled := _compiled(model):
         logging.warning(

@@ -4,17 +4,21 @@ sampling settings, latent format."""
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_detection
+import comfy.model_sampling as sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...quant_core.formats.origin import Origin, encoded
 from ...quant_core.store.safe import CheckpointError, open_safetensors
-from .bare import NETWORK
+from .bare import NETWORK, bare
 
 _MADE = ("model_sampling", "noise_augmentor")  # by constructors, from the settings
+_SET_BY_NODES = ("model_sampling", "latent_format")  # of the model's parts, what a file has a record of
+_DISCRETE = ("EPS", "V_PREDICTION")
 ATTACHMENT = "nibble"  # what a Nibble model knows of itself; clones share it
 
 
@@ -53,6 +57,40 @@ def origin_of(patcher: ModelPatcher, known: Origin | None = None) -> Origin:
     return Origin(
         metadata, host, {names[key]: t.cpu() for key, t in own.items()} | _markers(host), header.dropped
     )
+
+
+def as_sampled(patcher: ModelPatcher, origin: Origin) -> Origin:
+    """The Origin for a file of a model on which a node may have set another prediction type.
+
+    v-prediction and its zero terminal SNR are kept, as ComfyUI's own save nodes keep them. Of any other
+    sampling or latent format that a node has set, the log says that the file is without it.
+    """
+    lost = {name: patcher.object_patches[name] for name in _SET_BY_NODES if name in patcher.object_patches}
+    kind = _discrete(lost.get("model_sampling"))
+    if kind is not None:
+        with bare(patcher):
+            found = origin_of(patcher, origin)
+        if found.host["model_type"] in _DISCRETE:
+            settings = found.host["sampling_settings"] | {"zsnr": bool(lost.pop("model_sampling").zsnr)}
+            host = dict(found.host) | {"model_type": kind, "sampling_settings": settings}
+            beside = {name: t for name, t in found.beside.items() if name not in ("v_pred", "ztsnr")}
+            origin = replace(found, host=host, beside=beside | _markers(host))
+    for name, value in lost.items():
+        logging.warning(
+            f"Nibble: the file is without the {name} ({type(value).__name__}) that a node has set on this "
+            "model. Put that node behind Nibble Load Diffusion Model as well."
+        )
+    return origin
+
+
+def _discrete(value) -> str | None:
+    """The name of its ModelType, of what ModelSamplingDiscrete and ComfyUI itself make of EPS and
+    V_PREDICTION; None for any other sampling."""
+    kinds = {
+        (sampling.ModelSamplingDiscrete, sampling.EPS): "EPS",
+        (sampling.ModelSamplingDiscrete, sampling.V_PREDICTION): "V_PREDICTION",
+    }
+    return kinds.get(type(value).__bases__)
 
 
 def outside_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

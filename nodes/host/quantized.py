@@ -90,7 +90,7 @@ def quantized(
     training behind its last finished block; after a training those stay beside the calibration.
     """
     job = Job(source, plan, method, config, calibration, provenance, device, preset)
-    frame = frame_like(model)  # whatever ComfyUI cannot make fails before the fit
+    frame = frame_like(model, source.shapes)  # whatever ComfyUI cannot make fails before the fit
     folder = store_path(calibration, source, provenance, "training" if job.trained else "partial")
 
     def begin(store):

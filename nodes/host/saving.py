@@ -11,6 +11,7 @@ from ...quant_core.formats.opened import Opened
 from ...quant_core.layer.linear import QuantizedLayer
 from .adapters import Shape
 from .build import ATTACHMENT, unpatched
+from .origin import as_sampled
 from .patcher import NibblePatcher
 
 
@@ -28,7 +29,7 @@ class LoadedModel(Opened):
             info["provenance"],
             info["report"],
         )
-        self.origin = info["origin"]
+        self.origin = as_sampled(model, info["origin"])
         self.specs = {name: layer.spec for name, layer in self._layers.items()}
         self.rest = list(self._rest)
 

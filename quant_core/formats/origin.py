@@ -97,6 +97,11 @@ def is_beside(key: str) -> bool:
     return _NAMES.fullmatch(key) is not None
 
 
+def is_of_another_model(key: str) -> bool:
+    """Whether a tensor in a whole checkpoint is a text encoder's, a VAE's or of a copy of the network."""
+    return _OTHER_MODELS.fullmatch(key) is not None
+
+
 def size(view) -> int:
     """Bytes of a tensor that safetensors has not read yet, at 4 a value."""
     return 4 * prod(view.get_shape())
@@ -111,7 +116,7 @@ def outside(sizes: Mapping[str, int]) -> tuple[list[str], tuple[str, ...]]:
     """
     kept, used, dropped = [], 0, []
     for key in sorted(
-        (k for k in sizes if not _OTHER_MODELS.fullmatch(k)), key=lambda k: (not is_beside(k), sizes[k], k)
+        (k for k in sizes if not is_of_another_model(k)), key=lambda k: (not is_beside(k), sizes[k], k)
     ):
         if used + sizes[key] > BESIDE_BYTES:
             dropped.append(key)

@@ -1,11 +1,13 @@
 """Where in a file the network's tensors are: what stands before their names, or within them, and is no part
 of them."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..families import known
 from ..store.safe import CheckpointError
+from .origin import is_of_another_model
 
 # ComfyUI 0.33 (`comfy.model_detection.unet_prefix_from_state_dict`): the first three where more than five
 # keys have them, else the last.
@@ -26,6 +28,10 @@ _TRAINERS = (
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer"})
 _ADAPTERS = ("lora_A", "lora_B", "lora_embedding_A", "lora_magnitude_vector")
 _OWN = ("core",)  # first pieces of names that belong to the network: PixelDiT
+_OWN_LISTS = ("transformer.",)  # those of some tensors of a network: Stable Audio
+# What stands beside a prefixed network and says nothing of its prefix: counters and tables of their own, and
+# what trainers keep.
+_BESIDE = re.compile(r"[^.]+|((model_)?ema|optim|sched|lr_sched|loss|callback|trainer)\w*\..*")
 _DEPTH = 3
 
 
@@ -59,10 +65,7 @@ def network(keys: Iterable[str], where: str) -> Names:
     if any(".base_layer." in key for key in plain.values()):
         _require_merged(plain, where)
     found = _known(set(plain), "", _DEPTH)
-    prefix = found if found is not None else _by_comfyui(plain)
-    if prefix is None:
-        prefix = next((p for p in _TRAINERS if _has_blocks(plain, p)), "")
-        _require_names(plain, prefix, where)
+    prefix = found if found is not None else _in_front(plain, where)
     inside = {name.removeprefix(prefix): key for name, key in plain.items() if name.startswith(prefix)}
     taken = set(inside.values())
     return Names(prefix, inside, tuple(key for key in plain.values() if key not in taken))
@@ -75,7 +78,7 @@ def _known(names: set[str], prefix: str, depth: int) -> str | None:
     if not depth:
         return None
     candidates = [p for p in _TRAINERS if any(n.startswith(p) for n in names)]
-    if (shared := _shared(names)) and shared not in candidates:
+    if (shared := _shared(_network(names))) and shared not in candidates:
         candidates.append(shared)
     for p in candidates:
         if (
@@ -83,6 +86,34 @@ def _known(names: set[str], prefix: str, depth: int) -> str | None:
         ) is not None:
             return found
     return None
+
+
+def _in_front(names, where) -> str:
+    """The prefix of a model without a map: ComfyUI's own choice, what trainers put behind or instead of it,
+    and nothing else."""
+    prefix = _by_comfyui(names)
+    if prefix is None:
+        prefix = next((p for p in _TRAINERS if p not in _OWN_LISTS and _has_blocks(names, p)), "")
+    for _ in range(_DEPTH):
+        inside = _network({n.removeprefix(prefix) for n in names if n.startswith(prefix)})
+        more = next((p for p in _TRAINERS if inside and all(n.startswith(p) for n in inside)), None)
+        if more is None:
+            break
+        prefix += more
+    shared = _shared(inside)
+    if shared and shared.removesuffix(".") not in _OWN:
+        raise CheckpointError(
+            f"{where}: the names of all {len(inside)} tensors begin with {prefix + shared!r}, such as "
+            f"{prefix + min(inside)}. ComfyUI has no such model "
+            f"and takes off no such prefix; expected {', '.join(_COMFYUI)} or none. Save the network's own "
+            "state dict."
+        )
+    return prefix
+
+
+def _network(names: set[str]) -> set[str]:
+    """Without what may stand beside a network; all of them where nothing else is there."""
+    return {n for n in names if not _BESIDE.fullmatch(n) and not is_of_another_model(n)} or names
 
 
 def _by_comfyui(names) -> str | None:
@@ -98,17 +129,6 @@ def _has_blocks(names, prefix) -> bool:
     """Whether numbered modules 0, 1, ... are behind a prefix."""
     behind = [n.removeprefix(prefix).split(".") for n in names if n.startswith(prefix)]
     return any("0" in pieces for pieces in behind) and any("1" in pieces for pieces in behind)
-
-
-def _require_names(names, prefix, where):
-    shared = _shared(n.removeprefix(prefix) for n in names if n.startswith(prefix))
-    if shared and shared.removesuffix(".") not in _OWN:
-        raise CheckpointError(
-            f"{where}: the names of all {len(names)} tensors begin with {prefix + shared!r}, such as "
-            f"{min(names)}. ComfyUI has no such model "
-            f"and takes off no such prefix; expected {', '.join(_COMFYUI)} or none. Save the network's own "
-            "state dict."
-        )
 
 
 def _shared(names) -> str:

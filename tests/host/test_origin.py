@@ -2,6 +2,7 @@
 and the export."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.formats import nibble
 from comfyui_nibble.tests.assets.synthetic import random_state, sdxl_shapes, wan_shapes
 from comfyui_nibble.tests.host.inside import nodes_in, sample
+from comfyui_nibble.tests.host.sweep.registry import ENTRIES
+from comfyui_nibble.tests.host.sweep.tiny import make
 
 EMPTY = torch.empty(0)
 
@@ -116,6 +119,59 @@ def test_prediction_of_an_sdxl_checkpoint(comfy, folder, sdxl_state, kind):
         assert facts(comfy.sd.load_diffusion_model(str(native))) == want
 
 
+@pytest.mark.parametrize("behind", [False, True], ids=["in front", "behind"])
+@pytest.mark.parametrize("zsnr", [False, True])
+def test_a_prediction_that_a_node_has_set_is_kept(comfy, folder, sdxl_state, caplog, zsnr, behind):
+    """As ComfyUI's own save nodes keep it, in the file and in an export; whichever side the node is on."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+    patch = lambda model: ModelSamplingDiscrete().patch(model, "v_prediction", zsnr)[0]
+    model = comfy.sd.load_diffusion_model_state_dict(dict(sdxl_state))
+    made = patch(quantized(model)) if behind else quantized(patch(model))
+    path = saved(made)
+    command("convert", path, folder / "native.safetensors", "--to", "native", "--lossy")
+    want = made.get_model_object("model_sampling")
+    for again in (
+        loaded(path),
+        loaded(saved(loaded(path), "again")),
+        comfy.sd.load_diffusion_model(str(folder / "native.safetensors")),
+    ):
+        assert again.model.model_type.name == "V_PREDICTION"
+        assert again.model.model_sampling.zsnr == zsnr
+        assert torch.equal(again.model.model_sampling.sigmas, want.sigmas)
+    assert "the file is without" not in caplog.text
+
+
+def test_a_sampling_without_a_place_in_a_file_is_named(comfy, folder, full, caplog):
+    from comfy_extras.nodes_model_advanced import ModelSamplingFlux
+
+    path = saved(ModelSamplingFlux().patch(quantized(full), 1.15, 0.5, 512, 512)[0])
+    assert "the file is without the model_sampling (ModelSamplingAdvanced) that a node has set" in caplog.text
+    assert facts(loaded(path)) == facts(full)
+
+
+@pytest.mark.parametrize(("spread", "kind"), [(1.0, "V_PREDICTION"), (0.01, "EPS")])
+def test_prediction_of_stable_diffusion_2(comfy, folder, monkeypatch, spread, kind):
+    """ComfyUI tells it by the values of one bias of the network; by a file of the command too."""
+    import comfy.supported_models
+
+    entry = next(e for e in ENTRIES if e.name == "SD20")
+    monkeypatch.setitem(comfy.supported_models.SD20.unet_config, "model_channels", 64)
+    whole = replace(entry, narrow={"model_channels": 64, "context_dim": 1024})
+    state = {k: v.bfloat16() for k, v in make(whole).model.diffusion_model.state_dict().items()}
+    bias = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    state[bias] = spread * torch.linspace(-1, 1, len(state[bias])).bfloat16()
+    save_file(state, folder / "sd2.safetensors")
+    model = comfy.sd.load_diffusion_model(str(folder / "sd2.safetensors"))
+    want = facts(model)
+    assert (want["class"], want["type"]) == ("SD20", kind)
+    made = quantized(model)
+    command("quantize", folder / "sd2.safetensors", folder / "command.safetensors", "--method", "rtn")
+    again = saved(loaded(folder / "command.safetensors"), "again")
+    for patcher in (made, *(loaded(p) for p in (saved(made), folder / "command.safetensors", again))):
+        assert facts(patcher) == want
+
+
 WAN = {  # header config: what ComfyUI makes of the same weights with it
     '{"model_type": "flow_rvs"}': ("WAN21_FlowRVS", "IMG_TO_IMG_FLOW"),
     '{"causal_ar": true}': ("WAN21_CausalAR_T2V", "FLOW"),
@@ -215,6 +271,18 @@ def test_missing_tensors_are_listed(folder, flux_file, key, record):
             lambda t: [t.pop(k) for k in list(t) if k.startswith("model.diffusion_model.")],
         )
     with pytest.raises(IncompleteModel, match=f"1 tensors of the model .Flux.*. are missing: {key}"):
+        loaded(out)
+
+
+@pytest.mark.parametrize(("name", "key"), [("SD3", "pos_embed"), ("SeedVR2", "positive_conditioning")])
+def test_a_missing_table_that_the_network_leaves_empty_is_listed(folder, name, key):
+    """A buffer, which no module computes: it would be whatever was in memory."""
+    from comfyui_nibble.nodes.host.frame import IncompleteModel
+
+    path = saved(quantized(make(next(e for e in ENTRIES if e.name == name))))
+    assert loaded(path)
+    out = rewritten(path, folder / "x.safetensors", lambda t: t.pop(key))
+    with pytest.raises(IncompleteModel, match=f"1 tensors of the model .{name}. are missing: {key}"):
         loaded(out)
 
 

@@ -239,29 +239,54 @@ def idle(monkeypatch):
     monkeypatch.setattr(work, "quantize_layers", begins)
 
 
-@pytest.mark.parametrize("put_on", UNCOUNTED, ids=lambda f: f.__name__)
-def test_what_acts_on_the_models_own_layers_is_refused(full, put_on, refused, idle, monkeypatch, tmp_path):
+def calibrate(model):
     from comfyui_nibble.nodes.calibrate import NibbleCalibrate
 
+    prompts = {"positive0": [[torch.zeros(1, 8, 128), {"pooled_output": torch.zeros(1, 128)}]]}
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    NibbleCalibrate.execute(model, prompts, latent, "euler", "simple", 1, 1.0, 1, 1, 4.0, False)
+
+
+@pytest.mark.parametrize("put_on", UNCOUNTED, ids=lambda f: f.__name__)
+def test_what_acts_on_the_models_own_layers_is_refused(full, put_on, refused, idle, monkeypatch, tmp_path):
     model = full.clone()
     put_on(model)
     with pytest.raises(refused, match=UNCOUNTED[put_on]):
         quantize(model, monkeypatch, tmp_path)
-    prompt = [[torch.zeros(1, 8, 128), {"pooled_output": torch.zeros(1, 128)}]]
     with pytest.raises(refused, match=UNCOUNTED[put_on]):
-        NibbleCalibrate.execute(
-            model,
-            {"positive0": prompt},
-            {"samples": torch.zeros(1, 16, 16, 16)},
-            "euler",
-            "simple",
-            1,
-            1.0,
-            1,
-            1,
-            4.0,
-            False,
-        )
+        calibrate(model)
+
+
+def replaced_block(model):
+    blocks = model.model.diffusion_model.double_blocks
+    blocks[0] = torch.nn.Sequential(blocks[0])
+
+
+def parametrized(model):
+    qkv = model.get_model_object(QKV)
+    torch.nn.utils.parametrize.register_parametrization(qkv, "weight", torch.nn.Identity())
+
+
+@pytest.mark.parametrize("put_in", [replaced_block, parametrized], ids=lambda f: f.__name__)
+def test_modules_that_are_not_comfyuis_are_refused_before_the_work(comfy, tiny_state, put_in, idle):
+    from comfyui_nibble.nodes.host.frame import DetectionError
+    from comfyui_nibble.nodes.quantize import NibbleQuantize
+
+    model = comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
+    put_in(model)
+    message = "another pack has put modules of its own into this model's network .double_blocks.0.*behind the"
+    with pytest.raises(DetectionError, match=message):
+        NibbleQuantize.execute(model, "rtn", 8, False)
+    with pytest.raises(DetectionError, match=message):
+        calibrate(model)
+
+
+def test_a_method_that_was_written_over_is_named(comfy, tiny_state, source_of, caplog):
+    model = comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
+    block = model.get_model_object(f"{PREFIX}single_blocks.0")
+    plain, block.forward = block.forward, lambda *args, **kwargs: plain(*args, **kwargs)
+    source_of(model)
+    assert "another pack has written over what single_blocks.0 of this model's own network" in caplog.text
 
 
 MISFITS = {

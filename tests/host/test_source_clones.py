@@ -252,6 +252,16 @@ def test_attachments_of_other_packs_come_along(full, monkeypatch, tmp_path):
     assert made.attachments["nibble"]["family"] == "flux"
 
 
+def test_models_that_wrappers_run_come_along(comfy, full, tiny_state, monkeypatch, tmp_path):
+    """ComfyUI loads them with the model that they are on; clones for other cards are of the old model."""
+    model, other = full.clone(), comfy.sd.load_diffusion_model_state_dict(dict(tiny_state))
+    model.set_additional_models("other pack", [other])
+    model.set_additional_models("multigpu", [full.clone()])
+    made = quantize(model, monkeypatch, tmp_path)
+    assert list(made.additional_models) == ["other pack"]
+    assert [m.is_clone(other) for m in made.get_additional_models_with_key("other pack")] == [True]
+
+
 # -- quantized models
 
 

@@ -80,6 +80,47 @@ def test_a_model_without_a_map(prefix):
     assert network([prefix + name for name in UNKNOWN], "f").keys == inside
 
 
+STACKED = [
+    "module.transformer.",
+    "transformer.module.",
+    "model.net.",
+    "model.transformer.",
+    "model.model.net.",
+]
+BESIDE = [
+    "global_step",
+    "ema.decay",
+    "optimizer.0.exp_avg",
+    "vae.decoder.0.weight",
+    "text_encoders.t5.0.weight",
+]
+
+
+@pytest.mark.parametrize("prefix", STACKED)
+@pytest.mark.parametrize("beside", [[], BESIDE], ids=["alone", "beside others"])
+def test_prefixes_one_behind_the_other(prefix, beside):
+    inside = {name: prefix + name for name in UNKNOWN}
+    assert network([*inside.values(), *beside], "f").keys == inside
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.model."])
+def test_a_list_of_layers_that_is_called_as_a_prefix_is_a_part_of_the_names(prefix):
+    """Stable Audio has its blocks under `transformer.`, and the embedder of its timesteps beside them."""
+    inside = {f"transformer.{name}": f"{prefix}transformer.{name}" for name in UNKNOWN}
+    inside |= {f"to_timestep_embed.{i}.weight": f"{prefix}to_timestep_embed.{i}.weight" for i in (0, 2)}
+    assert network(inside.values(), "f").keys == inside
+
+
+def test_an_unknown_prefix_of_a_mapped_model_is_found_beside_other_tensors(tiny_state):
+    found = network([f"student.{name}" for name in tiny_state] + BESIDE, "f")
+    assert found.keys == {name: f"student.{name}" for name in tiny_state}
+
+
+def test_tensors_beside_a_network_do_not_hide_an_unknown_prefix():
+    with pytest.raises(CheckpointError, match=r"the names of all 17 tensors begin with 'student\.'"):
+        network([f"student.{name}" for name in UNKNOWN] + BESIDE, "f")
+
+
 def test_a_model_without_a_map_behind_something_unknown_is_refused():
     """ComfyUI could not load what was made of it; quantizing takes minutes to hours."""
     with pytest.raises(
