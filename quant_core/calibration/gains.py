@@ -1,6 +1,7 @@
 """How much of the noise at each layer's output arrives at the end of a run: the weights of `allocate`,
 measured on the model itself."""
 
+import glob
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -152,6 +153,16 @@ def of_calibration(
             known[name] = energy
             table.add({"name": name, "energy": energy})
     return _mean_1({name: known[name] for name in names})
+
+
+def tables_of(calibration: Calibration) -> list[Path]:
+    """The gains that are kept beside a calibration: those of other settings have a part of a hash in their
+    names."""
+    path = calibration.path
+    return [
+        path.with_name(f"{path.name}.gains.json"),
+        *path.parent.glob(f"{glob.escape(path.name)}.gains.*.json"),
+    ]
 
 
 def _energies(run, modules, ratio, seed, progress) -> Iterator[tuple[str, float]]:

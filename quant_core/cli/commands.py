@@ -121,8 +121,12 @@ def allocate(
     from ..precision import report
     from ..precision.allocate import parse_budget
     from ..run.report import as_text, file_storage
+    from ..store.atomic import require_output
     from . import allocate as allocate_file
 
+    *_, picture = outputs = allocate_file.outputs_of(destination)
+    for out in outputs:
+        require_output(out, [] if gains in (None, "auto") else [Path(gains)])
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
     statistics, device = Calibration(calibration), device_of(device)
     if gains == "auto":
@@ -142,7 +146,6 @@ def allocate(
     if find_spec("matplotlib") is None:
         typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
         return
-    picture = Path(f"{destination}.png")
     allocate_plot.plot(picture, done)
     typer.echo(f"\n{picture}")
 
@@ -167,11 +170,13 @@ def gains(
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where
     it was, a second one is free."""
     from ..calibration import Calibration
+    from ..calibration.gains import tables_of
+    from ..formats.checkpoint import Checkpoint
     from ..store.atomic import require_output, save_text
     from .allocate import measured_gains
 
     statistics = Calibration(calibration)
-    require_output(out, statistics.files)
+    require_output(out, [*Checkpoint(source).inputs, *statistics.files, *tables_of(statistics)])
     found = measured_gains(source, statistics, device_of(device), bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
@@ -276,7 +281,11 @@ def calibrate(
 
     lines = None
     if prompts is not None:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = prompts.read_text(encoding="utf-8")
+        except ValueError as error:  # bytes that are no text
+            raise ValueError(f"{prompts}: not text in UTF-8 ({error})") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(

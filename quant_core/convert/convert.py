@@ -126,7 +126,7 @@ def convert(
                 ]
             )
         )
-    require_output(destination, source.files)
+    require_output(destination, source.inputs)
     with only_run(destination, f"converts {source.path.name}"):
         notes, same = _converted(planned, destination, replacement, progress)
     size = destination.stat().st_size

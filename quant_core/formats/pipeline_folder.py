@@ -19,14 +19,20 @@ def origin_of(folder: Path) -> Origin:
     An SDXL U-Net gets the marker tensors by which ComfyUI knows v-prediction and EDM, since only the
     scheduler beside it says so. Raises CheckpointError for configurations that are no JSON objects.
     """
-    config = _json(folder / "config.json")
+    own, of_scheduler = configurations(folder)
+    config = _json(own)
     if "_class_name" not in config:
         return Origin()
     sdxl = (
         config["_class_name"] == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time"
     )
-    beside = _markers(_json(folder.parent / "scheduler" / "scheduler_config.json")) if sdxl else {}
+    beside = _markers(_json(of_scheduler)) if sdxl else {}
     return Origin({CONFIG: json.dumps(config, sort_keys=True)}, beside=beside)
+
+
+def configurations(folder: Path) -> list[Path]:
+    """Where the model in a folder has its own configuration and that of its scheduler, if it has them."""
+    return [folder / "config.json", folder.parent / "scheduler" / "scheduler_config.json"]
 
 
 def require_safetensors(pipeline: Path):
