@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..store.safe import CheckpointError
+from ..store.safe import CheckpointError, open_safetensors
 from .origin import METADATA_BYTES, Origin
 from .shards import require_no_pickles
 
@@ -37,10 +37,14 @@ def configurations(folder: Path) -> list[Path]:
 
 def require_safetensors(pipeline: Path):
     """Raises CheckpointError where a component that model_index.json names has its weights in pickled files
-    only, naming one of them."""
+    only, naming one of them; also for a configuration that is no JSON object, and a header that is none."""
     for name, what in _json(pipeline / "model_index.json").items():
         if isinstance(what, list) and Path(name).name == name:
             require_no_pickles(pipeline / name)
+            for part in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+                _json(pipeline / name / part)
+            for file in (pipeline / name).glob("*.safetensors"):
+                open_safetensors(file)
 
 
 def _markers(scheduler: dict) -> dict[str, torch.Tensor]:
