@@ -1,8 +1,10 @@
 """What each precision of a menu costs each layer, measured on the layer's output: the table that `allocate`
 works on."""
 
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass
+from dataclasses import field as member
 from pathlib import Path
 
 import torch
@@ -13,7 +15,8 @@ from ..families import Layer
 from ..layer.linear import QuantizedLayer
 from ..methods import fit_problem
 from ..run.layers import not_quantizable, problem_of
-from ..run.source import Weights
+from ..run.source import Remembered, Weights
+from ..store.own_json import NotOurs, field
 from ..store.progress import Progress, silent
 from ..store.table import Table
 from .guard import noise_of, require_tokens
@@ -45,7 +48,7 @@ class Sensitivity:
     in_features: int
     out_features: int
     fixed: bool = False
-    cells: dict[str, Cell] = field(default_factory=dict)
+    cells: dict[str, Cell] = member(default_factory=dict)
 
     @property
     def weights(self) -> int:
@@ -81,19 +84,21 @@ def sensitivity(
     """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path`
     (JSON) after each.
 
-    A table of the same `settings` in `path` is gone on with; one of others is replaced. source: as in
-    `quantize_layers`. Layers whose width no kernel takes are left out. calibration: one that
-    `require_statistics` takes. Raises CalibrationError where no token was held out, ValueError for a damaged
-    table, and UnfitLayer.
+    A table of the same `settings` in `path` is gone on with, but for layers whose weights have changed since;
+    one of others stays, and this one goes beside it. source: as in `quantize_layers`. Layers whose width no
+    kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where
+    no token was held out, ValueError for a damaged table, and UnfitLayer.
     """
-    table = Table(path, settings, "sensitivities")
-    done = {row.name: row for row in table.parsed(_row)}
-    layers = [layer for layer in layers if not not_quantizable(layer)]
+    table, source = Table(path, settings, "sensitivities"), Remembered(source)
+    known = {(row.name, made_from): row for row, made_from in table.parsed(_row)}
+    layers, done = [layer for layer in layers if not not_quantizable(layer)], []
     for layer in progress(layers, len(layers)):
-        if layer.name not in done:
-            done[layer.name] = _measured(layer, source, calibration, config, device)
-            table.add(asdict(done[layer.name]))
-    return [done[layer.name] for layer in layers]
+        made_from = source.hash_of(layer.name)
+        if (row := known.get((layer.name, made_from))) is None:
+            row = _measured(layer, source, calibration, config, device)
+            table.add(asdict(row) | {"source": made_from})
+        done.append(row)
+    return done
 
 
 def _measured(layer, source, calibration, config, device):
@@ -124,5 +129,19 @@ def _cell(problem, layer: QuantizedLayer | None) -> Cell:
     )
 
 
-def _row(row: dict) -> Sensitivity:
-    return Sensitivity(**row | {"cells": {name: Cell(**c) for name, c in row["cells"].items()}})
+def _row(row: dict) -> tuple[Sensitivity, str | None]:
+    """(what was measured, hash of the weights it was measured on; None up to 0.7)."""
+    row = dict(row)
+    made_from = row.pop("source", None)
+    cells = {}
+    for name, found in field(row, "cells", dict).items():
+        cells[name] = Cell(
+            **{part: field(found, part, (int, float)) for part in field(row["cells"], name, dict)}
+        )
+        if not all(math.isfinite(v) and v >= 0 for v in astuple(cells[name])):
+            raise NotOurs(f"cells: {name}: expected numbers of 0 or more")
+    for name, kind in {"name": str, "block": str, "fixed": bool}.items():
+        field(row, name, kind)
+    for name in ("in_features", "out_features"):
+        field(row, name, int, 1)
+    return Sensitivity(**row | {"cells": cells}), made_from
