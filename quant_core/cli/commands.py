@@ -29,7 +29,7 @@ from .options import (
     Source,
     Training,
 )
-from .shared import app, bar, device_of, note
+from .shared import app, bar, device_of, echo, note
 
 
 def _options(pairs: list[str]) -> dict:
@@ -88,7 +88,7 @@ def quantize(
         note,
     )
     written = PackFile(destination)
-    typer.echo(
+    echo(
         as_text(
             rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()
         )
@@ -96,7 +96,7 @@ def quantize(
     losses = Path(f"{destination}.losses.json")
     if trained != UNTRAINED and losses.is_file() and find_spec("matplotlib") is not None:
         plot(losses.with_suffix(".png"), losses)
-        typer.echo(f"\n{losses.with_suffix('.png')}")
+        echo(f"\n{losses.with_suffix('.png')}")
 
 
 @app.command()
@@ -137,17 +137,17 @@ def allocate(
     done, rows = allocate_file.allocate_file(
         source, destination, statistics, asked, config, weights, device, bar, base3, note
     )
-    typer.echo(report.as_text(done, str(destination)))
+    echo(report.as_text(done, str(destination)))
     written = PackFile(destination)
-    typer.echo(
+    echo(
         "\n"
         + as_text(rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes())
     )
     if find_spec("matplotlib") is None:
-        typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
+        echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
         return
     allocate_plot.plot(picture, done)
-    typer.echo(f"\n{picture}")
+    echo(f"\n{picture}")
 
 
 @app.command()
@@ -180,7 +180,7 @@ def gains(
     found = measured_gains(source, statistics, device_of(device), bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
-        typer.echo(f"{gain:10.4f}  {name}")
+        echo(f"{gain:10.4f}  {name}")
 
 
 @app.command()
@@ -203,10 +203,10 @@ def inspect(
     from ..convert.inspect import as_text, describe, verified
 
     if verify:
-        typer.echo(verified(file, bar("tensor")))
+        echo(verified(file, bar("tensor")))
         return
     found = describe(file)
-    typer.echo(json.dumps(found, indent=1) if as_json else as_text(found))
+    echo(json.dumps(found, indent=1) if as_json else as_text(found))
 
 
 @app.command()
@@ -242,11 +242,11 @@ def convert(
 
     planned = conversion.plan(open_quantized(source), to, comfyui)
     if lossy:
-        typer.echo("\n".join(planned.lines(replacement)))
+        echo("\n".join(planned.lines(replacement)))
     lines = conversion.convert(
         planned, destination, lossy=lossy, replacement=replacement, progress=bar("layer")
     )
-    typer.echo("\n".join(lines[-1:] if lossy else lines))
+    echo("\n".join(lines[-1:] if lossy else lines))
 
 
 @app.command()
@@ -300,9 +300,7 @@ def calibrate(
         device=device,
         progress=bar("sample"),
     )
-    typer.echo(
-        f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}"
-    )
+    echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
 
 
 @app.command("merge-calibrations")
@@ -322,7 +320,7 @@ def merge_calibrations(
         raise ValueError(f"one calibration, {calibrations[0]}: expected two or more to merge")
     merge(calibrations, destination)
     done = Calibration(destination)
-    typer.echo(
+    echo(
         f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, {done.meta['samples']} "
         f"samples, calibration {done.hash}"
     )
@@ -344,19 +342,19 @@ def clean(
 
     found = [left for folder in folders or [Path()] for left in leftovers(folder)]
     if not found:
-        typer.echo("nothing is left of stopped runs")
+        echo("nothing is left of stopped runs")
         return
-    typer.echo(as_text(found))
+    echo(as_text(found))
     size = sum(left.nbytes for left in found if not left.held) / 1e6
     if not remove:
-        typer.echo(
+        echo(
             f"{size:,.1f} MB; the same command with --remove removes them. A run with the same options "
             "goes on with them instead."
         )
         return
     for left in found:
         left.remove()
-    typer.echo(f"{size:,.1f} MB removed")
+    echo(f"{size:,.1f} MB removed")
 
 
 def main():
