@@ -117,7 +117,7 @@ def kept_numbers(
     settings["quantized"] = hash_of(t for layer in plan for t in layers[layer.name].tensors.values())
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     table = Table(Path(f"{calibration.path}.{key}.guard.json"), settings, "measured layers")
-    done = {row.name: row for row in table.parsed(lambda row: Measured(**row))}
+    done = {row.name: row for row in table.parsed(Measured.from_json)}
     left = [layer for layer in plan if layer.name not in done]
     for found in steps(measure(left, layers, source, calibration, allowed, device), len(left)):
         done[found.name] = found

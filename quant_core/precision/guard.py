@@ -1,5 +1,6 @@
 """What a quantized layer can be raised to, and what that brings on held-out tokens."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from ..layer.precisions import PRECISIONS, higher, w4a8, w8a8
 from ..layer.problem import Problem, output_sqnr
 from ..run.layers import problem_of, require_statistics
 from ..run.source import Weights
+from ..store import own_json
 from .budget import Option, Unit
 
 
@@ -76,6 +78,20 @@ class Measured:
     nbytes: int
     noise: float
     options: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: dict) -> "Measured":
+        """Of what `asdict` makes of it. Raises NotOurs naming the field that is none."""
+        for name, kind in {"name": str, "block": str, "what": str, "nbytes": int, "options": dict}.items():
+            own_json.field(row, name, kind)
+        own_json.field(row, "noise", (int, float), 0.0)
+        for precision in row["options"]:
+            found = own_json.field(row["options"], precision, list)
+            if [type(v) for v in found] not in ([int, float], [int, int]) or not 0 <= found[1] < math.inf:
+                raise own_json.NotOurs(
+                    f"{precision}: expected bytes and noise, found {own_json.short(found)}"
+                )
+        return cls(**row)
 
     def at(self, precision: str) -> tuple[int, float]:
         """(bytes, noise) at a precision; as it is where that is not better or not to be had."""

@@ -1,6 +1,7 @@
 """What a layer can be raised to, on synthetic layers with outliers, and what the report says of it."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from comfyui_nibble.quant_core.precision.guard import (
 )
 from comfyui_nibble.quant_core.precision.guard_report import Decision, as_text, rows_after
 from comfyui_nibble.quant_core.run.source import Tensors
+from comfyui_nibble.quant_core.store.own_json import NotOurs
 from comfyui_nibble.tests.support import sqnr_db
 
 PLAIN, GELU, HALVES = (Part(0, 512),), (Part(0, 512, True),), (Part(0, 128), Part(128, 512, True))
@@ -291,3 +293,22 @@ def test_rows(make_problem):
     assert (z["what"], z["nbytes"], z["sqnr_db"]) == ("W8A8 per channel smooth", 2048, pytest.approx(40))
     assert z["choices"] == {"smooth": "rms", "guard": "raised by Nibble Guard, was W4A4 at 22.2 dB"}
     assert mod == rows[3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise": float("nan")},
+        {"noise": "0.1"},
+        {"nbytes": 1.5},
+        {"options": {"W8A8": [1]}},
+        {"options": {"W8A8": [1, float("inf")]}},
+        {"options": [1]},
+        {"name": None},
+    ],
+)
+def test_a_damaged_row_of_kept_numbers_is_none(change):
+    row = json.loads(json.dumps(asdict(Measured("a", "b", "W4A4", 10, 0.1, {"W8A8": (20, 0.01)}))))
+    assert Measured.from_json(row).at("W8A8") == (20, 0.01)
+    with pytest.raises(NotOurs):
+        Measured.from_json(row | change)
