@@ -1,7 +1,9 @@
 """How much of the noise at each layer's output arrives at the end of a run: the weights of `allocate`,
 measured on the model itself."""
 
+import glob
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..store.own_json import field
 from ..store.progress import Progress, silent
 from ..store.table import Table
 from .file import Calibration, CalibrationError
@@ -142,7 +145,8 @@ def of_calibration(
         )
     settings = {"calibration": calibration.hash, "samples": samples, "steps": STEPS, "ratio": RATIO}
     table = Table(Path(f"{calibration.path}.gains.json"), settings, "gains")
-    known = dict(table.parsed(lambda r: (r["name"], float(r["energy"]))))
+    known = dict(table.parsed(lambda r: (field(r, "name", str), float(field(r, "energy", (int, float))))))
+    _require_finite(calibration, known)
     if left := [name for name in names if name not in known]:
         model, modules = network()
         indices = chains(trajectory, samples)
@@ -150,8 +154,34 @@ def of_calibration(
         run = replayed(model, trajectory, indices, device)
         for name, energy in _energies(run, {name: modules[name] for name in left}, RATIO, 0, progress):
             known[name] = energy
+            _require_finite(calibration, {name: energy})
             table.add({"name": name, "energy": energy})
+    if not any(known[name] for name in names):
+        raise CalibrationError(
+            f"calibration {calibration.path}: no layer's noise arrives at the end of its recorded samplings. "
+            "Allocate without gains."
+        )
     return _mean_1({name: known[name] for name in names})
+
+
+def _require_finite(calibration, energies):
+    for name, energy in energies.items():
+        if not 0 <= energy < math.inf:
+            raise CalibrationError(
+                f"calibration {calibration.path}: gain of layer {name}: expected a finite energy, found "
+                f"{energy}. The model, or what the calibration recorded of it, holds NaN or Inf; a damaged "
+                ".gains.json is to be deleted."
+            )
+
+
+def tables_of(calibration: Calibration) -> list[Path]:
+    """The gains that are kept beside a calibration: those of other settings have a part of a hash in their
+    names."""
+    path = calibration.path
+    return [
+        path.with_name(f"{path.name}.gains.json"),
+        *path.parent.glob(f"{glob.escape(path.name)}.gains.*.json"),
+    ]
 
 
 def _energies(run, modules, ratio, seed, progress) -> Iterator[tuple[str, float]]:

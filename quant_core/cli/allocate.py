@@ -46,7 +46,8 @@ def allocate_file(
     """
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
-    path, but = Path(f"{destination}.sensitivity.json"), (CalibrationError, BudgetError)
+    _, path, _ = outputs_of(destination)
+    but = (CalibrationError, BudgetError)
     with only_run(path, f"measures {checkpoint.path.name}"), naming(checkpoint.path, but):
         done = measure_and_decide(
             checkpoint,
@@ -67,11 +68,17 @@ def allocate_file(
     return done, rows
 
 
+def outputs_of(destination: Path) -> tuple[Path, Path, Path]:
+    """The files that the command writes: the model, the table of sensitivities, the plot."""
+    return Path(destination), Path(f"{destination}.sensitivity.json"), Path(f"{destination}.png")
+
+
 def opened(source: Path, destination: Path, calibration: Calibration) -> tuple[Checkpoint, str, list[Layer]]:
     """(the checkpoint, its fingerprint, its layers), once it is sure that the calibration fits and the
     destination can be written."""
     checkpoint = Checkpoint(source)
-    require_place(destination, checkpoint, calibration)
+    for out in outputs_of(destination):
+        require_place(out, checkpoint, calibration)
     fingerprint = checkpoint.fingerprint()
     calibration.require_model(fingerprint)
     layers = measured(_sure(checkpoint, calibration), calibration)

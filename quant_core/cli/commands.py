@@ -29,7 +29,7 @@ from .options import (
     Source,
     Training,
 )
-from .shared import app, bar, device_of, note
+from .shared import app, bar, device_of, echo, note
 
 
 def _options(pairs: list[str]) -> dict:
@@ -88,7 +88,7 @@ def quantize(
         note,
     )
     written = PackFile(destination)
-    typer.echo(
+    echo(
         quantization_text(
             rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()
         )
@@ -96,7 +96,7 @@ def quantize(
     losses = Path(f"{destination}.losses.json")
     if trained != UNTRAINED and losses.is_file() and find_spec("matplotlib") is not None:
         plot(losses.with_suffix(".png"), losses)
-        typer.echo(f"\n{losses.with_suffix('.png')}")
+        echo(f"\n{losses.with_suffix('.png')}")
 
 
 @app.command()
@@ -121,8 +121,12 @@ def allocate(
     from ..precision import report
     from ..precision.allocate import parse_budget
     from ..run.report import file_storage, quantization_text
+    from ..store.atomic import require_output
     from . import allocate as allocate_file
 
+    *_, picture = outputs = allocate_file.outputs_of(destination)
+    for out in outputs:
+        require_output(out, [] if gains in (None, "auto") else [Path(gains)])
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
     statistics, device = Calibration(calibration), device_of(device)
     if gains == "auto":
@@ -133,20 +137,19 @@ def allocate(
     done, rows = allocate_file.allocate_file(
         source, destination, statistics, asked, config, weights, device, bar, base3, note
     )
-    typer.echo(report.allocation_text(done, str(destination)))
+    echo(report.allocation_text(done, str(destination)))
     written = PackFile(destination)
-    typer.echo(
+    echo(
         "\n"
         + quantization_text(
             rows, f"{destination} ({menu})", [file_storage(written)], shapes=written.logical_shapes()
         )
     )
     if find_spec("matplotlib") is None:
-        typer.echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
+        echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
         return
-    picture = Path(f"{destination}.png")
     allocate_plot.plot(picture, done)
-    typer.echo(f"\n{picture}")
+    echo(f"\n{picture}")
 
 
 @app.command()
@@ -169,15 +172,17 @@ def gains(
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where
     it was, a second one is free."""
     from ..calibration import Calibration
+    from ..calibration.gains import tables_of
+    from ..formats.checkpoint import Checkpoint
     from ..store.atomic import require_output, save_text
     from .allocate import measured_gains
 
     statistics = Calibration(calibration)
-    require_output(out, statistics.files)
+    require_output(out, [*Checkpoint(source).inputs, *statistics.files, *tables_of(statistics)])
     found = measured_gains(source, statistics, device_of(device), bar("layer"), samples)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
-        typer.echo(f"{gain:10.4f}  {name}")
+        echo(f"{gain:10.4f}  {name}")
 
 
 @app.command()
@@ -200,10 +205,10 @@ def inspect(
     from ..convert.inspect import describe, description_text, verified
 
     if verify:
-        typer.echo(verified(file, bar("tensor")))
+        echo(verified(file, bar("tensor")))
         return
     found = describe(file)
-    typer.echo(json.dumps(found, indent=1) if as_json else description_text(found))
+    echo(json.dumps(found, indent=1) if as_json else description_text(found))
 
 
 @app.command()
@@ -239,11 +244,11 @@ def convert(
 
     planned = conversion.plan(open_quantized(source), to, comfyui)
     if lossy:
-        typer.echo("\n".join(planned.lines(replacement)))
+        echo("\n".join(planned.lines(replacement)))
     lines = conversion.convert(
         planned, destination, lossy=lossy, replacement=replacement, progress=bar("layer")
     )
-    typer.echo("\n".join(lines[-1:] if lossy else lines))
+    echo("\n".join(lines[-1:] if lossy else lines))
 
 
 @app.command()
@@ -278,7 +283,11 @@ def calibrate(
 
     lines = None
     if prompts is not None:
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            text = prompts.read_text(encoding="utf-8")
+        except ValueError as error:  # bytes that are no text
+            raise ValueError(f"{prompts}: not text in UTF-8 ({error})") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"{prompts}: holds no prompts")
     done = calibrate_pipeline(
@@ -293,9 +302,7 @@ def calibrate(
         device=device,
         progress=bar("sample"),
     )
-    typer.echo(
-        f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}"
-    )
+    echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
 
 
 @app.command("merge-calibrations")
@@ -315,7 +322,7 @@ def merge_calibrations(
         raise ValueError(f"one calibration, {calibrations[0]}: expected two or more to merge")
     merge(calibrations, destination)
     done = Calibration(destination)
-    typer.echo(
+    echo(
         f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, {done.meta['samples']} "
         f"samples, calibration {done.hash}"
     )
@@ -337,19 +344,19 @@ def clean(
 
     found = [left for folder in folders or [Path()] for left in leftovers(folder)]
     if not found:
-        typer.echo("nothing is left of stopped runs")
+        echo("nothing is left of stopped runs")
         return
-    typer.echo(leftovers_text(found))
+    echo(leftovers_text(found))
     size = sum(left.nbytes for left in found if not left.held) / 1e6
     if not remove:
-        typer.echo(
+        echo(
             f"{size:,.1f} MB; the same command with --remove removes them. A run with the same options "
             "goes on with them instead."
         )
         return
     for left in found:
         left.remove()
-    typer.echo(f"{size:,.1f} MB removed")
+    echo(f"{size:,.1f} MB removed")
 
 
 def main():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .options import Device
-from .shared import app, bar, device_of
+from .shared import app, bar, device_of, echo
 
 ablate = typer.Typer(
     no_args_is_help=True, help="Measures what each choice of a method costs and brings on the small FLUX."
@@ -27,8 +27,8 @@ def demo(
     from ..evaluation.demo import run
 
     report = run.run(out, bar("step"))
-    typer.echo(run.pictures_text(report))
-    typer.echo(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}")
+    echo(run.pictures_text(report))
+    echo(f"\n{out / 'contact_sheet.png'}\n{out / 'report.json'}")
 
 
 @app.command("bench-fit")
@@ -41,7 +41,7 @@ def bench_fit(
     from ..evaluation import bench_fit as bench
     from ..methods import METHODS
 
-    typer.echo(
+    echo(
         bench.fitting_times_text(
             bench.run([METHODS["svdquant"], METHODS["svdquant_r"]], bar("fit"), json_file, device_of(device))
         )
@@ -75,7 +75,7 @@ def bench(
     from ..evaluation.bench.run import run
 
     command = shlex.join(["nibble", *sys.argv[1:]])
-    code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=typer.echo)
+    code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=echo)
     if code:
         raise typer.Exit(code)
 
@@ -97,6 +97,6 @@ def ablate_splitquant(
 
     text = run.ablation_text(rows := run.run(out, entries(quick), severity, bar("row")))
     save_text(out / "ablation.txt", text + "\n")
-    typer.echo(text)
+    echo(text)
     if find_spec("matplotlib") is not None:
         plot(out / "ablation.png", rows)

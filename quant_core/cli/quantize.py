@@ -50,9 +50,9 @@ def quantize_file(
     `quantize_layers`, with the name of `source` in front, and of Trainer.
     """
     checkpoint = Checkpoint(source)
-    require_place(destination, checkpoint, calibration)
+    for out in (destination, *([_losses(destination)] if preset != UNTRAINED else [])):
+        require_place(out, checkpoint, calibration)
     job = _job(checkpoint, method, config, calibration, device, preset)
-
     digest = []
 
     def begin(store: Unfinished):
@@ -84,8 +84,8 @@ def quantize_file(
         require_unchanged(before)
         job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest[0].result()}
         _write(destination, checkpoint, job, done, base3)
-        if (losses := folder / LOSSES).is_file():
-            losses.replace(f"{destination}.losses.json")
+        if (folder / LOSSES).is_file():
+            (folder / LOSSES).replace(_losses(destination))
     return done.rows
 
 
@@ -108,9 +108,13 @@ def _write(destination, checkpoint, job, done, base3):
     nibble.save(destination, done.layers, rest, family, job.settings, report, base3, origin)
 
 
+def _losses(destination) -> Path:
+    return Path(f"{destination}.losses.json")
+
+
 def require_place(destination: Path, checkpoint: Checkpoint, calibration: Calibration | None = None):
     """Raises OSError where `destination` cannot be written, OverInput where it would replace what is read."""
-    require_output(destination, [*checkpoint.files, *(calibration.files if calibration is not None else ())])
+    require_output(destination, [*checkpoint.inputs, *(calibration.files if calibration is not None else ())])
 
 
 def _least_bytes(checkpoint, plan, method) -> int:

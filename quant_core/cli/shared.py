@@ -15,8 +15,15 @@ def bar(unit):
     return lambda items, total: tqdm(items, total=total, unit=unit, file=sys.stderr, dynamic_ncols=True)
 
 
+def echo(text, err=False):
+    """Prints without control characters, which names and texts of a file may hold."""
+    from ...kernels.operator.errors import plain
+
+    typer.echo(plain(text, keep="\n"), err=err)
+
+
 def note(line):
-    typer.echo(line, err=True)
+    echo(line, err=True)
 
 
 def device_of(name):

@@ -4,7 +4,7 @@ anything is written."""
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...kernels.operator.errors import NamedError, naming
+from ...kernels.operator.errors import NamedError, naming, plain
 from ..formats.detect import open_quantized
 from ..formats.kitchen import native
 from ..formats.opened import Opened
@@ -57,6 +57,10 @@ class Plan:
         return self.writer.replacement or replacement
 
     def lines(self, replacement: str = AS[0]) -> list[str]:
+        """Sentences without control characters: names of layers are the file's."""
+        return [plain(line) for line in self._lines(replacement)]
+
+    def _lines(self, replacement) -> list[str]:
         exact = len(self.source.specs) - len(self.lossy)
         out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
         if self.impossible:
@@ -126,7 +130,7 @@ def convert(
                 ]
             )
         )
-    require_output(destination, source.files)
+    require_output(destination, source.inputs)
     with only_run(destination, f"converts {source.path.name}"):
         notes, same = _converted(planned, destination, replacement, progress)
     size = destination.stat().st_size

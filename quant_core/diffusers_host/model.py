@@ -2,17 +2,21 @@
 file in place."""
 
 import json
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
 import torch
 
+from ...kernels.operator.errors import naming
+from ..calibration.file import CalibrationError
 from ..families import Family, Layer
 from ..families import by_name as family_by_name
 from ..formats.checkpoint import Checkpoint
 from ..formats.nibble import PackError, PackFile
 from ..layer.linear import QuantizedLayer, QuantLinear
+from ..store.safe import CheckpointError
 
 
 def modules_of(family: Family, layers: list[Layer], model: torch.nn.Module) -> dict[str, list[str]]:
@@ -32,6 +36,26 @@ def place(model: torch.nn.Module, targets: list[str], layer: QuantizedLayer):
         model.get_submodule(parent).register_module(leaf, QuantLinear(piece))
 
 
+@contextmanager
+def named(path: Path, but: Path | None = None):
+    """Whatever diffusers raises of a damaged or hostile folder `path` is an error that names it. Ours stay
+    what they are, as do missing packages and errors of the system about `but`."""
+    try:
+        with naming(path, but=CalibrationError):
+            yield
+    except ImportError:
+        raise
+    except Exception as error:
+        ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+        of_system = isinstance(error, OSError) and any(str(p) in str(error) for p in (path, but) if p)
+        if ours or of_system:
+            raise
+        raise CheckpointError(
+            f"{path}: diffusers cannot run it ({type(error).__name__}: {error}). A file in it is damaged, or "
+            "made for another version of diffusers: download it again."
+        ) from error
+
+
 def full(folder: Path, device: str = "cpu") -> torch.nn.Module:
     """The model of a diffusers `transformer` folder in eval mode: fp32 on a CPU, bf16 elsewhere.
 
@@ -46,10 +70,10 @@ def full(folder: Path, device: str = "cpu") -> torch.nn.Module:
     made = _class(Checkpoint(folder).family)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     frugal = find_spec("accelerate") is not None
-    model = made.from_pretrained(
-        folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=frugal
-    )
-    return model.to(device).eval().requires_grad_(False)
+    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": frugal}
+    with named(Path(folder)):
+        model = made.from_pretrained(folder, torch_dtype=dtype, **options)
+        return model.to(device).eval().requires_grad_(False)
 
 
 def _config(path: Path) -> dict:

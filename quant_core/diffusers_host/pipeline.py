@@ -16,6 +16,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.pipeline_folder import require_safetensors
 from ..store.atomic import require_folder
 from ..store.progress import Progress, silent
+from .model import named
 
 
 def calibrate_pipeline(
@@ -35,8 +36,9 @@ def calibrate_pipeline(
 
     prompts: class ids or labels where the pipeline takes classes; None: the prompts of the pack, or ids
     evenly over the classes. Raises ImportError without diffusers, ValueError for a folder that is no
-    pipeline, CheckpointError for one without a transformer in safetensors files or with another component in
-    pickled ones, UnknownArchitecture for a transformer that no family knows.
+    pipeline, CheckpointError for one without a transformer in safetensors files, with another component in
+    pickled ones or with anything that diffusers cannot load or run, UnknownArchitecture for a transformer
+    that no family knows.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -55,28 +57,20 @@ def calibrate_pipeline(
     _mapped(Checkpoint(pipeline).family)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(
-        pipeline,
-        torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    if device == "cpu":
-        pipe.to("cpu")
-    else:
-        pipe.enable_model_cpu_offload(device=device)
-    pipe.set_progress_bar_config(disable=True)
-    return calibrate_with(
-        pipe,
-        folder,
-        prompts,
-        samples=samples,
-        steps=steps,
-        size=size,
-        seed=seed,
-        memory=memory,
-        progress=progress,
-    )
+    with named(Path(pipeline), but=Path(folder)):
+        pipe = DiffusionPipeline.from_pretrained(
+            pipeline,
+            torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        if device == "cpu":
+            pipe.to("cpu")
+        else:
+            pipe.enable_model_cpu_offload(device=device)
+        pipe.set_progress_bar_config(disable=True)
+        asked = {"samples": samples, "steps": steps, "size": size, "seed": seed, "memory": memory}
+        return calibrate_with(pipe, folder, prompts, **asked, progress=progress)
 
 
 def calibrate_with(

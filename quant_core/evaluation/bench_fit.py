@@ -18,6 +18,7 @@ from ..layer.row import Row
 from ..layer.statistics import InputStatistics, hessian_blocks
 from ..methods import Method, fit_problem
 from ..run.report import bits_per_weight
+from ..store.atomic import require_writable, save_text
 
 LAYERS = {
     "3072 x 3072": (3072, 3072, False),
@@ -206,22 +207,18 @@ def fitting_times_text(results: list[dict]) -> str:
 
 def run(methods: list[Method], progress, out: Path | None = None, device: str = "cpu") -> list[dict]:
     """All layers and the block under each method; JSON into `out` where given."""
+    if out is not None:
+        require_writable(out)
     work = [(fit_layer, (name, m, device)) for m in methods for name in LAYERS] + [
         (fit_block, (m, device)) for m in methods
     ]
     results = [task(*args) for task, args in progress(work, len(work))]
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(
-            json.dumps(
-                {
-                    "torch": str(torch.__version__),
-                    "threads": torch.get_num_threads(),
-                    "device": device,
-                    "results": results,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        found = {
+            "torch": str(torch.__version__),
+            "threads": torch.get_num_threads(),
+            "device": device,
+            "results": results,
+        }
+        save_text(out, json.dumps(found, indent=1) + "\n")
     return results

@@ -12,7 +12,7 @@ from ..store.safe import CheckpointError, open_safetensors
 from .foreign import require_declarations, require_leaves
 from .kitchen.declared import HEADER
 from .origin import Origin, is_beside, names_text, outside, size
-from .pipeline_folder import origin_of
+from .pipeline_folder import configurations, origin_of
 from .prefixes import Names, network
 from .scaled import Scales
 from .shards import files_of
@@ -81,6 +81,15 @@ class Checkpoint:
             }
         else:
             self.shapes = own
+
+    @property
+    def inputs(self) -> list[Path]:
+        """Every file that is read of the model, or says in its folder what it is: nothing is written over
+        them."""
+        said = configurations(self.files[0].parent)
+        if self.path.is_dir():
+            said += [*self.path.glob("*.json"), *self.path.glob("*/*.json")]
+        return [*self.files, *(path for path in said if path.is_file())]
 
     def _require_known(self, where, metadata):
         """({name: shape}, {name: dtype}) of tensors that are in no foreign format. where: {name: (handle,

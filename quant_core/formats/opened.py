@@ -55,6 +55,12 @@ class Opened(ABC):
         """The files that are read; none for a model in the graph."""
         return sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
 
+    @property
+    def inputs(self) -> list[Path]:
+        """These, and what else in a folder says what the model is: nothing is written over them."""
+        beside = self.path.glob("*.json") if self.files and self.path.is_dir() else ()
+        return [*self.files, *beside]
+
     def sound_layer(self, name: str) -> QuantizedLayer:
         """The same, to be run: one NaN among scales or smoothing would make a black picture. Raises
         CheckpointError naming file and tensor.

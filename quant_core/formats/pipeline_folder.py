@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..store.safe import CheckpointError
+from ..store.safe import CheckpointError, open_safetensors
 from .origin import METADATA_BYTES, Origin
 from .shards import require_no_pickles
 
@@ -19,22 +19,32 @@ def origin_of(folder: Path) -> Origin:
     An SDXL U-Net gets the marker tensors by which ComfyUI knows v-prediction and EDM, since only the
     scheduler beside it says so. Raises CheckpointError for configurations that are no JSON objects.
     """
-    config = _json(folder / "config.json")
+    own, of_scheduler = configurations(folder)
+    config = _json(own)
     if "_class_name" not in config:
         return Origin()
     sdxl = (
         config["_class_name"] == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time"
     )
-    beside = _markers(_json(folder.parent / "scheduler" / "scheduler_config.json")) if sdxl else {}
+    beside = _markers(_json(of_scheduler)) if sdxl else {}
     return Origin({CONFIG: json.dumps(config, sort_keys=True)}, beside=beside)
+
+
+def configurations(folder: Path) -> list[Path]:
+    """Where the model in a folder has its own configuration and that of its scheduler, if it has them."""
+    return [folder / "config.json", folder.parent / "scheduler" / "scheduler_config.json"]
 
 
 def require_safetensors(pipeline: Path):
     """Raises CheckpointError where a component that model_index.json names has its weights in pickled files
-    only, naming one of them."""
+    only, naming one of them; also for a configuration that is no JSON object, and a header that is none."""
     for name, what in _json(pipeline / "model_index.json").items():
         if isinstance(what, list) and Path(name).name == name:
             require_no_pickles(pipeline / name)
+            for part in ("config.json", "scheduler_config.json", "tokenizer_config.json"):
+                _json(pipeline / name / part)
+            for file in (pipeline / name).glob("*.safetensors"):
+                open_safetensors(file)
 
 
 def _markers(scheduler: dict) -> dict[str, torch.Tensor]:

@@ -5,10 +5,10 @@ import json
 import re
 from pathlib import Path
 
-from ..store.safe import CheckpointError
+from ..store.safe import CheckpointError, require_little_memory
 
 INDEX = ".safetensors.index.json"
-INDEX_BYTES = 64 * 2**20  # FLUX's index has 120 kB
+INDEX_BYTES = 32 * 2**20  # FLUX's index has 120 kB
 # What torch.save's files are called; to open one may run code.
 PICKLED = (
     ".bin",
@@ -83,8 +83,10 @@ def _indexed(index):
     size = index.stat().st_size
     if size > INDEX_BYTES:
         raise CheckpointError(f"{index}: {size} bytes, expected an index of at most {INDEX_BYTES}")
+    text = index.read_bytes()
+    require_little_memory(index, text, "JSON")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(text.decode())["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{index}: expected JSON with a weight_map {{tensor: file}} ({type(error).__name__}: {error})"

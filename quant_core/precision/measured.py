@@ -1,13 +1,13 @@
 """What a layer may be and what that costs, measured on its output: the records that Nibble Guard and Nibble
 Allocate Bits both choose from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...kernels.operator.spec import LinearSpec
 from ..calibration.file import Calibration, CalibrationError
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem, output_sqnr
+from ..store import own_json
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,25 @@ class Measured:
         return option if option.noise < self.here.noise else self.here
 
 
-def from_json(row: Mapping) -> Measured:
-    """What `dataclasses.asdict` made of a Measured. Raises KeyError or TypeError for anything else."""
-    options = {name: Option(**option) for name, option in row["options"].items()}
-    now = None if row["now"] is None else (row["now"][0], Option(**row["now"][1]))
-    return Measured(**dict(row) | {"options": options, "now": now})
+def from_json(row: dict) -> Measured:
+    """What `dataclasses.asdict` made of a Measured. Raises NotOurs naming the field that is none."""
+    for name, kind in {"name": str, "block": str, "fixed": bool}.items():
+        own_json.field(row, name, kind)
+    for name in ("in_features", "out_features"):
+        own_json.field(row, name, int, 1)
+    options = {name: _option(found, name) for name, found in own_json.field(row, "options", dict).items()}
+    now = own_json.field(row, "now", (list, type(None)))
+    if now is not None:
+        if len(now) != 2 or not isinstance(now[0], str):
+            raise own_json.NotOurs(f"now: expected a precision and its numbers, found {own_json.short(now)}")
+        now = (now[0], _option(now[1], "now"))
+    return Measured(**row | {"options": options, "now": now})
+
+
+def _option(found, name):
+    if not isinstance(found, dict):
+        raise own_json.NotOurs(f"{name}: expected an object, found {own_json.short(found)}")
+    return Option(**{part: own_json.field(found, part, (int, float), 0.0) for part in found})
 
 
 def relative_cost(spec: LinearSpec | None) -> float:

@@ -11,7 +11,8 @@ from ..calibration.file import Calibration
 from ..families import Layer
 from ..methods import fit_problem
 from ..run.layers import not_quantizable, problem_of
-from ..run.source import Weights
+from ..run.source import Remembered, Weights
+from ..store.own_json import field
 from ..store.progress import Progress, silent
 from ..store.table import Table
 from .measured import Measured, from_json, option_of, require_tokens
@@ -31,19 +32,26 @@ def sensitivity(
     """Measures every layer at every entry of the menu, one layer at a time, and keeps the table in `path`
     (JSON) after each.
 
-    A table of the same `settings` in `path` is gone on with; one of others is replaced. source: as in
-    `quantize_layers`. Layers whose width no kernel takes are left out. calibration: one that
-    `require_statistics` takes. Raises CalibrationError where no token was held out, ValueError for a damaged
-    table, and UnfitLayer.
+    A table of the same `settings` in `path` is gone on with, but for layers whose weights have changed since;
+    one of others stays, and this one goes beside it. source: as in `quantize_layers`. Layers whose width no
+    kernel takes are left out. calibration: one that `require_statistics` takes. Raises CalibrationError where
+    no token was held out, ValueError for a damaged table, and UnfitLayer.
     """
-    table = Table(path, settings, "sensitivities")
-    done = {row.name: row for row in table.parsed(from_json)}
-    layers = [layer for layer in layers if not not_quantizable(layer)]
+    table, source = Table(path, settings, "sensitivities"), Remembered(source)
+    known = {(row.name, made_from): row for row, made_from in table.parsed(_row)}
+    layers, done = [layer for layer in layers if not not_quantizable(layer)], []
     for layer in progress(layers, len(layers)):
-        if layer.name not in done:
-            done[layer.name] = _measured(layer, source, calibration, config, device)
-            table.add(asdict(done[layer.name]))
-    return [done[layer.name] for layer in layers]
+        made_from = source.hash_of(layer.name)
+        if (row := known.get((layer.name, made_from))) is None:
+            row = _measured(layer, source, calibration, config, device)
+            table.add(asdict(row) | {"source": made_from})
+        done.append(row)
+    return done
+
+
+def _row(row: dict) -> tuple[Measured, str]:
+    """(what was measured, hash of the weights it was measured on)."""
+    return from_json({k: v for k, v in row.items() if k != "source"}), field(row, "source", str)
 
 
 def _measured(layer, source, calibration, config, device):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...kernels.operator.errors import plain, shortened
 from ..calibration.file import CalibrationError, read_meta
-from ..store.atomic import TEMPORARY, remove_temporary
+from ..store.atomic import is_temporary, remove_temporary
 from ..store.lock import LOCK, RUN, is_held
 from . import unfinished
 
@@ -56,7 +56,7 @@ def leftovers(folder: Path) -> Iterator[Leftover]:
             continue
         if (left := _calibration(here)) is not None:
             yield left
-        for name in [n for n in folders if n.endswith(TEMPORARY)]:
+        for name in [n for n in folders if is_temporary(here / n)]:
             folders.remove(name)
             yield _temporary(here / name)
         for path in [here / n for n in sorted(files) if n.startswith(".") and n.endswith((LOCK, RUN))]:

@@ -55,7 +55,7 @@ class Tensors:
         return fingerprint(self.family.mapped(self.shapes), self.get)
 
 
-def rest_of(source: Source, quantized: Iterable[str]) -> Iterator[str]:
+def rest_of(source: Weights, quantized: Iterable[str]) -> Iterator[str]:
     """The keys of tensors that stay as they are, in the order of the source."""
     names = set(quantized)
     return (key for key in source.shapes if key.rpartition(".")[0] not in names)

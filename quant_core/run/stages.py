@@ -14,8 +14,8 @@ from ..methods import Method
 from ..training.presets import UNTRAINED, Preset
 from ..training.trainer import Trainer
 from .layers import problem_of, quantize_layers
-from .source import Remembered, Weights
-from .unfinished import Unfinished
+from .source import Remembered, Weights, rest_of
+from .unfinished import Unfinished, hash_of
 
 
 def blocks_of(plan: list[Layer]) -> list[tuple[str, list[Layer]]]:
@@ -52,12 +52,14 @@ def quantize_blocks(
         yield from _layer_by_layer(plan, fit, store, source)
         return
 
-    def trained(stop, members, layers, rows, name):
-        return _train(trainer, stop, members, layers, rows, name, source, calibration, device)
+    def trained(stop, members, layers, rows, name, made_from):
+        return _train(trainer, stop, members, layers, rows, name, made_from, source, calibration, device)
 
     blocks = blocks_of(plan)
     weights = [[source.hash_of(layer.name) for layer in members] for _, members in blocks]
-    sources = list(accumulate(weights, _chained, initial=""))[1:]
+    # A training also goes through what is not quantized.
+    rest = hash_of(source.get(key) for key in rest_of(source, (layer.name for layer in plan)))
+    sources = list(accumulate(weights, _chained, initial=rest))[1:]
     yield from _block_by_block(blocks, sources, fit, trained, store, preset, trainer)
     if preset.distill:
         yield from _run_by_run(blocks, sources[-1], trained, store, preset, trainer)
@@ -78,7 +80,7 @@ def _block_by_block(blocks, sources, fit, trained, store, preset, trainer) -> It
             layers = {layer.name: layer for layer, _ in done if layer is not None}
             rows = [row for _, row in done]
             if preset.blocks:
-                layers = trained(i + 1, members, layers, rows, name)
+                layers = trained(i + 1, members, layers, rows, name, sources[i])
             store.save(name, sources[i], layers, rows)
         yield name
 
@@ -99,7 +101,7 @@ def _run_by_run(blocks, source, trained, store, preset, trainer) -> Iterator[str
             layers = {k: v for found, _ in loaded for k, v in found.items()}
             rows = [row for _, found in loaded for row in found]
             members = [layer for _, group in blocks[first:stop] for layer in group]
-            layers = trained(stop, members, layers, rows, name)
+            layers = trained(stop, members, layers, rows, name, source)
             store.save(name, source, layers, rows)
         yield name
 
@@ -148,7 +150,7 @@ def _run_name(names, run) -> str:
     return f"distilled-{names[first]}-to-{'prediction' if run[1] > len(names) else names[stop - 1]}"
 
 
-def _train(trainer, stop, members, layers, rows, name, source, calibration, device):
+def _train(trainer, stop, members, layers, rows, name, made_from, source, calibration, device):
     """The layers after training, on the CPU; their rows say what it brought."""
     second_moments = bool({"transform", "smooth"} & set(trainer.config.kinds))  # for GPTQ afterwards
     problems = {
@@ -156,7 +158,8 @@ def _train(trainer, stop, members, layers, rows, name, source, calibration, devi
         for m in members
         if m.name in layers
     }
-    layers, outcome = trainer.run(stop, problems, {n: layer.to(device) for n, layer in layers.items()}, name)
+    start = {n: layer.to(device) for n, layer in layers.items()}
+    layers, outcome = trainer.run(stop, problems, start, name, made_from)
     for row in rows:
         if row.name in layers and not layers[row.name].spec.weight_only:
             layer = layers[row.name]

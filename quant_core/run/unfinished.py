@@ -17,7 +17,7 @@ from ..formats import nibble
 from ..layer.linear import QuantizedLayer
 from ..layer.row import Row
 from ..store import digests
-from ..store.atomic import TEMPORARY, file_name, new_folder, save_text
+from ..store.atomic import file_name, is_temporary, new_folder, save_text
 from ..store.safe import CheckpointError
 from ..store.settings import differences
 from ..training.trainer import LOSSES, TRAINING
@@ -153,9 +153,7 @@ def files_of(folder: Path) -> list[Path]:
         return []
     former = (folder / FORMER).is_file()
     own = lambda p: p.name.endswith((END, TRAINING)) or p.name == LOSSES or (former and _nibble(p))
-    temporary = [
-        f for p in folder.iterdir() if p.name.endswith(TEMPORARY) and p.is_dir() for f in [*p.iterdir(), p]
-    ]
+    temporary = [f for p in folder.iterdir() if is_temporary(p) for f in [*p.iterdir(), p]]
     return [
         *(p for p in folder.iterdir() if p.is_file() and own(p)),
         *temporary,
@@ -164,12 +162,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> int:
-    """Removes them, and the folder if nothing else is in it; returns the bytes that became free."""
+    """Removes them, and the folder if nothing else is in it and it is no link; returns the bytes that became
+    free."""
     freed = 0
     for path in files_of(folder):
         freed += path.stat().st_size
         path.rmdir() if path.is_dir() else path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         os.rmdir(folder)
     return freed
 

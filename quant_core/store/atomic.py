@@ -19,6 +19,7 @@ from . import digests, lock
 from .lock import acquired, released
 
 TEMPORARY = ".nibble-tmp"  # what the folder of a file under way ends with
+_TEMPORARY = re.compile(rf"\..+\.[0-9a-f]{{8}}\.[0-9a-f]{{8}}{re.escape(TEMPORARY)}", re.DOTALL)
 _FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota is used up",
@@ -75,8 +76,7 @@ def require_writable(path: Path, needed: int = 0):
     """Raises OSError naming `path` where no file of `needed` bytes can be put; to be called before the work
     whose result goes there."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder. Name the file to write.")
+    _require_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
@@ -84,6 +84,19 @@ def require_writable(path: Path, needed: int = 0):
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error}). Choose another place.") from error
     require_room(path, needed)
+
+
+def _require_replaceable(path):
+    """Raises OSError where a rename to `path` would fail, or would take away what is no file: a device, a
+    pipe, a file that its owner has protected."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder. Name the file to write.")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: a device, a pipe or a socket, which would be replaced. Name a file to write.")
+    if path.exists() and not os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise PermissionError(
+            f"{path}: is protected from writing. Name another file, or allow writing to it."
+        )
 
 
 def require_folder(path: Path):
@@ -134,6 +147,7 @@ def replacing(path: Path, size: int = 0):
     that the former file or any new one has. What killed runs have left of the same file is removed. size: in
     bytes, where it is known. Raises NoRoom."""
     path = Path(path)
+    _require_replaceable(path)
     with _under_way(path) as folder:
         temporary = folder / "file"
         try:
@@ -141,9 +155,9 @@ def replacing(path: Path, size: int = 0):
             # Safetensors 0.8 makes files of 0600.
             mode = (path if path.exists() else temporary).stat().st_mode
             yield temporary
-            temporary.chmod(mode & 0o7777)
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
+            temporary.chmod(mode & 0o7777)
             os.replace(temporary, path)
             _flush(path.parent)
         except (OSError, SafetensorError) as error:
@@ -152,8 +166,9 @@ def replacing(path: Path, size: int = 0):
 
 @contextmanager
 def new_folder(path: Path):
-    """The same for a folder of files, where none or an empty one is at `path`."""
+    """The same for a folder of files, where none or an empty one is at `path`, or where that leads to."""
     path = Path(path)
+    path = path.resolve() if path.is_symlink() else path
     with _under_way(path) as folder:
         temporary = folder / "folder"
         temporary.mkdir()
@@ -227,11 +242,13 @@ def _prefix(path) -> str:
 def leftovers(path: Path) -> list[Path]:
     """Folders of files under way to `path`, of this run or another, alive or killed."""
     start = f"{_prefix(path)}."
-    return [
-        p
-        for p in path.parent.iterdir()
-        if p.name.startswith(start) and p.name.endswith(TEMPORARY) and p.is_dir()
-    ]
+    return [p for p in path.parent.iterdir() if p.name.startswith(start) and is_temporary(p)]
+
+
+def is_temporary(folder: Path) -> bool:
+    """Whether a folder has the name of a file under way: hashes and all, so that no other folder whose name
+    merely ends so is taken for one."""
+    return _TEMPORARY.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()
 
 
 def remove_temporary(folder: Path) -> bool:

@@ -94,12 +94,17 @@ def _require_small(path, length, file):
             "damaged: download or save it again."
         )
     header = file.read(length)
+    require_little_memory(path, header, "header")
+
+
+def require_little_memory(path: Path, text: bytes, what: str):
+    """Raises CheckpointError for JSON that would take over MEMORY bytes to parse; what: it is of the file."""
     # Measured with safetensors 0.8: texts and the tables that hold them, numbers and lists, and the copies of
-    # a long text.
-    memory = 100 * header.count(b'"') + 40 * sum(map(header.count, (b",", b"[", b"{"))) + 4 * length
+    # a long text. Python's own parser takes less.
+    memory = 100 * text.count(b'"') + 40 * sum(map(text.count, (b",", b"[", b"{"))) + 4 * len(text)
     if memory > MEMORY:
         raise CheckpointError(
-            f"{path}: its header of {length} bytes would take {memory / 1e6:.0f} MB to read, expected at "
+            f"{path}: its {what} of {len(text)} bytes would take {memory / 1e6:.0f} MB to read, expected at "
             f"most {MEMORY / 1e6:.0f}. It is no "
             "model, or is damaged: download or save it again."
         )

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ..store.atomic import replacing
+
 
 def plot(path: Path, losses: Path):
     """The losses of every run, of Trainer's JSON file, as a picture."""
@@ -20,5 +22,6 @@ def plot(path: Path, losses: Path):
     axis.set_ylabel("loss, 1 at the start of a run")
     axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)

@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..store import digests
 from ..store.atomic import save_tensors
+from ..store.safe import open_safetensors
 from .mutation import mutation_allowed
 from .segments import Chain, State, replaced
 from .student import Student
@@ -297,6 +299,7 @@ class _State:
         parameters = list(self.students.parameters())
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         try:
+            digests.verify(path, open_safetensors(path))
             with safe_open(path, "pt") as f:
                 plain, keys = json.loads(f.metadata()[HEADER]), list(f.keys())
                 now = [_copied(f.get_tensor(f"parameters.{i}"), p) for i, p in enumerate(parameters)]

@@ -135,10 +135,18 @@ class Trainer:
         self.config, self.weight = config, _weights(self.recorded, config.bins)
         self.at, self.full, self.quantized = 0, None, None
 
-    def run(self, stop: int, problems: dict[str, Problem], layers: dict[str, QuantizedLayer], name: str):
+    def run(
+        self,
+        stop: int,
+        problems: dict[str, Problem],
+        layers: dict[str, QuantizedLayer],
+        name: str,
+        made_from: str = "",
+    ):
         """Trains the blocks up to `stop` (one past the last: to the prediction) from `layers`, those of the
         blocks, on `problems`, their full-precision weights. Returns (layers, Outcome) and goes on behind
-        them.
+        them. made_from: hash of the weights that all this depends on; the state of a training on others is
+        not gone on with.
         """
         with torch.inference_mode(False):
             layers = _in_own_memory(layers)
@@ -157,7 +165,7 @@ class Trainer:
             before = judged(self.chain, run, layers, self.modules, self.config.coherence)
             with torch.enable_grad(), installed(others, self.modules), self._own_tensors(stop):
                 config = self.config if name not in self.gains else _slower(self.config, self.gains, name)
-                checkpoint = self.folder / f"{file_name(name)}{TRAINING}"
+                checkpoint = self.folder / f"{file_name(name + made_from)}{TRAINING}"
                 done = train(
                     self.chain, run, students, self.modules, config, self.stream_of, checkpoint, self._ticks()
                 )
@@ -256,7 +264,8 @@ class Trainer:
         # Damaged ones are left out: the curves are for the eye, a trained block is hours.
         with suppress(ValueError, TypeError, RecursionError):
             if self.losses.is_file():
-                before = dict(json.loads(self.losses.read_text(encoding="utf-8")))
+                found = dict(json.loads(self.losses.read_text(encoding="utf-8")))
+                before = {name: run for name, run in found.items() if _is_run(run)}
         entry = {
             "losses": [round(x, 6) for x in outcome.losses],
             "gain_db": round(outcome.gain_db, 3),
@@ -290,6 +299,13 @@ def trainer_of(
         gains = of_calibration(calibration, list(held), lambda: (network, held), device, progress)
     names, trajectory = list(blocks.values()), cast(Trajectory, calibration.trajectory())
     return Trainer(network, names, modules, trajectory, folder, device, stream_of, gains, check)
+
+
+def _is_run(run) -> bool:
+    """Whether it is what `_log` writes of one."""
+    number = lambda value: isinstance(value, (int, float))
+    known = isinstance(run, dict) and isinstance(run.get("losses"), list) and number(run.get("gain_db"))
+    return known and all(map(number, run["losses"]))
 
 
 def _in_own_memory(layers: dict[str, QuantizedLayer]) -> dict[str, QuantizedLayer]:

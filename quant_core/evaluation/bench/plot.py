@@ -3,6 +3,7 @@ timed."""
 
 from pathlib import Path
 
+from ...store.atomic import replacing
 from .cases import FLUX_TOKENS
 
 
@@ -19,8 +20,8 @@ def draw(doc: dict, path: Path):
     (_speed if rows else _errors)(axes, rows or doc["rows"])
     figure.legend(loc="outside lower center", fontsize="small", ncols=5)
     figure.suptitle(doc["machine"]["device"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ...store.atomic import require_writable
 from . import cases
 from .cases import Case
 
@@ -34,6 +35,8 @@ def run(
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    for path in outputs_of(Path(json_path)):
+        require_writable(path)
     command = command or shlex.join(sys.argv)
     chosen = [c if isinstance(c, Case) else Case(**c) for c in only] if only else None
     on_cpu = torch.device(device).type == "cpu"
@@ -67,6 +70,17 @@ def run(
             not quick if with_model is None else with_model,
         )
     return session.finish()
+
+
+def outputs_of(path: Path) -> tuple[Path, Path, Path]:
+    """The figures, the table and the plot. Raises ValueError where one would be written over another."""
+    made = path, path.with_suffix(".txt"), path.with_suffix(".png")
+    if len(set(made)) < len(made):
+        raise ValueError(
+            f"{path}: the table (.txt) and the plot (.png) beside the figures would take their place. "
+            f"Name another file, such as {path.with_suffix('.json')}."
+        )
+    return made
 
 
 def _print(text):

@@ -19,6 +19,7 @@ from ...methods.rtn import RTNConfig
 from ...run.layers import quantize_layers
 from ...run.report import bits_per_weight, sqnr_summary
 from ...run.source import Tensors
+from ...store.atomic import replacing, require_writable, save_text
 from ...store.progress import Progress, silent
 from . import metrics, pictures, tiny_flux
 from .outliers import add_outliers
@@ -139,14 +140,16 @@ def run(out: Path, progress: Progress = silent) -> dict:
     import tempfile
 
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    sheet, figures = out / "contact_sheet.png", out / "report.json"
+    for path in (sheet, figures):
+        require_writable(path)
     reports, shown = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, severity in SEVERITIES.items():
             reports[name], shown[name] = run_severity(severity, Path(folder) / name, progress)
     report = {"outliers": "hard", **reports["hard"], "mild": reports["mild"]}
-    contact_sheet(out / "contact_sheet.png", shown, reports)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    contact_sheet(sheet, shown, reports)
+    save_text(figures, json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -176,7 +179,8 @@ def contact_sheet(path, shown, reports):
             )
         axes[0][column].set_title(f"{severity} outliers")
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)
 
 

@@ -67,7 +67,8 @@ class StoredModules:
 
     def __init__(self, path: Path):
         self.path = path
-        where, metadata = open_files(self._paths(), self.path)
+        self.files = self._paths()
+        where, metadata = open_files(self.files, self.path)
         names = network(where, str(self.path))
         self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
         self._check_precision(metadata)

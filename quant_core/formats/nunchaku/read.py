@@ -61,6 +61,11 @@ class NunchakuFile(Opened):
         self._other_smoothing = self._differing()
         self._decibels: dict[str, float] = {}
 
+    @property
+    def files(self) -> list[Path]:
+        """Both of the older layout, of which either stands for the two."""
+        return self._file.files
+
     def _match(self, family: Family):
         """ComfyUI's layers and other tensors from diffusers' names."""
         self.specs, self.rest = {}, []

@@ -168,6 +168,29 @@ def test_stopped_measurement_goes_on_and_a_second_is_free(folder, calibration, t
         allocate.measured_gains(folder, calibration, samples=1)
 
 
+@pytest.mark.parametrize("energy", [float("nan"), float("inf"), -1.0])
+def test_gains_that_are_no_numbers_are_named(calibration, tmp_path, monkeypatch, energy):
+    """Measured on a model with NaN, or read from a damaged table."""
+    linear = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(gains, "_require_fit", lambda *args: None)
+    monkeypatch.setattr(gains, "replayed", lambda *args: None)
+    monkeypatch.setattr(gains, "_energies", lambda *args: iter([("a", energy)]))
+    asked = calibration, ["a"], lambda: (linear, {"a": [linear]})
+    named = r"calibration .*: gain of layer a: expected a finite energy, found (nan|inf|-1\.0)"
+    with pytest.raises(CalibrationError, match=named):
+        gains.of_calibration(*asked)
+    monkeypatch.setattr(gains, "_energies", lambda *args: iter([("a", 0.0)]))
+    with pytest.raises(CalibrationError, match="no layer's noise arrives"):
+        gains.of_calibration(*asked)
+    [table] = [path for path in gains.tables_of(calibration) if path.exists()]
+    found = json.loads(table.read_text())
+    found["layers"][0]["energy"] = energy
+    table.write_text(json.dumps(found))
+    with pytest.raises(CalibrationError, match=named):
+        gains.of_calibration(*asked)
+    table.unlink()
+
+
 def test_commands_write_and_use_them(folder, calibration, tmp_path, monkeypatch):
     out = tmp_path / "gains.json"
     result = CliRunner().invoke(

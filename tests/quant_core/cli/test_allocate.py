@@ -101,6 +101,28 @@ def test_table_of_other_settings_is_replaced(calibration, measured, tmp_path, mo
         table(calibration, path)
 
 
+def test_a_layer_whose_weights_have_changed_is_measured_again(calibration, measured, tmp_path, monkeypatch):
+    path, seen, real = tmp_path / "t.json", [], sensitivity.variants
+    found = json.loads(measured[1].read_text())
+    found["layers"][1]["source"] = "of other weights"
+    path.write_text(json.dumps(found))
+    monkeypatch.setattr(sensitivity, "variants", lambda *args: seen.append(1) or real(*args))
+    assert table(calibration, path) == measured[0]
+    assert len(seen) == sum(not row.fixed for row in measured[0][1:2])
+    assert len(json.loads(path.read_text())["layers"]) == len(measured[0]) + 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1, "x", None, True])
+@pytest.mark.parametrize("where", ["noise", "in_features"])
+def test_a_damaged_row_is_named(calibration, measured, tmp_path, where, value):
+    path, found = tmp_path / "t.json", json.loads(measured[1].read_text())
+    row = found["layers"][3]
+    (next(iter(row["options"].values())) if where == "noise" else row)[where] = value
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"t\.json: not a table of sensitivities .* Delete it to measure"):
+        table(calibration, path)
+
+
 def test_no_held_out_tokens(calibration, tmp_path, monkeypatch):
     real = calibration.get
 

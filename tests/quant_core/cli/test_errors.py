@@ -1,14 +1,20 @@
 """What the command says where something is wrong; nothing of a file reaches the terminal unescaped."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from comfyui_nibble.quant_core.cli import shared
+from comfyui_nibble.quant_core.cli.shared import echo, note
+from comfyui_nibble.quant_core.convert import convert
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
+from comfyui_nibble.quant_core.formats.detect import open_quantized
 from comfyui_nibble.quant_core.formats.nibble import PackFile, save
 from comfyui_nibble.tests.support import nibble
 
@@ -107,6 +113,28 @@ def test_what_a_file_says_reaches_the_terminal_without_control_characters(tmp_pa
     assert "\\x1b[2Jxxx" in found.stderr
     assert found.stderr.removesuffix("\n").isprintable()
     assert len(found.stderr) < 1000
+
+
+def test_all_that_commands_print_is_without_control_characters(capsys):
+    """One function prints; errors have a bounded length beside."""
+    echo("\x1b[2J\x07\x9b\u202ename\nnext")
+    note("\x07")
+    assert capsys.readouterr() == ("\\x1b[2J\\x07\\x9b\\u202ename\nnext\n", "\\x07\n")
+    folder = Path(shared.__file__).parent
+    used = [(p.name, line.strip()) for p in folder.glob("*.py") for line in p.read_text().splitlines()]
+    printed = [found for found in used if "typer.echo" in found[1] or re.search(r"\bprint\(", found[1])]
+    assert [name for name, _ in printed] == ["commands.py", "shared.py"]
+    assert "sentence(" in printed[0][1]
+
+
+def test_converting_prints_names_without_control_characters(tmp_path):
+    bell = "a\x07\x1b[31m"
+    layers = {f"blocks.{i}.{bell}.weight": torch.randn(128, 128) for i in range(2)}
+    save_file(layers | {"norm_out.weight": torch.ones(128)}, tmp_path / "m.safetensors")
+    nibble("quantize", tmp_path / "m.safetensors", tmp_path / "q.safetensors", "--method", "rtn")
+    planned = convert.plan(open_quantized(tmp_path / "q.safetensors"), "nunchaku")
+    assert bell not in "".join(planned.lines())
+    assert r"a\x07\x1b[31m" in "".join(planned.lines())
 
 
 def test_a_report_with_a_name_of_control_characters_is_shown_without_them(tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from comfyui_nibble.kernels.operator.errors import NamedError
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError
 from comfyui_nibble.quant_core.calibration.plan import inputs_of
 from comfyui_nibble.quant_core.cli.commands import app
@@ -157,6 +158,43 @@ def sampled(done, monkeypatch):
     log = SimpleNamespace(seeds=seeds, dies_at=None)
     monkeypatch.setattr(done.pipeline, "__call__", call)
     return log
+
+
+def _values(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+DAMAGES = {
+    "header": ("text_encoder/model.safetensors", lambda f: f.write_bytes(f.read_bytes()[:100])),
+    "nested": ("text_encoder/config.json", lambda f: f.write_text('{"a": ' + "[" * 10_000)),
+    "cut": ("tokenizer/tokenizer_config.json", lambda f: f.write_text(f.read_text()[:30])),
+    "list": ("model_index.json", lambda f: _values(f, scheduler=["diffusers", "X", 3])),
+    "class": ("model_index.json", lambda f: _values(f, vae=["\x1b[2J", "y" * 5000])),
+    "number": ("vae/config.json", lambda f: _values(f, block_out_channels=["x"])),
+    "kind": ("vae/config.json", lambda f: _values(f, act_fn={"tensor": 1})),
+    "sizes": ("transformer/config.json", lambda f: _values(f, caption_channels=128)),
+    "text": ("text_encoder/config.json", lambda f: _values(f, d_kv=64)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_pipeline_is_an_error_that_names_it(saved, tmp_path, damage):
+    """Whatever diffusers and transformers raise of it, which may be of any type."""
+    name, change = DAMAGES[damage]
+    shutil.copytree(saved / "pixart", tmp_path / "damaged")
+    change(tmp_path / "damaged" / name)
+    result = invoke(*calibrate(saved, tmp_path / "damaged", tmp_path / "out"))
+    assert isinstance(result.exception, NamedError), repr(result.exception)
+    text = str(result.exception)
+    assert text.startswith(str(tmp_path / "damaged"))
+    assert text.isprintable()
+    assert len(text) < 2500
+
+
+def test_prompts_that_are_no_text_are_named(saved, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xff\xfe\0")
+    result = invoke("calibrate", saved / "pixart", tmp_path / "out", "--prompts", tmp_path / "prompts.txt")
+    assert "prompts.txt: not text in UTF-8" in str(result.exception)
 
 
 def test_observes_every_input_of_the_model(done):

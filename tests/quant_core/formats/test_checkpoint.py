@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_an_index_that_is_none(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(CheckpointError, match="expected JSON with a weight_map"):
         files_of(tmp_path)
+
+
+def test_an_index_that_takes_much_memory(tmp_path):
+    """A dictionary of a million names takes ten times its text."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {' + ",".join(f'"{i}":"m"' for i in range(10**6)) + "}}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=r"index.json: its JSON of \d+ bytes would take \d+ MB"):
+            Checkpoint(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2 * index.stat().st_size
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_index_that_names_no_file(tmp_path):

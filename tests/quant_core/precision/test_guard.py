@@ -20,6 +20,7 @@ from comfyui_nibble.quant_core.precision.guard import as_units, by_layer, measur
 from comfyui_nibble.quant_core.precision.guard_report import Decision, guard_text, rows_after
 from comfyui_nibble.quant_core.precision.measured import Measured, Option, from_json, option_of
 from comfyui_nibble.quant_core.run.source import Tensors
+from comfyui_nibble.quant_core.store.own_json import NotOurs
 from comfyui_nibble.tests.support import sqnr_db
 
 PLAIN, GELU, HALVES = (Part(0, 512),), (Part(0, 512, True),), (Part(0, 128), Part(128, 512, True))
@@ -258,3 +259,23 @@ def test_rows(make_problem):
     assert (z["what"], z["nbytes"], z["sqnr_db"]) == ("W8A8 per channel smooth", 2048, pytest.approx(40))
     assert z["choices"] == {"smooth": "rms", "guard": "raised by Nibble Guard, was W4A4 at 22.2 dB"}
     assert mod == rows[3]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"in_features": 1.5},
+        {"options": {"W8A8": [1]}},
+        {"options": {"W8A8": {"noise": float("nan")}}},
+        {"options": {"W8A8": {"noise": "0.1"}}},
+        {"options": [1]},
+        {"now": ["W4A4"]},
+        {"now": ["W4A4", 0.1]},
+        {"name": None},
+    ],
+)
+def test_a_damaged_row_of_kept_numbers_is_none(change):
+    row = json.loads(json.dumps(asdict(MEASURED[0])))
+    assert from_json(row) == MEASURED[0]
+    with pytest.raises(NotOurs):
+        from_json(row | change)

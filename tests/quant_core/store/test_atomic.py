@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from comfyui_nibble.quant_core.store.atomic import (
     NoRoom,
     OverInput,
+    is_temporary,
     leftovers,
     new_folder,
     replacing,
@@ -61,6 +63,33 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         OSError, match=r"models/q.safetensors: cannot be written \(.*\)\. Choose another place"
     ):
         require_writable(tmp_path / "models" / "q.safetensors")
+
+
+def test_a_device_or_a_pipe_is_no_file(tmp_path):
+    """A rename would take away the machine's /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", Path("/dev/null")):
+        with pytest.raises(OSError, match=rf"{path}: a device, a pipe or a socket, .* Name a file to write"):
+            require_writable(path)
+        with pytest.raises(OSError, match="a device, a pipe or a socket"):
+            save_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert Path("/dev/null").is_char_device()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "pipe"]
+
+
+def test_a_protected_file_is_refused_before_the_work(tmp_path, monkeypatch):
+    """Root may write everything, so it is asked as another user is."""
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(b"mine")
+    path.chmod(0o444)
+    monkeypatch.setattr(os, "access", lambda p, mode, **_: bool(Path(p).stat().st_mode & 0o200))
+    monkeypatch.setattr(os, "supports_effective_ids", {os.access})
+    for write in (require_writable, lambda p: save_text(p, "x")):
+        with pytest.raises(PermissionError, match=r"q.safetensors: is protected from writing\. Name another"):
+            write(path)
+    assert path.read_bytes() == b"mine"
 
 
 # -- what is read is not written over
@@ -212,6 +241,16 @@ def test_a_file_under_way_in_another_run_is_left_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_whose_name_ends_as_ours_is_not_ours(tmp_path):
+    for name in ("thesis.nibble-tmp", ".thesis.nibble-tmp", ".a.0123456.89abcdef.nibble-tmp"):
+        (tmp_path / name).mkdir()
+        assert not is_temporary(tmp_path / name)
+    with replacing(tmp_path / "a\nb") as temporary:
+        assert is_temporary(temporary.parent)
+        (tmp_path / f"{temporary.parent.name[:-20]}00000000.nibble-tmp").symlink_to(tmp_path)
+        assert leftovers(tmp_path / "a\nb") == [temporary.parent]
+
+
 def test_names_as_long_as_a_file_system_takes(tmp_path):
     path = tmp_path / ("n" * 250)
     save_text(path, "x")
@@ -231,3 +270,12 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
         (part / "a").write_text("whole")
         assert not (tmp_path / "out").exists()
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_a_folder_is_made_where_a_link_leads_to(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    with new_folder(tmp_path / "link") as part:
+        (part / "a").write_text("whole")
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["a"]

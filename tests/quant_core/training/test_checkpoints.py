@@ -78,8 +78,9 @@ def stopped(world, checkpoint, at=6):
         lambda whole: whole.replace(b'"parameters.0"', b'"parameters.x"'),
         lambda whole: whole.replace(b'\\"schedule\\": {', b'\\"schedules\\":{'),
         lambda whole: pickle.dumps({"parameters": []}),
+        lambda whole: whole[:-1] + bytes([whole[-1] ^ 1]),
     ],
-    ids=["empty", "cut", "without a parameter", "without the schedule", "pickled"],
+    ids=["empty", "cut", "without a parameter", "without the schedule", "pickled", "one bit"],
 )
 def test_a_damaged_checkpoint_is_not_trusted(world, tmp_path, damage):
     """The run starts again and ends as one that was never stopped."""
