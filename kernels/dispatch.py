@@ -226,7 +226,7 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     if isinstance(target, str):
         target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
     refused: dict[str, str] = {}
-    for name in _OF_TRITON if _has_kernels(target) else PATHS:
+    for name in _OF_TRITON if has_kernels(target) else PATHS:
         reason = _first(PATHS[name], spec, target)
         if reason is None:
             learned = name != TORCH_INT8 and any(p.kronecker for p in spec.parts)
@@ -237,7 +237,7 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     return Choice("eager", _summed_up(refused))
 
 
-def _has_kernels(target):
+def has_kernels(target):
     """Whether Triton runs here at all: torch's products are for where it does not."""
     return _first(_BASE, None, target) is None
 
@@ -282,7 +282,7 @@ def spec_at_load(spec: LinearSpec, target: Target) -> LinearSpec:
         return spec
     if target.card.wgmma and target.triton is not None and all(p.activation for p in spec.parts):
         return spec.as_int8() if any(has_groups(p) for p in spec.parts) else spec
-    if not _has_kernels(target) and choose(spec.as_int8(), target).path == TORCH_INT8:
+    if not has_kernels(target) and choose(spec.as_int8(), target).path == TORCH_INT8:
         return spec.as_int8()
     return spec
 

@@ -70,9 +70,9 @@ def full(folder: Path, device: str = "cpu") -> torch.nn.Module:
     made = _class(Checkpoint(folder).family)
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     frugal = find_spec("accelerate") is not None
-    options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": frugal}
+    options = {"torch_dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": frugal}
     with named(Path(folder)):
-        model = made.from_pretrained(folder, torch_dtype=dtype, **options)
+        model = made.from_pretrained(folder, use_safetensors=True, **options)
         return model.to(device).eval().requires_grad_(False)
 
 

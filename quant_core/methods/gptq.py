@@ -2,8 +2,10 @@
 
 import torch
 
+from ...kernels.dispatch import has_kernels
 from ...kernels.operator.quantizers import absmax_scale, code_range
 from ...kernels.operator.transforms import transform_activation
+from ...kernels.target import target_of
 
 
 def upper_factor(hessian: torch.Tensor, damp: float) -> torch.Tensor:
@@ -42,33 +44,44 @@ def quantize(
     (G, N) in `dtype`.
     """
     k, n = weight_t.shape
-    low, top = code_range(bits)
     codes = torch.empty(k, n, dtype=torch.int8, device=weight_t.device)
-    given, scales = (
-        scales,
-        torch.empty(k // group, n, dtype=dtype, device=weight_t.device) if scales is None else scales,
-    )
+    given = scales is not None
+    if scales is None:
+        scales = torch.empty(k // group, n, dtype=dtype, device=weight_t.device)
+    round_block = _on_gpu if has_kernels(target_of(weight_t.device)) else _rows
     for (start, stop), c in sorted(factor.items()):
         for first in range(start, stop, block):
             last = min(first + block, stop)
             inverse = _inverse_rows(c, first - start, last - start)
             columns = weight_t[first:last]
             errors = torch.empty_like(columns)
-            for j in range(last - first):
-                if (first + j) % group == 0:
-                    g = (first + j) // group
-                    if given is None:
-                        scale = absmax_scale(columns[j : j + group].T, bits, "channel").squeeze(1).to(dtype)
-                        scales[g] = scale.clamp(min=torch.finfo(dtype).tiny)
-                    scale = scales[g].float()
-                column = columns[j]
-                rounded = (column / scale).round_().clamp_(low, top)
-                codes[first + j] = rounded.to(torch.int8)
-                torch.sub(column, rounded.mul_(scale), out=errors[j]).div_(inverse[j, j])
-                columns[j + 1 :].addr_(inverse[j, j + 1 : last - first], errors[j], alpha=-1)
+            round_block(columns, inverse, scales, codes[first:last], errors, first, group, bits, given)
             if last < stop:
                 weight_t[last:stop].addmm_(inverse[:, last - first :].T, errors, alpha=-1)
     return codes, scales
+
+
+def _rows(columns, inverse, scales, codes, errors, first, group, bits, given):
+    """One block row by row; see `kernels.gptq.launch.block`. columns are used up."""
+    low, top = code_range(bits)
+    for j in range(len(columns)):
+        if (first + j) % group == 0 or (j == 0 and given):
+            g = (first + j) // group
+            if not given:
+                scale = absmax_scale(columns[j : j + group].T, bits, "channel").squeeze(1).to(scales.dtype)
+                scales[g] = scale.clamp(min=torch.finfo(scales.dtype).tiny)
+            scale = scales[g].float()
+        column = columns[j]
+        rounded = (column / scale).round_().clamp_(low, top)
+        codes[j] = rounded.to(torch.int8)
+        torch.sub(column, rounded.mul_(scale), out=errors[j]).div_(inverse[j, j])
+        columns[j + 1 :].addr_(inverse[j, j + 1 : len(columns)], errors[j], alpha=-1)
+
+
+def _on_gpu(*args):
+    from ...kernels.gptq.launch import block  # imports Triton, which a machine may not have
+
+    block(*args)
 
 
 def _inverse_rows(c, first, last):
