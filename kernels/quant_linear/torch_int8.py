@@ -20,7 +20,7 @@ LEAST_ROWS = 32  # of CUDA's product, which refuses 16 and less
 _SECOND = 254.0  # a rounded digit is off by half a step at most: 127 steps of the second one
 
 
-def quant_linear(x: torch.Tensor, spec, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def quant_linear(x, spec, tensors):
     """x (M, K) in fp32, bf16 or fp16 -> y (M, N) in that dtype. Arguments as in `naive.quant_linear`; no part
     has scales of groups, nor one for a whole tensor of activations.
 
@@ -35,21 +35,24 @@ def quant_linear(x: torch.Tensor, spec, tensors: dict[str, torch.Tensor]) -> tor
     smooth = [None if factor is None else factor.float() for *_, factor in split]
     of_parts = list(zip(spec.parts, smooth, spec.factors(tensors), strict=True))
     bias = tensors["bias"].float()[None] if spec.bias else None
-    down, up = (tensors[name].float() for name in ("proj_down", "proj_up")) if spec.rank else (None, None)
+    up = tensors["proj_up"].float() if spec.rank else None
     y = x.new_empty(x.shape[0], spec.out_features)
     for rows in _chunks(x, x.shape[0], ROWS):
         here = x[rows]
         inputs = [_input(here[:, part.start : part.stop], part, *more) for part, *more in of_parts]
-        if down is not None:
-            low = [here[:, p.start : p.stop].float() @ down[p.start : p.stop] for p in spec.parts]
-            low = torch.cat(low, 1)
+        low = _low(here, spec, tensors["proj_down"].float()) if spec.rank else None
         for columns in _chunks(x, spec.out_features, CHANNELS):
             out = None if bias is None else bias[:, columns]
-            for codes, weight, row_scale in zip(inputs, weights, scales, strict=True):
-                scaled, row_scale = _product(*codes, weight[columns], len(here)), row_scale[:, columns]
-                out = scaled * row_scale if out is None else torch.addcmul(out, scaled, row_scale)
-            y[rows, columns] = out if down is None else torch.addmm(out, low, up[columns].T)
+            for (codes, scale), weight, row_scale in zip(inputs, weights, scales, strict=True):
+                scaled, of_rows = _product(codes, scale, weight[columns], len(here)), row_scale[:, columns]
+                out = scaled * of_rows if out is None else torch.addcmul(out, scaled, of_rows)
+            y[rows, columns] = out if low is None else torch.addmm(out, low, up[columns].T)
     return y
+
+
+def _low(x, spec, down):
+    """x D of each part, side by side (M, parts R), fp32."""
+    return torch.cat([x[:, p.start : p.stop].float() @ down[p.start : p.stop] for p in spec.parts], 1)
 
 
 def _chunks(x, count, size):

@@ -6,9 +6,9 @@ from typing import cast
 import torch
 
 from ...kernels.operator.packing import pack
-from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
+from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize, quantize_activation
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec
-from ...kernels.operator.transforms import fold_weight
+from ...kernels.operator.transforms import fold_weight, transform_activation
 from .chunks import row_chunks
 from .linear import QuantizedLayer
 from .problem import Fitted, Problem
@@ -41,7 +41,9 @@ def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None, facto
     codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
     scales = torch.empty(n, part.scale_rows, dtype=scale_dtype, device=weight.device)
     # A scale for the whole tensor needs the whole tensor.
-    for rows in [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width):
+    for rows in (
+        [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width, device=weight.device)
+    ):
         codes[rows], scales[rows] = weight_codes(
             folded(weight, rows, part, smooth, low_rank, factors), part.weight, scale_dtype, scale_of
         )
@@ -60,22 +62,26 @@ def folded(weight, rows, part: PartSpec, smooth, low_rank=None, factors=None) ->
 def folded_t(weight, part: PartSpec, smooth, low_rank=None, factors=None) -> torch.Tensor:
     """fold(W - U D^T) transposed, (w, N) fp32, as GPTQ wants it and uses it up."""
     out = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, device=weight.device):
         out[:, rows] = folded(weight, rows, part, smooth, low_rank, factors).T
     return out
 
 
 def column_absmax(weight) -> torch.Tensor:
     """Largest magnitude of each in-channel of a weight (N, w), (w,) fp32."""
-    return torch.stack([weight[rows].abs().amax(0) for rows in row_chunks(*weight.shape)]).amax(0).float()
+    return (
+        torch.stack([weight[rows].abs().amax(0) for rows in row_chunks(*weight.shape, device=weight.device)])
+        .amax(0)
+        .float()
+    )
 
 
 def smoothing(x, w, alpha, beta, dtype) -> torch.Tensor:
-    """s (w,) = x^alpha / w^beta for statistics of the two sides, rounded to `dtype` before anything is folded
-    with it, fp32."""
+    """s (..., w) = x^alpha / w^beta for statistics (w,) of the two sides, rounded to `dtype` before anything
+    is folded with it, fp32. alpha, beta: numbers, or (..., 1) of many at a time."""
     s = x.clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)
     # Mean log 0 keeps s in the range of fp16; the scales absorb the constant.
-    return (s / s.log().mean().exp()).clamp(1e-3, 1e3).to(dtype).float()
+    return (s / s.log().mean(-1, keepdim=True).exp()).clamp(1e-3, 1e3).to(dtype).float()
 
 
 def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
@@ -86,7 +92,7 @@ def shift_correction(codes, scales, part: PartSpec, smooth) -> torch.Tensor:
     per_channel = torch.full((part.width,), shift, device=codes.device)
     if smooth is not None:
         per_channel /= smooth.float()
-    for rows in row_chunks(*codes.shape):
+    for rows in row_chunks(*codes.shape, device=codes.device):
         out[rows] = dequantize(codes[rows], scales[rows].float(), grain, part.weight.group) @ per_channel
     return out
 
@@ -108,6 +114,37 @@ class FittedPart:
     factors: tuple[torch.Tensor, torch.Tensor] | None = None
     chosen: dict = field(default_factory=dict)
     error: float = 0.0
+
+
+def outputs(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T (R, N) fp32 for tokens x (R, w) fp32 and a weight (N, w) of any dtype."""
+    return torch.cat(
+        [x @ weight[rows].float().T for rows in row_chunks(*weight.shape, device=weight.device)], 1
+    )
+
+
+def output_error(part: FittedPart, x: torch.Tensor, y: torch.Tensor) -> float:
+    """Energy of y (R, N) less what the part gives for tokens x (R, w), both fp32, without the bias."""
+    spec, act, smooth = part.spec, part.spec.activation, part.smooth
+    if act is None:
+        tx = transform_activation(x, smooth, spec.rotation, factors=part.factors)
+    else:
+        codes, scale = quantize_activation(x, spec, smooth, part.factors)
+        tx = dequantize(codes, scale, act.granularity, act.group)
+        if act.shift:
+            # Quantized weights also multiply the shift, which the bias takes back.
+            tx = tx - (act.shift / smooth if smooth is not None else act.shift)
+    down, up = (None, None) if part.low_rank is None else part.low_rank
+    low = None if down is None else x @ down.float()
+    error = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows in row_chunks(*part.codes.shape, device=part.codes.device):
+        grain, group = spec.weight.granularity, spec.weight.group
+        weight = dequantize(part.codes[rows], part.scales[rows].float(), grain, group)
+        rest = torch.addmm(y[:, rows], tx, weight.T, alpha=-1)
+        if low is not None and up is not None:
+            rest.addmm_(low, up[rows].float().T, alpha=-1)
+        error += rest.double().square().sum()
+    return error.item()
 
 
 def fit_parts(problem: Problem, fit_part) -> Fitted:

@@ -33,7 +33,7 @@ def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
             scales.append(scale.float())
             continue
         rounded, row_scale = torch.empty_like(values), scale.new_empty(len(values), 1, dtype=torch.float32)
-        for rows in row_chunks(*values.shape):
+        for rows in row_chunks(*values.shape, device=values.device):
             weight = dequantize(values[rows], scale.float().T[rows], "group", part.weight.group)
             row_scale[rows] = absmax_scale(weight, 8, "channel")
             rounded[rows] = quantize(weight, row_scale[rows], 8, "channel")

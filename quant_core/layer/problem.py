@@ -99,7 +99,7 @@ def output_sqnr(problem: Problem, quantized: QuantizedLayer, purpose: str = "rep
         return None
     y = quantized(x[:, : quantized.spec.in_features])
     signal = noise = 0.0
-    for rows in row_chunks(*problem.weight.shape):
+    for rows in row_chunks(*problem.weight.shape, device=problem.weight.device):
         want = x @ problem.weight[rows].float().T
         if problem.bias is not None:
             want += problem.bias[rows].float()

@@ -12,7 +12,6 @@ import torch
 
 from ...kernels.operator.quantizers import best_clip_scale, dequantize
 from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
-from ...kernels.operator.transforms import rotate
 from ..formats.kitchen.declared import INT8_CHANNELS, ROTATIONS, width_is_read
 from ..layer.assemble import FittedPart, assemble, folded, folded_t, round_part
 from ..layer.chunks import power_db, row_chunks
@@ -109,8 +108,8 @@ def _gptq(problem, start, damp):
     """The part with codes by GPTQ at the scales it has."""
     spec, factor = start.spec, {}
     for block, moments in problem.statistics.hessians.items():
-        half = rotate(moments.to(problem.weight.device, torch.float32), spec.rotation)
-        factor[block] = gptq.upper_factor(rotate(half.T, spec.rotation), damp)
+        h = moments.to(problem.weight.device, torch.float32)
+        factor[block] = gptq.upper_factor(gptq.transformed_moments(h, None, spec.rotation), damp)
     folded_weight = folded_t(problem.weight, spec, None)
     codes, _ = gptq.quantize(
         folded_weight, factor, 4, spec.width, torch.float32, scales=start.scales.T.contiguous()
@@ -120,7 +119,7 @@ def _gptq(problem, start, damp):
 
 def _weight_sqnr(problem, part) -> float:
     signal = noise = 0.0
-    for rows in row_chunks(*problem.weight.shape):
+    for rows in row_chunks(*problem.weight.shape, device=problem.weight.device):
         want = folded(problem.weight, rows, part.spec, None)
         got = dequantize(part.codes[rows], part.scales[rows], "channel")
         signal += want.double().square().sum().item()

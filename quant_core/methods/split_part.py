@@ -97,7 +97,7 @@ class SplitPart:
             at = slice(i * self.step, (i + 1) * self.step)
             s, scale = self._moments(at), smooth[at]
             g = torch.zeros_like(s)
-            for rows in row_chunks(len(self.weight), self.step):
+            for rows in row_chunks(len(self.weight), self.step, device=self.weight.device):
                 chunk = self.weight[rows, at].float() * scale
                 g.addmm_(chunk.T, chunk)
             pairs.append((s / scale / scale[:, None], g))
@@ -187,7 +187,7 @@ class SplitPart:
     def _error(self, part) -> float:
         """Energy of the output's error on the fit tokens, with the codes as they are."""
         tx, error = self._seen(part.smooth, part.factors, part.spec.activation.clip), 0.0
-        for rows in row_chunks(*self.weight.shape):
+        for rows in row_chunks(*self.weight.shape, device=self.weight.device):
             error += (
                 (self.x @ self.weight[rows].float().T - tx @ self._weight(part, rows).T)
                 .double()
@@ -216,7 +216,7 @@ class SplitPart:
         )
         x_error, x_energy = (self.x - back * smooth).square().sum(0), self.x.square().sum(0)
         out = torch.zeros_like(x_error)
-        for rows in row_chunks(*self.weight.shape):
+        for rows in row_chunks(*self.weight.shape, device=self.weight.device):
             weight = self.weight[rows].float()
             rest = weight - unfold_weight(self._weight(self.best, rows), smooth, 0, factors)
             out += x_error * weight.square().sum(0) + x_energy * rest.square().sum(0)

@@ -5,21 +5,32 @@ whitened SVD, the residual may be rounded by GPTQ, and with `rotation` a Hadamar
 smoothing (`svdquant_r`).
 """
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
-from ...kernels.operator.quantizers import GROUP, dequantize, quantize_activation
+from ...kernels.operator.quantizers import GROUP, dequantize
 from ...kernels.operator.spec import GELU_SHIFT, ActivationSpec, PartSpec, WeightSpec
 from ...kernels.operator.transforms import rotate, rotation_size
-from ..layer.assemble import FittedPart, column_absmax, fit_parts, folded, folded_t, round_part, smoothing
-from ..layer.chunks import row_chunks
+from ..layer.assemble import (
+    FittedPart,
+    column_absmax,
+    fit_parts,
+    folded,
+    folded_t,
+    output_error,
+    outputs,
+    round_part,
+    smoothing,
+)
 from ..layer.lowrank import truncated
 from ..layer.problem import Fitted, Problem
 from . import gptq
+from .ranking import at_a_time, rough_errors
 
 
 @dataclass(frozen=True)
@@ -72,9 +83,7 @@ class PartFit:
         tokens = problem.tokens("select")
         self.x = None if tokens is None else tokens[: config.tokens, part.start : part.stop]
         if self.x is not None:
-            self.y = torch.cat(
-                [self.x @ self.weight[rows].float().T for rows in row_chunks(*self.weight.shape)], 1
-            )
+            self.y = outputs(self.x, self.weight)
 
     def fit(self):
         """(the best found, its choices)."""
@@ -120,23 +129,25 @@ class PartFit:
             return self._rounded(
                 first if first.activation.unsigned else last, None, "plain", None, {"data": "none"}
             )
-        candidates = list(self._candidates())
-        rough = self._every_few_rows()
-        candidates.sort(key=lambda c: rough._rounded(c[0], c[2], "plain", None, {}).error)
         full = (
             self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)})
-            for p, t, s in candidates[: self.config.finalists]
+            for p, t, s in self._ranked(list(self._candidates()))[: self.config.finalists]
         )
         return min(full, key=error_of)
 
-    def _every_few_rows(self):
-        """The same part with at most `rough_rows` out-channels, for a first ranking: 26 candidates on a 3072
-        x 3072 layer take 3 s so and 39 s in full."""
+    def _ranked(self, candidates):
+        """Candidates by the error that they would leave on at most `rough_rows` out-channels: 26 on a 3072 x
+        3072 layer take 3 s so and 39 s in full."""
         step = max(1, self.weight.shape[0] // self.config.rough_rows)
-        out = copy.copy(self)
-        out.weight, out.y = self.weight[::step].contiguous(), self.y[:, ::step].contiguous()
-        out.rank = min(self.rank, *out.weight.shape)
-        return out
+        weight, y = self.weight[::step].float(), self.y[:, ::step]
+        size = at_a_time(weight)
+        errors = []
+        for spec, alike in groupby(candidates, key=itemgetter(0)):
+            smooths = [smooth for _, _, smooth in alike]
+            for some in (smooths[i : i + size] for i in range(0, len(smooths), size)):
+                errors.append(rough_errors(self, spec, torch.stack(some), weight, y))
+        order = torch.cat(errors).nan_to_num(nan=torch.inf).sort(stable=True).indices
+        return [candidates[i] for i in order.tolist()]
 
     def _smooths(self, shift):
         stats, span = self.statistics, slice(self.part.start, self.part.stop)
@@ -145,14 +156,14 @@ class PartFit:
         if stats.hessians:
             diagonal = torch.cat([stats.hessians[b].diagonal() for b in self._blocks()]).to(absmax)
             kinds["rms"] = (diagonal / stats.count).sqrt() + shift
-        w = column_absmax(self.weight)
-        seen = set()
-        for kind in self.config.smooth_statistics:
-            for alpha, beta in self.config.smooth:
-                if kind not in kinds or ((alpha, beta) == (0, 0) and (0, 0) in seen):
-                    continue
-                seen.add((alpha, beta))
-                yield f"{kind} {alpha:g}/{beta:g}", smoothing(kinds[kind], w, alpha, beta, self.dtype)
+        w, pairs = column_absmax(self.weight), dict.fromkeys(self.config.smooth)
+        for kind in (k for k in self.config.smooth_statistics if k in kinds):
+            if not pairs:
+                break
+            alpha, beta = torch.tensor(list(pairs), device=w.device).T[..., None]
+            made = smoothing(kinds[kind], w, alpha, beta, self.dtype)
+            yield from ((f"{kind} {a:g}/{b:g}", s) for (a, b), s in zip(pairs, made, strict=True))
+            pairs.pop((0.0, 0.0), None)  # the same for every statistic
 
     # -- steps
 
@@ -167,7 +178,7 @@ class PartFit:
         if not self.rank:
             return None
         rows_of = lambda rows: folded(self.weight, rows, spec, smooth) - (0 if base is None else base(rows))
-        v, u = truncated(rows_of, self.weight.shape, self.rank, factor)
+        v, u = truncated(rows_of, self.weight.shape, self.rank, factor, device=self.weight.device)
         # (x / s) R v = x (diag(1/s) R v): the branch acts on the raw x.
         down = rotate(v.T, spec.rotation).T
         if smooth is not None:
@@ -228,49 +239,22 @@ class PartFit:
         out = {}
         for start, stop in self._blocks():
             a, b = start - self.part.start, stop - self.part.start
+            # A block's width is a multiple of the rotation wherever the part's is, except when a cut fell
+            # inside.
+            if best.spec.rotation and (stop - start) % best.spec.rotation:
+                return {}
             h = self.statistics.hessians.pop((start, stop)).to(self.weight.device, torch.float32)
-            if best.smooth is not None:
-                s = best.smooth[a:b]
-                h.div_(s).div_(s[:, None])
-            if best.spec.rotation:
-                # A block's width is a multiple of the rotation wherever the part's is, except when a cut fell
-                # inside.
-                if h.shape[0] % best.spec.rotation:
-                    return {}
-                h = rotate(rotate(h, best.spec.rotation).T, best.spec.rotation)
+            smooth = None if best.smooth is None else best.smooth[a:b]
+            h = gptq.transformed_moments(h, smooth, best.spec.rotation)
             out[a, b] = gptq.upper_factor(h, self.config.damp)
         return out
 
     # -- judgement
 
     def _judged(self, candidate):
-        error = 0.0 if self.x is None else self._error_of(candidate)
+        error = 0.0 if self.x is None else output_error(candidate, self.x, self.y)
         # Nothing is better than NaN, not even itself.
         return replace(candidate, error=math.inf if math.isnan(error) else error)
-
-    def _error_of(self, candidate):
-        spec, smooth = candidate.spec, candidate.smooth
-        codes, scale = quantize_activation(self.x, spec, smooth)
-        tx = dequantize(codes, scale, spec.activation.granularity, spec.activation.group)
-        if spec.activation.shift:
-            # Quantized weights also multiply the shift, which the bias takes back.
-            tx = tx - (spec.activation.shift / smooth if smooth is not None else spec.activation.shift)
-        low = None
-        if candidate.low_rank is not None:
-            low = self.x @ candidate.low_rank[0].float()
-        error = 0.0
-        for rows in row_chunks(*self.weight.shape):
-            weight = dequantize(
-                candidate.codes[rows],
-                candidate.scales[rows].float(),
-                spec.weight.granularity,
-                spec.weight.group,
-            )
-            rest = torch.addmm(self.y[:, rows], tx, weight.T, alpha=-1)
-            if low is not None:
-                rest.addmm_(low, candidate.low_rank[1][rows].float().T, alpha=-1)
-            error += rest.double().square().sum().item()
-        return error
 
 
 def error_of(candidate):

@@ -10,9 +10,9 @@ from operator import itemgetter
 
 import torch
 
-from ...kernels.operator.quantizers import GROUP, best_clip_scale, dequantize, quantize
+from ...kernels.operator.quantizers import GROUP, best_clip_scale, quantize
 from ...kernels.operator.spec import PartSpec, WeightSpec
-from ..layer.assemble import FittedPart, assemble, folded, folded_t
+from ..layer.assemble import FittedPart, assemble, folded, folded_t, output_error, outputs
 from ..layer.chunks import row_chunks
 from ..layer.lowrank import truncated
 from ..layer.problem import Fitted, Problem
@@ -23,7 +23,8 @@ def fit(problem: Problem, rank: int = 0, use_gptq: bool = False, damp: float = 0
     """Round to nearest with the clip of least squares; with statistics also GPTQ and a whitened low rank of
     `rank`, whichever is best on held-out tokens."""
     tokens = problem.tokens("select")
-    judged = lambda part: 0.0 if tokens is None else _error(problem, part, tokens)
+    exact = None if tokens is None else outputs(tokens, problem.weight)
+    judged = lambda part: 0.0 if tokens is None or exact is None else output_error(part, tokens, exact)
     # One beside the best in memory; the first of equals is taken.
     candidates = _candidates(problem, rank, use_gptq, damp, tokens)
     _, part, chosen = min(((judged(part), part, chosen) for part, chosen in candidates), key=itemgetter(0))
@@ -41,7 +42,13 @@ def _candidates(problem, rank, use_gptq, damp, tokens):
     if use_gptq:
         yield _gptq(problem, None, factor, {"rounding": "gptq"})
     if rank := min(rank, *problem.weight.shape):
-        v, u = truncated(lambda rows: problem.weight[rows].float(), problem.weight.shape, rank, factor)
+        v, u = truncated(
+            lambda rows: problem.weight[rows].float(),
+            problem.weight.shape,
+            rank,
+            factor,
+            device=problem.weight.device,
+        )
         pair = (v.to(problem.dtype), u.to(problem.dtype))
         yield _nearest(problem, pair, {"low_rank": "whitened", "rounding": "nearest"})
         if use_gptq:
@@ -55,7 +62,7 @@ def _spec(problem, pair):
 
 def _nearest(problem, pair, chosen):
     spec, codes, scales = _spec(problem, pair), [], []
-    for rows in row_chunks(*problem.weight.shape):
+    for rows in row_chunks(*problem.weight.shape, device=problem.weight.device):
         weight = folded(problem.weight, rows, spec, None, pair)
         scale = best_clip_scale(weight, 4, "group").to(problem.dtype)
         codes.append(quantize(weight, scale.float(), 4, "group"))
@@ -68,18 +75,3 @@ def _gptq(problem, pair, factor, chosen):
     folded_weight = folded_t(problem.weight, spec, None, pair)
     codes, scales = gptq.quantize(folded_weight, factor, 4, GROUP, problem.dtype)
     return FittedPart(spec, codes.T.contiguous(), scales.T.contiguous(), low_rank=pair), chosen
-
-
-def _error(problem, part, x) -> float:
-    """Energy of the output's error on tokens x (R, K) fp32."""
-    low = None if part.low_rank is None else x @ part.low_rank[0].float()
-    error = 0.0
-    for rows in row_chunks(*problem.weight.shape):
-        rest = problem.weight[rows].float() - dequantize(
-            part.codes[rows], part.scales[rows].float(), "group", GROUP
-        )
-        wrong = x @ rest.T
-        if low is not None:
-            wrong.addmm_(low, part.low_rank[1][rows].float().T, alpha=-1)
-        error += wrong.double().square().sum().item()
-    return error

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from comfyui_nibble.kernels import spec_at_load
-from comfyui_nibble.kernels.dispatch import TORCH_INT8, choose, paths_of, quant_linear
+from comfyui_nibble.kernels import choose, paths_of, spec_at_load
+from comfyui_nibble.kernels.dispatch import TORCH_INT8, quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, torch_int8
 from comfyui_nibble.kernels.target import Target, target_of

@@ -156,7 +156,9 @@ def test_gptq_earns_its_place(make_problem):
 
 
 def test_more_activation_bits_are_better(make_problem):
-    db = [decibel(make_problem, 128, activation_bits=bits) for bits in (1, 2, 3, 4, 8)]
+    """On the mean of three layers: a choice among close candidates moves one by 0.2 dB."""
+    mean = lambda bits: sum(decibel(make_problem, n, activation_bits=bits) for n in (128, 160, 192)) / 3
+    db = [mean(bits) for bits in (1, 2, 3, 4, 8)]
     assert db[1] > db[0] + 1
     assert db[2] > db[1] + 1
     assert db[3] > db[2] + 0.5

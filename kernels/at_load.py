@@ -1,0 +1,44 @@
+"""The form in which a layer should run on a machine, and what a report says of the paths that layers take."""
+
+from collections import Counter
+
+from .dispatch import TORCH_INT8, choose, has_kernels
+from .operator.spec import LinearSpec
+from .plan import has_groups
+from .target import Target
+
+
+def spec_at_load(spec: LinearSpec, target: Target) -> LinearSpec:
+    """The layer as it should run on a target (`layer.precisions.in_int8` makes it); the same spec where that
+    is how it is stored.
+
+    On Hopper the two FMA an output and group of group-64 scales take more issue slots than the whole bf16
+    product has time: W8A8. Where torch's int8 product runs, weights are held in int8, which unpacking 4 bits
+    at each call would double the time of, and layers with scales of groups are W8A8 or W8A16.
+    """
+    if not all(p.activation is None or p.activation.granularity != "tensor" for p in spec.parts):
+        return spec
+    if target.card.wgmma and target.triton is not None and all(p.activation for p in spec.parts):
+        return spec.as_int8() if any(has_groups(p) for p in spec.parts) else spec
+    if not has_kernels(target) and choose(spec.as_int8(), target).path == TORCH_INT8:
+        return spec.as_int8()
+    return spec
+
+
+def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:
+    """For a report: {layer: path} on a target, and lines that count the layers of each path with the reasons
+    for it."""
+    paths: dict[str, str] = {}
+    counts: Counter = Counter()
+    for name, spec in specs.items():
+        run = spec_at_load(spec, target)
+        choice = choose(run, target)
+        paths[name] = choice.path + f" as {run.precision}" * (run is not spec)
+        counts[paths[name], choice.refused] += 1
+    lines = [f"Runs on {target}:"]
+    for (path, refused), count in counts.most_common():
+        lines.append(
+            f"  {count} {'layer' if count == 1 else 'layers'}: {path}"
+            + "".join(f"; {n}: {r}" for n, r in refused)
+        )
+    return paths, lines
