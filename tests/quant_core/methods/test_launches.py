@@ -1,4 +1,4 @@
-"""How many kernels a fit launches on a card, and how often it waits for one, counted by torch's dispatcher."""
+"""How many kernels a fit launches on a card and how often it waits, counted by torch's dispatcher."""
 
 from collections import Counter
 
@@ -12,8 +12,30 @@ from comfyui_nibble.quant_core.layer import chunks
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import METHODS, gptq, ranking, svdquant
 
-VIEWS = ("view", "slice", "select", "t.", "transpose", "expand", "unsqueeze", "squeeze", "detach", "alias", "fill_.",
-    "as_strided", "permute", "unbind", "split", "diagonal", "_unsafe_view", "empty", "lift_fresh", "new_empty")  # fmt: skip
+VIEWS = tuple(
+    [
+        "view",
+        "slice",
+        "select",
+        "t.",
+        "transpose",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "detach",
+        "alias",
+        "fill_.",
+        "as_strided",
+        "permute",
+        "unbind",
+        "split",
+        "diagonal",
+        "_unsafe_view",
+        "empty",
+        "lift_fresh",
+        "new_empty",
+    ]
+)
 
 
 class Launches(TorchDispatchMode):
