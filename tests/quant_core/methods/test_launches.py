@@ -12,29 +12,10 @@ from comfyui_nibble.quant_core.layer import chunks
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import METHODS, gptq, ranking, svdquant
 
-VIEWS = tuple(
-    [
-        "view",
-        "slice",
-        "select",
-        "t.",
-        "transpose",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "detach",
-        "alias",
-        "fill_.",
-        "as_strided",
-        "permute",
-        "unbind",
-        "split",
-        "diagonal",
-        "_unsafe_view",
-        "empty",
-        "lift_fresh",
-        "new_empty",
-    ]
+VIEWS = (
+    *("view", "slice", "select", "t.", "transpose", "expand", "unsqueeze", "squeeze", "detach", "alias"),
+    *("fill_.", "as_strided", "permute", "unbind", "split", "diagonal", "_unsafe_view", "empty", "new_empty"),
+    "lift_fresh",
 )
 
 
