@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from .compiling import constant_when_compiled
 from .errors import NamedError
 from .packing import PACKABLE_BITS
