@@ -111,7 +111,7 @@ def _layers(cases, columns, target):
             yield Case(f"time {case.name}: {name}", "baseline", _given(case, name=name))
         for check in checks:
             name = check.id.replace("check", "time", 1)
-            yield Case(name, "time", check.given, needs=check.id)
+            yield Case(name, "time", check.given, limit_s=30, needs=check.id)  # compiled before
         # Last: foreign native code that fails may take the device along.
         for name in KITCHEN:
             yield Case(f"time {case.name}: {name}", "baseline", _given(case, name=name))
@@ -173,4 +173,4 @@ def _tuning(cases, columns, target):
             for i, tile in enumerate(candidates(target, problem)):
                 given = _given(case, column=column.name, tile=vars(tile).copy(), default=i == 0)
                 name = f"tune {problem.key}: {text_of(tile)}"
-                yield Case(name, "tune", given, seconds=4, limit_s=60, group=f"tune {problem.key}")
+                yield Case(name, "tune", given, seconds=4, limit_s=45, group=f"tune {problem.key}")
