@@ -17,6 +17,13 @@ from comfyui_nibble.tests.quant_core.evaluation.bench.made_up import NAMES, chil
 PARENT = textwrap.dedent(
     """
     import sys
+    import torch
+
+    def touched(*args, **kwargs):
+        raise AssertionError("the parent has touched the device")
+
+    for name in ("_lazy_init", "is_available", "device_count", "current_device", "synchronize"):
+        setattr(torch.cuda, name, touched)
     from comfyui_nibble.quant_core.evaluation.bench.run import run
     from comfyui_nibble.tests.quant_core.evaluation.bench.made_up import child
     sys.exit(run("cpu", sys.argv[1], True, echo=lambda text: print(text, flush=True), child=child()))
@@ -106,7 +113,8 @@ def started(path, pause):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_dry_run_that_is_killed_twice_goes_on(tmp_path):
-    """Killed after 2 and after 5 cases, the third run gives the set of cases of an undisturbed one."""
+    """Killed after 2 and after 5 cases, the third run gives the set of cases of an undisturbed one. Nor does
+    the parent touch the device: it could not end a process that hangs there if it hung itself."""
     path, whole, left = tmp_path / "b.json", tmp_path / "whole.json", []
     for count in (2, 5):
         process = started(path, 0.5)
