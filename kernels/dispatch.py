@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from .cards import INT4, M8N8K32
 from .fp16 import HALF, balanced_parts, row_power
+from .operator.compiling import constant_when_compiled
 from .operator.spec import LinearSpec, parse
 from .operator.transforms import transform_activation
 from .plan import has_groups, kernel_of
@@ -253,7 +254,7 @@ def _first(requirements, spec, target):
     return next((reason for check in requirements if (reason := check(spec, target))), None)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _path(spec: str, device, dtype, asked: tuple | None) -> str:
     """`choose` by values on which torch.compile can guard: the spec's text, the dtype of x, the fields of the
     Target asked for. Where the path takes x transformed by torch, _TRANSFORMED."""

@@ -259,7 +259,7 @@ changes = 0  # how often measured tiles have changed in this process
 
 class TileCache:
     """Measured tiles of one card and Triton version: {problem key: Tile} in a JSON file. A file that cannot
-    be read is ignored with a warning and replaced by the next save (`nibble bench --tune`)."""
+    be read is ignored with a warning and replaced by the next save (`nibble bench --all`)."""
 
     def __init__(self, path: Path):
         self.path, self.tiles = path, {}

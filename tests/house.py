@@ -9,7 +9,6 @@ file into another.
 import ast
 import io
 import sys
-import timeit
 import tokenize
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ import comfyui_nibble
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import interpreter
+from comfyui_nibble.quant_core.evaluation.bench.host_cost import launches_left_out, microseconds
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.run.layers import quantize_layers
@@ -120,22 +120,7 @@ def forward() -> tuple[int, int, float]:
     with launches_left_out():
         run = lambda: quant_linear(x, spec, tensors, target=interpreter())
         run()
-        return *traced(run), min(timeit.repeat(run, number=200, repeat=15)) / 200 * 1e6
-
-
-class launches_left_out:
-    """Triton's kernels do nothing within: what is left is the Python in front of them."""
-
-    def __enter__(self):
-        from triton.runtime.interpreter import InterpretedFunction
-
-        self.kept = InterpretedFunction.__getitem__
-        InterpretedFunction.__getitem__ = lambda self, grid: lambda *args, **kwargs: None
-
-    def __exit__(self, *_):
-        from triton.runtime.interpreter import InterpretedFunction
-
-        InterpretedFunction.__getitem__ = self.kept
+        return *traced(run), microseconds(run)
 
 
 def fit() -> tuple[int, int]:

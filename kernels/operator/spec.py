@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
+from .compiling import constant_when_compiled
 from .errors import NamedError
 from .packing import PACKABLE_BITS
 from .quantizers import GROUP
@@ -366,7 +365,7 @@ def _values(spec):
     return spec if names is None else tuple(_values(getattr(spec, name)) for name in names)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _text(values) -> str:
     return json.dumps(values)
 

@@ -17,7 +17,7 @@ whatever x has beside them. The low rank stays in this kernel, on 16-bit wgmma: 
 read and write all of y once more, at 3072 in-channels a quarter of the int8 product's time by the card's
 figures.
 
-Never run on a card so far, only compiled. `nibble bench --tune` compares its output with the specification
+Never run on a card so far, only compiled. `nibble bench --all` compares its output with the specification
 and with the default kernel's before it may be chosen.
 """
 

@@ -120,7 +120,8 @@ def _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, stride
         tokens, channels, row_bytes, x.stride(0), w.stride(0), y.stride(0), *strides, **chosen.constants,
     )  # fmt: skip
     if low is not None:  # Triton has no 16-bit tensor cores on this card, cuBLAS has
-        y.addmm_(low, up.to(low.dtype).T)
+        # y is fp32 where a layer takes several launches, and torch multiplies no two types.
+        y.addmm_(low.to(y.dtype), up.to(y.dtype).T)
 
 
 def turing_constants(problem: Problem, tile: Tile, exact: bool, has_bias: bool, accumulate: bool) -> dict:

@@ -52,31 +52,31 @@ def bench_fit(
 def bench(
     json_file: Annotated[
         Path,
-        typer.Option("--json", help="File for the figures; a table (.txt) and a plot (.png) go beside it."),
-    ],
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Three layers of FLUX and a small one, about 3 minutes.")
-    ] = False,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="First time every tile size and keep the fastest for this card.")
-    ] = False,
-    model: Annotated[
-        bool | None,
         typer.Option(
-            "--model/--no-model", help="A step of a FLUX-sized model; left out by --quick if not given."
+            "--json",
+            help="File for the figures, with which a second run goes on; a table (.txt) and a plot (.png) go "
+            "beside it.",
         ),
-    ] = None,
+    ],
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Beyond correctness, the model's step and memory: layers beside comfy-kitchen, fits, "
+            "calibration, tuning.",
+        ),
+    ] = False,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin nothing that would end later.")] = 9.0,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "auto",
 ):
-    """Checks the kernels and times them against PyTorch and comfy-kitchen. Without a GPU they are only
-    checked."""
+    """Checks the kernels, then times the pack against PyTorch, the most important first, each case in a
+    process of its own. Without a GPU kernels are checked in Triton's interpreter, and the CPU is timed."""
     import shlex
 
     from ..evaluation.bench.run import run
 
-    command = shlex.join(["nibble", *sys.argv[1:]])
-    code = run(device, json_file, quick=quick, tune=tune, with_model=model, command=command, echo=echo)
-    if code:
+    said = shlex.join(["nibble", *sys.argv[1:]])
+    if code := run(device, json_file, everything, minutes, echo, said=said):
         raise typer.Exit(code)
 
 

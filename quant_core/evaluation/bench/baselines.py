@@ -8,12 +8,9 @@ import torch
 from torch.nn.functional import linear
 
 from ....kernels.target import Target
+from .answers import Refused
 from .cases import RANK, Case, generator, random_input
 from .timing import Work
-
-
-class Refused(Exception):
-    """A baseline that does not exist here; the text is the reason."""
 
 
 def _check(ok, reason):

@@ -1,48 +1,87 @@
 """What the figures were taken on."""
 
 import platform
-import shutil
-import subprocess
+import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+import xxhash
 
 from ....kernels.target import Target
 from ....kernels.tuning import cache_for
 from .baselines import kitchen_version
+from .sensors import Sensors
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def describe(device: torch.device, target: Target) -> dict:
-    """JSON: the card and the versions of everything that compiles or runs."""
+def describe(device: torch.device, target: Target, sensors: Sensors) -> dict:
+    """JSON: the machine, the card and the versions of everything that compiles or runs."""
     out = {
-        "device": platform.processor() or platform.machine(),
+        "host": platform.node(),
+        "device": processor(),
+        "uuid": "",
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
         "backend": target.backend,
         "arch": target.arch,
         "interpreted": target.interpreted,
-        "driver": "",
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "triton": _version("triton", "pytorch-triton-rocm", "triton-rocm", "triton-windows"),
         "comfy_kitchen": kitchen_version(),
         "python": platform.python_version(),
+        "pack": pack_version(),
         "commit": commit(ROOT),
+        "sources": sources_hash(ROOT),
     }
-    if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        out |= {
+    if device.type != "cuda":
+        return out | {"driver": "", "sensors": sensors.reason}
+    p = torch.cuda.get_device_properties(device)
+    return (
+        out
+        | sensors.facts()
+        | {
             "device": p.name,
+            "uuid": str(getattr(p, "uuid", "")),
             "compute_capability": f"{p.major}.{p.minor}",
             "memory_bytes": p.total_memory,
             "l2_bytes": p.L2_cache_size,
             "processors": p.multi_processor_count,
-            "driver": _driver(device),
             "measured_tiles": len(cache_for(target).tiles),
+            "sensors": sensors.reason,
         }
-    return out
+    )
+
+
+def processor() -> str:
+    """The CPU's own name where Linux says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
+
+
+def pack_version() -> str:
+    """Of the installed package, else of the pyproject.toml beside the sources."""
+    if (ROOT / "pyproject.toml").is_file():
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+        return project["project"]["version"]
+    return _version("nibble-quant")
+
+
+def sources_hash(root: Path) -> str:
+    """Of the code that figures depend on: kernels, layers, and what measures them."""
+    folders = ("kernels", "quant_core/layer", "quant_core/methods", "quant_core/evaluation/bench")
+    digest = xxhash.xxh3_64()
+    for file in sorted(file for folder in folders for file in (root / folder).rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(*packages) -> str:
@@ -52,17 +91,6 @@ def _version(*packages) -> str:
         except PackageNotFoundError:
             continue
     return ""
-
-
-def _driver(device) -> str:
-    """The driver's version, and the card's power limit and top clock, as nvidia-smi has them; "" without
-    it."""
-    if not shutil.which("nvidia-smi"):
-        return ""
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    lines, index = done.stdout.strip().splitlines(), device.index or 0
-    return lines[index] if done.returncode == 0 and index < len(lines) else ""
 
 
 def commit(root: Path) -> str:

@@ -1,5 +1,6 @@
 """What the figures say: cells, the least possible time, targets, text."""
 
+from . import sections
 from .cases import FLUX_TOKENS
 from .timing import Timing
 
@@ -122,8 +123,6 @@ def _row_text(row: dict) -> list[str]:
             f"  {len(errors)} of {len(checks)} comparisons hold, relative error at most {max(errors):.2g}"
         )
     lines += [check_text(name, check) for name, check in bad]
-    if row["failed"]:
-        lines.append("  not timed: an output is wrong")
     return lines + [f"  {name:17} {cell_text(found)}" for name, found in row["cells"].items()]
 
 
@@ -150,22 +149,6 @@ def _overview(rows: list[dict]) -> list[str]:
             None if r is None else f"{r:.2f}" for r in ratios
         ]
         lines.append(f"{row['name']:{width}} " + " ".join(f"{n or '-':>16}" for n in numbers))
-    return lines
-
-
-def _model_text(results: dict) -> list[str]:
-    lines = ["", "One step of a FLUX.1-dev-sized model at 1024 x 1024, random weights"] if results else []
-    base = results.get("torch", {}).get("ms")
-    for name, found in results.items():
-        if "reason" in found:
-            lines.append(f"  {name:17} refused: {found['reason']}")
-            continue
-        ratio = f"  {base / found['ms']:5.2f} x" if base else ""
-        memory = f"peak {found['peak_bytes'] / 2**30:.2f} GiB, blocks {found['block_bytes'] / 2**30:.2f} GiB"
-        lines.append(
-            f"  {name:17} {found['ms']:9.1f} ms{ratio}  {memory}"
-            + ("" if found["finite"] else "  NOT FINITE")
-        )
     return lines
 
 
@@ -197,10 +180,11 @@ def benchmark_text(doc: dict) -> str:
     )
     lines[-1] += f"comfy-kitchen {m['comfy_kitchen'] or '-'}; commit {m['commit'] or '-'}"
     lines.append(f"{doc['date']}: {doc['command']}")
+    lines += sections.sensors_text(doc)
     if not doc["timed"]:
         lines.append(
-            "Nothing was timed: there is no GPU. The kernels were compared on Triton's interpreter, at "
-            "tiny shapes."
+            "No kernel was timed: there is no GPU. They were compared on Triton's interpreter, at tiny "
+            "shapes."
         )
     if c:
         number = lambda key, factor: "-" if c.get(key) is None else f"{c[key] / factor:.1f}"
@@ -211,13 +195,12 @@ def benchmark_text(doc: dict) -> str:
     for row in doc["rows"]:
         lines += _row_text(row)
     lines += _overview(doc["rows"])
-    lines += _model_text(doc["model"])
-    lines += _target_text(doc["targets"])
+    lines += sections.model_text(doc) + sections.host_text(doc) + sections.cpu_text(doc)
+    lines += sections.fits_text(doc) + sections.tuned_text(doc) + _target_text(doc["targets"])
     failed = [row["name"] for row in doc["rows"] if row["failed"]]
     lines += [
         "",
         f"{len(doc['rows'])} cases, {len(failed)} with a wrong output"
         + "".join(f"\n  {name}" for name in failed),
     ]
-    lines += [f"error: {error}" for error in doc["errors"]]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *sections.faults_text(doc)]) + "\n"

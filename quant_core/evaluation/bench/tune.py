@@ -1,11 +1,10 @@
-"""`--tune`: every candidate tile of a case's products is timed on this card, the fastest goes into the user's
+"""Tuning: every candidate tile of a case's products is timed on this card, the fastest goes into the user's
 cache."""
 
 import json
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, fields
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from ....kernels.plan import lower
 from ....kernels.target import Target
 from ....kernels.tuning import Problem, Tile, TileCache, cache_for, candidates
 from ...store.atomic import save_text
+from .answers import Wrong
 from .cases import RANK, Case, Column
 from .ours import gemm_work, layer_of
 from .timing import Work, measure
@@ -67,42 +67,45 @@ def fault(y, default, x, spec, tensors, rows: int = 2048) -> str:
     return "" if check.ok else f"wrong output: relative error {check.error:.3g} against the default tile"
 
 
-def tune(case: Case, column: Column, target: Target, dtype, device, clock=measure) -> dict:
-    """Times the candidates of one product, saves the winner and returns what was found. Candidates that
-    cannot be compiled or launched or whose output is wrong are recorded and passed over."""
-    problem, cache = problem_of(case, column, target), cache_for(target)
-    x, spec, tensors = layer_of(case, column, dtype, device)
-    work = gemm_work(x, spec, tensors, column.target(target))
-    tried, best, default = [], None, None
-    for tile in candidates(target, problem):
-        found: dict[str, Any] = {"tile": vars(tile).copy()}
-        tried.append(found)
-        with forced(cache, problem.key, tile):
-            try:
-                y = written(work)
-                reason = fault(y, default, x, spec, tensors)
-                if not reason:
-                    default = y.clone() if len(tried) == 1 else default
-                    found["ms"] = clock(work, device).ms
-            except Exception as e:  # whatever a compiler raises: the other candidates are worth having
-                reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
-        if reason:
-            found["error"] = reason
-            if x.is_cuda:
-                # Raises if the device is lost, with which no candidate can be judged.
-                torch.cuda.synchronize(device)
-            continue
-        if best is None or found["ms"] < best["ms"]:
-            best = found
-    if best is not None:
-        save(cache, {problem.key: Tile(**best["tile"])})
-    return {
-        "key": problem.key,
-        "case": case.name,
-        "column": column.name,
-        "best": best and best["tile"],
-        "candidates": tried,
-    }
+class Candidates:
+    """The product of a case with one tile after another: each is compared, then timed, and the fastest kept.
+
+    `done`: what is known of other tiles of the same product, {"tile", "ms"} each, all with a right output.
+    """
+
+    def __init__(self, case: Case, column: Column, target: Target, dtype, device, clock=measure):
+        self.problem, self.cache = problem_of(case, column, target), cache_for(target)
+        self.target, self.device, self.clock = target, device, clock
+        self.layer = layer_of(case, column, dtype, device)
+        self.work = gemm_work(*self.layer, column.target(target))
+        self.default: torch.Tensor | None = None
+
+    def time(self, tile: Tile, done: list[dict]) -> dict:
+        """{"tile", "ms", "best"}. Raises Wrong for a wrong output, and whatever a compiler raises."""
+        x, spec, tensors = self.layer
+        first = candidates(self.target, self.problem)[0]
+        if self.default is None and tile != first and vars(first) in [d["tile"] for d in done]:
+            with forced(self.cache, self.problem.key, first):
+                self.default = written(self.work).clone()  # the next call writes to the same place
+        with forced(self.cache, self.problem.key, tile):
+            y = written(self.work)
+            if reason := fault(y, self.default, x, spec, tensors):
+                raise Wrong(reason)
+            if tile == first:
+                self.default = y.clone()
+            found = {"tile": vars(tile).copy(), "ms": self.clock(self.work, self.device).ms}
+        best = min([*done, found], key=lambda d: d["ms"])
+        save(self.cache, {self.problem.key: Tile(**best["tile"])})
+        return found | {"best": best["tile"]}
+
+
+def text_of(tile: Tile) -> str:
+    """E.g. "128 x 128 x 64, 8 warps, 3 stages"."""
+    rest = "" if tile.group_m == 8 else f", walk {tile.group_m}"
+    rest += ", Gluon" if tile.gluon else ""
+    rank = "" if tile.rank_block == 32 else f", rank {tile.rank_block}"
+    size = f"{tile.bm} x {tile.bn} x {tile.bk}"
+    return f"{size}, {tile.warps} warps, {tile.stages} stages{rank}{rest}"
 
 
 def save(cache: TileCache, measured: Mapping[str, Tile]):

@@ -5,10 +5,8 @@ What runs kernels does so in processes of its own, which have Triton's interpret
 """
 
 import json
-import os
-import subprocess
 import sys
-import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,134 +20,184 @@ from comfyui_nibble.quant_core.evaluation.bench import (
     cases,
     machine,
     ours,
+    plan,
     run,
     timing,
 )
+from comfyui_nibble.quant_core.evaluation.bench.child import Child
+from comfyui_nibble.quant_core.evaluation.bench.document import document
 
 QUANTIZERS = {"quantize", "quantize token", "quantize transform"}
 COLUMNS = {"qgemm", "operator", "operator + LoRA", "operator channel", "split4"} | QUANTIZERS  # without a GPU
 
 
-def python(code, cwd, interpret=True):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-        "XDG_CACHE_HOME": str(cwd),
-        "OMP_NUM_THREADS": "1",
-    }
-    if interpret:
-        env["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+SMALL = """
+import sys
+import torch
+from comfyui_nibble.quant_core.evaluation.bench import baselines, model, plan, tasks, timing, tune, verify, worker
+from comfyui_nibble.quant_core.evaluation.bench.cases import Case
+
+size = model.Size(hidden=128, heads=2, double=1, single=1, image=16, text=5, channels=16, context=32)
+few = (Case("tiny", 48, 256, 20),)
+SIZES = plan.Sizes(few, few, few, size, size, ((48, 256),), (16,))
+"""
+# On a card that is not there: what runs is Triton's interpreter with a clock that always says the same.
+CARD = """
+def clock(work, device):
+    work.call(*work.operands)
+    return timing.Timing(2.0, 1.5, 2.5, 0.1, 20, 1, len(timing.rotated(work, 10000)), True)
+
+def broken(*args):
+    raise RuntimeError("no such\\nproduct")
+
+timing.measure = clock
+tune.Candidates.__init__.__defaults__ = (clock,)
+timing.ceilings = lambda *args: {"bf16_flops": lambda: 1e12, "int8_flops": lambda: 2e12, "bytes_per_s": broken}
+baselines.TORCH["torch fp8"] = broken
+
+class Card(tasks.Tasks):
+    def machine(self, given, group, say):
+        found = super().machine(given, group, say)
+        wanted = plan._on_card(self.target, 80e9, given["everything"], self.sizes)
+        cases = {case.id: case for case in wanted if case.kind not in ("host", "fit", "calibration")}
+        found["machine"]["backend"] = "made up"
+        return found | {"cases": [case.to_json() for case in cases.values()]}
+
+made = Card("cpu", SIZES)
+made.table["machine"] = made.machine
+"""
+SERVE = "\nworker.serve(lambda device: (made.table, made.usable), 'cpu')\n"
 
 
-def test_command_without_a_gpu_compares_and_says_that_nothing_was_timed(tmp_path):
-    call = """
-        import sys
-        from comfyui_nibble.quant_core.cli.commands import main
-        sys.argv[1:] = ["bench", "--json", "deep/b.json", "--device", "cpu"]
-        main()
-    """
-    done = python(call, tmp_path, interpret=False)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "deep"
-    assert (out / "b.png").read_bytes().startswith(b"\x89PNG")
-    assert "Nothing was timed" in (out / "b.txt").read_text()
-    assert (out / "b.txt").read_text() in done.stdout
-    doc = json.loads((out / "b.json").read_text())
+class InInterpreter(Child):
+    """Whose cases all run there."""
+
+    def ask(self, case, group, end=float("inf")):
+        return super().ask(replace(case, interpret=True), group, end)
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A function: runs the bench with a child of this code, and gives its exit code, the document that is
+    printed, and the text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def go(code, everything=False, kind=Child):
+        path, command = tmp_path / "deep/b.json", [sys.executable, "-c", SMALL + code + SERVE]
+        done = run.run("cpu", path, everything, 9, lambda text: None, kind(command), "nibble bench")
+        (held,) = json.loads(path.read_text())["runs"]
+        return done, document(held), path.with_suffix(".txt").read_text()
+
+    return go
+
+
+def test_without_a_gpu_kernels_are_compared_and_the_cpu_is_timed(measured, tmp_path):
+    done, doc, text = measured("made = tasks.Tasks('cpu', SIZES)")
+    assert done == 0, text
+    assert (tmp_path / "deep/b.png").read_bytes().startswith(b"\x89PNG")
+    assert "No kernel was timed" in text
     assert doc["timed"] is False
-    assert doc["command"] == "nibble bench --json deep/b.json --device cpu"
-    assert [r["name"] for r in doc["rows"]] == [c.name for c in cases.TINY]
-    for row in doc["rows"]:
-        assert not row["failed"]
-        assert row["cells"] == {}
-        assert set(row["checks"]) == COLUMNS
-        assert all(check["ok"] for found in row["checks"].values() for check in found.values())
+    (row,) = doc["rows"]
+    assert not row["failed"]
+    assert row["cells"] == {}
+    assert set(row["checks"]) == COLUMNS
+    assert all(check["ok"] for found in row["checks"].values() for check in found.values())
+    (layer,) = doc["cpu"].values()
+    names = [f"{grain}, {form}" for grain in ("group", "channel") for form in ("as stored", "at load")]
+    assert list(layer["result"]) == ["torch fp32", "torch bf16", *names]
+    assert all(cell["ms"] > 0 and cell["samples"] >= 3 for cell in layer["result"].values())
+    assert all(layer["result"][f"{grain}, at load"]["error"] < 0.3 for grain in ("group", "channel"))
+    steps = {name: entry["result"] for name, entry in doc["model"].items()}
+    assert set(steps) == {
+        f"model {name}, 16 tokens"
+        for name in ("torch float32", "torch bfloat16", "group float32", "channel float32")
+    }
+    assert all(found["finite"] and found["ms"] > 0 for found in steps.values())
+    (host,) = doc["host"].values()
+    assert host["result"]["plain"]["layers"] == host["result"]["LoRA"]["layers"] == 304
+    assert "ms a step of FLUX.1, 304 layers" in text
+    assert f"{doc['machine']['threads']} threads of {doc['machine']['processor']}" in text
 
 
-def test_wrong_kernel_fails_the_case_and_is_not_timed(tmp_path):
+def test_wrong_kernel_fails_the_case_and_is_not_timed(measured):
     code = """
-        import sys
-        import torch
-        from pathlib import Path
-        from comfyui_nibble.quant_core.evaluation.bench import session, timing, verify
-        from comfyui_nibble.quant_core.evaluation.bench.cases import Case
-        right = verify.ours
-        verify.ours = lambda *args: right(*args) + 1
-        timing.ceilings = lambda *args: {}
-        run = session.Session(torch.device("cpu"), Path("b.json"), "test", print)
-        run.everything([Case("tiny", 16, 256, 3)], False, False)
-        sys.exit(run.finish())
-    """
-    done = python(code, tmp_path)
-    assert done.returncode == 1, done.stderr
-    doc = json.loads((tmp_path / "b.json").read_text())
-    assert [r["failed"] for r in doc["rows"]] == [True]
-    assert doc["rows"][0]["cells"] == {}
-    check = doc["rows"][0]["checks"]["operator"]["naive"]
+right = verify.ours
+verify.ours = lambda *args: right(*args) + 1
+"""
+    done, doc, text = measured(CARD.replace("made =", code + "made ="), True, InInterpreter)
+    assert done == 1
+    (row,) = doc["rows"]
+    assert row["failed"]
+    assert all("relative error" in row["cells"][name]["reason"] for name in COLUMNS - QUANTIZERS)
+    check = row["checks"]["operator"]["naive"]
     assert not check["ok"]
     assert check["error"] > check["limit"]
-    text = (tmp_path / "b.txt").read_text()
     assert "1 with a wrong output" in text
     assert f"relative error {check['error']:.2g}" in text
+    fault = doc["faults"]["check tiny 48 x 256, M 20: operator"]
+    assert fault["state"] == "wrong"
+    assert fault["at"]["tile"]["bm"] == 32
 
 
-def test_a_whole_run_with_a_made_up_clock(tmp_path):
-    """All that a GPU's run does but the clock: columns, comfy-kitchen's calls, tuning, the model, targets, a
-    column that raises."""
-    code = """
-        import sys
-        import torch
-        from pathlib import Path
-        from comfyui_nibble.quant_core.evaluation.bench import baselines, model, session, timing, tune
-        from comfyui_nibble.quant_core.evaluation.bench.cases import Case
-        def clock(work, device):
-            work.call(*work.operands)
-            return timing.Timing(2.0, 1.5, 2.5, 0.1, 20, 1, len(timing.rotated(work, 10000)), True)
-        def broken(*args):
-            raise RuntimeError("no such\\nproduct")
-        timing.measure = clock
-        tune.tune.__defaults__ = (clock,)
-        timing.ceilings = lambda *args: {"bf16_flops": lambda: 1e12, "int8_flops": lambda: 2e12, "bytes_per_s": broken}
-        baselines.TORCH["torch fp8"] = broken
-        small = model.Size(128, 2, 1, 1, 12, 5, 16, 32)
-        model.Size = lambda: small
-        run = session.Session(torch.device("cpu"), Path("b.json"), "test", print)
-        run.doc["timed"] = True
-        run.everything([Case("tiny", 48, 256, 20)], True, True)
-        sys.exit(run.finish())
-    """
-    done = python(code, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    doc = json.loads((tmp_path / "b.json").read_text())
-    cells = doc["rows"][0]["cells"]
+def test_a_whole_run_with_a_made_up_clock(measured, tmp_path):
+    """All that a GPU's run does but the clock: columns, comfy-kitchen's calls, tuning, the model, a baseline and
+    a ceiling that raise."""
+    done, doc, text = measured(CARD, True, InInterpreter)
+    assert done == 1, text  # the ceiling that raises
+    assert {name: entry["state"] for name, entry in doc["faults"].items()} == {
+        "ceiling bytes_per_s": "failed"
+    }
+    (row,) = doc["rows"]
+    cells = row["cells"]
     assert cells.pop("torch fp8") == {"reason": "RuntimeError: no such product"}
     assert set(cells) == {"torch", "torch int8", *COLUMNS, *baselines.KITCHEN}
     assert all(c["ms"] == 2.0 and c["copies"] >= 1 for c in cells.values())
     assert cells["operator"]["speedup"] == 1.0
     assert cells["quantize"]["speedup"] is None
     assert cells["kitchen svdquant"]["note"] == "eager backend"
-    assert doc["ceilings"]["bytes_per_s"] is None
-    assert doc["rows"][0]["least_ms"] is None
-    assert set(doc["model"]) == {"torch", "operator", "operator channel"}
-    assert all(m["finite"] for m in doc["model"].values())
-    assert len(doc["tuned"]) == 3
-    assert all(t["best"] and all("ms" in c for c in t["candidates"]) for t in doc["tuned"])
+    assert cells["operator"]["sensors"] == {"reason": "no card"}
+    assert row["least_ms"] is None
+    steps = {name.removeprefix("model "): entry for name, entry in doc["model"].items()}
+    where = [f"{side} x {side}, batch {batch}" for batch in (1, 2) for side in (64, 32)]
+    ours = [
+        f"{grain}{lora}, {at}" for lora in ("", " + LoRA") for grain in ("group", "channel") for at in where
+    ]
+    assert list(steps) == [f"torch, {at}" for at in where] + ours + [f"{name}, tuned" for name in ours]
+    assert all(entry["result"]["finite"] for entry in steps.values())
+    tuned = [entry["result"] for entry in doc["tuned"].values()]
+    assert len({entry["group"] for entry in doc["tuned"].values()}) == 3
+    assert all(t["ms"] == 2.0 and t["best"] for t in tuned)
     saved = json.loads(next((tmp_path / "comfyui_nibble").glob("tiles-*.json")).read_text())
-    assert set(saved["tiles"]) == {t["key"] for t in doc["tuned"]}
+    assert {f"tune {key}" for key in saved["tiles"]} == {entry["group"] for entry in doc["tuned"].values()}
 
 
-@pytest.mark.parametrize(
-    ("asked", "words"),
-    [({"device": "cpu", "tune": True}, "--tune"), ({"device": "cpu", "with_model": True}, "--model")],
-)
-def test_what_needs_a_gpu_is_refused_without_one(tmp_path, asked, words):
-    with pytest.raises(ValueError, match=words):
-        run.run(json_path=tmp_path / "b.json", **asked)
+@pytest.mark.parametrize("arch", [75, 80, 89, 90, 120])
+@pytest.mark.parametrize("memory", [12e9, 80e9])
+def test_the_order_of_a_card(arch, memory):
+    """Correctness of the default tiles, the model's step, what stands beside, fits, tuning, the rest."""
+    target = Target("cuda", arch, (3, 6))
+    found = plan.planned(target, memory, True)
+    assert len({case.id for case in found}) == len(found)
+    stages = list(dict.fromkeys(case.kind for case in found))
+    order = ["ceiling", "check", "host", "model", "baseline", "time", "fit", "calibration", "tune"]
+    assert stages == order
+    first = next(case for case in found if case.kind == "model")
+    assert ("quarter" in first.id) is (memory < plan.WHOLE_MODEL_BYTES)
+    checked = {case.id for case in found[: found.index(first)] if case.kind == "check"}
+    assert len(checked) == 3 * len(cases.QUICK)
+    # What comes before the layers beside comfy-kitchen is measured without --all, and takes half of the time.
+    short = plan.planned(target, memory, False)
+    assert [case.id for case in short] == [case.id for case in found[: len(short)]]
+    assert {case.kind for case in short} == {"ceiling", "check", "host", "model"}
+    assert sum(case.seconds for case in short) < 0.5 * 60 * run.MINUTES
+    ids = [case.id for case in found]
+    assert all(not case.needs or ids.index(case.needs) < ids.index(case.id) for case in found)
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="PyTorch finds no GPU"):
+        run.run("cuda", tmp_path / "b.json", echo=lambda text: None)
+    assert not (tmp_path / "b.json").exists()
 
 
 def test_copies_exceed_twice_the_cache():

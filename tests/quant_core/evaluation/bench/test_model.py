@@ -1,14 +1,19 @@
 """The bench's whole model in full precision and quantized."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from comfyui_nibble.kernels.dispatch import TORCH_INT8, choose
+from comfyui_nibble.kernels.target import Target
 from comfyui_nibble.quant_core.evaluation.bench import (
     model,
 )
 from comfyui_nibble.tests.support import relative_error
 
+STORED = Target("cpu")  # on which layers run as they are stored
 TINY_MODEL = model.Size(hidden=128, heads=2, double=1, single=1, image=12, text=5, channels=16, context=32)
 
 
@@ -73,21 +78,54 @@ def test_float_model_is_the_plain_one():
         if name.endswith((".query", ".key")):
             norm.copy_(torch.rand(norm.shape, dtype=norm.dtype) + 0.5)
     y = m(*given)
-    assert y.shape == (12, 16)
+    assert y.shape == (1, 12, 16)
     # The model's rotation angles are fp32.
-    assert relative_error(plain_flux(m, *given), y) < 1e-6
+    assert relative_error(plain_flux(m, *(t[0] for t in given)), y[0]) < 1e-6
+
+
+@torch.no_grad()
+def test_a_batch_is_its_samples_one_by_one_and_sizes_change():
+    m = model.build(TINY_MODEL, torch.float64, "cpu", None)
+    size = replace(TINY_MODEL, batch=2, image=20)
+    m.resize(size)
+    given = model.inputs(size, torch.float64, "cpu")
+    y = m(*given)
+    assert y.shape == (2, 20, 16)
+    for i in range(2):
+        assert relative_error(m(*(t[i : i + 1] for t in given)), y[i : i + 1]) < 1e-9
 
 
 @pytest.mark.parametrize("grain", ["group", "channel"])
-def test_quantized_model_runs_and_is_small(grain):
-    found = model.step(TINY_MODEL, torch.bfloat16, "cpu", grain, repeats=1)
-    plain = model.step(TINY_MODEL, torch.bfloat16, "cpu", None, repeats=1)
+@pytest.mark.parametrize("lora", [0, 8])
+def test_quantized_model_runs_and_is_small(grain, lora):
+    make = lambda grain: model.build(TINY_MODEL, torch.bfloat16, "cpu", grain, lora, STORED)
+    m, plain = make(grain), make(None)
+    step = lambda m: model.step(m, TINY_MODEL, torch.bfloat16, "cpu", repeats=1)
+    found = step(m)
     assert found["finite"]
-    assert found["block_bytes"] < 0.6 * plain["block_bytes"]  # with rank 32 at a hidden size of 128
-    m = model.build(TINY_MODEL, torch.bfloat16, "cpu", grain)
-    assert m.double_blocks[0]["image"].mlp2.spec.parts[0].activation.unsigned
-    assert [p.activation.unsigned for p in m.single_blocks[0].linear2.spec.parts] == [False, True]
+    assert found["repeats"] == 1
+    # With a low rank of 32 or 40 at a hidden size of 128.
+    assert found["block_bytes"] < (0.6 + 0.3 * bool(lora)) * step(plain)["block_bytes"]
+    mlp2, linear2 = m.double_blocks[0]["image"].mlp2.spec, m.single_blocks[0].linear2.spec
+    assert mlp2.parts[0].activation.unsigned is (grain == "group")
+    assert [p.activation.unsigned for p in linear2.parts] == [False, True][: len(linear2.parts)]
+    assert all(p.rotation for p in linear2.parts) is (grain == "channel")
     assert m.single_blocks[0].mod.spec.weight_only
+    assert m.single_blocks[0].mod.spec.rank == lora
+
+
+def test_layers_are_held_as_a_loaded_model_holds_them():
+    int8 = Target("cpu", "int8")
+    for grain in ("group", "channel"):
+        m = model.build(TINY_MODEL, torch.float32, "cpu", grain, target=int8)
+        for layer in (m.double_blocks[0]["image"].mlp2, m.single_blocks[0].mod):
+            assert all(p.weight.bits == 8 for p in layer.spec.parts)
+            assert layer.weight.shape == (layer.spec.out_features, layer.spec.in_features)
+            assert choose(layer.spec, int8).path == TORCH_INT8
+    hopper = Target("cuda", 90, (3, 6))
+    m = model.build(TINY_MODEL, torch.bfloat16, "cpu", "group", target=hopper)
+    assert m.single_blocks[0].linear1.spec.precision == "W8A8"
+    assert m.single_blocks[0].mod.spec.precision == "W4A16"
 
 
 def test_model_has_twelve_billion_weights():

@@ -87,6 +87,8 @@ def test_text_of_numbers_and_refusals():
         "device": "Card",
         "backend": "cuda",
         "arch": 90,
+        "sensors": "",
+        "power_limit_w": 700.0,
     }
     doc = {
         "machine": facts | {"torch": "2", "triton": "3"},
@@ -95,12 +97,34 @@ def test_text_of_numbers_and_refusals():
         "dtype": "bfloat16",
         "timed": True,
     }
+    fault = {"state": "hangs", "reason": "no answer in 60 s", "at": {"tile": {"bm": 64}}}
+    step = lambda grain, ms, **more: {
+        "state": "done",
+        "given": {"grain": grain, "size": {"batch": 1}},
+        "result": {"ms": ms, "peak_bytes": 2**30, "block_bytes": 2**29, "paths": {}, "finite": True} | more,
+    }
+    sensors = {
+        "sm_mhz": [1200, 1500, 1800],
+        "power_w": [90.0, 400.0, 690.0],
+        "celsius": "not known: no sensor",
+    }
     doc |= {
         "ceilings": {"bf16_flops": 6e14, "int8_flops": None, "bytes_per_s": 3e12},
         "rows": [row],
-        "errors": ["split4: out of memory"],
+        "faults": {"check a: split4": fault},
+        "left": 3,
+        "model": {
+            "model torch, A": step(None, 200.0),
+            "model group, A": step("group", 100.0, paths={"int4": 300}, sensors=sensors),
+            "model torch, B": {
+                "state": "refused",
+                "reason": "too large",
+                "given": {"grain": None, "size": {}},
+            },
+        },
+        "targets": report.targets([row], {}, 90),
     }
-    doc |= {"model": {"torch": report.refused("too large")}, "targets": report.targets([row], {}, 90)}
+    doc |= {"host": {}, "cpu": {}, "fits": {}, "tuned": {}}
     text = report.benchmark_text(doc)
     for line in (
         "Card, sm_90",
@@ -108,8 +132,11 @@ def test_text_of_numbers_and_refusals():
         "  torch fp8         refused: not here",
         "  qgemm against naive: FAILED, relative error 0.5, worst element - rms, NOT FINITE",
         "  qgemm against eager: out of memory",
-        "  torch             refused: too large",
-        "error: split4: out of memory",
+        "  model torch, B refused: too large",
+        "  model group, A     100.0 ms   2.00 x  peak 1.00 GiB, blocks 0.50 GiB; 300 int4",
+        "while timing: 1200 to 1800 MHz, 90 to 690 W; limit 700 W",
+        "  check a: split4: hangs, no answer in 60 s, at {'tile': {'bm': 64}}",
+        "3 cases are left for the next run with this file",
     ):
         assert line in text.splitlines()
     assert "not measured" in text
