@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from .cards import M8N8K32
+from .cards import M8N8K32, MMA
 from .plan import CHANNEL, GROUP, SLICE
 from .target import MIN_INT4, Target
 
@@ -20,7 +20,7 @@ class Tile:
     """A block's share of the product: bm tokens, bn out-channels, bk bytes of a weight row a step.
 
     group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step. gluon: for
-    `quant_linear.hopper`.
+    `quant_linear.hopper`, or for `quant_linear.ampere`, where bk may be several groups.
     """
 
     bm: int
@@ -159,7 +159,7 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
     elif problem.scales == SLICE:
         tiles = [replace(t, bk=_divisor(problem.block, t.bk)) for t in tiles]
     out = []
-    for tile in tiles + _gluon(target, problem):
+    for tile in _ampere(target, problem) + tiles + _gluon(target, problem):
         if tile not in out and shared_bytes(tile, problem) <= target.shared_bytes:
             out.append(tile)
     return out
@@ -167,7 +167,10 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
     """What the pipelined loads of the main loop take at most (mma.sync needs a stage less than wgmma)."""
-    return tile.stages * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+    codes = tile.stages * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+    if tile.gluon and problem.scales == GROUP:  # scales of up to 4 bytes come with the codes
+        codes += tile.stages * tile.bk // problem.block * 4 * (tile.bm + tile.bn)
+    return codes
 
 
 def _divisor(block: int, limit: int) -> int:
@@ -208,6 +211,27 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         Tile(64, 128, 32, 4, 3),
         Tile(64, 64, 64, 4, 3),
     ]
+
+
+# By whether codes are packed, and scales: tiles of `quant_linear.ampere`, the best modelled first.
+_AMPERE = {
+    (True, GROUP): [Tile(128, 128, 128, 8, 2, rank_block=16, gluon=True),
+                    Tile(128, 64, 64, 4, 2, rank_block=16, gluon=True)],
+    (True, CHANNEL): [Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+                      Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True)],
+    (False, CHANNEL): [Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+                       Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True)],
+}  # fmt: skip
+
+
+def _ampere(target: Target, problem: Problem) -> list[Tile]:
+    """Its copies want whole tiles of bytes in a row, and 16-byte rows of scales. Few tokens wait for the
+    weights."""
+    known = target.card.int4 == MMA and target.triton is not None and MIN_INT4 <= target.triton < (3, 9)
+    if not known or problem.tokens <= 64 or problem.channels % 16 or problem.planes > 1:
+        return []
+    tiles = _AMPERE.get((problem.planes == 0, problem.scales), [])
+    return [t for t in tiles if problem.row_bytes % t.bk == 0]
 
 
 # By planes and scales: tiles of Hopper's kernel in Gluon, behind Triton's, so that they are taken only where

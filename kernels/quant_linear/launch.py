@@ -42,7 +42,9 @@ def gemm(
     branch = empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y
     low_strides = 0 if low is None else low.stride(0), 0 if up is None else up.stride(0)
     plane = width // max(planes, 1)
-    if chosen.gluon:
+    if chosen.ampere and not (_fits_tma(codes) and _fits_tma(weight) and _fits_tma(weight_scale)):
+        chosen = chosen.without_gluon
+    elif chosen.gluon:
         if _fits_tma(codes) and _fits_tma(weight):
             sizes = tokens, channels, row_bytes, rank, y.stride(0)
             _hopper(
@@ -63,8 +65,8 @@ class Chosen:
     """A kernel with all that does not change from call to call: its grid, the ends of the slices, and its
     compile-time arguments with the numbers of warps and stages.
 
-    turing, gluon: for the kernels of those cards. tile: of the product. without_gluon: what runs in place of
-    Gluon's kernel where TMA cannot read x or the weight.
+    turing, gluon, ampere: for the kernels of those cards. tile: of the product. without_gluon: what runs in
+    place of Hopper's and Ampere's kernels where they cannot read x, the weight or its scales.
     """
 
     kernel: object
@@ -74,6 +76,7 @@ class Chosen:
     tile: Tile
     turing: bool = False
     gluon: bool = False
+    ampere: bool = False
     without_gluon: "Chosen | None" = None
 
 
@@ -95,6 +98,15 @@ def _chosen(
 
             made = turing_constants(problem, tile, exact, has_bias, accumulate) | warps
             return Chosen(gemm_m8n8k32, (rows, columns), _ends(ends, scales), made, tile, turing=True)
+        if tile.gluon and target.card.int4:
+            from . import ampere
+
+            made = ampere_constants(problem, tile, exact, rank, has_bias, accumulate) | warps
+            plain = of(next(t for t in candidates(target, problem) if not t.gluon))
+            name = kernel.replace("gemm", "ampere")
+            return Chosen(
+                getattr(ampere, name), grid, _ends((), 0), made, tile, ampere=True, without_gluon=plain
+            )
         if tile.gluon:
             from .hopper import gemm_wgmma
 
@@ -139,7 +151,7 @@ def turing_constants(problem: Problem, tile: Tile, exact: bool, has_bias: bool, 
 
 
 def _fits_tma(tensor) -> bool:
-    """TMA reads rows that begin at multiples of 16 bytes."""
+    """Rows begin at multiples of 16 bytes and of 16 elements, as TMA and copies of 16 bytes read them."""
     return tensor.stride(-1) == 1 and not (tensor.data_ptr() | tensor.stride(0)) % 16
 
 
@@ -167,6 +179,28 @@ def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, ac
         "GROUP_M": tile.group_m,
         "STAGES": tile.stages,
         "WARPS": tile.warps,
+    }
+
+
+def ampere_constants(
+    problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
+) -> dict:
+    """The same for the kernel of sm_80 to sm_89 in Gluon: warps of 64 x 32, of 64 x 64 without groups."""
+    grouped, columns = problem.scales == GROUP, tile.warps // 2
+    return {
+        "SCALES": problem.scales,
+        "MAGIC": grouped and exact,
+        "HAS_BIAS": has_bias,
+        "ACCUMULATE": accumulate,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BR": tile.rank_block if rank else 0,
+        "GROUP_M": tile.group_m,
+        "G": tile.bk // 32,
+        "STAGES": tile.stages,
+        "WM": 2,
+        "WN": columns,
+        "NC": 16 * columns if grouped else tile.bn,
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .sass import NO_BOARD, Instruction
 from .throughput import Throughput
 
-MEMORY = 500  # cycles from a load or a copy to its data: the L2 under load
+MEMORY = 300  # cycles from a load or a copy to its data: the L2, with some load
 SHARED = 30  # cycles of a load from shared memory, of a shuffle
 BARRIER = 12  # cycles from the last warp's arrival on
 _NEVER = float("inf")
