@@ -62,15 +62,18 @@ def use_of(instruction: Instruction, card: Throughput) -> Use:
     return Use("alu", 2, 12)
 
 
-def _product(op: str, card: Throughput) -> float:
-    """Cycles of a tensor core for a sub-core's share of the product."""
-    four, half = ".S4" in op or ".U4" in op, op.startswith(("HMMA", "HGMMA"))
-    if wide := _SHAPE.search(op):  # of a warp group: a quarter for each sub-core
+def products_of(op: str) -> float:
+    """Codes that a warp multiplies with this instruction of the tensor cores."""
+    if wide := _SHAPE.search(op):  # of a warp group: a quarter for each warp
         rows, columns, depth = map(int, wide.groups())
-        macs = rows * columns * depth / 4
-    else:
-        shape = next(part for part in op.split(".") if part.isdigit())
-        macs = _SHAPES[shape]
+        return rows * columns * depth / 4
+    return _SHAPES[next(part for part in op.split(".") if part.isdigit())]
+
+
+def _product(op: str, card: Throughput) -> float:
+    """Cycles of a tensor core for a warp's share of the product."""
+    four, half = ".S4" in op or ".U4" in op, op.startswith(("HMMA", "HGMMA"))
+    macs = products_of(op)
     if half:
         rate = card.half / (8e9 * card.clock * card.multiprocessors)
         return macs / rate

@@ -7,7 +7,7 @@ always take equally long are waited for by the stall alone, so that no table of 
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NO_BOARD = 7
 _LINE = re.compile(
@@ -46,10 +46,22 @@ class Instruction:
 @dataclass(frozen=True)
 class Code:
     """The instructions of a kernel. loops: (first, behind the last) of each backward branch, inner or
-    outer."""
+    outer. jumps: {branch: where it goes} of the forward ones."""
 
     instructions: tuple[Instruction, ...]
     loops: tuple[tuple[int, int], ...]
+    jumps: dict[int, int] = field(default_factory=dict)
+
+    def executed(self, span: tuple[int, int]) -> tuple[Instruction, ...]:
+        """What runs of a span: the slow path of a division, which only values near the ends of the range
+        take, is jumped over. It ends in a call."""
+        out, i = [], span[0]
+        while i < span[1]:
+            out.append(self.instructions[i])
+            ahead = self.jumps.get(i, 0)
+            called = any(one.kind == "CALL" for one in self.instructions[i + 1 : ahead])
+            i = ahead if i < ahead <= span[1] and called else i + 1
+        return tuple(out)
 
 
 def parse(text: str) -> Code:
@@ -66,12 +78,15 @@ def parse(text: str) -> Code:
             found.append(_instruction(pending, int(high[1], 16)))
             pending = None
     loops = []
+    jumps = {}
     for i, instruction in enumerate(found):
         target = _TARGET.search(instruction.args) if instruction.kind == "BRA" else None
         start = labels.get(target[1]) if target else None
         if start is not None and start < i:  # a branch to itself ends the text of every kernel
             loops.append((start, i + 1))
-    return Code(tuple(found), tuple(loops))
+        elif start is not None and start > i:
+            jumps[i] = start
+    return Code(tuple(found), tuple(loops), jumps)
 
 
 def _instruction(match, high: int) -> Instruction:
@@ -88,12 +103,10 @@ def products(body) -> int:
     return sum(i.kind in _PRODUCTS for i in body)
 
 
-def main_loop(code: Code) -> tuple[int, int] | None:
-    """The innermost loop with the most integer products, else the longest innermost one; None without loops.
-
-    A loop that contains the kernel's end is none: polling a barrier a second time is moved behind it.
-    """
+def inner_loops(code: Code) -> list[tuple[int, int]]:
+    """Loops without loops in them, those with the most integer products first, then the longest. One that
+    contains the kernel's end is none: polling a barrier a second time is moved behind it."""
     bodies = {span: code.instructions[slice(*span)] for span in code.loops}
     spans = [span for span, body in bodies.items() if not any(i.kind == "EXIT" for i in body)]
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return max(inner, key=lambda s: (products(bodies[s]), s[1] - s[0]), default=None)
+    return sorted(inner, key=lambda s: (products(bodies[s]), s[1] - s[0]), reverse=True)
