@@ -234,11 +234,10 @@ def _path_of(spec: str, device, dtype, asked: tuple | None) -> str:
 
 
 def requantize_at_load(spec: LinearSpec, target: Target) -> bool:
-    """Whether the layer should run as W8A8 (`layer.precisions`): on Hopper the two FMA an output and
-    group of group-64 scales take more issue slots than the whole bf16 product has time."""
-    hopper = target.card.wgmma and target.triton is not None
+    """Whether the layer should run as W8A8 (`layer.precisions`): group scales on the cards of `Card.w8a8`."""
     quantized = all(p.activation is not None and p.activation.granularity != "tensor" for p in spec.parts)
-    return hopper and quantized and any(has_groups(p) for p in spec.parts)
+    able = target.card.w8a8 and target.triton is not None
+    return able and quantized and any(has_groups(p) for p in spec.parts)
 
 
 def paths_of(specs: dict[str, LinearSpec], target: Target) -> tuple[dict[str, str], list[str]]:

@@ -208,9 +208,7 @@ def _gemm(
                 buffers, pointers, k0 + (s + STAGES - 1) * (32 * G), KB, ld_sx, ld_sw,
                 (s + STAGES - 1) % STAGES, G, SCALES,
             )  # fmt: skip
-            outs, accs = _stage(
-                outs, accs, start, buffers, s, G, SCALES, MAGIC, MMA, BM, BN, NC
-            )
+            outs, accs = _stage(outs, accs, start, buffers, s, G, SCALES, MAGIC, MMA, BM, BN, NC)
     async_copy.wait_group(0)
 
     m_y = m0 + gl.arange(0, BM, layout=ROW)

@@ -208,6 +208,8 @@ def constants(
     target, problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
 ) -> dict:
     """The kernel's compile-time arguments. exact: the weight scales have 16 bits."""
+    # 32 columns of the low rank with a mask spill on Hopper.
+    columns = tile.rank_block if rank % tile.rank_block == 0 else 16
     return {
         "PLANES": max(problem.planes, 1),
         "SCALES": problem.scales,
@@ -219,7 +221,8 @@ def constants(
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
-        "BR": tile.rank_block if rank else 0,
+        "BR": columns if rank else 0,
+        "EVEN_R": rank % columns == 0,
         "GROUP_M": tile.group_m,
         "ASM": target.backend == "cuda",
         "UPCAST": target.interpreted,

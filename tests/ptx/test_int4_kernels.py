@@ -14,8 +14,8 @@ from comfyui_nibble.kernels import plan, tuning
 from comfyui_nibble.kernels.native_int4 import INT8, REWRITES
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import GEMM, KERNELS, TURING_GEMM
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import GEMM, KERNELS, TURING_GEMM
 from comfyui_nibble.tests.ptx.emulator import run
 
 M, N, K, R = 100, 144, 384, 16

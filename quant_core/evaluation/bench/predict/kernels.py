@@ -14,9 +14,9 @@ from ..cases import quantizers
 KERNELS = "comfyui_nibble.kernels"
 GEMM = (
     dict.fromkeys(("x_ptr", "w_ptr"), "i8*")
-    | {"sx_ptr": "fp32*", "ends": ("i32",) * 8, "M": "i32", "ld_sx": "i32"}
+    | {"sx_ptr": "fp32*", "ends": ("i32",) * 8, "M": "i32", "R": "i32", "ld_sx": "i32"}
     | dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*")
-    | dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
+    | dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
 )
 TURING_GEMM = (
     dict.fromkeys(("x_ptr", "w_ptr"), "i32*")
@@ -58,7 +58,14 @@ def problem_of(target: Target, spec: LinearSpec, tokens: int) -> Problem:
     """What the first launch of a layer looks up."""
     step = lower(spec, target)[0]
     return Problem(
-        step.kernel, step.planes, step.scales, step.swap, tokens, spec.out_features, step.row_bytes, step.block
+        step.kernel,
+        step.planes,
+        step.scales,
+        step.swap,
+        tokens,
+        spec.out_features,
+        step.row_bytes,
+        step.block,
     )
 
 

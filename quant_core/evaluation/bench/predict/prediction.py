@@ -37,9 +37,7 @@ class Loop:
         """Of `blocks` blocks of so many steps each, on all multiprocessors: whole rounds, then a last one
         with fewer blocks on each. A block waits for memory where it begins and where it ends."""
         rounds, rest = divmod(blocks, card.multiprocessors * self.resident)
-        one = lambda n: (
-            steps * self.model(card, n).cycles + self.outside * self.warps * n / 4 + 4 * MEMORY
-        )
+        one = lambda n: steps * self.model(card, n).cycles + self.outside * self.warps * n / 4 + 4 * MEMORY
         total = rounds * one(self.resident)
         return total + (one(ceil(rest / card.multiprocessors)) if rest else 0.0)
 
@@ -155,7 +153,9 @@ def _quantizing(card, target, spec, m, compiler) -> tuple[float, float]:
     steps = ceil(part.width / (64 * settings["TILES"]))
     cycles = sum(loop.cycles(card, blocks, steps) for loop in loops)
     scales = 4 * m * (part.width // 64 if grouped else 1)
-    moved = m * part.width * (2 + (1 if planes else 0.5)) + scales + 2 * m * (spec.rank if settings["RP"] else 0)
+    moved = (
+        m * part.width * (2 + (1 if planes else 0.5)) + scales + 2 * m * (spec.rank if settings["RP"] else 0)
+    )
     return 1e-9 / card.clock * cycles, moved / card.memory
 
 

@@ -93,9 +93,7 @@ def _instruction(match, high: int) -> Instruction:
     bits = high >> 41
     waits = tuple(i for i in range(6) if bits >> 11 >> i & 1)
     guard = (match["guard"] or "").strip()
-    return Instruction(
-        match["op"], match["args"], guard, bits & 15, bits >> 5 & 7, bits >> 8 & 7, waits
-    )
+    return Instruction(match["op"], match["args"], guard, bits & 15, bits >> 5 & 7, bits >> 8 & 7, waits)
 
 
 def products(body) -> int:
