@@ -11,12 +11,13 @@ class Card:
 
     shared_kib: shared memory that a block may use; compilation does not check it, a launch does.
     products_16: Triton has tensor-core products of 16 bits, bf16 among them. int8: and of int8. int4:
-    MMA, M8N8K32 or "". wgmma: packed weights are the register operand of a wgmma. tcgen05: products of 4 and 8 warps are tcgen05. waves_of_64: of AMD's CDNA.
-    warp_values: what a warp holds of a learned transform's row; row_values, side: the most of a padded
-    row, and of one side of its slices, before registers spill. branch_rotation: the largest Hadamard
-    block beside which the quantizer has registers for the low rank; branch: whether it has a product for
-    it at all. w8a8: layers with group scales run as W8A8, requantized at load, because the two FMA an output
-    and group take more issue slots, or on sm_80 more of its FP32 lanes, than the int8 product takes.
+    MMA, M8N8K32 or "". wgmma: packed weights are the register operand of a wgmma. tcgen05: products of 4
+    and 8 warps are tcgen05. waves_of_64: of AMD's CDNA. warp_values: what a warp holds of a learned
+    transform's row; row_values, side: the most of a padded row, and of one side of its slices, before
+    registers spill. branch_rotation: the largest Hadamard block beside which the quantizer has registers
+    for the low rank; branch: whether it has a product for it at all. w8a8: layers with group scales run as
+    W8A8, requantized at load, because the two FMA an output and group take more issue slots, or on sm_80
+    more of its FP32 lanes, than the int8 product takes.
     """
 
     shared_kib: int = 99

@@ -185,11 +185,12 @@ def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, ac
 def ampere_constants(
     problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
 ) -> dict:
-    """The same for the kernel of sm_80 to sm_89 in Gluon: warps of 64 x 32, of 64 x 64 without groups."""
-    grouped, columns = problem.scales == GROUP, tile.warps // 2
+    """The same for the kernel of sm_80 to sm_89 in Gluon: two warps of 64 rows by as many as there are left.
+    Its chunks give a warp 16 columns, which one ldmatrix reads; longer ones spill where y is added to."""
+    columns = tile.warps // 2
     return {
         "SCALES": problem.scales,
-        "MAGIC": grouped and exact,
+        "MAGIC": problem.scales == GROUP and exact,
         "HAS_BIAS": has_bias,
         "ACCUMULATE": accumulate,
         "BM": tile.bm,
@@ -200,7 +201,7 @@ def ampere_constants(
         "STAGES": tile.stages,
         "WM": 2,
         "WN": columns,
-        "NC": 16 * columns if grouped else tile.bn,
+        "NC": 16 * columns,
     }
 
 

@@ -51,9 +51,9 @@ def bench_fit(
 @app.command()
 def bench(
     json_file: Annotated[
-        Path,
+        Path | None,
         typer.Option("--json", help="File for the figures; a table (.txt) and a plot (.png) go beside it."),
-    ],
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Three layers of FLUX and a small one, about 3 minutes.")
     ] = False,
@@ -67,10 +67,25 @@ def bench(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "auto",
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help='Measure nothing: print what the machine code promises on a card, as "RTX 4090" or "A100".',
+        ),
+    ] = None,
 ):
     """Checks the kernels and times them against PyTorch and comfy-kitchen. Without a GPU they are only
     checked."""
     import shlex
+
+    if predict is not None:
+        from ..evaluation.bench.predict.prediction import run as predicted
+
+        predicted(predict, typer.echo)
+        return
+    if json_file is None:
+        raise typer.BadParameter("--json FILE or --predict CARD")
 
     from ..evaluation.bench.run import run
 

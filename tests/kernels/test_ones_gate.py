@@ -34,8 +34,11 @@ def job_of(arch, what, name, tokens):
     if what == "product of odd rank":
         return replace(job, signature=job.signature | dict.fromkeys(STRIDES, "i32"))
     fn = getattr(import_module(job.module), job.kernel)
-    ones = {p.name for p in fn.params if p.name in ("R", *STRIDES) and not p.do_not_specialize}
-    ones |= {"M", "tokens"} & set(fn.arg_names) if tokens == 1 else set()
+    ones = {
+        *STRIDES,
+        *(() if job.module.endswith("quant_linear.triton") else ("R",)),
+    }  # there not specialised
+    ones = (ones | ({"M", "tokens"} if tokens == 1 else set())) & set(fn.arg_names)
     signature = {k: v for k, v in job.signature.items() if k not in ones}
     return replace(job, signature=signature, constants=job.constants | dict.fromkeys(sorted(ones), 1))
 

@@ -166,8 +166,8 @@ def text(card: Throughput, layers) -> str:
         "measured.",
         f"{FLUX_TOKENS} tokens, rank {RANK}; microseconds; 16 bit: {card.half / 1e12:.0f} TFLOP/s at "
         f"{card.cublas:.0%}; memory {card.memory / 1e9:.0f} GB/s; L2 {card.l2 / 1e12:.1f} TB/s, assumed.",
-        f"{'scales':8} {'runs as':8} {'N x K':13} {'product':>8} {'of peak':>8} {'loop':>6} {'quantizer':>10} "
-        f"{'by memory':>10} {'16 bit':>7} {'ratio':>6}  limit",
+        f"{'scales':8} {'runs as':8} {'N x K':13} {'product':>8} {'of peak':>8} {'loop':>6} "
+        f"{'quantizer':>10} {'by memory':>10} {'16 bit':>7} {'ratio':>6}  limit",
     ]
     for one in layers:
         us = lambda seconds: f"{1e6 * seconds:.0f}"

@@ -1,10 +1,10 @@
 """Public throughputs of the cards that are modelled, with their sources.
 
 Tensor cores, clocks, memory: NVIDIA's white papers, dense figures at boost clock: "Turing GPU Architecture"
-(2080 Ti), "Ampere GA102 GPU Architecture" (3090), "A100 Tensor Core GPU Architecture", "Ada GPU Architecture"
-(4090), "H100 Tensor Core GPU Architecture", "RTX Blackwell GPU Architecture" (5090), and the data sheet of the
-DGX B200. Lanes of a sub-core for FP32, integers and special functions: "Throughput of native arithmetic
-instructions" in the CUDA C++ Programming Guide.
+(2080 Ti), "Ampere GA102 GPU Architecture" (3090), "A100 Tensor Core GPU Architecture", "Ada GPU
+Architecture" (4090), "H100 Tensor Core GPU Architecture", "RTX Blackwell GPU Architecture" (5090), and the
+data sheet of the DGX B200. Lanes of a sub-core for FP32, integers and special functions: "Throughput of
+native arithmetic instructions" in the CUDA C++ Programming Guide.
 
 Assumed, because nobody publishes it: the bandwidth of the L2 (but for A100: 5120 bytes a clock, of which 70 %
 are taken), the share of the peak that cuBLAS reaches in 16 bit, what a wait for memory and a barrier take,
