@@ -18,6 +18,7 @@ GEMM = (
     | dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*")
     | dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
 )
+RANK = {"R": "i32:16"}  # where Triton may specialise by it
 TURING_GEMM = (
     dict.fromkeys(("x_ptr", "w_ptr"), "i32*")
     | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*")
@@ -84,7 +85,7 @@ def product(
     if tile.gluon and target.card.int4:
         made = launch.ampere_constants(problem, tile, exact, rank, *flags)
         name = problem.kernel.replace("gemm", "ampere")
-        return Compilation(f"{module}.ampere", name, GEMM, made, arch, warps)
+        return Compilation(f"{module}.ampere", name, GEMM | RANK, made, arch, warps)
     if tile.gluon:
         from .....kernels.quant_linear.hopper import tile_layout
 
@@ -94,7 +95,7 @@ def product(
             for name, rows in (("x_desc", tile.bm), ("w_desc", tile.bn))
         }
         made = launch.hopper_constants(problem, tile, rank, *flags)
-        return Compilation(f"{module}.hopper", "gemm_wgmma", GEMM | described, made, arch, warps)
+        return Compilation(f"{module}.hopper", "gemm_wgmma", GEMM | RANK | described, made, arch, warps)
     made = launch.constants(target, problem, tile, exact, rank, *flags)
     options = warps | {"num_stages": tile.stages}
     return Compilation(f"{module}.triton", problem.kernel, GEMM, made, arch, options)

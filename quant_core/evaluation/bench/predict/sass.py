@@ -105,6 +105,6 @@ def inner_loops(code: Code) -> list[tuple[int, int]]:
     """Loops without loops in them, those with the most integer products first, then the longest. One that
     contains the kernel's end is none: polling a barrier a second time is moved behind it."""
     bodies = {span: code.instructions[slice(*span)] for span in code.loops}
-    spans = [span for span, body in bodies.items() if not any(i.kind == "EXIT" for i in body)]
+    spans = [span for span, body in bodies.items() if not any(i.kind == "EXIT" and not i.guard for i in body)]
     inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return sorted(inner, key=lambda s: (products(bodies[s]), s[1] - s[0]), reverse=True)

@@ -1,0 +1,33 @@
+"""A floor under what each card's default tiles are predicted to reach: a change of a kernel or a tile that
+makes them worse is seen without a card. The figures are predictions, no measurements: docs/predictions.md."""
+
+import pytest
+
+from comfyui_nibble.quant_core.evaluation.bench.predict import prediction
+from comfyui_nibble.quant_core.evaluation.bench.predict.throughput import card_named
+from comfyui_nibble.tests.kernels import gate
+
+N = K = 3072
+# (card, scales): per cent of the tensor cores' peak in the main loop at least, and microseconds of the
+# quantizer at most.
+FLOORS = {}
+DEFAULTS = sorted(FLOORS)
+
+
+@pytest.fixture(scope="module")
+def predicted():
+    """{(card, scales): Layer}, compiled outside of the interpreter."""
+    with gate.pool() as pool:
+        compiler = lambda job: pool.submit(prediction.compiled, job).result()
+        yield {
+            case: prediction.predict(card_named(case[0]), case[1], N, K, compiler=compiler)
+            for case in DEFAULTS
+        }
+
+
+@pytest.mark.parametrize("case", DEFAULTS, ids=" ".join)
+def test_no_default_is_predicted_worse_than_before(predicted, case):
+    share, microseconds = FLOORS[case]
+    layer = predicted[case]
+    assert 100 * layer.loop >= share
+    assert 1e6 * layer.quantizer <= microseconds
