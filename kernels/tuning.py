@@ -211,8 +211,8 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         ]
     if target.card.tcgen05 and kind:
         return [Tile(64, 64, 64, 4, 3), Tile(64, 128, 32, 8, 3)]
-    # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet. With
-    # 32 columns of the low rank a step, a block less fits a multiprocessor.
+    # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
+    # With 32 columns of the low rank a step, a block less fits a multiprocessor.
     first = [Tile(128, 64, 32, 4, 3, rank_block=16)] if kind == GROUP else []
     return [
         *first,
@@ -225,13 +225,19 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
 
 # By whether codes are packed, and scales: tiles of `quant_linear.ampere`, the best modelled first.
 _AMPERE = {
-    (True, GROUP): [Tile(128, 128, 128, 8, 2, rank_block=16, gluon=True),
-                    Tile(128, 64, 64, 4, 2, rank_block=16, gluon=True)],
-    (True, CHANNEL): [Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
-                      Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True)],
-    (False, CHANNEL): [Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
-                       Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True)],
-}  # fmt: skip
+    (True, GROUP): [
+        Tile(128, 128, 128, 8, 2, rank_block=16, gluon=True),
+        Tile(128, 64, 64, 4, 2, rank_block=16, gluon=True),
+    ],
+    (True, CHANNEL): [
+        Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+        Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True),
+    ],
+    (False, CHANNEL): [
+        Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+        Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True),
+    ],
+}
 
 
 def _ampere(target: Target, problem: Problem) -> list[Tile]:

@@ -6,8 +6,8 @@ needs no (256, 256) matrix in shared memory. The Hadamard matrix is made of +1 a
 and multiplied by one `tl.dot`.
 
 Scales and codes are those of `naive.quantize_activation`, bit for bit where nothing is rotated: division is
-IEEE division, rounding is to even by adding 1.5 * 2^23. The maximum is taken over the bits of |x| as
-integers, which lets NaN through.
+IEEE division (`_quotient` says where it is not, to the last bit), rounding is to even by adding 1.5 * 2^23.
+The maximum is taken over the bits of |x| as integers, which lets NaN through.
 """
 
 import triton
@@ -110,27 +110,28 @@ def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: t
 
 
 @triton.jit
-def _inverse(by, ASM: tl.constexpr):
-    """1 / by within a unit; of what is smaller than 2^-126 or larger than 2^126, infinity or 0."""
+def _quotient(v, by, ASM: tl.constexpr):
+    """v / by to the nearest, v (BM, 64) and by (BM, 1) or (1, 64).
+
+    ASM: in three operations a value in place of IEEE division's 16. The inverse of `by` is within a unit,
+    the product off by 2.5 units at most, and the FMA knows by how much to 24 bits, so that what is rounded
+    last is off by 2^-44 of itself. Quotients by divisors of 16 bits stay 2^-36 away from where rounding turns. By
+    scales of 24 bits it may be wrong by a unit where the quotient is within 2^-44 of such a place: once in
+    2^20, and a code only changes where that is halfway between two. Infinite values, whose tokens are lost,
+    give no quotient.
+    """
     if ASM:
-        out = tl.inline_asm_elementwise(
+        inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [by], dtype=tl.float32, is_pure=True, pack=1
         )
+        # Of an infinite scale the inverse is 0, and the remainder of a finite value must not be NaN.
+        by = tl.broadcast_to(tl.where(inverse == 0.0, 0.0, by), v.shape)
+        inverse = tl.broadcast_to(inverse, v.shape)
+        near = v * inverse
+        out = tl.fma(tl.fma(-near, by, v), inverse, near)
     else:
-        out = 1.0 / by
+        out = tl.div_rn(v, tl.broadcast_to(by, v.shape))
     return out
-
-
-@triton.jit
-def _quotient(v, by, inverse):
-    """v / by to the nearest, as IEEE division gives it, in three operations. inverse: 1 / by within one
-    unit, as `_inverse` gives it. The product is off by 2.5 units at most, and the FMA knows by how much to 24
-    bits, so that what is rounded last is off by 2^-44 of itself. Quotients by divisors of 16 bits stay 2^-36
-    away from where rounding turns. By scales of 24 bits it may be wrong by a unit where the quotient is
-    within 2^-44 of such a place: once in 2^20. Infinite values, whose tokens are lost, give no quotient."""
-    near = v * inverse
-    rest = tl.fma(-near, by, v)
-    return tl.fma(rest, inverse, near)
 
 
 @triton.jit
@@ -152,8 +153,7 @@ def _transform(
     v = tl.where((k < K)[None, :], v, 0.0)
     if SMOOTH:
         by = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
-        inverse = _inverse(by, ASM)
-        v = _quotient(v, tl.broadcast_to(by[None, :], v.shape), tl.broadcast_to(inverse[None, :], v.shape))
+        v = _quotient(v, by[None, :], ASM)
     if ROTATION > 0:
         SIZE: tl.constexpr = ROTATION if ROTATION < 64 else 64
         zero = tl.zeros(v.shape, dtype=tl.float32)
@@ -201,11 +201,7 @@ def _codes(v, scale, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constex
     if SIGN:
         q = tl.where(v >= 0.0, 1, -1)
     else:
-        inverse = _inverse(scale, ASM)
-        # Of an infinite scale the inverse is 0, and the remainder of a finite value must not be NaN.
-        by = tl.where(inverse == 0.0, 0.0, scale)
-        by = tl.broadcast_to(by[:, None], v.shape)
-        q = _rounded(_quotient(v, by, tl.broadcast_to(inverse[:, None], v.shape)), TOP, UNSIGNED)
+        q = _rounded(_quotient(v, scale[:, None], ASM), TOP, UNSIGNED)
     return q
 
 

@@ -46,8 +46,16 @@ def _wide(a, like):
 
 @gluon.jit
 def _fetch(
-    buffers, pointers, k, KB, ld_sx, ld_sw, SLOT: gl.constexpr, G: gl.constexpr, SCALES: gl.constexpr,
-):  # fmt: skip
+    buffers,
+    pointers,
+    k,
+    KB,
+    ld_sx,
+    ld_sw,
+    SLOT: gl.constexpr,
+    G: gl.constexpr,
+    SCALES: gl.constexpr,
+):
     """Starts the copies of the stage at byte k into its slot; the pointers of the next stage. Past the end
     the last stage is read again, with zeros for what makes its products vanish."""
     xs, ws, sxs, sws = buffers
@@ -89,10 +97,19 @@ def _rescaled(outs, acc, sx, sw, J: gl.constexpr, COUNT: gl.constexpr, MAGIC: gl
 
 @gluon.jit
 def _stage(
-    outs, accs, start, buffers, SLOT: gl.constexpr, G: gl.constexpr, SCALES: gl.constexpr,
-    MAGIC: gl.constexpr, MMA: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, NC: gl.constexpr,
-):  # fmt: skip
+    outs,
+    accs,
+    start,
+    buffers,
+    SLOT: gl.constexpr,
+    G: gl.constexpr,
+    SCALES: gl.constexpr,
+    MAGIC: gl.constexpr,
+    MMA: gl.constexpr,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    NC: gl.constexpr,
+):
     """The products of the G groups in a slot."""
     xs, ws, sxs, sws = buffers
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)
@@ -124,9 +141,22 @@ def _stage(
 
 @gluon.jit
 def _low_rank(
-    outs, low_ptr, up_ptr, m0, n0, M, N, R, ld_low, ld_up, MMA: gl.constexpr, BM: gl.constexpr,
-    BR: gl.constexpr, NC: gl.constexpr, COUNT: gl.constexpr,
-):  # fmt: skip
+    outs,
+    low_ptr,
+    up_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    R,
+    ld_low,
+    ld_up,
+    MMA: gl.constexpr,
+    BM: gl.constexpr,
+    BR: gl.constexpr,
+    NC: gl.constexpr,
+    COUNT: gl.constexpr,
+):
     """outs + low @ up^T, BR of the R columns at a time."""
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
@@ -145,19 +175,81 @@ def _low_rank(
 
 
 @gluon.jit
+def _pointers(
+    x_ptr,
+    w_ptr,
+    sx_ptr,
+    sw_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    ldx,
+    ldw,
+    ld_sx,
+    ld_sw,
+    BM: gl.constexpr,
+    BN: gl.constexpr,
+    G: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """What the first stage is copied from: a group of x and of the weights, G groups of their scales. Rows
+    past the end repeat the last one, they are not stored; N is even."""
+    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WARPS, 1], [1, 0])
+    k = gl.arange(0, 32, layout=gl.SliceLayout(0, COPY))
+    m = gl.minimum(m0 + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY)), M - 1)
+    n = gl.minimum(n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, COPY)), N - 1)
+    i = gl.arange(0, G * BM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    sxp = sx_ptr + i // BM * ld_sx + gl.minimum(m0 + i % BM, M - 1)
+    i = gl.arange(0, G * BN, layout=gl.BlockedLayout([2], [32], [WARPS], [0]))
+    columns = gl.max_contiguous(gl.multiple_of(gl.minimum(n0 + i % BN, N - 2), 2), 2)
+    xp = x_ptr + (m.to(gl.int64) * ldx)[:, None] + k[None, :]
+    wp = w_ptr + (n.to(gl.int64) * ldw)[:, None] + k[None, :]
+    return xp, wp, sxp, sw_ptr + i // BN * ld_sw + columns
+
+
+@gluon.jit
+def _store(
+    outs,
+    bias_ptr,
+    y_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    ldy,
+    HAS_BIAS: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
+    MMA: gl.constexpr,
+    BM: gl.constexpr,
+    NC: gl.constexpr,
+    COUNT: gl.constexpr,
+):
+    """outs with the bias, and with what y holds, into y."""
+    m = m0 + gl.arange(0, BM, layout=gl.SliceLayout(1, MMA))
+    yp = y_ptr + (m.to(gl.int64) * ldy)[:, None]
+    for j in gl.static_range(COUNT):
+        n = n0 + j * NC + gl.arange(0, NC, layout=gl.SliceLayout(0, MMA))
+        ok = (m < M)[:, None] & (n < N)[None, :]
+        out = outs[j]
+        if HAS_BIAS:
+            out += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
+        if ACCUMULATE:
+            out += gl.load(yp + n[None, :], mask=ok, other=0.0).to(gl.float32)
+        gl.store(yp + n[None, :], out.to(y_ptr.dtype.element_ty), mask=ok)
+
+
+@gluon.jit
 def _gemm(
     x_ptr, w_ptr, sx_ptr, sw_ptr, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
-    SCALES: gl.constexpr, MAGIC: gl.constexpr, HAS_BIAS: gl.constexpr,
-    ACCUMULATE: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BR: gl.constexpr, GROUP_M: gl.constexpr,
+    SCALES: gl.constexpr, MAGIC: gl.constexpr, HAS_BIAS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BR: gl.constexpr, GROUP_M: gl.constexpr,
     G: gl.constexpr, STAGES: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WM, WN], instr_shape=[16, 8])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)
-    COPY: gl.constexpr = gl.BlockedLayout([1, 16], [16, 2], [WM * WN, 1], [1, 0])
-    COPY_SX: gl.constexpr = gl.BlockedLayout([1], [32], [WM * WN], [0])
-    COPY_SW: gl.constexpr = gl.BlockedLayout([2], [32], [WM * WN], [0])
     TILE: gl.constexpr = gl.SwizzledSharedLayout(16, 4, 2, [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     COUNT: gl.constexpr = BN // NC
@@ -175,21 +267,9 @@ def _gemm(
             sxs = sxs + (gl.allocate_shared_memory(gl.float32, [G * BM], LINE),)
             sws = sws + (gl.allocate_shared_memory(sw_ptr.dtype.element_ty, [G * BN], LINE),)
     buffers = (xs, ws, sxs, sws)
-    # Rows past the end repeat the last one; they are not stored. N is even.
-    k = gl.arange(0, 32, layout=gl.SliceLayout(0, COPY))
-    m = gl.minimum(m0 + gl.arange(0, BM, layout=gl.SliceLayout(1, COPY)), M - 1)
-    n = gl.minimum(n0 + gl.arange(0, BN, layout=gl.SliceLayout(1, COPY)), N - 1)
-    i = gl.arange(0, G * BM, layout=COPY_SX)
-    sxp = sx_ptr + i // BM * ld_sx + gl.minimum(m0 + i % BM, M - 1)
-    i = gl.arange(0, G * BN, layout=COPY_SW)
-    columns = gl.max_contiguous(gl.multiple_of(gl.minimum(n0 + i % BN, N - 2), 2), 2)
-    pointers = (
-        x_ptr + (m.to(gl.int64) * ldx)[:, None] + k[None, :],
-        w_ptr + (n.to(gl.int64) * ldw)[:, None] + k[None, :],
-        sxp,
-        sw_ptr + i // BN * ld_sw + columns,
+    pointers = _pointers(
+        x_ptr, w_ptr, sx_ptr, sw_ptr, m0, n0, M, N, ldx, ldw, ld_sx, ld_sw, BM, BN, G, WM * WN
     )
-
     START: gl.constexpr = _MAGIC_BITS if MAGIC else 0
     start = gl.full([BM, NC], START, gl.int32, MMA)
     outs, accs = (), ()
@@ -205,31 +285,28 @@ def _gemm(
             async_copy.wait_group(STAGES - 2)
             # Into the slot of the step before, whose readers are all behind this wait's barrier.
             pointers = _fetch(
-                buffers, pointers, k0 + (s + STAGES - 1) * (32 * G), KB, ld_sx, ld_sw,
-                (s + STAGES - 1) % STAGES, G, SCALES,
-            )  # fmt: skip
+                buffers,
+                pointers,
+                k0 + (s + STAGES - 1) * (32 * G),
+                KB,
+                ld_sx,
+                ld_sw,
+                (s + STAGES - 1) % STAGES,
+                G,
+                SCALES,
+            )
             outs, accs = _stage(outs, accs, start, buffers, s, G, SCALES, MAGIC, MMA, BM, BN, NC)
     async_copy.wait_group(0)
 
-    m_y = m0 + gl.arange(0, BM, layout=ROW)
     if SCALES == CHANNEL:
-        sx = gl.load(sx_ptr + gl.minimum(m_y, M - 1))
+        m = gl.minimum(m0 + gl.arange(0, BM, layout=ROW), M - 1)
+        sx = gl.load(sx_ptr + m)[:, None]
         for j in gl.static_range(COUNT):
             n = gl.minimum(n0 + j * NC + gl.arange(0, NC, layout=COLUMN), N - 1)
-            sw = gl.load(sw_ptr + n).to(gl.float32)
-            outs = outs + (accs[j].to(gl.float32) * (sx[:, None] * sw[None, :]),)
+            outs = outs + (accs[j].to(gl.float32) * (sx * gl.load(sw_ptr + n).to(gl.float32)[None, :]),)
     if BR > 0:
         outs = _low_rank(outs, low_ptr, up_ptr, m0, n0, M, N, R, ld_low, ld_up, MMA, BM, BR, NC, COUNT)
-    yp = y_ptr + (m_y.to(gl.int64) * ldy)[:, None]
-    for j in gl.static_range(COUNT):
-        n = n0 + j * NC + gl.arange(0, NC, layout=COLUMN)
-        ok = (m_y < M)[:, None] & (n < N)[None, :]
-        out = outs[j]
-        if HAS_BIAS:
-            out += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
-        if ACCUMULATE:
-            out += gl.load(yp + n[None, :], mask=ok, other=0.0).to(gl.float32)
-        gl.store(yp + n[None, :], out.to(y_ptr.dtype.element_ty), mask=ok)
+    _store(outs, bias_ptr, y_ptr, m0, n0, M, N, ldy, HAS_BIAS, ACCUMULATE, MMA, BM, NC, COUNT)
 
 
 @gluon.jit

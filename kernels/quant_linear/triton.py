@@ -123,9 +123,17 @@ def _scaled(out, acc, sx, sw, SWAP: tl.constexpr):
 
 @triton.jit
 def _low_rank(
-    out, low_ptr, up_ptr, m_low, n_up, R, BR: tl.constexpr, SWAP: tl.constexpr, UPCAST: tl.constexpr,
+    out,
+    low_ptr,
+    up_ptr,
+    m_low,
+    n_up,
+    R,
+    BR: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
     EVEN_R: tl.constexpr = False,
-):  # fmt: skip
+):
     """out + low @ up^T, BR of the R columns at a time. m_low, n_up: first element of each row of the two.
     EVEN_R: BR divides R."""
     for start in tl.range(0, R, BR, num_stages=1):

@@ -71,9 +71,14 @@ def problem_of(target: Target, spec: LinearSpec, tokens: int) -> Problem:
 
 
 def product(
-    target: Target, problem: Problem, tile: Tile, rank: int = 32, has_bias: bool = True,
-    accumulate: bool = False, exact: bool = True,
-) -> Compilation:  # fmt: skip
+    target: Target,
+    problem: Problem,
+    tile: Tile,
+    rank: int = 32,
+    has_bias: bool = True,
+    accumulate: bool = False,
+    exact: bool = True,
+) -> Compilation:
     """The product's kernel with this tile; rank 0 for none."""
     from .....kernels.quant_linear import launch
 

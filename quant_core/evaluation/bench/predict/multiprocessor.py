@@ -22,11 +22,33 @@ QUEUE = 16  # cycles of work that may wait in front of the load/store path
 _FP32 = ("FFMA", "FMUL", "FADD")
 _HALF2 = ("HFMA2", "HMUL2", "HADD2", "HMNMX2")
 _SLOW = ("MUFU", "I2F", "F2I", "I2I", "F2F", "FRND", "POPC", "FLO")
-_CONTROL = ("BAR", "DEPBAR", "LDGDEPBAR", "BRA", "NOP", "WARPSYNC", "WARPGROUP", "SYNCS", "YIELD", "BSSY",
-            "BSYNC", "EXIT", "CALL", "RET", "R2UR", "BREAK")  # fmt: skip
+_CONTROL = (
+    "BAR",
+    "DEPBAR",
+    "LDGDEPBAR",
+    "BRA",
+    "NOP",
+    "WARPSYNC",
+    "WARPGROUP",
+    "SYNCS",
+    "YIELD",
+    "BSSY",
+    "BSYNC",
+    "EXIT",
+    "CALL",
+    "RET",
+    "R2UR",
+    "BREAK",
+)
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
-_SHAPES = {"16864": 16 * 8 * 64, "16832": 16 * 8 * 32, "16816": 16 * 8 * 16, "8832": 8 * 8 * 32,
-           "8816": 8 * 8 * 16, "1688": 16 * 8 * 8}  # fmt: skip
+_SHAPES = {
+    "16864": 16 * 8 * 64,
+    "16832": 16 * 8 * 32,
+    "16816": 16 * 8 * 16,
+    "8832": 8 * 8 * 32,
+    "8816": 8 * 8 * 16,
+    "1688": 16 * 8 * 8,
+}
 
 
 @dataclass(frozen=True)

@@ -124,9 +124,18 @@ def predict(card: Throughput, grain: str, n: int, k: int, m: int = FLUX_TOKENS, 
     quantizer, bound = _quantizing(card, target, spec, m, compiler)
     flops = 2 * m * n * k
     return Layer(
-        grain, "W8A8" if again else "W4A4", n, k, product, quantizer, bound, flops / card.half / card.cublas,
-        limit, flops / product / card.peak(four), model.tensor,
-    )  # fmt: skip
+        grain,
+        "W8A8" if again else "W4A4",
+        n,
+        k,
+        product,
+        quantizer,
+        bound,
+        flops / card.half / card.cublas,
+        limit,
+        flops / product / card.peak(four),
+        model.tensor,
+    )
 
 
 def _code_bytes(problem) -> float:
