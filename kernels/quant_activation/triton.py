@@ -115,10 +115,10 @@ def _quotient(v, by, ASM: tl.constexpr):
 
     ASM: in three operations a value in place of IEEE division's 16. The inverse of `by` is within a unit,
     the product off by 2.5 units at most, and the FMA knows by how much to 24 bits, so that what is rounded
-    last is off by 2^-44 of itself. Quotients by divisors of 16 bits stay 2^-36 away from where rounding turns. By
-    scales of 24 bits it may be wrong by a unit where the quotient is within 2^-44 of such a place: once in
-    2^20, and a code only changes where that is halfway between two. Infinite values, whose tokens are lost,
-    give no quotient.
+    last is off by 2^-44 of itself. Quotients by divisors of 16 bits stay 2^-36 away from where rounding
+    turns. By scales of 24 bits it may be wrong by a unit where the quotient is within 2^-44 of such a place:
+    once in 2^20, and a code only changes where that is halfway between two. Infinite values, whose tokens
+    are lost, give no quotient.
     """
     if ASM:
         inverse = tl.inline_asm_elementwise(

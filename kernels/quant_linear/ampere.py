@@ -175,6 +175,31 @@ def _low_rank(
 
 
 @gluon.jit
+def _scaled(
+    accs,
+    sx_ptr,
+    sw_ptr,
+    m0,
+    n0,
+    M,
+    N,
+    MMA: gl.constexpr,
+    BM: gl.constexpr,
+    NC: gl.constexpr,
+    COUNT: gl.constexpr,
+):
+    """The integer sums of all chunks times one scale a row and one a column."""
+    m = gl.minimum(m0 + gl.arange(0, BM, layout=gl.SliceLayout(1, MMA)), M - 1)
+    sx = gl.load(sx_ptr + m)[:, None]
+    outs = ()
+    for j in gl.static_range(COUNT):
+        n = gl.minimum(n0 + j * NC + gl.arange(0, NC, layout=gl.SliceLayout(0, MMA)), N - 1)
+        sw = gl.load(sw_ptr + n).to(gl.float32)[None, :]
+        outs = outs + (accs[j].to(gl.float32) * (sx * sw),)
+    return outs
+
+
+@gluon.jit
 def _pointers(
     x_ptr,
     w_ptr,
@@ -248,8 +273,6 @@ def _gemm(
     G: gl.constexpr, STAGES: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WM, WN], instr_shape=[16, 8])
-    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, MMA)
     TILE: gl.constexpr = gl.SwizzledSharedLayout(16, 4, 2, [1, 0])
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     COUNT: gl.constexpr = BN // NC
@@ -284,26 +307,15 @@ def _gemm(
         for s in gl.static_range(STAGES):
             async_copy.wait_group(STAGES - 2)
             # Into the slot of the step before, whose readers are all behind this wait's barrier.
+            ahead = k0 + (s + STAGES - 1) * (32 * G)
             pointers = _fetch(
-                buffers,
-                pointers,
-                k0 + (s + STAGES - 1) * (32 * G),
-                KB,
-                ld_sx,
-                ld_sw,
-                (s + STAGES - 1) % STAGES,
-                G,
-                SCALES,
+                buffers, pointers, ahead, KB, ld_sx, ld_sw, (s + STAGES - 1) % STAGES, G, SCALES
             )
             outs, accs = _stage(outs, accs, start, buffers, s, G, SCALES, MAGIC, MMA, BM, BN, NC)
     async_copy.wait_group(0)
 
     if SCALES == CHANNEL:
-        m = gl.minimum(m0 + gl.arange(0, BM, layout=ROW), M - 1)
-        sx = gl.load(sx_ptr + m)[:, None]
-        for j in gl.static_range(COUNT):
-            n = gl.minimum(n0 + j * NC + gl.arange(0, NC, layout=COLUMN), N - 1)
-            outs = outs + (accs[j].to(gl.float32) * (sx * gl.load(sw_ptr + n).to(gl.float32)[None, :]),)
+        outs = _scaled(accs, sx_ptr, sw_ptr, m0, n0, M, N, MMA, BM, NC, COUNT)
     if BR > 0:
         outs = _low_rank(outs, low_ptr, up_ptr, m0, n0, M, N, R, ld_low, ld_up, MMA, BM, BR, NC, COUNT)
     _store(outs, bias_ptr, y_ptr, m0, n0, M, N, ldy, HAS_BIAS, ACCUMULATE, MMA, BM, NC, COUNT)

@@ -82,9 +82,22 @@ class Chosen:
 
 @lru_cache(maxsize=4096)
 def _chosen(
-    target, changes, kernel, planes, scales, swap, block, ends, tokens, channels, row_bytes, scale_dtype,
-    rank, has_bias, accumulate
-):  # fmt: skip
+    target,
+    changes,
+    kernel,
+    planes,
+    scales,
+    swap,
+    block,
+    ends,
+    tokens,
+    channels,
+    row_bytes,
+    scale_dtype,
+    rank,
+    has_bias,
+    accumulate,
+):
     """changes: `tuning.changes`, so that a tile which was just timed is taken at once."""
     target = Target(*target)
     problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
@@ -128,9 +141,22 @@ def _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, stride
     (tokens, _), (channels, row_bytes) = codes.shape, weight.shape
     x, w = codes.view(torch.int32), weight.view(torch.int32)
     chosen.kernel[chosen.grid](
-        x, w, scale, weight_scale, chosen.ends, scale if bias is None else bias, y,
-        tokens, channels, row_bytes, x.stride(0), w.stride(0), y.stride(0), *strides, **chosen.constants,
-    )  # fmt: skip
+        x,
+        w,
+        scale,
+        weight_scale,
+        chosen.ends,
+        scale if bias is None else bias,
+        y,
+        tokens,
+        channels,
+        row_bytes,
+        x.stride(0),
+        w.stride(0),
+        y.stride(0),
+        *strides,
+        **chosen.constants,
+    )
     if low is not None:  # Triton has no 16-bit tensor cores on this card, cuBLAS has
         y.addmm_(low, up.to(low.dtype).T)
 
@@ -164,8 +190,13 @@ def _hopper(codes, scale, weight, weight_scale, branch, chosen, sizes):
     chosen.kernel[chosen.grid](
         TensorDescriptor.from_tensor(codes, [tile.bm, tile.bk], layout),
         TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk], layout),
-        scale, weight_scale, chosen.ends, *branch, *sizes, **chosen.constants,
-    )  # fmt: skip
+        scale,
+        weight_scale,
+        chosen.ends,
+        *branch,
+        *sizes,
+        **chosen.constants,
+    )
 
 
 def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, accumulate: bool) -> dict:
