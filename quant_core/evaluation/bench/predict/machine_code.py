@@ -53,7 +53,9 @@ def built(module: str, kernel: str, signature: dict, constants: dict, arch: int 
     constants = {(names.index(n),): _constant(v) for n, v in constants.items()}
     source_class = ASTSource
     if type(fn).__name__ == "GluonJITFunction":
-        from triton.experimental.gluon._runtime import GluonASTSource as source_class
+        from triton.experimental.gluon import _runtime
+
+        source_class = _runtime.GluonASTSource
     source = source_class(fn=fn, signature=kinds, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options)
 

@@ -8,7 +8,7 @@ the model: bank conflicts, misses of caches and of instructions, the clock under
 
 import heapq
 import re
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from .sass import NO_BOARD, Instruction
@@ -139,7 +139,7 @@ def modelled(body, card: Throughput, warps: int, blocks: int, iterations: int = 
 
 def bounds_of(body, card: Throughput, warps: int) -> dict[str, float]:
     """Cycles that each pipe of a multiprocessor is busy for an iteration of this many warps."""
-    sums: Counter = Counter()
+    sums: dict[str, float] = defaultdict(float)
     for instruction in body:
         use = use_of(instruction, card)
         sums[use.pipe] += use.busy

@@ -34,8 +34,9 @@ def test_a_layer_by_hand():
     # 32 x 24 blocks on 128 multiprocessors, one each: 6 rounds of 6 steps, 128 products of 16 cycles, two
     # warps a scheduler. One instruction is outside of the loop.
     step = 2 * 128 * 16
-    assert layer.product == pytest.approx(6 * (6 * step + 2 + 4 * MEMORY) / 2.52e9, rel=1e-3)
-    assert (layer.limit, layer.runs_as, layer.loop) == ("tensor", "W4A4", pytest.approx(1, rel=1e-3))
+    # Six iterations are measured, of which the two warps end the last at different times: 3 per cent.
+    assert layer.product == pytest.approx(6 * (6 * step + 2 + 4 * MEMORY) / 2.52e9, rel=0.03)
+    assert (layer.limit, layer.runs_as, layer.loop) == ("tensor", "W4A4", pytest.approx(1, rel=0.03))
     assert layer.half == pytest.approx(2 * 4096 * 3072**2 / 165.2e12 / 0.9)
     # 256 blocks of 16 tokens, two on each multiprocessor, 24 steps of 100 instructions of 4 warps.
     assert layer.quantizer == pytest.approx((24 * 200 + 2 + 4 * MEMORY) / 2.52e9, rel=1e-2)
