@@ -70,8 +70,9 @@ def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
         return QuantizerTile(16, 1, stages=2 if target.card.waves_of_64 else 1)
     # 16 tokens, the least of a 16-bit product: at M = 4608 that is 288 programs, with which the RTX 4090's
     # quantizer is modelled at the bandwidth of memory; with 32, 144 programs took 1.7 times as long.
-    if rotation > 128 and rank <= 32:  # four tiles that are mixed: 4 warps spill
-        return QuantizerTile(16, 2, warps=8)
+    # Four tiles that are mixed: with 16 tokens 4 warps spill on sm_86 and sm_89, 8 on sm_120.
+    if rotation > 128 and rank <= 32:
+        return QuantizerTile(32, 2, warps=8)
     # A third stage takes a fourth block's shared memory on the RTX 3090 and 4090 (46 us are 63 with it), and
     # helps elsewhere (A100: 71 and 58 us).
     deep = 0 < rank <= 32 and (target.card.int4 != MMA or target.card.w8a8)
