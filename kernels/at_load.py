@@ -12,13 +12,13 @@ def spec_at_load(spec: LinearSpec, target: Target) -> LinearSpec:
     """The layer as it should run on a target (`layer.precisions.in_int8` makes it); the same spec where that
     is how it is stored.
 
-    On Hopper the two FMA an output and group of group-64 scales take more issue slots than the whole bf16
-    product has time: W8A8. Where torch's int8 product runs, weights are held in int8, which unpacking 4 bits
-    at each call would double the time of, and layers with scales of groups are W8A8 or W8A16.
+    On the cards of `Card.w8a8` layers with scales of groups are W8A8. Where torch's int8 product runs,
+    weights are held in int8, since unpacking 4 bits at each call would double its time, and layers with
+    scales of groups are W8A8 or W8A16.
     """
     if not all(p.activation is None or p.activation.granularity != "tensor" for p in spec.parts):
         return spec
-    if target.card.wgmma and target.triton is not None and all(p.activation for p in spec.parts):
+    if target.card.w8a8 and target.triton is not None and all(p.activation for p in spec.parts):
         return spec.as_int8() if any(has_groups(p) for p in spec.parts) else spec
     if not has_kernels(target) and choose(spec.as_int8(), target).path == TORCH_INT8:
         return spec.as_int8()

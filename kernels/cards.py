@@ -11,12 +11,14 @@ class Card:
 
     shared_kib: shared memory that a block may use; compilation does not check it, a launch does.
     products_16: Triton has tensor-core products of 16 bits, bf16 among them. int8: and of int8. int4:
-    MMA, M8N8K32 or "". wgmma: packed weights are the register operand of a wgmma, and group scales cost
-    more than the product. tcgen05: products of 4 and 8 warps are tcgen05. waves_of_64: of AMD's CDNA.
-    warp_values: what a warp holds of a learned transform's row; row_values, side: the most of a padded
-    row, and of one side of its slices, before registers spill. branch_rotation: the largest Hadamard
-    block beside which the quantizer has registers for the low rank; branch: whether it has a product for
-    it at all. torch_int8: `torch._int_mm` is exact and runs on instructions for int8.
+    MMA, M8N8K32 or "". wgmma: packed weights are the register operand of a wgmma. tcgen05: products of 4
+    and 8 warps are tcgen05. waves_of_64: of AMD's CDNA. warp_values: what a warp holds of a learned
+    transform's row; row_values, side: the most of a padded row, and of one side of its slices, before
+    registers spill. branch_rotation: the largest Hadamard block beside which the quantizer has registers
+    for the low rank; branch: whether it has a product for it at all. w8a8: layers with group scales run as
+    W8A8, requantized at load, because the two FMA an output and group take more issue slots, or on sm_80
+    more of its FP32 lanes, than the int8 product takes. torch_int8: `torch._int_mm` is
+    exact and runs on instructions for int8.
     """
 
     shared_kib: int = 99
@@ -31,6 +33,7 @@ class Card:
     side: int = 128
     branch: bool = True
     branch_rotation: int = 4096
+    w8a8: bool = False
     torch_int8: bool = False
 
 
@@ -42,11 +45,11 @@ _CDNA = Card(64, waves_of_64=True, warp_values=2048, side=64)
 # By compute capability.
 CUDA = {
     75: replace(_BEFORE_AMPERE, shared_kib=64, int4=M8N8K32, torch_int8=True),
-    80: replace(_AMPERE, shared_kib=163, int4=MMA),
+    80: replace(_AMPERE, shared_kib=163, int4=MMA, w8a8=True),
     86: replace(_AMPERE, shared_kib=99, int4=MMA),
     87: replace(_AMPERE, shared_kib=163, int4=MMA),
     89: replace(_AMPERE, shared_kib=99, int4=MMA),
-    90: replace(_AMPERE, shared_kib=227, wgmma=True),
+    90: replace(_AMPERE, shared_kib=227, wgmma=True, w8a8=True),
     100: replace(_AMPERE, shared_kib=227, tcgen05=True),
     103: replace(_AMPERE, shared_kib=227, tcgen05=True),
     120: replace(_AMPERE, shared_kib=99),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from .cards import M8N8K32
+from .cards import M8N8K32, MMA
 from .plan import CHANNEL, GROUP, SLICE
 from .target import MIN_INT4, Target
 
@@ -20,7 +20,7 @@ class Tile:
     """A block's share of the product: bm tokens, bn out-channels, bk bytes of a weight row a step.
 
     group_m: rows of tiles walked together. rank_block: columns of the low-rank branch a step. gluon: for
-    `quant_linear.hopper`.
+    `quant_linear.hopper`, or for `quant_linear.ampere`, where bk may be several groups.
     """
 
     bm: int
@@ -65,14 +65,18 @@ class Problem:
 
 
 def quantizer_tile(target: Target, rank: int, rotation: int) -> QuantizerTile:
-    """Fewer rows where tiles are mixed or many columns of the low rank are held in registers."""
+    """Few rows, so that there are programs enough for every multiprocessor."""
     if target.backend == "hip":
         return QuantizerTile(16, 1, stages=2 if target.card.waves_of_64 else 1)
-    if rank > 32:
-        return QuantizerTile(16, 2)
-    if 0 < rotation <= 64:
-        return QuantizerTile(16, 2)
-    return QuantizerTile(32, 2, warps=8 if rotation else 4)
+    # 16 tokens, the least of a 16-bit product: at M = 4608 that is 288 programs, with which the RTX 4090's
+    # quantizer is modelled at the bandwidth of memory; with 32, 144 programs took 1.7 times as long.
+    # Four tiles that are mixed: with 16 tokens 4 warps spill on sm_86 and sm_89, 8 on sm_120.
+    if rotation > 128 and rank <= 32:
+        return QuantizerTile(32, 2, warps=8)
+    # A third stage takes a fourth block's shared memory on the RTX 3090 and 4090 (46 us are 63 with it), and
+    # helps elsewhere (A100: 71 and 58 us).
+    deep = 0 < rank <= 32 and (target.card.int4 != MMA or target.card.w8a8)
+    return QuantizerTile(16, 2, stages=3 if deep else 2)
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
     elif problem.scales == SLICE:
         tiles = [replace(t, bk=_divisor(problem.block, t.bk)) for t in tiles]
     out = []
-    for tile in tiles + _gluon(target, problem):
+    for tile in _ampere(target, problem) + tiles + _gluon(target, problem):
         if tile not in out and shared_bytes(tile, problem) <= target.shared_bytes:
             out.append(tile)
     return out
@@ -167,7 +171,10 @@ def candidates(target: Target, problem: Problem) -> list[Tile]:
 
 def shared_bytes(tile: Tile, problem: Problem) -> int:
     """What the pipelined loads of the main loop take at most (mma.sync needs a stage less than wgmma)."""
-    return tile.stages * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+    codes = tile.stages * tile.bk * (tile.bm * max(problem.planes, 1) + tile.bn)
+    if tile.gluon and problem.scales == GROUP:  # scales of up to 4 bytes come with the codes
+        codes += tile.stages * tile.bk // problem.block * 4 * (tile.bm + tile.bn)
+    return codes
 
 
 def _divisor(block: int, limit: int) -> int:
@@ -195,19 +202,58 @@ def _family(target: Target, problem: Problem) -> list[Tile]:
         return [Tile(256, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(256, 128, 64, 8, 4)]
     if target.card.int4 and not problem.planes:
         small = [Tile(64, 128, 64, 8, 4), Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4)]
+        if kind == GROUP:  # blocks of 4 warps are not all in one phase: 67 and 53 % modelled, 8 warps 41 %
+            four = [Tile(128, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4)]
+            return [*four, Tile(128, 128, 64, 8, 4), *small]
         if kind:
-            return [Tile(128, 128, 64, 8, 4), *small] if roomy or kind == GROUP else small
+            return [Tile(128, 128, 64, 8, 4), *small] if roomy else small
         large = [Tile(128, 256, 64, 8, 3)] if roomy else []
-        return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 128, 8, 3), *large, small[0]]
+        return [
+            Tile(128, 128, 64, 8, 3),
+            Tile(128, 64, 64, 4, 3),
+            Tile(128, 128, 128, 8, 3),
+            *large,
+            small[0],
+        ]
     if target.card.tcgen05 and kind:
-        return [Tile(64, 128, 32, 8, 3), Tile(64, 64, 64, 4, 3)]
+        return [Tile(64, 128, 32, 8, 3, rank_block=16), Tile(64, 64, 64, 4, 3)]
     # int8 by mma.sync: sm_80 to sm_89 with 8-bit or 2-bit sides, sm_100, sm_120, and cards not known yet.
+    # With 32 columns of the low rank a step, a block less fits a multiprocessor.
+    first = [Tile(128, 64, 32, 4, 3, rank_block=16)] if kind == GROUP else []
     return [
-        Tile(64, 128, 64, 4, 3),
+        *first,
+        Tile(64, 128, 64, 4, 3, rank_block=16),
         Tile(128, 128, 32, 8, 3),
         Tile(64, 128, 32, 4, 3),
         Tile(64, 64, 64, 4, 3),
     ]
+
+
+# By whether codes are packed, and scales: tiles of `quant_linear.ampere`, the best modelled first.
+_AMPERE = {
+    (True, GROUP): [
+        Tile(128, 128, 128, 8, 2, rank_block=16, gluon=True),
+        Tile(128, 64, 64, 4, 2, rank_block=16, gluon=True),
+    ],
+    (True, CHANNEL): [
+        Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+        Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True),
+    ],
+    (False, CHANNEL): [
+        Tile(128, 128, 64, 4, 3, rank_block=16, gluon=True),
+        Tile(128, 128, 64, 8, 4, rank_block=16, gluon=True),
+    ],
+}
+
+
+def _ampere(target: Target, problem: Problem) -> list[Tile]:
+    """Its copies want whole tiles of bytes in a row, and 16-byte rows of scales. Few tokens wait for the
+    weights."""
+    known = target.card.int4 == MMA and target.triton is not None and MIN_INT4 <= target.triton < (3, 9)
+    if not known or problem.tokens <= 64 or problem.channels % 16 or problem.planes > 1:
+        return []
+    tiles = _AMPERE.get((problem.planes == 0, problem.scales), [])
+    return [t for t in tiles if problem.row_bytes % t.bk == 0]
 
 
 # By planes and scales: tiles of Hopper's kernel in Gluon, behind Triton's, so that they are taken only where

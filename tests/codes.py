@@ -8,6 +8,7 @@ and what remains to be asked of the codes is asked of each of them: that the oth
 become it, or lay on its edge (EDGE).
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -93,11 +94,19 @@ def _through(real):
     return quantize
 
 
+def _int8_of(quantizer):
+    """The module `kernels.quant_linear.torch_int8` of the same pack."""
+    pack = quantizer.__name__.removesuffix(".operator.quantizers")
+    return importlib.import_module(f"{pack}.quant_linear.torch_int8")
+
+
 @contextmanager
 def _running_as(running, quantizer):
     _running.append(running)
     try:
-        with mock.patch.object(quantizer, "quantize", _through(quantizer.quantize)):
+        # All rows at once: a call of the quantizer is one of the layer's.
+        whole = mock.patch.object(_int8_of(quantizer), "ROWS", 2**30)
+        with whole, mock.patch.object(quantizer, "quantize", _through(quantizer.quantize)):
             yield running
     finally:
         _running.pop()

@@ -138,5 +138,6 @@ def constants(
         "RP": max(16, triton.next_power_of_2(rank)) if rank else 0,
         "BM": tile.rows,
         "TILES": max(rotation // 64, 1) if rotation else tile.tiles,
+        "ASM": target.backend == "cuda",
         "UPCAST": target.interpreted,
     }

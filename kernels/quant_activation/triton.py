@@ -6,8 +6,8 @@ needs no (256, 256) matrix in shared memory. The Hadamard matrix is made of +1 a
 and multiplied by one `tl.dot`.
 
 Scales and codes are those of `naive.quantize_activation`, bit for bit where nothing is rotated: division is
-IEEE division, rounding is to even by adding 1.5 * 2^23. The maximum is taken over the bits of |x| as
-integers, which lets NaN through.
+IEEE division (`_quotient` says where it is not, to the last bit), rounding is to even by adding 1.5 * 2^23.
+The maximum is taken over the bits of |x| as integers, which lets NaN through.
 """
 
 import triton
@@ -110,6 +110,31 @@ def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: t
 
 
 @triton.jit
+def _quotient(v, by, ASM: tl.constexpr):
+    """v / by to the nearest, v (BM, 64) and by (BM, 1) or (1, 64).
+
+    ASM: in three operations a value in place of IEEE division's 16. The inverse of `by` is within a unit,
+    the product off by 2.5 units at most, and the FMA knows by how much to 24 bits, so that what is rounded
+    last is off by 2^-44 of itself. Quotients by divisors of 16 bits stay 2^-36 away from where rounding
+    turns. By scales of 24 bits it may be wrong by a unit where the quotient is within 2^-44 of such a place:
+    once in 2^20, and a code only changes where that is halfway between two. Infinite values, whose tokens
+    are lost, give no quotient.
+    """
+    if ASM:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [by], dtype=tl.float32, is_pure=True, pack=1
+        )
+        # Of an infinite scale the inverse is 0, and the remainder of a finite value must not be NaN.
+        by = tl.broadcast_to(tl.where(inverse == 0.0, 0.0, by), v.shape)
+        inverse = tl.broadcast_to(inverse, v.shape)
+        near = v * inverse
+        out = tl.fma(tl.fma(-near, by, v), inverse, near)
+    else:
+        out = tl.div_rn(v, tl.broadcast_to(by, v.shape))
+    return out
+
+
+@triton.jit
 def _transform(
     x,
     smooth_ptr,
@@ -119,6 +144,7 @@ def _transform(
     SMOOTH: tl.constexpr,
     ROTATION: tl.constexpr,
     ROT_DTYPE: tl.constexpr,
+    ASM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """Shift, smoothing and the Hadamard factor within the tile, (BM, 64) fp32, without its 1 / sqrt(size)."""
@@ -126,7 +152,8 @@ def _transform(
     v = x.to(tl.float32) + shift
     v = tl.where((k < K)[None, :], v, 0.0)
     if SMOOTH:
-        v = tl.div_rn(v, tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)[None, :])
+        by = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
+        v = _quotient(v, by[None, :], ASM)
     if ROTATION > 0:
         SIZE: tl.constexpr = ROTATION if ROTATION < 64 else 64
         zero = tl.zeros(v.shape, dtype=tl.float32)
@@ -169,12 +196,12 @@ def _rounded(v, TOP: tl.constexpr, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
-def _codes(v, scale, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr):
+def _codes(v, scale, TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, ASM: tl.constexpr):
     """int32 codes of v (BM, 64) at scale (BM,). SIGN: 1-bit codes, which no scale changes."""
     if SIGN:
         q = tl.where(v >= 0.0, 1, -1)
     else:
-        q = _rounded(tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape)), TOP, UNSIGNED)
+        q = _rounded(_quotient(v, scale[:, None], ASM), TOP, UNSIGNED)
     return q
 
 
@@ -216,7 +243,7 @@ def quantize_kernel(
     GROUPED: tl.constexpr,
     TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr,
     BM: tl.constexpr,
-    TILES: tl.constexpr, UPCAST: tl.constexpr,
+    TILES: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: slices of K channels each, with the same settings.
 
@@ -263,7 +290,7 @@ def quantize_kernel(
                     d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=ok, other=0.0)
                     low = _dot(x, d.to(x.dtype), low, UPCAST)
                 tiles = tiles + (
-                    _transform(x, smooth_ptr, k0, K, shift, SMOOTH, ROTATION, ROT_DTYPE, UPCAST),
+                    _transform(x, smooth_ptr, k0, K, shift, SMOOTH, ROTATION, ROT_DTYPE, ASM, UPCAST),
                 )
             tiles = _mix(tiles, ROTATION)
             for t in tl.static_range(TILES):
@@ -274,13 +301,27 @@ def quantize_kernel(
                     g = part * (K // 64) + k0 // 64
                     tl.store(s_ptr + g.to(tl.int64) * M + m, scale, mask=row_ok & (tl.zeros_like(m) + k0 < K))
                     _store_codes(
-                        q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT
+                        q_ptr,
+                        _codes(v, scale, TOP, SIGN, UNSIGNED, ASM),
+                        q_rows,
+                        row_ok,
+                        k0,
+                        K,
+                        plane,
+                        LAYOUT,
                     )
                 elif step == 0:
                     bits = tl.maximum(bits, _absmax_bits(v))
                 else:
                     _store_codes(
-                        q_ptr, _codes(v, scale, TOP, SIGN, UNSIGNED), q_rows, row_ok, k0, K, plane, LAYOUT
+                        q_ptr,
+                        _codes(v, scale, TOP, SIGN, UNSIGNED, ASM),
+                        q_rows,
+                        row_ok,
+                        k0,
+                        K,
+                        plane,
+                        LAYOUT,
                     )
         if not GROUPED and step == 0:
             scale = _scale_of(bits, clip, TOP)

@@ -42,7 +42,9 @@ def gemm(
     branch = empty if low is None else low, empty if up is None else up, empty if bias is None else bias, y
     low_strides = 0 if low is None else low.stride(0), 0 if up is None else up.stride(0)
     plane = width // max(planes, 1)
-    if chosen.gluon:
+    if chosen.ampere and not (_fits_tma(codes) and _fits_tma(weight) and _fits_tma(weight_scale)):
+        chosen = chosen.without_gluon
+    elif chosen.gluon:
         if _fits_tma(codes) and _fits_tma(weight):
             sizes = tokens, channels, row_bytes, rank, y.stride(0)
             _hopper(
@@ -63,8 +65,8 @@ class Chosen:
     """A kernel with all that does not change from call to call: its grid, the ends of the slices, and its
     compile-time arguments with the numbers of warps and stages.
 
-    turing, gluon: for the kernels of those cards. tile: of the product. without_gluon: what runs in place of
-    Gluon's kernel where TMA cannot read x or the weight.
+    turing, gluon, ampere: for the kernels of those cards. tile: of the product. without_gluon: what runs in
+    place of Hopper's and Ampere's kernels where they cannot read x, the weight or its scales.
     """
 
     kernel: object
@@ -74,14 +76,28 @@ class Chosen:
     tile: Tile
     turing: bool = False
     gluon: bool = False
+    ampere: bool = False
     without_gluon: "Chosen | None" = None
 
 
 @lru_cache(maxsize=4096)
 def _chosen(
-    target, changes, kernel, planes, scales, swap, block, ends, tokens, channels, row_bytes, scale_dtype,
-    rank, has_bias, accumulate
-):  # fmt: skip
+    target,
+    changes,
+    kernel,
+    planes,
+    scales,
+    swap,
+    block,
+    ends,
+    tokens,
+    channels,
+    row_bytes,
+    scale_dtype,
+    rank,
+    has_bias,
+    accumulate,
+):
     """changes: `tuning.changes`, so that a tile which was just timed is taken at once."""
     target = Target(*target)
     problem = Problem(kernel, planes, scales, swap, tokens, channels, row_bytes, block)
@@ -95,6 +111,15 @@ def _chosen(
 
             made = turing_constants(problem, tile, exact, has_bias, accumulate) | warps
             return Chosen(gemm_m8n8k32, (rows, columns), _ends(ends, scales), made, tile, turing=True)
+        if tile.gluon and target.card.int4:
+            from . import ampere
+
+            made = ampere_constants(problem, tile, exact, rank, has_bias, accumulate) | warps
+            plain = of(next(t for t in candidates(target, problem) if not t.gluon))
+            name = kernel.replace("gemm", "ampere")
+            return Chosen(
+                getattr(ampere, name), grid, _ends((), 0), made, tile, ampere=True, without_gluon=plain
+            )
         if tile.gluon:
             from .hopper import gemm_wgmma
 
@@ -116,9 +141,22 @@ def _turing(codes, scale, weight, weight_scale, low, up, bias, y, chosen, stride
     (tokens, _), (channels, row_bytes) = codes.shape, weight.shape
     x, w = codes.view(torch.int32), weight.view(torch.int32)
     chosen.kernel[chosen.grid](
-        x, w, scale, weight_scale, chosen.ends, scale if bias is None else bias, y,
-        tokens, channels, row_bytes, x.stride(0), w.stride(0), y.stride(0), *strides, **chosen.constants,
-    )  # fmt: skip
+        x,
+        w,
+        scale,
+        weight_scale,
+        chosen.ends,
+        scale if bias is None else bias,
+        y,
+        tokens,
+        channels,
+        row_bytes,
+        x.stride(0),
+        w.stride(0),
+        y.stride(0),
+        *strides,
+        **chosen.constants,
+    )
     if low is not None:  # Triton has no 16-bit tensor cores on this card, cuBLAS has
         # y is fp32 where a layer takes several launches, and torch multiplies no two types.
         y.addmm_(low.to(y.dtype), up.to(y.dtype).T)
@@ -140,7 +178,7 @@ def turing_constants(problem: Problem, tile: Tile, exact: bool, has_bias: bool, 
 
 
 def _fits_tma(tensor) -> bool:
-    """TMA reads rows that begin at multiples of 16 bytes."""
+    """Rows begin at multiples of 16 bytes and of 16 elements, as TMA and copies of 16 bytes read them."""
     return tensor.stride(-1) == 1 and not (tensor.data_ptr() | tensor.stride(0)) % 16
 
 
@@ -153,8 +191,13 @@ def _hopper(codes, scale, weight, weight_scale, branch, chosen, sizes):
     chosen.kernel[chosen.grid](
         TensorDescriptor.from_tensor(codes, [tile.bm, tile.bk], layout),
         TensorDescriptor.from_tensor(weight, [tile.bn, tile.bk], layout),
-        scale, weight_scale, chosen.ends, *branch, *sizes, **chosen.constants,
-    )  # fmt: skip
+        scale,
+        weight_scale,
+        chosen.ends,
+        *branch,
+        *sizes,
+        **chosen.constants,
+    )
 
 
 def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, accumulate: bool) -> dict:
@@ -171,10 +214,35 @@ def hopper_constants(problem: Problem, tile: Tile, rank: int, has_bias: bool, ac
     }
 
 
+def ampere_constants(
+    problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
+) -> dict:
+    """The same for the kernel of sm_80 to sm_89 in Gluon: two warps of 64 rows by as many as there are left.
+    Its chunks give a warp 16 columns, which one ldmatrix reads; longer ones spill where y is added to."""
+    columns = tile.warps // 2
+    return {
+        "SCALES": problem.scales,
+        "MAGIC": problem.scales == GROUP and exact,
+        "HAS_BIAS": has_bias,
+        "ACCUMULATE": accumulate,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BR": tile.rank_block if rank else 0,
+        "GROUP_M": tile.group_m,
+        "G": tile.bk // 32,
+        "STAGES": tile.stages,
+        "WM": 2,
+        "WN": columns,
+        "NC": 16 * columns,
+    }
+
+
 def constants(
     target, problem: Problem, tile: Tile, exact: bool, rank: int, has_bias: bool, accumulate: bool
 ) -> dict:
     """The kernel's compile-time arguments. exact: the weight scales have 16 bits."""
+    # 32 columns of the low rank with a mask spill on Hopper.
+    columns = tile.rank_block if rank % tile.rank_block == 0 else 16
     return {
         "PLANES": max(problem.planes, 1),
         "SCALES": problem.scales,
@@ -186,7 +254,8 @@ def constants(
         "BM": tile.bm,
         "BN": tile.bn,
         "BK": tile.bk,
-        "BR": tile.rank_block if rank else 0,
+        "BR": columns if rank else 0,
+        "EVEN_R": rank % columns == 0,
         "GROUP_M": tile.group_m,
         "ASM": target.backend == "cuda",
         "UPCAST": target.interpreted,

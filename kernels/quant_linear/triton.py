@@ -67,11 +67,11 @@ def unpack4(w, ASM: tl.constexpr):
 
 
 @triton.jit
-def _load(pointers, k_ok, EVEN_K: tl.constexpr):
-    if EVEN_K:
+def _load(pointers, ok, EVEN: tl.constexpr):
+    if EVEN:
         tile = tl.load(pointers)
     else:
-        tile = tl.load(pointers, mask=k_ok, other=0)
+        tile = tl.load(pointers, mask=ok, other=0)
     return tile
 
 
@@ -123,18 +123,28 @@ def _scaled(out, acc, sx, sw, SWAP: tl.constexpr):
 
 @triton.jit
 def _low_rank(
-    out, low_ptr, up_ptr, m_low, n_up, R, BR: tl.constexpr, SWAP: tl.constexpr, UPCAST: tl.constexpr
+    out,
+    low_ptr,
+    up_ptr,
+    m_low,
+    n_up,
+    R,
+    BR: tl.constexpr,
+    SWAP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    EVEN_R: tl.constexpr = False,
 ):
-    """out + low @ up^T, BR of the R columns at a time. m_low, n_up: first element of each row of the two."""
+    """out + low @ up^T, BR of the R columns at a time. m_low, n_up: first element of each row of the two.
+    EVEN_R: BR divides R."""
     for start in tl.range(0, R, BR, num_stages=1):
         r = start + tl.arange(0, BR)
         if SWAP:
-            a = tl.load(up_ptr + n_up[:, None] + r[None, :], mask=(r < R)[None, :], other=0.0)
-            b = tl.load(low_ptr + m_low[None, :] + r[:, None], mask=(r < R)[:, None], other=0.0)
+            a = _load(up_ptr + n_up[:, None] + r[None, :], (r < R)[None, :], EVEN_R)
+            b = _load(low_ptr + m_low[None, :] + r[:, None], (r < R)[:, None], EVEN_R)
             a = a.to(b.dtype)
         else:
-            a = tl.load(low_ptr + m_low[:, None] + r[None, :], mask=(r < R)[None, :], other=0.0)
-            b = tl.load(up_ptr + n_up[None, :] + r[:, None], mask=(r < R)[:, None], other=0.0)
+            a = _load(low_ptr + m_low[:, None] + r[None, :], (r < R)[None, :], EVEN_R)
+            b = _load(up_ptr + n_up[None, :] + r[:, None], (r < R)[:, None], EVEN_R)
             b = b.to(a.dtype)
         if UPCAST:
             out = tl.dot(a.to(tl.float32), b.to(tl.float32), out, input_precision="ieee")
@@ -157,7 +167,7 @@ def _gemm(
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, EVEN_R: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tm, tn = _tile(M, N, BM, BN, GROUP_M)
@@ -219,7 +229,7 @@ def _gemm(
     if SCALES == CHANNEL:
         out = _scaled(out, acc.to(tl.float32), tl.load(scales), tl.load(channels).to(tl.float32) * GAIN, SWAP)
     if BR > 0:
-        out = _low_rank(out, low_ptr, up_ptr, m.to(tl.int64) * ld_low, n * ld_up, R, BR, SWAP, UPCAST)
+        out = _low_rank(out, low_ptr, up_ptr, m.to(tl.int64) * ld_low, n * ld_up, R, BR, SWAP, UPCAST, EVEN_R)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n).to(tl.float32)
         out += bias[:, None] if SWAP else bias[None, :]
@@ -236,13 +246,14 @@ def _gemm(
     tl.store(yp, out.to(y_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+# A rank of exactly 1 would be a constant, and its low rank compiled apart for no gain.
+@triton.jit(do_not_specialize=["R"])
 def gemm_int8(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, EVEN_R: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """x int8 (M, PLANES KB) in planes, w (N, KB) bytes, sx (segments, M) fp32, sw (segments, N), ends: eight
@@ -252,17 +263,18 @@ def gemm_int8(
     _gemm(
         x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
         ld_sx, ld_sw, ld_low, ld_up, plane,
-        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
+        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, EVEN_R, GROUP_M, ASM,
+        UPCAST,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def gemm_s4s4(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, EVEN_R: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_int8` with PLANES = 1 and x (M, KB) packed, signed codes: its products become
@@ -270,22 +282,24 @@ def gemm_s4s4(
     _gemm(
         x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
         ld_sx, ld_sw, ld_low, ld_up, plane,
-        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
+        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, EVEN_R, GROUP_M, ASM,
+        UPCAST,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def gemm_u4s4(
     x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr,
     M, N, KB, R, ldx, ldw, ldy, ld_sx, ld_sw, ld_low, ld_up, plane,
     PLANES: tl.constexpr, SCALES: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BR: tl.constexpr,
+    BR: tl.constexpr, EVEN_R: tl.constexpr,
     GROUP_M: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `gemm_s4s4` with unsigned codes of x: its products become `mma.m16n8k64.u4.s4`."""
     _gemm(
         x_ptr, w_ptr, sx_ptr, sw_ptr, ends, low_ptr, up_ptr, bias_ptr, y_ptr, M, N, KB, R, ldx, ldw, ldy,
         ld_sx, ld_sw, ld_low, ld_up, plane,
-        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, GROUP_M, ASM, UPCAST,
+        PLANES, SCALES, SWAP, EVEN_K, MAGIC, HAS_BIAS, ACCUMULATE, BM, BN, BK, BR, EVEN_R, GROUP_M, ASM,
+        UPCAST,
     )  # fmt: skip

@@ -51,13 +51,13 @@ def bench_fit(
 @app.command()
 def bench(
     json_file: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--json",
             help="File for the figures, with which a second run goes on; a table (.txt) and a plot (.png) go "
             "beside it.",
         ),
-    ],
+    ] = None,
     everything: Annotated[
         bool,
         typer.Option(
@@ -68,10 +68,25 @@ def bench(
     ] = False,
     minutes: Annotated[float, typer.Option(min=0, help="Begin nothing that would end later.")] = 9.0,
     device: Annotated[str, typer.Option(help="cuda, cuda:1, ... or cpu.")] = "auto",
+    predict: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help='Measure nothing: print what the machine code promises on a card, as "RTX 4090" or "A100".',
+        ),
+    ] = None,
 ):
     """Checks the kernels, then times the pack against PyTorch, the most important first, each case in a
     process of its own. Without a GPU kernels are checked in Triton's interpreter, and the CPU is timed."""
     import shlex
+
+    if predict is not None:
+        from ..evaluation.bench.predict.prediction import run as predicted
+
+        predicted(predict, echo)
+        return
+    if json_file is None:
+        raise typer.BadParameter("--json FILE or --predict CARD")
 
     from ..evaluation.bench.run import run
 

@@ -9,6 +9,7 @@ import torch
 from ...kernels.operator.packing import unpack
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, WeightSpec
+from .adapters import bias_correction
 from .assemble import FittedPart, assemble, round_part
 from .chunks import row_chunks
 from .linear import QuantizedLayer
@@ -40,7 +41,11 @@ def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
         codes.append(rounded)
         scales.append(row_scale.T)
     tensors = layer.tensors | {"weight": torch.cat(codes, 1), "weight_scale": torch.cat(scales).contiguous()}
-    return QuantizedLayer(layer.name, layer.spec.as_int8(), tensors)
+    eight = QuantizedLayer(layer.name, layer.spec.as_int8(), tensors)
+    before, after = bias_correction(layer), bias_correction(eight)
+    if before is not None and after is not None:  # what the bias holds of a shift goes with the weights
+        tensors["bias"] = (tensors["bias"].float() + before - after).to(tensors["bias"].dtype)
+    return eight
 
 
 def w4a8(quantized: QuantizedLayer) -> QuantizedLayer:

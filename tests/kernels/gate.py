@@ -6,12 +6,11 @@ The tests' process has TRITON_INTERPRET=1, under which nothing is compiled.
 
 import os
 import re
-import subprocess
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
+
+from comfyui_nibble.quant_core.evaluation.bench.predict import machine_code
 
 
 @dataclass(frozen=True)
@@ -32,35 +31,8 @@ class Compiled:
 def compile_kernel(
     module: str, kernel: str, signature: dict, constants: dict, arch, options: dict
 ) -> Compiled:
-    """signature: {argument: type}: "i32", "fp32", "bf16*" for a pointer (aligned to 16 bytes, as torch
-    allocates them), "i32:16" for a multiple of 16, or a tuple of these. constants: {argument: value};
-    "tl.float16" stands for Triton's. arch: 89, "gfx942".
-    """
-    import importlib
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    fn = getattr(importlib.import_module(module), kernel)
-    if isinstance(arch, int):
-        target = GPUTarget("cuda", arch, 32)
-    else:
-        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
-    names = fn.arg_names
-    kinds = {n: "constexpr" if n in constants else signature[n] for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if isinstance(kinds[n], str) and kinds[n].endswith((":16", "*"))
-    }
-    kinds = {n: _triton_type(k) for n, k in kinds.items()}
-    constants = {(names.index(n),): _constant(v) for n, v in constants.items()}
-    source_class = ASTSource
-    if type(fn).__name__ == "GluonJITFunction":
-        from triton.experimental.gluon._runtime import GluonASTSource as source_class
-    source = source_class(fn=fn, signature=kinds, constexprs=constants, attrs=aligned)
-    built = triton.compile(source, target=target, options=options)
+    """The arguments are those of `machine_code.built`."""
+    built = machine_code.built(module, kernel, signature, constants, arch, options)
     if isinstance(arch, int):
         return _read_cubin(built)
     code = built.asm["amdgcn"]
@@ -74,38 +46,9 @@ def compile_kernel(
     )
 
 
-def _triton_type(kind):
-    if not isinstance(kind, str):
-        return tuple(map(_triton_type, kind))
-    return f"*{kind[:-1]}" if kind.endswith("*") else kind.removesuffix(":16")
-
-
-def _constant(value):
-    import triton.language as tl
-
-    # Triton's dtypes do not survive the way into another process.
-    return (
-        getattr(tl, value.removeprefix("tl."))
-        if isinstance(value, str) and value.startswith("tl.")
-        else value
-    )
-
-
 def _read_cubin(built) -> Compiled:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(built.asm["cubin"])
-        f.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", f.name], capture_output=True, text=True)
-        sass = subprocess.run(
-            [tools / "nvdisasm", "-c", f.name], capture_output=True, text=True, check=True
-        ).stdout
-    registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr).groups()
-    )
-    spills = stack + local + len(re.findall(r"\bSTL\b", sass))
+    binary = machine_code.disassembled(built)
+    sass = binary.text
     products = _count(r"\b(?:IMMA|IGMMA|HMMA|HGMMA|QMMA|OMMA|UTC\w*MMA)[\w.]*", sass)
     fences, wgmmas = (
         len(re.findall(r"WARPGROUP\.ARRIVE", sass)),
@@ -114,7 +57,13 @@ def _read_cubin(built) -> Compiled:
     # ptxas puts a fence in front of every single wgmma of a chain it had to serialise.
     serialized = bool(wgmmas) and fences >= wgmmas > 1
     return Compiled(
-        built.asm["ptx"], built.metadata.shared, registers, spills, products, serialized, waits_in_loops(sass)
+        built.asm["ptx"],
+        binary.shared,
+        binary.registers,
+        binary.spills,
+        products,
+        serialized,
+        waits_in_loops(sass),
     )
 
 

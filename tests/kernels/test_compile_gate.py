@@ -15,9 +15,9 @@ from comfyui_nibble.kernels import plan, tuning
 from comfyui_nibble.kernels.cards import MMA
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import GEMM, KERNELS, QUANTIZER, TURING_GEMM
 from comfyui_nibble.tests.kernels import gate
 
-KERNELS = "comfyui_nibble.kernels"
 CUDA, HIP = (80, 86, 89, 90, 100, 120), ("gfx942", "gfx950", "gfx1100", "gfx1201")
 TARGETS = {a: Target("cuda", a, triton_version()) for a in CUDA} | {
     a: Target("hip", a, triton_version()) for a in HIP
@@ -41,13 +41,6 @@ LAYERS = {
 EIGHT = ActivationSpec(bits=8, granularity="token"), WeightSpec(8, "channel")
 HOPPER_LAYERS = LAYERS | {"W8A8 slices": tuple(PART(768 * i, 768 * (i + 1), *EIGHT) for i in range(4))}
 
-GEMM = dict.fromkeys(("x_ptr", "w_ptr"), "i8*") | dict.fromkeys(("sx_ptr",), "fp32*")
-GEMM |= dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {
-    "ends": ("i32",) * 8,
-    "M": "i32",
-    "ld_sx": "i32",
-}
-GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ldy", "ld_sw", "ld_low", "ld_up", "plane"), "i32:16")
 GEMM_HALF = GEMM | dict.fromkeys(("sw_ptr", "low_ptr", "up_ptr", "bias_ptr"), "fp16*")
 
 
@@ -87,13 +80,6 @@ def hopper_case(layer, index, rank, has_bias, accumulate, dtype):
     return signature, hopper_constants(problem, tile, rank, has_bias, accumulate), {"num_warps": tile.warps}
 
 
-QUANTIZER = {
-    "x_ptr": "bf16*", "smooth_ptr": "bf16*", "down_ptr": "bf16*", "mod_scale_ptr": "bf16*",
-    "mod_shift_ptr": "bf16*", "q_ptr": "i8*",
-    "s_ptr": "fp32*", "low_ptr": "bf16*", "M": "i32", "tokens": "i32", "shift": "fp32", "clip": "fp32",
-    "eps": "fp32",
-} | dict.fromkeys(("K", "width", "R", "ldx", "ldq", "plane", "ld_down", "ld_low", "ld_mod"),
-"i32:16")  # fmt: skip
 # rank, rotation, prologue, smooth, grouped, bits, unsigned, planes
 SETTINGS = {
     "SVDQuant": (32, 0, 0, True, True, 4, False, 0),
@@ -105,12 +91,6 @@ SETTINGS = {
     "RobuQ": (0, 64, 0, False, False, 3, False, 4),
     "RobuQ A1": (0, 64, 0, False, False, 1, False, 4),
 }
-TURING_GEMM = (
-    dict.fromkeys(("x_ptr", "w_ptr"), "i32*")
-    | dict.fromkeys(("sw_ptr", "bias_ptr", "y_ptr"), "fp16*")
-    | {"sx_ptr": "fp32*"}
-)
-TURING_GEMM |= {k: GEMM[k] for k in ("ends", "M", "N", "KB", "ldx", "ldw", "ldy", "ld_sx", "ld_sw")}
 WEIGHT_ONLY = dict.fromkeys(("x_ptr", "sw_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"w_ptr": "i8*", "M": "i32"}
 WEIGHT_ONLY |= dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw"), "i32:16")
 

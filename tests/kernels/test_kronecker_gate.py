@@ -11,8 +11,9 @@ import pytest
 from comfyui_nibble.kernels import dispatch, tuning
 from comfyui_nibble.kernels.cards import MMA, card_of
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import KERNELS
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, SIXTEEN_BIT, TARGETS
+from comfyui_nibble.tests.kernels.test_compile_gate import SIXTEEN_BIT, TARGETS
 
 QUANTIZER = {
     "x_ptr": "bf16*", "smooth_ptr": "fp32*", "factor_ptr": "fp32*", "mod_scale_ptr": "bf16*",

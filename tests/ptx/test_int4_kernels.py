@@ -14,8 +14,8 @@ from comfyui_nibble.kernels import plan, tuning
 from comfyui_nibble.kernels.native_int4 import INT8, REWRITES
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import GEMM, KERNELS, TURING_GEMM
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import GEMM, KERNELS, TURING_GEMM
 from comfyui_nibble.tests.ptx.emulator import run
 
 M, N, K, R = 100, 144, 384, 16
@@ -44,7 +44,7 @@ class Case:
         self.problem = tuning.Problem(
             self.step.kernel, 0, self.step.scales, False, M, N, K // 2, self.step.block
         )
-        self.tile = tuning.candidates(self.target, self.problem)[0]
+        self.tile = next(t for t in tuning.candidates(self.target, self.problem) if not t.gluon)
         low, high = (0, 16) if layer == "group unsigned" else (-8, 8)
         self.x, self.w = self.rng.integers(low, high, (M, K)), self.rng.integers(-8, 8, (N, K))
         edges = [0, *(p.stop for p in self.parts)] if self.step.scales == plan.SLICE else [0, K]

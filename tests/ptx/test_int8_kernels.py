@@ -12,8 +12,8 @@ import pytest
 
 from comfyui_nibble.kernels import plan, tuning
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import GEMM, KERNELS
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import GEMM, KERNELS
 from comfyui_nibble.tests.ptx.emulator import run
 from comfyui_nibble.tests.ptx.test_int4_kernels import bf16
 

@@ -9,8 +9,8 @@ from comfyui_nibble.kernels import tuning
 from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.spec import ActivationSpec
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import KERNELS
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS
 from comfyui_nibble.tests.kernels.test_kronecker import check, expected, factors_of, layer_of, tokens
 from comfyui_nibble.tests.kernels.test_kronecker_gate import QUANTIZER
 from comfyui_nibble.tests.ptx.emulator import run

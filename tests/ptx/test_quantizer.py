@@ -10,8 +10,8 @@ from comfyui_nibble.kernels.operator.packing import unpack
 from comfyui_nibble.kernels.operator.quantizers import quantize_activation
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import KERNELS, QUANTIZER
 from comfyui_nibble.tests.kernels import gate
-from comfyui_nibble.tests.kernels.test_compile_gate import KERNELS, QUANTIZER
 from comfyui_nibble.tests.ptx.emulator import run
 
 M, K, R = 40, 512, 32

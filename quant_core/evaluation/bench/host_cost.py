@@ -13,7 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ....kernels.dispatch import quant_linear, spec_at_load
+from ....kernels import spec_at_load
+from ....kernels.dispatch import quant_linear
 from ....kernels.prologue import Gelu
 from ....kernels.target import Target
 from .cases import LORA_RANK, generator, random_tensors

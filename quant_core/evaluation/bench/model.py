@@ -22,7 +22,8 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, layer_norm, linear, rms_norm, scaled_dot_product_attention, silu
 
-from ....kernels.dispatch import choose, quant_linear, spec_at_load
+from ....kernels import choose, spec_at_load
+from ....kernels.dispatch import quant_linear
 from ....kernels.operator.spec import GELU_SHIFT, LinearSpec, PartSpec
 from ....kernels.prologue import Gelu
 from ....kernels.target import Target, target_of
