@@ -114,7 +114,7 @@ class Capture:
             if held_out:
                 stats.hold_out(x, keys, self.timestep)
             if not held_out or self.samples == 1:
-                stats.update(x, keys)
+                stats.add(x, keys)
 
         return hook
 
