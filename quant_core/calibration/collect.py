@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..layer.statistics import TOKENS, InputStatistics, reservoir_keys
+from ..layer.statistics import TOKENS, InputStatistics, peaks_of, reservoir_keys
 from ..store.atomic import require_folder, require_room
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
@@ -49,10 +49,12 @@ class Capture:
         self.statistics, self.seed, self.samples, self.recorder = statistics, seed, samples, recorder
         self.sample, self.step, self.timestep = 0, 0, 0.0
         self.calls: dict[str, int] = {}
+        self._peaks: list[tuple[InputStatistics, torch.Tensor, int]] = []
 
     def at(self, step: int, timestep: float, args: tuple = (), kwargs: dict | None = None):
         """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is
         recorded of it."""
+        self.settle()
         self.step, self.timestep, self.calls = step, timestep, {}
         if self.recorder is not None and (args or kwargs):
             self.recorder.add(
@@ -64,6 +66,19 @@ class Capture:
                 args,
                 kwargs or {},
             )
+
+    def settle(self):
+        """Ends a step: waits for the device once, and raises NonFiniteActivation for the first call of a
+        layer whose input was not finite."""
+        peaks, self._peaks = self._peaks, []
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for _, found, _ in peaks:
+            by_device.setdefault(found.device, []).append(found.amax())
+        largest = {device: iter(torch.stack(found).tolist()) for device, found in by_device.items()}
+        for stats, found, tokens in peaks:
+            stats.require_finite(next(largest[found.device]), found, tokens, self.sample, self.step)
+        for stats in self.statistics.values():
+            stats.take_offered()
 
     @contextmanager
     def watched(
@@ -96,6 +111,7 @@ class Capture:
         handles = [modules[name].register_forward_pre_hook(self._hook(name)) for name in self.statistics]
         try:
             yield
+            self.settle()
         finally:
             for handle in handles:
                 handle.remove()
@@ -104,17 +120,19 @@ class Capture:
         stats = self.statistics[name]
 
         def hook(module, args):
-            x = rows_of(module, args[0]).detach()
-            stats.check_finite(x, self.sample, self.step)
+            x = rows_of(module, args[0]).detach().reshape(-1, stats.width)
             call = self.calls[name] = self.calls.get(name, 0) + 1
-            held_out, count = is_held_out(self.sample, self.samples), x.numel() // stats.width
+            if not len(x):
+                return
+            held_out, peaks = is_held_out(self.sample, self.samples), peaks_of(x)
+            self._peaks.append((stats, peaks, stats.count + len(x)))
             keys = None
-            if held_out or count > TOKENS:
-                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, count)
+            if held_out or len(x) > TOKENS:
+                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, len(x))
             if held_out:
-                stats.hold_out(x, keys, self.timestep)
+                stats.offer(x, keys, self.timestep)
             if not held_out or self.samples == 1:
-                stats.add(x, keys)
+                stats.add(x, peaks, keys)
 
         return hook
 

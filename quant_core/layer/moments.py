@@ -55,7 +55,8 @@ def _bf16_units(x) -> Iterator[None]:
     and results: the same to rounding in 2.4 of 5.5 parts of the time. Nothing else has them but `mm` in bf16,
     whose result is rounded to bf16. The setting is put back at once."""
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not hasattr(matmul, "fp32_precision"):
+    settable = matmul is not None and hasattr(matmul, "fp32_precision")  # torch 2.9
+    if matmul is None or not settable or x.dtype != torch.bfloat16 or x.device.type != "cpu":
         yield
         return
     was = matmul.fp32_precision

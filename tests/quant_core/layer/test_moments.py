@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.layer.moments import TILE, add_upper, mirror
-from comfyui_nibble.quant_core.layer.statistics import InputStatistics
+from comfyui_nibble.quant_core.layer.statistics import InputStatistics, peaks_of
 
 WIDTHS = [64, TILE, TILE + 64, 2 * TILE + 448]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,6 +51,6 @@ def test_added_and_mirrored_is_updated():
     a, b = (InputStatistics.empty("layer", 256, blocks) for _ in range(2))
     for piece in x.split(20):
         a.update(piece)
-        b.add(piece)
+        b.add(piece, peaks_of(piece))
     b.mirror()
     assert all(torch.equal(a.hessians[k], b.hessians[k]) for k in blocks)
