@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_nibble.quant_core.calibration import calibrate
-from comfyui_nibble.quant_core.calibration.collect import Capture
+from comfyui_nibble.quant_core.calibration.capture import Capture
 from comfyui_nibble.quant_core.calibration.plan import Input
 from comfyui_nibble.quant_core.layer.statistics import TOKENS, NonFiniteActivation
 
