@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..layer.statistics import InputStatistics, NonFiniteActivation
-from ..store.atomic import require_folder, require_room, scratch_folder
+from ..store.atomic import leftovers, remove_temporary, require_folder, require_room, scratch_folder
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
 from ..store.settings import differences
@@ -23,6 +23,8 @@ from .replay import Chained, Span, cost_text, spans_of
 from .spill import Spill, free_memory
 from .tape import UNFIT, NoReplay, Tape
 from .trajectory import Recorder
+
+REPLAY = "replay"  # names the folder of what a replay keeps on disk, while it runs
 
 
 @dataclass
@@ -82,6 +84,9 @@ def calibrate(
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
     require_folder(folder)
     with only_run(folder, "calibrates"):
+        # Gigabytes, of a run that was killed.
+        for left in leftovers(folder / REPLAY) if folder.is_dir() else ():
+            remove_temporary(left)
         if finished := _finished(folder, meta, inputs):
             return finished  # whatever the memory it was gathered in
         spans = None
@@ -115,7 +120,7 @@ def _gathered(work) -> file.Calibration:
     if spans is None:
         _run(work, todo, done, None)
         return file.Calibration(work.folder)
-    with scratch_folder(work.folder / "replay") as scratch:
+    with scratch_folder(work.folder / REPLAY) as scratch:
         tape = Tape(
             work.chained.network,
             list(work.chained.blocks.values()),
@@ -194,7 +199,10 @@ def _replayed(work, tape, capture, index, todo):
     later = todo[todo.index(index) + 1 :]
     boundary = work.spans[later[0]].first if later else None
 
+    played = []
+
     def play():
+        played.append(capture.sample)
         for call in tape.of_sample(capture.sample):
             capture.at(call.step, call.timestep)
             tape.play(call, work.spans[index].stop, boundary)
@@ -204,6 +212,8 @@ def _replayed(work, tape, capture, index, todo):
         with capture.hooked(work.modules):
             work.chained.within(capture.sample, play)
         tape.checked()
+        if played != [capture.sample]:
+            raise NoReplay("the host has not let the network run")
     except (NonFiniteActivation, NoReplay, torch.OutOfMemoryError):
         raise
     except UNFIT as error:

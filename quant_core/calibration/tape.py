@@ -47,7 +47,9 @@ def packed(tensor: torch.Tensor) -> tuple[torch.Tensor, Layout]:
         if size > 1 and not stride:
             core = core.narrow(i, 0, 1)
     order = tuple(sorted(range(core.ndim), key=core.stride, reverse=True))
-    return core.permute(order).to("cpu", copy=True).contiguous(), Layout(order, tensor.shape)
+    # A clone of a single expanded value keeps its stride of 0, and views of bytes refuse that.
+    kept = torch.empty([core.shape[i] for i in order], dtype=core.dtype, device="cpu")
+    return kept.copy_(core.permute(order)), Layout(order, tensor.shape)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Passes that run the blocks again give what passes that sample again give, in a third of the work."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError,
 from comfyui_nibble.quant_core.calibration import collect as collecting
 from comfyui_nibble.quant_core.calibration.plan import Input, inputs_of, plan_passes
 from comfyui_nibble.quant_core.calibration.replay import Chained, Span, spans_of, worth
-from comfyui_nibble.quant_core.calibration.tape import Tape
+from comfyui_nibble.quant_core.calibration.tape import Tape, packed
 from comfyui_nibble.quant_core.families import FLUX
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics, NonFiniteActivation
+from comfyui_nibble.quant_core.store.atomic import scratch_folder
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
 
 WIDTH, SAMPLES, STEPS = 64, 5, 2
@@ -225,6 +227,7 @@ def test_an_interrupted_replay_goes_on(network, tmp_path, stop, monkeypatch):
     said, before = [], {p.name: p.read_bytes() for p in (tmp_path / "got").glob("pass-*")}
     got = go(network, tmp_path / "got", memory=4 * ONE, said=said)
     assert_same(got, want)
+    assert got.hash == go(network, tmp_path / "whole", memory=4 * ONE).hash
     assert said[0] == f"Nibble: goes on; {stop[0]} of 3 passes are kept, and of the next {stop[1]} samples"
     for done in range(stop[0]):
         name = f"pass-{done:03d}.safetensors"
@@ -329,3 +332,65 @@ def test_nan_in_a_replayed_block_is_named(network, tmp_path):
     network.single[2].register_forward_hook(lambda m, args, y: args[0])  # the sampling goes on without it
     with pytest.raises(NonFiniteActivation, match=r"layer single\.2\.a, channel 0, sample 0, step 0"):
         go(network, tmp_path, memory=2 * ONE)
+
+
+def test_inputs_outside_of_their_block_keep_passes(network, tmp_path):
+    """Unless the sampling sees them: a layer that the map counts to a block stands elsewhere, and no run of
+    blocks calls it where the forward would."""
+    chained = Chained(network, {b: b for b in BLOCKS})
+    modules = {i.name: network.get_submodule(i.name) for i in INPUTS}
+    passes = plan_passes(INPUTS, 4 * ONE, 16, whole_blocks=True)
+    assert [(s.first, s.stop) for s in spans_of(passes, modules, chained)] == [(0, 2), (2, 5), (5, 6)]
+    assert spans_of(passes, modules | {"single.2.a": network.out}, chained) is None
+    assert spans_of(passes, modules | {"pair.0.a": network.into}, chained) is not None
+    assert spans_of(passes[::-1], modules, chained) is None
+    fewer = Chained(network, {b: b for b in BLOCKS[:-1]})
+    assert spans_of(passes, modules, fewer) is None
+
+
+def test_a_host_that_runs_nothing_is_noticed(network, tmp_path, caplog):
+    """As where another pack's wrapper around sampling leaves it out."""
+    chained = Chained(network, {b: b for b in BLOCKS}, within=lambda sample, work: None)
+    got = go(network, tmp_path / "got", memory=4 * ONE, chained=chained)
+    assert_same(got, go(network, tmp_path / "want", memory=4 * ONE, replay=False))
+    assert any("has not let the network run" in r.getMessage() for r in caplog.records)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x,
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, :1].expand(-1, 7),
+        lambda x: x[:1, :1].expand(1, 1),
+        lambda x: x[0, 0].expand(1),
+        lambda x: x[0, 0],
+        lambda x: x[:, ::2],
+        lambda x: x[:0],
+        lambda x: x.bool(),
+    ],
+)
+def test_tensors_lie_as_they_lay(make):
+    given = make(torch.randn(4, 6))
+    kept, layout = packed(given)
+    assert kept.is_contiguous()
+    assert kept.numel() <= 24
+    kept.reshape(-1).view(torch.uint8)
+    found = layout.laid(kept)
+    assert torch.equal(found, given)
+    if given.numel() > 1 and (given.is_contiguous() or given.T.is_contiguous() or 0 in given.stride()):
+        assert [s for s, n in zip(found.stride(), found.shape, strict=True) if n > 1 and not s] == [
+            s for s, n in zip(given.stride(), given.shape, strict=True) if n > 1 and not s
+        ]
+
+
+def test_what_a_killed_replay_left_on_disk_goes(network, tmp_path):
+    """With the next run, whether that replays or not."""
+    with scratch_folder(tmp_path / "got" / collecting.REPLAY) as folder:
+        (folder / "0.safetensors").write_bytes(b"0" * 100)
+        own = folder.parent
+        left = own.with_name(own.name.replace(own.name.split(".")[-2], "0123abcd"))
+        shutil.copytree(own, left)
+    assert left.is_dir()
+    go(network, tmp_path / "got", memory=1 << 30)
+    assert not temporary(tmp_path / "got")
