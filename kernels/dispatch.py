@@ -217,7 +217,6 @@ PATHS = {
     "weight-only kernel": (*_BASE, _WEIGHT_ONLY, _WEIGHT_GROUPS),
     TORCH_INT8: (_torch_int8, _ONE_SCALE, _NO_TENSOR_SCALE, _SIGNED_8, _multiples_of_8),
 }
-_OF_TRITON = tuple(name for name in PATHS if name != TORCH_INT8)
 
 
 @lru_cache(maxsize=4096)
@@ -226,8 +225,10 @@ def choose(spec: LinearSpec, target: Target | str = "cpu") -> Choice:
     if isinstance(target, str):
         target = target_of(target) if target == "cpu" or torch.cuda.is_available() else Target("cpu")
     refused: dict[str, str] = {}
-    for name in _OF_TRITON if has_kernels(target) else PATHS:
-        reason = _first(PATHS[name], spec, target)
+    for name, requirements in PATHS.items():
+        if name == TORCH_INT8 and has_kernels(target):
+            continue
+        reason = _first(requirements, spec, target)
         if reason is None:
             learned = name != TORCH_INT8 and any(p.kronecker for p in spec.parts)
             if against := _first(FUSED_TRANSFORM, spec, target) if learned else None:
@@ -244,10 +245,11 @@ def has_kernels(target):
 
 def _summed_up(refused):
     """One line for Triton where one reason is against all of its kernels."""
-    reasons = {refused.get(name) for name in _OF_TRITON}
+    of_triton = [name for name in PATHS if name != TORCH_INT8]
+    reasons = {refused.get(name) for name in of_triton}
     if len(reasons) > 1 or None in reasons:
         return tuple(refused.items())
-    return (("triton", reasons.pop()), *((n, r) for n, r in refused.items() if n not in _OF_TRITON))
+    return (("triton", reasons.pop()), *((n, r) for n, r in refused.items() if n not in of_triton))
 
 
 def _first(requirements, spec, target):

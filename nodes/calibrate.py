@@ -34,8 +34,8 @@ CALIBRATE_TOOLTIPS = {
     "samples": "Sampling runs, over the prompts in turn. Every fourth is held out to judge by.",
     "memory_gb": (
         "Memory for the statistics of one pass, mostly on the computing device. Where it is too small for "
-        "the whole model, the runs are repeated for one part of the blocks after another (6 passes for "
-        "FLUX.1 at 4 GB)."
+        "the whole model, one part of the blocks after another is run again (FLUX.1 at 4 GB: 6 passes, the "
+        "work of 1.9)."
     ),
     "second_moments": (
         "Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times smaller statistics "

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import comfy.utils
 import folder_paths
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...quant_core import calibration
 from ...quant_core.calibration import Calibration
-from ...quant_core.calibration.collect import first_tensor
+from ...quant_core.calibration.capture import first_tensor
 from ...quant_core.calibration.observe import Observation, observed
 from ...quant_core.calibration.plan import HESSIAN_WIDTH, inputs_of
+from ...quant_core.calibration.replay import Chained, is_chain
 from .build import frame_like
 from .called import linear_layers_called
 from .inherited import uncompiled
@@ -73,10 +76,17 @@ def calibrate(
         with capture.watched(network, _timestep):
             _sample(plain, sampling, latent, sample, sampling.steps, lambda *_: bar.update(1))
 
+    def within(sample, work):
+        _within(plain, sampling, latent, sample, work)
+        bar.update(sampling.steps)
+
     plan = _observed(source, meta, lambda: _sample(plain, sampling, latent, 0, 1))
     inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
     modules = {i.name: source.modules[i.name] for i in inputs}
-    options = {"samples": samples, "memory": memory, "seed": sampling.seed}
+    options: dict = {"samples": samples, "memory": memory, "seed": sampling.seed}
+    if is_chain(source.family, plan) and not _hooked(model, sampling):
+        blocks = {layer.block: layer.block for layer in plan}
+        options["chained"] = Chained(network, blocks, within)
     return calibration.calibrate(
         run, modules, inputs, folder, meta, **options, place=_place, progress=progress
     )
@@ -118,6 +128,38 @@ def _sample(plain, sampling, latent, sample, steps, callback=None):
             disable_pbar=quiet,
             seed=seed,
         )
+
+
+def _within(plain, sampling, latent, sample, work):
+    """Calls work() where a sampler of that run would begin: the model is loaded, and its LoRAs are on it."""
+
+    def instead(model, noise, sigmas, **options):
+        work()
+        return noise
+
+    prompt = sampling.prompts[sample % len(sampling.prompts)]
+    noise = comfy.sample.prepare_noise(latent, sampling.seed + sample)
+    sigmas = torch.tensor([1.0, 0.0])  # nothing is denoised
+    with linear_layers_called():
+        comfy.sample.sample_custom(
+            plain,
+            noise,
+            sampling.cfg,
+            comfy.samplers.KSAMPLER(instead),
+            sigmas,
+            prompt,
+            sampling.negative,
+            latent,
+            disable_pbar=True,
+            seed=sampling.seed + sample,
+        )
+
+
+def _hooked(model, sampling) -> bool:
+    """Whether weights change while sampling, as with a LoRA that a conditioning or a part of the steps has:
+    blocks could not be run again with those of each call."""
+    conditioned = [c for conditioning in (*sampling.prompts, sampling.negative) for c in conditioning]
+    return any("hooks" in options for _, options in conditioned) or bool(model.hook_patches)
 
 
 def _observed(source, meta, once):

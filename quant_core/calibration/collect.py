@@ -5,118 +5,52 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from itertools import count
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..layer.statistics import TOKENS, InputStatistics, reservoir_keys
-from ..store.atomic import require_folder, require_room
+from ..layer.statistics import InputStatistics, NonFiniteActivation
+from ..store.atomic import leftovers, remove_temporary, require_folder, require_room, scratch_folder
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
 from ..store.settings import differences
 from . import file
-from .observe import rows_of
-from .plan import plan_passes
+from .capture import Capture
+from .plan import Input, plan_passes
+from .replay import Chained, Span, cost_text, spans_of
+from .spill import Spill, free_memory
+from .tape import UNFIT, NoReplay, Tape
 from .trajectory import Recorder
 
-
-def is_held_out(sample: int, samples: int) -> bool:
-    """Every fourth sample (the last of fewer) feeds the held-out tokens and no fit. A lone sample feeds
-    both."""
-    return sample % 4 == 3 or (samples < 4 and sample == samples - 1)
+REPLAY = "replay"  # names the folder of what a replay keeps on disk, while it runs
 
 
-def first_tensor(value) -> torch.Tensor | None:
-    """The first tensor in any nesting of lists, tuples and dicts; None where there is none."""
-    if isinstance(value, torch.Tensor):
-        return value
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return next((t for v in inner if (t := first_tensor(v)) is not None), None)
+@dataclass
+class Work:
+    """A calibration under way: how it samples, what of, and where to. The fields are `calibrate`'s."""
 
+    run: Callable[[int, Capture], None]
+    modules: dict[str, torch.nn.Module]
+    folder: Path
+    meta: dict
+    samples: int
+    seed: int
+    reservoir: int
+    place: Callable[[int], torch.device | str]
+    progress: Progress
+    say: Callable[[str], None]
+    passes: list[list[Input]]
+    chained: Chained | None
+    spans: list[Span] | None
 
-class Capture:
-    """Forward pre-hooks that feed statistics. `step` and `timestep` say where in the sampling x belongs."""
+    def path(self, index: int) -> Path:
+        return self.folder / f"pass-{index:03d}.safetensors"
 
-    def __init__(
-        self,
-        statistics: dict[str, InputStatistics],
-        seed: int,
-        samples: int,
-        recorder: Recorder | None = None,
-    ):
-        self.statistics, self.seed, self.samples, self.recorder = statistics, seed, samples, recorder
-        self.sample, self.step, self.timestep = 0, 0, 0.0
-        self.calls: dict[str, int] = {}
-
-    def at(self, step: int, timestep: float, args: tuple = (), kwargs: dict | None = None):
-        """Called before each evaluation of the model, network(*args, **kwargs); without arguments nothing is
-        recorded of it."""
-        self.step, self.timestep, self.calls = step, timestep, {}
-        if self.recorder is not None and (args or kwargs):
-            self.recorder.add(
-                self.seed,
-                self.sample,
-                step,
-                timestep,
-                is_held_out(self.sample, self.samples),
-                args,
-                kwargs or {},
-            )
-
-    @contextmanager
-    def watched(
-        self,
-        network: torch.nn.Module,
-        timestep: Callable[[tuple, dict], float],
-        prepare: Callable[[dict], dict] = lambda k: k,
-    ):
-        """Calls `at` before each evaluation of the network, counted from 0. timestep(args, kwargs);
-        prepare(kwargs): the ones to use instead."""
-        steps = count()
-
-        def before(module, args, kwargs):
-            kwargs = prepare(kwargs)
-            self.at(next(steps), timestep(args, kwargs), args, kwargs)
-            return args, kwargs
-
-        handle = network.register_forward_pre_hook(before, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def hooked(self, modules: dict[str, torch.nn.Module]):
-        """modules: input name -> the module whose input it is."""
-        missing = set(self.statistics) - set(modules)
-        if missing:
-            raise KeyError(f"the model has no module for the inputs {sorted(missing)[:3]}")
-        handles = [modules[name].register_forward_pre_hook(self._hook(name)) for name in self.statistics]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, name):
-        stats = self.statistics[name]
-
-        def hook(module, args):
-            x = rows_of(module, args[0]).detach()
-            stats.check_finite(x, self.sample, self.step)
-            call = self.calls[name] = self.calls.get(name, 0) + 1
-            held_out, count = is_held_out(self.sample, self.samples), x.numel() // stats.width
-            keys = None
-            if held_out or count > TOKENS:
-                keys = reservoir_keys(self.seed, name, self.sample, self.step, call, count)
-            if held_out:
-                stats.hold_out(x, keys, self.timestep)
-            if not held_out or self.samples == 1:
-                stats.update(x, keys)
-
-        return hook
+    def done(self) -> list[int]:
+        """Samples of each pass that are in its file."""
+        return [_done(self.path(i)) for i in range(len(self.passes))]
 
 
 def calibrate(
@@ -132,6 +66,8 @@ def calibrate(
     reservoir: int = 1024,
     place: Callable[[int], torch.device | str] = lambda nbytes: "cpu",
     progress: Progress = silent,
+    chained: Chained | None = None,
+    say: Callable[[str], None] = logging.info,
 ) -> file.Calibration:
     """Gathers the statistics of `inputs` into `folder` and opens them.
 
@@ -141,54 +77,160 @@ def calibrate(
     CalibrationError for one made with other `meta`, naming what differs, and Busy. memory: bytes for the
     statistics of one pass; more passes over the samples where it is not enough. place(bytes) makes room for a
     pass and says on which device; it is called before the pass samples, so that the model is loaded around
-    it.
+    it. chained: the network whose blocks the passes behind the first run again; without it, or where the
+    network cannot be run again, they sample again. say: told in a line what the work is.
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
     require_folder(folder)
     with only_run(folder, "calibrates"):
-        return _gathered(
-            run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress
+        # Gigabytes, of a run that was killed.
+        for left in leftovers(folder / REPLAY) if folder.is_dir() else ():
+            remove_temporary(left)
+        if finished := _finished(folder, meta, inputs):
+            return finished  # whatever the memory it was gathered in
+        spans = None
+        if chained is not None:
+            passes = plan_passes(inputs, memory, reservoir, whole_blocks=True)
+            spans = spans_of(passes, modules, chained)
+        if spans is None:
+            passes = plan_passes(inputs, memory, reservoir)
+        meta |= {"passes": len(passes), "plan": [[i.name for i in p] for p in passes]}
+        _require_own(folder, meta)
+        size = sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in inputs)
+        require_room(folder, size - sum(path.stat().st_size for path in folder.glob("pass-*.safetensors")))
+        work = Work(
+            run, modules, folder, meta, samples, seed, reservoir, place, progress, say, passes, chained, spans
         )
+        return _gathered(work)
 
 
-def _gathered(
-    run, modules, inputs, folder, meta, samples, memory, seed, reservoir, place, progress
-) -> file.Calibration:
-    if finished := _finished(folder, meta, inputs):
-        return finished  # whatever the memory it was gathered in
-    passes = plan_passes(inputs, memory, reservoir)
-    meta |= {"passes": len(passes), "plan": [[i.name for i in p] for p in passes]}
-    _require_own(folder, meta)
-    size = sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in inputs)
-    require_room(folder, size - sum(path.stat().st_size for path in folder.glob("pass-*.safetensors")))
-    work = []
-    for index, group in enumerate(passes):
-        path = folder / f"pass-{index:03d}.safetensors"
-        done = _done(path)
-        work += [(index, path, group, sample) for sample in range(done, samples)]
+def _gathered(work) -> file.Calibration:
+    done = work.done()
+    todo = [i for i, n in enumerate(done) if n < work.samples]
+    spans = None if work.spans is None or len(todo) < 2 else [work.spans[i] for i in todo]
+    if any(done):
+        kept = len(done) - len(todo)
+        work.say(
+            f"Nibble: goes on; {kept} of {len(done)} passes are kept, and of the next {done[todo[0]]} samples"
+        )
+    if len(work.passes) > 1:
+        blocks = 0 if work.chained is None else len(work.chained.blocks)
+        work.say(f"Nibble: {cost_text(len(todo), spans, blocks)}")
+    if spans is None:
+        _run(work, todo, done, None)
+        return file.Calibration(work.folder)
+    with scratch_folder(work.folder / REPLAY) as scratch:
+        tape = Tape(
+            work.chained.network,
+            list(work.chained.blocks.values()),
+            Spill(scratch, free_memory() // 4),
+            spans[1].first,
+            [span.stop for span in spans],
+        )
+        try:
+            _run(work, todo, done, tape)
+            return file.Calibration(work.folder)
+        except NoReplay as error:
+            logging.warning(
+                f"Nibble: the blocks cannot be run again ({error}); the passes that are left sample instead. "
+                "The statistics are the same."
+            )
+    done = work.done()
+    _run(work, [i for i, n in enumerate(done) if n < work.samples], done, None)
+    return file.Calibration(work.folder)
+
+
+def _run(work, todo, done, tape):
+    """Gathers the passes `todo`, of which `done` samples each are saved. With a tape the first one samples
+    all, also those that are saved already: for the tape alone."""
+    plan = [(i, s) for i in todo for s in range(0 if tape and i == todo[0] else done[i], work.samples)]
     statistics: dict[str, InputStatistics] = {}
     current, saved, cost = None, 0.0, 0.0
-    for index, path, group, sample in progress(work, len(work)):
+    for index, sample in work.progress(plan, len(plan)):
+        path = work.path(index)
         if index != current:
+            if current is not None and tape:
+                _next_pass(work, tape, current, index)
             current, saved = index, time.monotonic()
-            statistics = _resume(path, group) if sample else {i.name: i.statistics(reservoir) for i in group}
-            recorder = file.read_recorder(path) if sample else Recorder()
-            device = place(sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in group))
-            for s in statistics.values():
-                s.to(device)
-        capture = Capture(statistics, seed, samples, None if index else recorder)
+            statistics, recorder = _begun(work, index, done[index])
+        capture = Capture(statistics, work.seed, work.samples, None if index else recorder, tape)
         capture.sample = sample
-        with capture.hooked(modules):
-            run(sample, capture)
+        if tape and index != todo[0]:
+            _replayed(work, tape, capture, index, todo)
+        else:
+            _sampled(work, capture, sample < done[index])
+        if sample < done[index]:
+            continue
         # Where saving takes over a second (a pass of FLUX writes gigabytes), it may take a tenth of the time,
         # no more.
-        if sample == samples - 1 or cost < 1 or time.monotonic() - saved >= 10 * cost:
+        if sample == work.samples - 1 or cost < 1 or time.monotonic() - saved >= 10 * cost:
             started = time.monotonic()
-            file.save(path, statistics, meta | {"done": sample + 1, "pass": index}, recorder)
+            file.save(path, statistics, work.meta | {"done": sample + 1, "pass": index}, recorder)
             saved = time.monotonic()
             cost = saved - started
-    return file.Calibration(folder)
+
+
+def _begun(work, index, done):
+    """(the statistics, the recorder) that a pass goes on with, behind `done` samples."""
+    path, group = work.path(index), work.passes[index]
+    statistics = _resume(path, group) if done else {i.name: i.statistics(work.reservoir) for i in group}
+    recorder = file.read_recorder(path) if done else Recorder()
+    device = work.place(sum(InputStatistics.nbytes(i.width, i.blocks, work.reservoir) for i in group))
+    for s in statistics.values():
+        s.to(device)
+    return statistics, recorder
+
+
+def _sampled(work, capture, known):
+    """One sampling run. known: its statistics are saved already, the tape alone is to be filled."""
+    tape, sample = capture.tape, capture.sample
+    if known:
+        capture = Capture({}, work.seed, work.samples, None, tape)
+        capture.sample = sample
+    with capture.hooked(work.modules), tape.sampling() if tape else nullcontext():
+        work.run(sample, capture)
+    if tape:
+        tape.require_room(sample + 1, work.samples)
+
+
+def _replayed(work, tape, capture, index, todo):
+    """One sampling run's blocks of a pass, again on what was recorded of them."""
+    later = todo[todo.index(index) + 1 :]
+    boundary = work.spans[later[0]].first if later else None
+
+    played = []
+
+    def play():
+        played.append(capture.sample)
+        for call in tape.of_sample(capture.sample):
+            capture.at(call.step, call.timestep)
+            tape.play(call, work.spans[index].stop, boundary)
+
+    capture.tape = None
+    try:
+        with capture.hooked(work.modules):
+            work.chained.within(capture.sample, play)
+        tape.checked()
+        if played != [capture.sample]:
+            raise NoReplay("the host has not let the network run")
+    except (NonFiniteActivation, NoReplay, torch.OutOfMemoryError):
+        raise
+    except UNFIT as error:
+        raise NoReplay(f"{type(error).__name__}: {error}") from error
+
+
+def _next_pass(work, tape, before, index):
+    """Raises NoReplay where the sampling has left nothing to replay; else goes to the next boundary."""
+    if tape.reason:
+        raise NoReplay(tape.reason)
+    memory, disk = tape.spill.most
+    if tape.boundary != work.spans[index].first:
+        tape.advance(work.spans[index].first)
+    logging.info(
+        f"Nibble: pass {before + 1} is done; the inputs of the next blocks take {memory / 1e9:.1f} GB of "
+        f"memory and {disk / 1e9:.1f} GB on disk until the end"
+    )
 
 
 def _finished(folder, meta, inputs):

@@ -33,6 +33,7 @@ def save(path: Path, statistics: dict[str, InputStatistics], meta: dict, recorde
     tensors: dict[str, torch.Tensor] = {}
     table = {}
     for name, s in statistics.items():
+        s.mirror()
         table[name] = {"width": s.width, "blocks": s.blocks, "reservoir": s.reservoir, "count": s.count}
         tensors |= {
             f"{name}|absmax": s.absmax,

@@ -2,6 +2,7 @@
 given."""
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from ..layer.statistics import InputStatistics, hessian_blocks
 
@@ -38,16 +39,20 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
     return list(out.values())
 
 
-def plan_passes(inputs, memory: int, reservoir: int = 1024) -> list[list[Input]]:
-    """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows
-    it."""
+def plan_passes(inputs, memory: int, reservoir: int = 1024, whole_blocks: bool = False) -> list[list[Input]]:
+    """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows it.
+
+    whole_blocks: the inputs of a block that all fit into the memory stay together, so that a replay runs it
+    once.
+    """
+    size = lambda group: sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in group)
+    units = [[item] for item in inputs]
+    if whole_blocks:
+        blocks = [list(group) for _, group in groupby(inputs, key=lambda item: item.block)]
+        units = [u for b in blocks for u in ([b] if size(b) <= memory else [[item] for item in b])]
     passes: list[list[Input]] = [[]]
-    used = 0
-    for item in inputs:
-        size = InputStatistics.nbytes(item.width, item.blocks, reservoir)
-        if passes[-1] and used + size > memory:
+    for unit in units:
+        if passes[-1] and size(passes[-1]) + size(unit) > memory:
             passes.append([])
-            used = 0
-        passes[-1].append(item)
-        used += size
+        passes[-1] += unit
     return passes

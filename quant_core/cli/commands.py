@@ -301,6 +301,7 @@ def calibrate(
         memory=int(memory_gb * 2**30),
         device=device,
         progress=bar("sample"),
+        say=note,
     )
     echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
 

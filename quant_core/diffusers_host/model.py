@@ -2,6 +2,7 @@
 file in place."""
 
 import json
+import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,15 @@ def modules_of(family: Family, layers: list[Layer], model: torch.nn.Module) -> d
         layer.name: [k.removesuffix(".weight") for k in names[f"{layer.name}.weight"].keys]
         for layer in layers
     }
+
+
+def block_modules(names: dict[str, list[str]], plan: list[Layer]) -> dict[str, str]:
+    """{block of the plan: its module in the diffusers model}, in the order of the plan. names: as
+    `modules_of` gives them."""
+    first: dict[str, str] = {}
+    for layer in plan:
+        first.setdefault(layer.block, names[layer.name][0])
+    return {block: cast(re.Match, re.match(r"(.+?\.\d+)\.", name))[1] for block, name in first.items()}
 
 
 def place(model: torch.nn.Module, targets: list[str], layer: QuantizedLayer):

@@ -1,6 +1,9 @@
 """Calibration outside ComfyUI, with a diffusers pipeline."""
 
 import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 
@@ -8,15 +11,16 @@ import torch
 
 from ..calibration.collect import calibrate
 from ..calibration.file import Calibration
-from ..calibration.plan import inputs_of
+from ..calibration.plan import Input, inputs_of
 from ..calibration.prompts import default_prompts
-from ..families import GENERIC, UnknownArchitecture, detect
+from ..calibration.replay import Chained, is_chain
+from ..families import GENERIC, Family, UnknownArchitecture, detect
 from ..families.fingerprint import fingerprint
 from ..formats.checkpoint import Checkpoint
 from ..formats.pipeline_folder import require_safetensors
 from ..store.atomic import require_folder
 from ..store.progress import Progress, silent
-from .model import named
+from .model import block_modules, modules_of, named
 
 
 def calibrate_pipeline(
@@ -31,6 +35,7 @@ def calibrate_pipeline(
     memory,
     device,
     progress,
+    say: Callable[[str], None] = logging.info,
 ) -> Calibration:
     """Runs a local diffusers pipeline over the prompts with hooks on its transformer or U-Net.
 
@@ -70,11 +75,21 @@ def calibrate_pipeline(
             pipe.enable_model_cpu_offload(device=device)
         pipe.set_progress_bar_config(disable=True)
         asked = {"samples": samples, "steps": steps, "size": size, "seed": seed, "memory": memory}
-        return calibrate_with(pipe, folder, prompts, **asked, progress=progress)
+        return calibrate_with(pipe, folder, prompts, **asked, progress=progress, say=say)
 
 
 def calibrate_with(
-    pipe, folder: Path, prompts, *, samples, steps, size, seed, memory, progress: Progress = silent
+    pipe,
+    folder: Path,
+    prompts,
+    *,
+    samples,
+    steps,
+    size,
+    seed,
+    memory,
+    progress: Progress = silent,
+    say: Callable[[str], None] = logging.info,
 ) -> Calibration:
     """The same with a loaded pipeline object. size None: the size the model was made for.
 
@@ -90,29 +105,13 @@ def calibrate_with(
     options = {"use_resolution_binning": False, "clean_caption": False}
     options |= {"max_area": size * size, "width": size, "height": size} if size else {}
     options = {k: v for k, v in options.items() if k in takes}
-    state = transformer.state_dict()
-    family = _mapped(detect({k: tuple(v.shape) for k, v in state.items()}))
-    sources = family.diffusers({k: v.shape for k, v in state.items()})
-
-    shapes = {
-        k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()
-    }
-    layers = family.mapped(shapes)  # the rules beside it want an observation, which only ComfyUI's node makes
-    inputs = inputs_of(layers)
-    modules = {
-        i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight"))
-        for i in inputs
-    }
+    plan = _plan(transformer)
     settings = {
         "steps": steps,
         "size": size,
         "prompts": hashlib.sha256("\n".join(map(str, prompts)).encode()).hexdigest()[:16],
     }
-    meta = {
-        "model": fingerprint(layers, lambda key: sources[key].read(state.__getitem__)),
-        "family": family.name,
-        "settings": settings,
-    }
+    meta = {"model": plan.fingerprint, "family": plan.family.name, "settings": settings}
 
     def run(sample, capture):
         with capture.watched(transformer, _timestep, _without_padding):
@@ -126,8 +125,49 @@ def calibrate_with(
             )
 
     return calibrate(
-        run, modules, inputs, folder, meta, samples=samples, memory=memory, seed=seed, progress=progress
+        run,
+        plan.modules,
+        plan.inputs,
+        folder,
+        meta,
+        samples=samples,
+        memory=memory,
+        seed=seed,
+        progress=progress,
+        chained=plan.chained,
+        say=say,
     )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is observed of a diffusers model: its inputs, and the module that each belongs to."""
+
+    family: Family
+    inputs: list[Input]
+    modules: dict[str, torch.nn.Module]
+    fingerprint: str
+    chained: Chained | None
+
+
+def _plan(transformer) -> _Plan:
+    state = transformer.state_dict()
+    family = _mapped(detect({k: tuple(v.shape) for k, v in state.items()}))
+    sources = family.diffusers({k: v.shape for k, v in state.items()})
+    shapes = {
+        k: (sum(state[o].shape[0] for o in s.keys), *state[s.keys[0]].shape[1:]) for k, s in sources.items()
+    }
+    layers = family.mapped(shapes)  # the rules beside it want an observation, which only ComfyUI's node makes
+    inputs = inputs_of(layers)
+    modules = {
+        i.name: transformer.get_submodule(sources[f"{i.name}.weight"].keys[0].removesuffix(".weight"))
+        for i in inputs
+    }
+    chained = None
+    if is_chain(family, layers):
+        chained = Chained(transformer, block_modules(modules_of(family, layers, transformer), layers))
+    made_of = fingerprint(layers, lambda key: sources[key].read(state.__getitem__))
+    return _Plan(family, inputs, modules, made_of, chained)
 
 
 def _size(pipe, transformer, size):

@@ -1,6 +1,5 @@
 """A Trainer on a model as diffusers has it."""
 
-import re
 from pathlib import Path
 from typing import cast
 
@@ -8,12 +7,11 @@ import torch
 
 from ..calibration.file import Calibration
 from ..families import Family, Layer
-from ..run.stages import blocks_of
 from ..training import trainer
 from ..training.presets import Preset
 from ..training.reconstruct import Modules
 from ..training.trainer import Trainer
-from .model import modules_of
+from .model import block_modules, modules_of
 
 
 def trainer_of(
@@ -36,7 +34,6 @@ def trainer_of(
             module = cast(torch.nn.Linear, model.get_submodule(target))
             modules[layer].append((module, slice(edge, edge + module.out_features)))
             edge += module.out_features
-    first = {block: names[members[0].name][0] for block, members in blocks_of(plan)}
-    blocks = {block: cast(re.Match, re.match(r"(.+?\.\d+)\.", name))[1] for block, name in first.items()}
+    blocks = block_modules(names, plan)
     streams = family.stream_of(family.diffusers_streams)
     return trainer.trainer_of(model, blocks, modules, streams, calibration, preset, folder, device)

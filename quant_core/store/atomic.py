@@ -165,6 +165,16 @@ def replacing(path: Path, size: int = 0):
 
 
 @contextmanager
+def scratch_folder(path: Path):
+    """Gives a folder for files that live as long as the block, beside `path` and with its name: marked as
+    ours, so that what a killed run leaves is found by the next one and by `nibble clean`."""
+    with _under_way(Path(path)) as folder:
+        temporary = folder / "folder"
+        temporary.mkdir()
+        yield temporary
+
+
+@contextmanager
 def new_folder(path: Path):
     """The same for a folder of files, where none or an empty one is at `path`, or where that leads to."""
     path = Path(path)

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..calibration.segments import Chain, State, replaced
 from ..store import digests
 from ..store.atomic import save_tensors
 from ..store.safe import open_safetensors
 from .mutation import mutation_allowed
-from .segments import Chain, State, replaced
 from .student import Student
 
 Modules = dict[str, list[tuple[torch.nn.Module, slice]]]  # {layer: the modules that hold its rows}

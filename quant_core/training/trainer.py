@@ -3,7 +3,6 @@ for every recorded call."""
 
 import json
 import math
-import re
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,8 @@ import torch
 
 from ..calibration.file import Calibration
 from ..calibration.gains import of_calibration
+from ..calibration.replay import is_chain
+from ..calibration.segments import Chain
 from ..calibration.trajectory import Trajectory
 from ..families import Family, Layer
 from ..layer.chunks import power_db
@@ -26,7 +27,6 @@ from ..store.progress import Progress, silent
 from .presets import Preset
 from .reconstruct import Modules, Run, TrainConfig, installed, judged, train
 from .rounding import round_again
-from .segments import Chain
 from .student import Student
 
 SAVE_EVERY = 60.0  # seconds between checkpoints within a run
@@ -57,7 +57,7 @@ class NoChain(ValueError):
 def require_chain(family: Family, plan: list[Layer]):
     """Raises NoChain where blocks read more than the one before: it would be trained with zeros in their
     place. plan: the layers."""
-    if not family.chain or any(not re.fullmatch(family.block, layer.block) for layer in plan):
+    if not is_chain(family, plan):
         raise NoChain(
             f"training goes through a model's blocks one after the other, and those of {family.title} also "
             "read what other blocks computed. "

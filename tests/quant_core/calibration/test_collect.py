@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, plan_passes
-from comfyui_nibble.quant_core.calibration.collect import is_held_out
+from comfyui_nibble.quant_core.calibration.capture import is_held_out
 from comfyui_nibble.quant_core.calibration.file import merge
 from comfyui_nibble.quant_core.calibration.observe import Observation
 from comfyui_nibble.quant_core.calibration.plan import Input

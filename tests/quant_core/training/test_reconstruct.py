@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from comfyui_nibble.quant_core.calibration.segments import Chain
 from comfyui_nibble.quant_core.training.reconstruct import (
     Run,
     TrainConfig,
@@ -11,7 +12,6 @@ from comfyui_nibble.quant_core.training.reconstruct import (
     losses_of,
     train,
 )
-from comfyui_nibble.quant_core.training.segments import Chain
 from comfyui_nibble.tests.quant_core.training.world import CONFIG, STEPS, STREAM, parameters, same
 
 

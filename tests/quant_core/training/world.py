@@ -2,6 +2,7 @@
 
 import torch
 
+from comfyui_nibble.quant_core.calibration.segments import Chain
 from comfyui_nibble.quant_core.families import Layer, Part
 from comfyui_nibble.quant_core.layer.problem import Problem
 from comfyui_nibble.quant_core.methods import METHODS
@@ -9,7 +10,6 @@ from comfyui_nibble.quant_core.training.reconstruct import (
     Run,
     TrainConfig,
 )
-from comfyui_nibble.quant_core.training.segments import Chain
 from comfyui_nibble.quant_core.training.student import Student
 
 LAYERS = ("blocks.0.img", "blocks.0.txt", "blocks.1.all")

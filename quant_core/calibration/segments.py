@@ -10,7 +10,44 @@ from contextlib import contextmanager
 
 import torch
 
-State = tuple[torch.Tensor, ...]
+State = tuple[torch.Tensor, ...]  # and None where a block of two streams ends one of them
+
+
+class Form:
+    """What a block returned: a tensor or a tuple of them, in which None may stand, and how each lies where.
+
+    Raises TypeError for anything else.
+    """
+
+    def __init__(self, out):
+        self.single = isinstance(out, torch.Tensor)
+        self.state: tuple = (out,) if self.single else tuple(out)
+        if not all(t is None or isinstance(t, torch.Tensor) for t in self.state):
+            raise TypeError(f"returns {[type(t).__name__ for t in self.state]}")
+        self.tensors = [None if t is None else (t.shape, t.dtype, t.device) for t in self.state]
+
+    def without_state(self) -> "Form":
+        """Holds no tensor alive."""
+        self.state = ()
+        return self
+
+    def made_of(self, state: tuple):
+        """The same of a state that may lie elsewhere; copies: blocks may add to their input in place."""
+        return self._one(
+            None if m is None or t is None else t.to(m[2], copy=True)
+            for t, m in zip(state, self.tensors, strict=True)
+        )
+
+    def zeros(self):
+        """Stands for outputs that nothing is computed from. Real memory: networks add to them in place, such
+        as the residuals of a ControlNet."""
+        return self._one(
+            None if m is None else torch.zeros(m[0], dtype=m[1], device=m[2]) for m in self.tensors
+        )
+
+    def _one(self, tensors):
+        out = tuple(tensors)
+        return out[0] if self.single else out
 
 
 class _Left(Exception):
@@ -26,7 +63,7 @@ class Chain:
 
     def __init__(self, network: torch.nn.Module, blocks: list[str], call: Callable[[int], torch.Tensor]):
         self.modules, self.names, self.call = [network.get_submodule(b) for b in blocks], list(blocks), call
-        self._shapes: dict[int, list] = {}
+        self.forms: dict[int, list] = {}  # of each call, what its blocks returned
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -38,34 +75,32 @@ class Chain:
         stop = len(self) + 1 runs to the prediction of the network. The first run of a call must be from the
         start.
         """
-        shapes = self._shapes.setdefault(index, [None] * len(self.modules))
-        with self._stubs(first, state, shapes), self._exit(stop, shapes):
+        forms = self.forms.setdefault(index, [None] * len(self.modules))
+        with replaced(self._stubs(first, state, forms)), self._exit(stop, forms):
             try:
                 return (self.call(index),)
             except _Left as left:
                 return left.args[0]
 
-    def _stubs(self, first, state, shapes):
-        def stub(i):
-            single, metas = shapes[i]
-            if i == first - 1:  # a copy: blocks may add to their input in place
-                out = tuple(t.to(m[2], copy=True) for t, m in zip(state, metas, strict=True))
-            else:
-                out = tuple(torch.zeros((), dtype=m[1], device=m[2]).expand(m[0]) for m in metas)
-            return out[0] if single else out
+    @staticmethod
+    def _stub(form, state):
+        return lambda *args, **kwargs: form.zeros() if state is None else form.made_of(state)
 
-        return replaced(
-            {module: lambda *args, _i=i, **kwargs: stub(_i) for i, module in enumerate(self.modules[:first])}
-        )
+    def _stubs(self, first, state, forms):
+        return {
+            module: self._stub(forms[i], state if i == first - 1 else None)
+            for i, module in enumerate(self.modules[:first])
+        }
 
     @contextmanager
-    def _exit(self, stop, shapes):
+    def _exit(self, stop, forms):
         def hook(i):
             def after(module, args, out):
-                tensors = (out,) if isinstance(out, torch.Tensor) else tuple(out)
-                shapes[i] = (isinstance(out, torch.Tensor), [(t.shape, t.dtype, t.device) for t in tensors])
+                form = Form(out)
+                state = form.state
+                forms[i] = form.without_state()
                 if i == stop - 1:
-                    raise _Left(tensors)
+                    raise _Left(state)
 
             return after
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from comfyui_nibble.quant_core.training.segments import Chain, replaced
+from comfyui_nibble.quant_core.calibration.segments import Chain, replaced
 
 pytestmark = pytest.mark.quick
 
