@@ -14,7 +14,13 @@ from .arguments import Launch, Plan, plan_of
 from .launch import gemm
 
 
-def quant_linear(x, text: str, tensors, target: Target, prologue: Prologue | None = None):
+def quant_linear(
+    x,
+    text: str,
+    tensors,
+    target: Target,
+    prologue: Prologue | None = None,
+):
     """x (M, K), 16 bit, last dimension contiguous -> y (M, N) in its dtype. text: of the LinearSpec, whose
     `tensors` these are."""
     plan = plan_of(text, target.fields)
@@ -30,7 +36,14 @@ def quant_linear(x, text: str, tensors, target: Target, prologue: Prologue | Non
     y = torch.empty(x.shape[0], spec.out_features, dtype=between, device=x.device)
     weight, weight_scale = tensors["weight"], tensors["weight_scale"]
     for launch in plan.launches:
-        codes, scale = quantize(x, plan, launch, tensors, low, prologue)
+        codes, scale = quantize(
+            x,
+            plan,
+            launch,
+            tensors,
+            low,
+            prologue,
+        )
         up, bias = (tensors.get("proj_up"), tensors.get("bias")) if launch.last else (None, None)
         gemm(
             codes,
@@ -51,7 +64,14 @@ def empty_low(x, plan: Plan):
     return torch.empty(x.shape[0], plan.low, dtype=x.dtype, device=x.device) if plan.low else None
 
 
-def quantize(x, plan: Plan, launch: Launch, tensors, low, prologue: Prologue | None = None):
+def quantize(
+    x,
+    plan: Plan,
+    launch: Launch,
+    tensors,
+    low,
+    prologue: Prologue | None = None,
+):
     """(codes, scale) of x (M, K) for one launch of the product; its parts' columns of `low` are written."""
     tokens, device, fused = x.shape[0], x.device, plan.fused
     codes = torch.empty(tokens, launch.code_bytes, dtype=torch.int8, device=device)
@@ -92,7 +112,15 @@ def weight_only(x, spec, tensors, prologue: Prologue | None = None):
         bias = tensors["bias"] if spec.bias and not i else None
         out = torch.empty(x.shape[0], spec.out_features, dtype=x.dtype, device=x.device)
         group = part.weight.group if part.weight.granularity == "group" else 0
-        weight_only_product(tx, packed, scales, bias, out, part.weight.bits, group)
+        weight_only_product(
+            tx,
+            packed,
+            scales,
+            bias,
+            out,
+            part.weight.bits,
+            group,
+        )
         if spec.rank:
             up = tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].to(x.dtype)
             out.addmm_(xp @ tensors["proj_down"][part.start : part.stop].to(x.dtype), up.T)

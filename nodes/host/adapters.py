@@ -195,7 +195,14 @@ def side_of(patches: Sequence[Patch], layer: QuantizedLayer, key: str, device: t
     return side
 
 
-def _add(side, patch, key, weight, device, behind):
+def _add(
+    side,
+    patch,
+    key,
+    weight,
+    device,
+    behind,
+):
     """behind: the sizes behind the two dimensions of a convolution's weight, which the side does not have."""
     strength, value, strength_model, offset, function = patch
     region = Region.of(offset, side.out_features, side.in_features)
@@ -204,10 +211,24 @@ def _add(side, patch, key, weight, device, behind):
         if whole_rows or strength_model == 1.0:
             _scale(side, region, strength_model, device)
         else:
-            _add_dense(side, (0.0, (None,), strength_model, offset, None), key, weight, device, behind)
+            _add_dense(
+                side,
+                (0.0, (None,), strength_model, offset, None),
+                key,
+                weight,
+                device,
+                behind,
+            )
         return
     if isinstance(value, tuple) and function is None and whole_rows:
-        _add_difference(side, value, region, strength, strength_model, device)
+        _add_difference(
+            side,
+            value,
+            region,
+            strength,
+            strength_model,
+            device,
+        )
         return
     term = _structured(value, device) if isinstance(value, WeightAdapterBase) else None
     # Reorders rows, so it commutes with the product.
@@ -238,7 +259,14 @@ def _scale(side, region, strength_model, device):
         side.scale(float(strength_model), region.rows, region.first, device)
 
 
-def _add_difference(side, value, region, strength, strength_model, device):
+def _add_difference(
+    side,
+    value,
+    region,
+    strength,
+    strength_model,
+    device,
+):
     """ComfyUI's "diff" is added, "set" takes the place of all there is, whatever the strengths."""
     kind, (tensor, *_) = _parts(value)
     _scale(side, region, 0.0 if kind == "set" else strength_model, device)
@@ -247,7 +275,14 @@ def _add_difference(side, value, region, strength, strength_model, device):
     )
 
 
-def _add_dense(side, patch, key, weight, device, behind):
+def _add_dense(
+    side,
+    patch,
+    key,
+    weight,
+    device,
+    behind,
+):
     """Whatever ComfyUI makes of the weight, minus the weight."""
     strength, value, *_ = patch
     current = weight()

@@ -80,7 +80,13 @@ class Side:
             self.add_dense(matrix * whole[term.first : term.first + len(matrix), None], term.first)
         self.kronecker = [t for t in self.kronecker if not met(t)]
 
-    def scale(self, value: float, rows: int, first: int, device):
+    def scale(
+        self,
+        value: float,
+        rows: int,
+        first: int,
+        device,
+    ):
         """Multiplies W' by one number on `rows` out-channels from `first` on. Kronecker products that lie in
         there stay such."""
         inside = lambda t: first <= t.first and t.first + t.rows <= first + rows

@@ -29,12 +29,24 @@ def weight_codes(
     )
     scale = scale.to(dtype)
     scale = scale.clamp(min=torch.finfo(dtype).tiny)
-    return quantize(weight, scale.float(), spec.bits, spec.granularity, spec.group), scale.expand(
-        weight.shape[0], -1
-    )
+    return quantize(
+        weight,
+        scale.float(),
+        spec.bits,
+        spec.granularity,
+        spec.group,
+    ), scale.expand(weight.shape[0], -1)
 
 
-def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None, factors=None, scale_of=None):
+def round_part(
+    weight,
+    part: PartSpec,
+    smooth,
+    scale_dtype,
+    low_rank=None,
+    factors=None,
+    scale_of=None,
+):
     """Codes (N, w) and scales (N, G) of fold(weight - U D^T), chunk by chunk. low_rank: (down (w, R), up (N,
     R)) or None."""
     n, width = weight.shape
@@ -45,12 +57,29 @@ def round_part(weight, part: PartSpec, smooth, scale_dtype, low_rank=None, facto
         [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width, device=weight.device)
     ):
         codes[rows], scales[rows] = weight_codes(
-            folded(weight, rows, part, smooth, low_rank, factors), part.weight, scale_dtype, scale_of
+            folded(
+                weight,
+                rows,
+                part,
+                smooth,
+                low_rank,
+                factors,
+            ),
+            part.weight,
+            scale_dtype,
+            scale_of,
         )
     return codes, scales
 
 
-def folded(weight, rows, part: PartSpec, smooth, low_rank=None, factors=None) -> torch.Tensor:
+def folded(
+    weight,
+    rows,
+    part: PartSpec,
+    smooth,
+    low_rank=None,
+    factors=None,
+) -> torch.Tensor:
     """fold(W - U D^T) of some rows, fp32."""
     chunk = weight[rows].float()
     if low_rank is not None:
@@ -59,11 +88,24 @@ def folded(weight, rows, part: PartSpec, smooth, low_rank=None, factors=None) ->
     return fold_weight(chunk, smooth, part.rotation, factors)
 
 
-def folded_t(weight, part: PartSpec, smooth, low_rank=None, factors=None) -> torch.Tensor:
+def folded_t(
+    weight,
+    part: PartSpec,
+    smooth,
+    low_rank=None,
+    factors=None,
+) -> torch.Tensor:
     """fold(W - U D^T) transposed, (w, N) fp32, as GPTQ wants it and uses it up."""
     out = torch.empty(weight.shape[1], weight.shape[0], device=weight.device)
     for rows in row_chunks(*weight.shape, device=weight.device):
-        out[:, rows] = folded(weight, rows, part, smooth, low_rank, factors).T
+        out[:, rows] = folded(
+            weight,
+            rows,
+            part,
+            smooth,
+            low_rank,
+            factors,
+        ).T
     return out
 
 
@@ -76,7 +118,13 @@ def column_absmax(weight) -> torch.Tensor:
     )
 
 
-def smoothing(x, w, alpha, beta, dtype) -> torch.Tensor:
+def smoothing(
+    x,
+    w,
+    alpha,
+    beta,
+    dtype,
+) -> torch.Tensor:
     """s (..., w) = x^alpha / w^beta for statistics (w,) of the two sides, rounded to `dtype` before anything
     is folded with it, fp32. alpha, beta: numbers, or (..., 1) of many at a time."""
     s = x.clamp(min=1e-5).pow(alpha) / w.clamp(min=1e-5).pow(beta)

@@ -25,7 +25,14 @@ def truncated(
     n, w = shape
     # Each chunk is made once, smoothed and rotated, and read eight times: 4 bytes a weight while this runs.
     chunks = [(rows, rows_of(rows)) for rows in row_chunks(n, w, device=device)]
-    return truncated_chunks(chunks, rank, factor, oversample, iterations, seed)
+    return truncated_chunks(
+        chunks,
+        rank,
+        factor,
+        oversample,
+        iterations,
+        seed,
+    )
 
 
 def truncated_chunks(

@@ -24,7 +24,13 @@ class SplitPart:
     chosen: {choice: value}. error: energy of its output's error on the fit tokens.
     """
 
-    def __init__(self, problem, index, config, bits=4):
+    def __init__(
+        self,
+        problem,
+        index,
+        config,
+        bits=4,
+    ):
         self.config, self.index, self.bits, self.dtype = config, index, bits, problem.dtype
         straight = int(index[-1] - index[0]) == len(index) - 1 and bool((index.diff() == 1).all())
         columns = slice(int(index[0]), int(index[-1]) + 1) if straight else index  # a view where there is one
@@ -126,7 +132,16 @@ class SplitPart:
     def _smooths(self):
         w = column_absmax(self.weight)
         for alpha, beta in self.config.smooth:
-            yield smoothing(self.absmax, w, alpha, beta, self.dtype), f"absmax {alpha:g}/{beta:g}"
+            yield (
+                smoothing(
+                    self.absmax,
+                    w,
+                    alpha,
+                    beta,
+                    self.dtype,
+                ),
+                f"absmax {alpha:g}/{beta:g}",
+            )
 
     def _seen(self, smooth, factors, clip):
         """The fit tokens as the product sees them: transformed, rounded, and real values again."""
@@ -134,8 +149,25 @@ class SplitPart:
         return self._rounded(tx, clip)
 
     def _rounded(self, values, clip=1.0):
-        scale = absmax_scale(values, self.bits, "group", self.group, clip=clip)
-        return dequantize(quantize(values, scale, self.bits, "group", self.group), scale, "group", self.group)
+        scale = absmax_scale(
+            values,
+            self.bits,
+            "group",
+            self.group,
+            clip=clip,
+        )
+        return dequantize(
+            quantize(
+                values,
+                scale,
+                self.bits,
+                "group",
+                self.group,
+            ),
+            scale,
+            "group",
+            self.group,
+        )
 
     def _rough_error(self, smooth, factors, clip=1.0) -> float:
         """Of the output on the fit tokens, on every n-th out-channel."""
@@ -156,7 +188,13 @@ class SplitPart:
             per_slice=self.config.per_slice and bool(self.sizes),
         )
         dtype = self.dtype if self.config.scales == "group" else torch.float32
-        codes, scales = round_part(self.weight, spec, smooth, dtype, factors=factors)
+        codes, scales = round_part(
+            self.weight,
+            spec,
+            smooth,
+            dtype,
+            factors=factors,
+        )
         return FittedPart(spec, codes, scales, smooth, factors=factors)
 
     def _gptq(self, nearest):
@@ -177,7 +215,14 @@ class SplitPart:
             upper[a, b] = gptq.upper_factor(h, self.config.damp)
         rest = folded_t(self.weight, nearest.spec, smooth, factors=factors)
         scales = nearest.scales.T.contiguous()
-        codes, _ = gptq.quantize(rest, upper, self.bits, self.group, scales.dtype, scales=scales)
+        codes, _ = gptq.quantize(
+            rest,
+            upper,
+            self.bits,
+            self.group,
+            scales.dtype,
+            scales=scales,
+        )
         return replace(nearest, codes=codes.T.contiguous())
 
     def _weight(self, part, rows):
@@ -243,5 +288,13 @@ class SplitPart:
             smooth = None if best.smooth is None else best.smooth[at]
             factors = None if best.factors is None else (best.factors[0][pick], best.factors[1][pick])
             scales = best.scales[:, i : i + 1]
-            made.append(FittedPart(here, best.codes[:, at], scales, smooth, factors=factors))
+            made.append(
+                FittedPart(
+                    here,
+                    best.codes[:, at],
+                    scales,
+                    smooth,
+                    factors=factors,
+                )
+            )
         return made

@@ -130,7 +130,13 @@ class PartFit:
                 first if first.activation.unsigned else last, None, "plain", None, {"data": "none"}
             )
         full = (
-            self._rounded(p, s, "plain", None, {"smooth": t, "activation": _label(p)})
+            self._rounded(
+                p,
+                s,
+                "plain",
+                None,
+                {"smooth": t, "activation": _label(p)},
+            )
             for p, t, s in self._ranked(list(self._candidates()))[: self.config.finalists]
         )
         return min(full, key=error_of)
@@ -145,7 +151,15 @@ class PartFit:
         for spec, alike in groupby(candidates, key=itemgetter(0)):
             smooths = [smooth for _, _, smooth in alike]
             for some in (smooths[i : i + size] for i in range(0, len(smooths), size)):
-                errors.append(rough_errors(self, spec, torch.stack(some), weight, y))
+                errors.append(
+                    rough_errors(
+                        self,
+                        spec,
+                        torch.stack(some),
+                        weight,
+                        y,
+                    )
+                )
         order = torch.cat(errors).nan_to_num(nan=torch.inf).sort(stable=True).indices
         return [candidates[i] for i in order.tolist()]
 
@@ -167,18 +181,54 @@ class PartFit:
 
     # -- steps
 
-    def _rounded(self, spec, smooth, low_rank, factor, chosen, base=None):
+    def _rounded(
+        self,
+        spec,
+        smooth,
+        low_rank,
+        factor,
+        chosen,
+        base=None,
+    ):
         """Low rank of fold(W - base), then round to nearest."""
         pair = self._low_rank(spec, smooth, factor, base)
-        codes, scales = round_part(self.weight, spec, smooth, self.dtype, pair, scale_of=self.scale_of)
+        codes, scales = round_part(
+            self.weight,
+            spec,
+            smooth,
+            self.dtype,
+            pair,
+            scale_of=self.scale_of,
+        )
         chosen = chosen | ({"low_rank": low_rank} if self.rank else {}) | {"rounding": "nearest"}
-        return self._judged(FittedPart(spec, codes, scales, smooth, pair, chosen=chosen))
+        return self._judged(
+            FittedPart(
+                spec,
+                codes,
+                scales,
+                smooth,
+                pair,
+                chosen=chosen,
+            )
+        )
 
-    def _low_rank(self, spec, smooth, factor, base=None):
+    def _low_rank(
+        self,
+        spec,
+        smooth,
+        factor,
+        base=None,
+    ):
         if not self.rank:
             return None
         rows_of = lambda rows: folded(self.weight, rows, spec, smooth) - (0 if base is None else base(rows))
-        v, u = truncated(rows_of, self.weight.shape, self.rank, factor, device=self.weight.device)
+        v, u = truncated(
+            rows_of,
+            self.weight.shape,
+            self.rank,
+            factor,
+            device=self.weight.device,
+        )
         # (x / s) R v = x (diag(1/s) R v): the branch acts on the raw x.
         down = rotate(v.T, spec.rotation).T
         if smooth is not None:
@@ -191,7 +241,13 @@ class PartFit:
             return best
         return min(
             best,
-            self._rounded(best.spec, best.smooth, "whitened", factor, best.chosen),
+            self._rounded(
+                best.spec,
+                best.smooth,
+                "whitened",
+                factor,
+                best.chosen,
+            ),
             key=error_of,
         )
 
@@ -211,7 +267,14 @@ class PartFit:
 
             chosen = {k: v for k, v in best.chosen.items() if k not in ("low_rank", "rounding")}
             label = "iterated" if factor is None else "whitened, iterated"
-            again = self._rounded(part, best.smooth, label, factor, chosen, quantized)
+            again = self._rounded(
+                part,
+                best.smooth,
+                label,
+                factor,
+                chosen,
+                quantized,
+            )
             if again.error >= best.error:
                 break
             best = again
@@ -226,7 +289,13 @@ class PartFit:
         return self._judged(replace(best, codes=codes, scales=scales, chosen=chosen))
 
     def _gptq_codes(self, residual, best, factor):
-        return gptq.quantize(residual, factor, best.spec.weight.bits, GROUP, self.dtype)
+        return gptq.quantize(
+            residual,
+            factor,
+            best.spec.weight.bits,
+            GROUP,
+            self.dtype,
+        )
 
     def _blocks(self):
         return [b for b in sorted(self.statistics.hessians) if self.part.start <= b[0] < self.part.stop]

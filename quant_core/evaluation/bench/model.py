@@ -62,7 +62,15 @@ class Size:
 class FloatLinear(nn.Module):
     """A linear layer in 16 bit (or any float dtype)."""
 
-    def __init__(self, n, k, kind, dtype, device, generator):
+    def __init__(
+        self,
+        n,
+        k,
+        kind,
+        dtype,
+        device,
+        generator,
+    ):
         super().__init__()
         make = lambda *shape: nn.Parameter(
             torch.randn(*shape, dtype=dtype, device=device, generator=generator) / k**0.5, False
@@ -77,7 +85,14 @@ class NibbleLinear(nn.Module):
     """The same shape on the pack's operator, with random codes that are made on the device, held in the form
     that a layer of a loaded model has on `target` (`spec_at_load`)."""
 
-    def __init__(self, spec: LinearSpec, dtype, device, generator, target: Target):
+    def __init__(
+        self,
+        spec: LinearSpec,
+        dtype,
+        device,
+        generator,
+        target: Target,
+    ):
         super().__init__()
         tensors = random_tensors(spec, dtype, device, generator)
         if spec_at_load(spec, target) is not spec:
@@ -92,7 +107,13 @@ class NibbleLinear(nn.Module):
         return quant_linear(x, self.spec, {name: held[name] for name in self.names}, prologue=prologue)
 
 
-def layer_spec(n: int, k: int, kind: str, grain: str, lora: int = 0) -> LinearSpec:
+def layer_spec(
+    n: int,
+    k: int,
+    kind: str,
+    grain: str,
+    lora: int = 0,
+) -> LinearSpec:
     """A layer of the model as a file has it; modulation is weight-only.
 
     grain: "group" for SVDQuant's (groups of 64, smoothed, a low rank), "channel" for ConvRot's (one scale a
@@ -103,21 +124,48 @@ def layer_spec(n: int, k: int, kind: str, grain: str, lora: int = 0) -> LinearSp
     weight, plain = quantizers(grain)
     if grain == "channel":
         size = next(s for s in (256, 64, 16) if k % s == 0)
-        return LinearSpec(k, n, (PartSpec(0, k, weight, plain, rotation=size, rank=lora),))
+        return LinearSpec(
+            k,
+            n,
+            (
+                PartSpec(
+                    0,
+                    k,
+                    weight,
+                    plain,
+                    rotation=size,
+                    rank=lora,
+                ),
+            ),
+        )
     after_gelu = replace(plain, unsigned=True, shift=GELU_SHIFT)
     edges = {
         "": ((0, k, plain),),
         "gelu": ((0, k, after_gelu),),
         "attn|gelu": ((0, k // 5, plain), (k // 5, k, after_gelu)),
     }[kind]
-    part = lambda a, b, act: PartSpec(a, b, weight, act, smooth=True, rank=RANK + lora)
+    part = lambda a, b, act: PartSpec(
+        a,
+        b,
+        weight,
+        act,
+        smooth=True,
+        rank=RANK + lora,
+    )
     return LinearSpec(k, n, tuple(part(*edge) for edge in edges))
 
 
 class Block(nn.Module):
     """The linears of a list, by name, and the scales of the query and key norms."""
 
-    def __init__(self, layers, size, make, dtype, device):
+    def __init__(
+        self,
+        layers,
+        size,
+        make,
+        dtype,
+        device,
+    ):
         super().__init__()
         for name, n, k, kind in layers:
             setattr(self, name, make(n * size.hidden, k * size.hidden, kind))
@@ -131,7 +179,13 @@ class Block(nn.Module):
     def heads(self, qkv):
         """(batch, tokens, 3 hidden) -> normed q and k, v, each (batch, heads, tokens, channels of a head)."""
         width = self.query.shape[0]
-        q, k, v = qkv.unflatten(-1, (3, -1, width)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unflatten(-1, (3, -1, width)).permute(
+            2,
+            0,
+            3,
+            1,
+            4,
+        )
         return rms_norm(q, (width,), self.query, 1e-6), rms_norm(k, (width,), self.key, 1e-6), v
 
 
@@ -144,7 +198,14 @@ def modulated(x, scale, shift):
 class Flux(nn.Module):
     """make(n, k, kind) builds the blocks' linears, edge(n, k) those that stay in 16 bit."""
 
-    def __init__(self, size: Size, make, edge, dtype, device):
+    def __init__(
+        self,
+        size: Size,
+        make,
+        edge,
+        dtype,
+        device,
+    ):
         super().__init__()
         h = size.hidden
         self.image_in, self.text_in = edge(h, size.channels), edge(h, size.context)
@@ -223,9 +284,34 @@ def build(
     """grain None: all in `dtype`, in which ComfyUI merges a LoRA. target: whose form layers are held in; that
     of the device if not given."""
     g, target = torch.Generator(device=device).manual_seed(seed), target or target_of(device)
-    plain = lambda n, k, kind="": FloatLinear(n, k, kind, dtype, device, g)
-    ours = lambda n, k, kind: NibbleLinear(layer_spec(n, k, kind, str(grain), lora), dtype, device, g, target)
-    return Flux(size, plain if grain is None else ours, plain, dtype, device)
+    plain = lambda n, k, kind="": FloatLinear(
+        n,
+        k,
+        kind,
+        dtype,
+        device,
+        g,
+    )
+    ours = lambda n, k, kind: NibbleLinear(
+        layer_spec(
+            n,
+            k,
+            kind,
+            str(grain),
+            lora,
+        ),
+        dtype,
+        device,
+        g,
+        target,
+    )
+    return Flux(
+        size,
+        plain if grain is None else ours,
+        plain,
+        dtype,
+        device,
+    )
 
 
 def inputs(size: Size, dtype, device, seed: int = 1) -> tuple:
@@ -235,7 +321,14 @@ def inputs(size: Size, dtype, device, seed: int = 1) -> tuple:
 
 
 @torch.no_grad()
-def step(model: Flux, size: Size, dtype, device, repeats: int = 5, seconds: float = 12.0) -> dict:
+def step(
+    model: Flux,
+    size: Size,
+    dtype,
+    device,
+    repeats: int = 5,
+    seconds: float = 12.0,
+) -> dict:
     """Milliseconds of a step, peak memory of steps in bytes, bytes of the blocks' weights.
 
     The time is the median of at most `repeats` steps, of fewer once `seconds` have passed, of one at least.

@@ -94,7 +94,13 @@ class Tasks:
         say(what="against naive", tile=self._tile(case, column))
         key = (column.spec(min(case.n, verify.CHANNELS), case.k), column.int8, min(case.m, verify.ROWS))
         if key not in self.compared:
-            self.compared[key] = verify.against_naive(case, column, self.target, self.dtype, self.device)
+            self.compared[key] = verify.against_naive(
+                case,
+                column,
+                self.target,
+                self.dtype,
+                self.device,
+            )
         checks = {"naive": self.compared[key]}
         if column.kind != "quantize":
             say(what="against eager", tile=self._tile(case, column))
@@ -131,7 +137,16 @@ class Tasks:
         key = (grain, lora, size.double, size.single, dtype)
         if self.held[0] != key:
             self._let_go()
-            self.held = (key, model.build(size, dtype, self.device, grain, lora))
+            self.held = (
+                key,
+                model.build(
+                    size,
+                    dtype,
+                    self.device,
+                    grain,
+                    lora,
+                ),
+            )
         held = self.held[1]
         assert held is not None
         with self.sensors.reading() as sensors:
@@ -151,7 +166,16 @@ class Tasks:
         """Of the product that was tuned last, or anew: operands and the default's output are kept."""
         if self.tuned[0] != (case, column):
             self._let_go()
-            self.tuned = (case, column), Candidates(case, column, self.target, self.dtype, self.device)
+            self.tuned = (
+                (case, column),
+                Candidates(
+                    case,
+                    column,
+                    self.target,
+                    self.dtype,
+                    self.device,
+                ),
+            )
         assert self.tuned[1] is not None
         return self.tuned[1]
 

@@ -138,7 +138,25 @@ def _gain():
 def encode(pictures: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 64, 64, 3) in [0, 1] -> latents (B, 16, 16, 16)."""
     b, h, w, _ = pictures.shape
-    patches = (pictures * 2 - 1).reshape(b, h // PATCH, PATCH, w // PATCH, PATCH, 3).permute(0, 1, 3, 2, 4, 5)
+    patches = (
+        (pictures * 2 - 1)
+        .reshape(
+            b,
+            h // PATCH,
+            PATCH,
+            w // PATCH,
+            PATCH,
+            3,
+        )
+        .permute(
+            0,
+            1,
+            3,
+            2,
+            4,
+            5,
+        )
+    )
     latent = patches.reshape(b, h // PATCH, w // PATCH, -1) @ _basis().T
     return latent.permute(0, 3, 1, 2) * _gain()
 

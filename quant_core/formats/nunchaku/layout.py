@@ -133,7 +133,23 @@ def unpack_awq(stored: torch.Tensor) -> torch.Tensor:
     Scales and zeros (G, N) lie in natural order.
     """
     n, k = stored.shape[0] * AWQ_ROWS, stored.shape[1] * 2
-    words = stored.reshape(n // AWQ_ROWS, k // 64, AWQ_ROWS, 2, 4).permute(4, 0, 2, 1, 3).reshape(4, -1)
+    words = (
+        stored.reshape(
+            n // AWQ_ROWS,
+            k // 64,
+            AWQ_ROWS,
+            2,
+            4,
+        )
+        .permute(
+            4,
+            0,
+            2,
+            1,
+            3,
+        )
+        .reshape(4, -1)
+    )
     out = torch.zeros_like(words)
     for i in range(4):
         for j in range(4):
@@ -152,7 +168,21 @@ def pack_awq(packed: torch.Tensor) -> torch.Tensor:
             byte = words[i] >> 8 * j
             out[j] |= (byte & 0x0F | (byte & 0xF0) << 12) << 4 * i
     return (
-        out.view(4, n // AWQ_ROWS, AWQ_ROWS, k // 64, 2).permute(1, 3, 2, 4, 0).reshape(n // AWQ_ROWS, k // 2)
+        out.view(
+            4,
+            n // AWQ_ROWS,
+            AWQ_ROWS,
+            k // 64,
+            2,
+        )
+        .permute(
+            1,
+            3,
+            2,
+            4,
+            0,
+        )
+        .reshape(n // AWQ_ROWS, k // 2)
     )
 
 
