@@ -71,12 +71,13 @@ def test_cast_weight_and_bias_are_those_that_the_layer_applies(ops, base, full, 
 
 @pytest.mark.parametrize("key", [QKV, MLP])
 def test_layer_computed_from_its_cast_is_the_layer(ops, base, key):
-    """What differs is x, quantized to 4 bits in the one and not in the other."""
+    """What differs is x, quantized to 4 or 8 bits in the one and not in the other."""
     layer, x = module(load(base), key), randn(64, SHAPES[key][1]).abs()
     wanted = linear(x, layer.layer().dequantize(), layer.convert_bias(layer.bias).float())
     with ops.CastBiasWeightContext(layer, x, offloadable=True) as (weight, bias):
         assert relative_error(wanted, linear(x, weight, bias)) < 1e-6
-    assert 0.01 < relative_error(wanted, layer.layer()(x)) < 0.15
+    least = 0.002 if layer.spec.precision == "W8A8" else 0.01
+    assert least < relative_error(wanted, layer.layer()(x)) < 15 * least
 
 
 def test_fused_input_activation_stays_on_the_quantized_kernel(ops, base):
@@ -104,10 +105,12 @@ def test_weight_cast_alone_gives_real_values_or_is_refused(ops, base, refusal, c
     layer = module(base, QKV)
     assert torch.equal(cast(ops, layer.weight), layer.layer().dequantize())
     shifted = module(base, MLP)
+    codes = tuple(shifted.weight.shape)  # of 4 bits, or of 8 where this machine runs them
     found = re.escape(
         "double_blocks.0.img_mlp.2: something asked for its weight as torch.float32 and found packed codes "
-        "(torch.int8, (256, 512))"
+        f"(torch.int8, {codes})"
     )
+    assert codes in ((256, 512), (256, 1024))
     with pytest.raises(refusal, match=found):
         cast(ops, shifted.weight)
 
