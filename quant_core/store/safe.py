@@ -28,6 +28,7 @@ class SafeFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._metadata: tuple[dict[str, str] | None] | None = None
         try:
             self._file = safe_open(path, "pt")
             self._keys = list(self._file.keys())
@@ -41,7 +42,11 @@ class SafeFile:
         return self._keys
 
     def metadata(self) -> dict[str, str] | None:
-        return self._file.metadata()
+        """The header's own entries. Made once: 200,000 of them take safetensors 0.9 s a time."""
+        if self._metadata is None:
+            self._metadata = (self._file.metadata(),)
+        found = self._metadata[0]
+        return None if found is None else dict(found)
 
     def get_slice(self, key: str):
         return self._of(key, self._file.get_slice)
