@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_nibble.kernels import choose, paths_of, spec_at_load
+from comfyui_nibble.kernels import at_load, choose, paths_of, spec_at_load
 from comfyui_nibble.kernels.dispatch import TORCH_INT8, quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, torch_int8
@@ -40,6 +40,7 @@ SPECS = {
 @pytest.fixture(autouse=True)
 def sums(monkeypatch):
     """On a processor without such instructions the sums are made by other means, as exactly."""
+    monkeypatch.delenv(at_load.SWITCH, raising=False)
     if not target_of("cpu").arch:
         by_float = lambda a, b: (a.double() @ b.double()).int()
         monkeypatch.setattr(torch, "_int_mm", by_float)
@@ -113,7 +114,7 @@ def test_which_layers_take_it():
 
 
 @pytest.mark.quick
-def test_form_at_load():
+def test_form_at_load(monkeypatch):
     of = lambda spec, target=CPU: spec_at_load(spec, target)
     group = spec_of(192, 48, UNSIGNED, rank=8)
     assert of(group).precision == "W8A8"
@@ -125,6 +126,9 @@ def test_form_at_load():
     for spec in (group, SPECS["W4A4"]):
         assert of(spec, OLD) is spec
         assert of(spec, Target("cuda", 89, (3, 6))) is spec
+    monkeypatch.setenv(at_load.SWITCH, "0")
+    assert of(group) is group
+    monkeypatch.delenv(at_load.SWITCH)
     paths, lines = paths_of({"a": group, "b": SPECS["W8A8"]}, CPU)
     assert paths == {"a": f"{TORCH_INT8} as W8A8", "b": TORCH_INT8}
     assert lines[1] == f"  1 layer: {TORCH_INT8} as W8A8; triton: needs a GPU"
