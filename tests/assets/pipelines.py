@@ -2,6 +2,11 @@
 
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
 )
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,6 +19,9 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
+from comfyui_nibble.quant_core.evaluation.demo.pictures import TEXT_DIM
 
 PROMPTS = ["small red circle", "large blue ring left on striped white background", "green cross"]
 SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -45,3 +53,35 @@ def clip(width):
 def vae(channels):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return AutoencoderKL(latent_channels=channels, block_out_channels=(4,) * 4, norm_num_groups=2, **blocks)
+
+
+def flux(state):
+    transformer = tiny_flux.build()
+    transformer.load_state_dict(tiny_flux.to_diffusers(state))
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(16),
+        text_encoder=clip(TEXT_DIM),
+        tokenizer=tokenizer(77),
+        text_encoder_2=t5(TEXT_DIM),
+        tokenizer_2=tokenizer(512),
+        transformer=transformer,
+    )
+
+
+def pixart(state, layers=2):
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        num_layers=layers,
+        cross_attention_dim=128,
+        caption_channels=32,
+        sample_size=32,
+    )
+    return PixArtSigmaPipeline(
+        tokenizer=tokenizer(300),
+        text_encoder=t5(32),
+        vae=vae(4),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(),
+    )

@@ -9,12 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import (
-    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -27,13 +24,12 @@ from comfyui_nibble.kernels.operator.errors import NamedError
 from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError
 from comfyui_nibble.quant_core.calibration.plan import inputs_of
 from comfyui_nibble.quant_core.cli.commands import app
-from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.evaluation.demo.pictures import TEXT_DIM
 from comfyui_nibble.quant_core.families import FLUX, PIXART, SDXL, UnknownArchitecture
 from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.store.safe import CheckpointError
-from comfyui_nibble.tests.assets.pipelines import PROMPTS, clip, t5, tokenizer, vae
+from comfyui_nibble.tests.assets.pipelines import PROMPTS, clip, flux, pixart, tokenizer, vae
 
 SAMPLES, STEPS, SIZE = 3, 2, 64
 
@@ -52,38 +48,6 @@ def nibble(*args):
         raise result.exception
     assert result.exit_code == 0, result.output
     return result.stdout
-
-
-def flux(state):
-    transformer = tiny_flux.build()
-    transformer.load_state_dict(tiny_flux.to_diffusers(state))
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(16),
-        text_encoder=clip(TEXT_DIM),
-        tokenizer=tokenizer(77),
-        text_encoder_2=t5(TEXT_DIM),
-        tokenizer_2=tokenizer(512),
-        transformer=transformer,
-    )
-
-
-def pixart(state):
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_layers=2,
-        cross_attention_dim=128,
-        caption_channels=32,
-        sample_size=32,
-    )
-    return PixArtSigmaPipeline(
-        tokenizer=tokenizer(300),
-        text_encoder=t5(32),
-        vae=vae(4),
-        transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(),
-    )
 
 
 KINDS = {

@@ -5,56 +5,19 @@ from collections import Counter
 
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    PixArtSigmaPipeline,
-    PixArtTransformer2DModel,
-)
 
 from comfyui_nibble.quant_core.calibration.plan import inputs_of
 from comfyui_nibble.quant_core.diffusers_host import pipeline
-from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
-from comfyui_nibble.quant_core.evaluation.demo.pictures import TEXT_DIM
 from comfyui_nibble.quant_core.families import FLUX, PIXART
 from comfyui_nibble.quant_core.layer.statistics import InputStatistics
-from comfyui_nibble.tests.assets.pipelines import PROMPTS, clip, t5, tokenizer, vae
+from comfyui_nibble.tests.assets.pipelines import PROMPTS, flux, pixart
 
 SAMPLES, STEPS, SIZE = 4, 2, 64
 
 
-def flux(state):
-    transformer = tiny_flux.build()
-    transformer.load_state_dict(tiny_flux.to_diffusers(state))
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=vae(16),
-        text_encoder=clip(TEXT_DIM),
-        tokenizer=tokenizer(77),
-        text_encoder_2=t5(TEXT_DIM),
-        tokenizer_2=tokenizer(512),
-        transformer=transformer,
-    )
-
-
-def pixart(state):
-    """With guidance in one batch, whose text is cut to its longest prompt."""
-    transformer = PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=32,
-        num_layers=4,
-        cross_attention_dim=128,
-        caption_channels=32,
-        sample_size=32,
-    )
-    return PixArtSigmaPipeline(
-        tokenizer=tokenizer(300),
-        text_encoder=t5(32),
-        vae=vae(4),
-        transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(),
-    )
+def deeper(state):
+    """With guidance in one batch, whose text is cut to its longest prompt, and more blocks to run again."""
+    return pixart(state, layers=4)
 
 
 def computed(model):
@@ -67,7 +30,7 @@ def computed(model):
     return found
 
 
-@pytest.mark.parametrize(("build", "family"), [(flux, FLUX), (pixart, PIXART)], ids=["flux", "pixart"])
+@pytest.mark.parametrize(("build", "family"), [(flux, FLUX), (deeper, PIXART)], ids=["flux", "pixart"])
 def test_the_statistics_are_those_of_passes(build, family, tiny_state, tmp_path, monkeypatch, caplog):
     with torch.random.fork_rng():
         torch.manual_seed(0)
