@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels.dispatch import FUSED, choose, paths_of, quant_linear
+from comfyui_nibble.kernels import choose, paths_of
+from comfyui_nibble.kernels.dispatch import FUSED, quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import fused, naive

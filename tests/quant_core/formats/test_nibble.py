@@ -335,7 +335,8 @@ def test_failed_save_keeps_the_old_file(saved, layer):
 
 
 def test_unknown_architecture_lists_what_is_supported(tmp_path):
-    save_file({"model.layers.0.mlp.weight": torch.zeros(2, 2)}, tmp_path / "llm.safetensors")
+    state = {"layers.0.mlp.weight": torch.zeros(2, 2), "norm.weight": torch.ones(2)}
+    save_file(state, tmp_path / "llm.safetensors")
     with pytest.raises(
         UnknownArchitecture, match=r"such as layers.0.mlp.weight.*Supported: FLUX.1, .*PixArt"
     ):
