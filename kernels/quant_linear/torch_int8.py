@@ -35,12 +35,12 @@ def quant_linear(x, spec, tensors):
     smooth = [None if factor is None else factor.float() for *_, factor in split]
     of_parts = list(zip(spec.parts, smooth, spec.factors(tensors), strict=True))
     bias = tensors["bias"].float()[None] if spec.bias else None
-    up = tensors["proj_up"].float() if spec.rank else None
+    down, up = (tensors[name].float() for name in ("proj_down", "proj_up")) if spec.rank else (None, None)
     y = x.new_empty(x.shape[0], spec.out_features)
     for rows in _chunks(x, x.shape[0], ROWS):
         here = x[rows]
         inputs = [_input(here[:, part.start : part.stop], part, *more) for part, *more in of_parts]
-        low = _low(here, spec, tensors["proj_down"].float()) if spec.rank else None
+        low = _low(here, spec, down) if spec.rank else None
         for columns in _chunks(x, spec.out_features, CHANNELS):
             out = None if bias is None else bias[:, columns]
             for (codes, scale), weight, row_scale in zip(inputs, weights, scales, strict=True):
