@@ -2,8 +2,8 @@
 and one pass scales them.
 
 A row of x and its scale make the codes; weights are codes of one scale a row. Layers without quantized
-activations take each token as two digits of 8 bits, x = s (c1 + c2 / 254), which leaves 2^-16 of its largest
-value: less than the 16 bits that such a layer asks for.
+activations take each token as three digits of 8 bits, x = s (c1 + c2 / 254 + c3 / 254^2), which is fp32's own
+rounding. They have few rows, and are bound by reading the weights.
 """
 
 import torch
@@ -17,7 +17,8 @@ from ..operator.transforms import transform_activation
 ROWS, CHANNELS = 256, 3072
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_ROWS = 32  # of CUDA's product, which refuses 16 and less
-_SECOND = 254.0  # a rounded digit is off by half a step at most: 127 steps of the second one
+DIGITS = 3  # of a token that is not quantized
+_NEXT = 254.0  # a rounded digit is off by half a step at most: 127 steps of the next one
 
 
 def quant_linear(x, spec, tensors):
@@ -68,23 +69,25 @@ def _codes(packed, part):
 
 
 def _input(x, part, smooth, factors):
-    """Codes (M, w) int8 and scales (M, 1) fp32 of a part's x (M, w); without quantized activations two of
-    each, one below the other."""
+    """Codes (M, w) int8 and scales (M, 1) fp32 of a part's x (M, w); without quantized activations three
+    of each, one below the other."""
     if part.activation is not None:
         codes, scale = quantize_activation(x, part, smooth, factors)
         return codes.view(torch.int8), scale
-    x = transform_activation(x.float(), smooth, part.rotation, factors=factors)
-    scale = absmax_scale(x, 8, "token")
-    first = quantize(x, scale, 8, "token")
-    second = quantize(x - first * scale, scale / _SECOND, 8, "token")
-    return torch.cat([first, second]), torch.cat([scale, scale / _SECOND])
+    rest = transform_activation(x.float(), smooth, part.rotation, factors=factors)
+    scale, digits, scales = absmax_scale(rest, 8, "token"), [], []
+    for _ in range(DIGITS):
+        digits.append(quantize(rest, scale, 8, "token"))
+        scales.append(scale)
+        rest, scale = rest - digits[-1] * scale, scale / _NEXT
+    return torch.cat(digits), torch.cat(scales)
 
 
 def _product(codes, scale, weight, rows):
-    """(rows, N) fp32: exact sums of codes (rows or 2 rows, w) and weight (N, w), times the scales of codes;
-    two digits of a token are added up."""
+    """(rows, N) fp32: exact sums of codes (rows or three times as many, w) and weight (N, w), times the
+    scales of codes; the digits of a token are added up."""
     count = codes.shape[0]
     if codes.device.type == "cuda" and count < LEAST_ROWS:
         codes = torch.nn.functional.pad(codes, (0, 0, 0, LEAST_ROWS - count))
     scaled = torch._int_mm(codes, weight.T)[:count] * scale
-    return scaled if count == rows else scaled[:rows].add_(scaled[rows:])
+    return scaled if count == rows else scaled.view(-1, rows, scaled.shape[1]).sum(0)
