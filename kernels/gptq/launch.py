@@ -52,7 +52,6 @@ def block(
 
 def constants(target: Target, bits: int, given: bool) -> dict:
     """The kernel's compile-time arguments."""
-    # AMD's waves of 64 hold twice as much.
     low, top = code_range(bits)
-    wide = 16 if target.card.waves_of_64 else 8
+    wide = 16 if target.card.waves_of_64 else 8  # AMD's waves of 64 hold twice as much
     return {"LOW": low, "TOP": top, "GIVEN": given, "B": BLOCK, "BN": wide}
