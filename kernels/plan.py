@@ -6,10 +6,12 @@ from itertools import accumulate, groupby
 from math import gcd
 
 from .cards import M8N8K32
+from .operator.codes import NVFP4
 from .operator.spec import ActivationSpec, LinearSpec, PartSpec
 from .target import Target
 
 CHANNEL, SLICE, GROUP = 0, 1, 2
+FP4 = "gemm_fp4"
 MAX_SLICES = 8
 
 
@@ -96,6 +98,8 @@ def has_groups(part: PartSpec) -> bool:
 
 def kernel_of(part: PartSpec, target: Target) -> tuple[str, int]:
     """(kernel, planes) of a part on a target."""
+    if part.grid == NVFP4:
+        return FP4, 0
     if target.card.int4 and part.weight.bits == 4 and _activation(part).bits <= 4:
         kind = "u4s4" if _activation(part).unsigned else "s4s4"
         return f"{'turing' if target.card.int4 == M8N8K32 else 'gemm'}_{kind}", 0
@@ -110,7 +114,9 @@ def lower(spec: LinearSpec, target: Target) -> tuple[Gemm, ...]:
     for part in spec.parts:
         # Parts with only one of the two scales grouped have a stride of their own and stay alone.
         mixed = has_groups(part) and not (part.weight.granularity == _activation(part).granularity == "group")
-        key = (kernel_of(part, target), part.weight.bits, has_groups(part), part.start if mixed else None)
+        # On nvfp4 each part has scales of its rows and tokens of its own.
+        alone = mixed or part.grid == NVFP4
+        key = (kernel_of(part, target), part.weight.bits, has_groups(part), part.start if alone else None)
         described.append((key, part, row, column))
         row, column = row + part.scale_rows, column + part.bytes_per_row
     out = []
@@ -132,7 +138,10 @@ def batched(items, size):
 
 def alike(part: PartSpec) -> tuple:
     """What parts that one launch quantizes have in common."""
-    return part.width, part.activation, part.smooth, part.rotation, part.kronecker, part.per_slice
+    return (
+        *(part.width, part.activation, part.smooth, part.rotation, part.kronecker, part.per_slice),
+        part.principal,
+    )
 
 
 def _runs(parts) -> tuple[QuantizeRun, ...]:

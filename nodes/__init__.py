@@ -5,17 +5,21 @@ from comfy_api.latest import ComfyExtension, io
 from .allocate import NibbleAllocateBits
 from .bake import NibbleBakeLora
 from .calibrate import NibbleCalibrate, NibbleCalibrationPrompts
+from .compare import NibbleCompare
 from .export import NibbleExportModel
 from .files import NibbleLoadDiffusionModel, NibbleSaveModel
 from .guard import NibbleGuard
 from .inspect import NibbleInspect
+from .my_card import NibbleQuantizeForMyCard
 from .quantize import NibbleQuantize
+from .report import NibbleReport
 from .swap import NibbleSwapBlocks
 
 
 class NibbleExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            NibbleQuantizeForMyCard,
             NibbleCalibrate,
             NibbleCalibrationPrompts,
             NibbleQuantize,
@@ -27,4 +31,6 @@ class NibbleExtension(ComfyExtension):
             NibbleLoadDiffusionModel,
             NibbleInspect,
             NibbleSwapBlocks,
+            NibbleReport,
+            NibbleCompare,
         ]

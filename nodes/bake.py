@@ -29,9 +29,8 @@ DESCRIPTION = (
 TOOLTIPS = {
     "model": "A model quantized by Nibble with LoRA loaders behind it.",
     "rank": (
-        "0 keeps every column: only rounding to 16 bit is lost, and each LoRA's rank is added to the "
-        "layer's. Above 0: at most this many columns a layer, its own included; the report states what is "
-        "lost. Adapters of full rank (LoKr, DoRA by in-channel, diff) need it."
+        "0 keeps all of each LoRA and makes the layers larger by its rank. Above 0: at most this rank a "
+        "layer, its own included; the report says what is lost. LoKr and full differences need it."
     ),
 }
 OUTPUT_TOOLTIPS = {
@@ -46,7 +45,7 @@ class NibbleBakeLora(io.ComfyNode):
         return io.Schema(
             node_id="NibbleBakeLora",
             display_name=NAME,
-            category="Nibble",
+            category="Nibble/files",
             description=DESCRIPTION,
             search_aliases=["lora", "merge", "fold", "fuse", "bake"],
             inputs=[

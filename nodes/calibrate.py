@@ -10,8 +10,9 @@ from comfy.sd import CLIP
 from comfy_api.latest import io
 
 from ..quant_core.calibration.prompts import default_prompts
-from .host.calibrating import Sampling, calibrate
+from .host.calibrating import calibrate
 from .host.progress import steps as progress_steps
+from .host.sampling import Sampling
 from .host.types import CalibrationType
 
 CALIBRATE_DESCRIPTION = (
@@ -33,9 +34,8 @@ CALIBRATE_TOOLTIPS = {
     "seed": "Seed of the first run; each further run adds 1.",
     "samples": "Sampling runs, over the prompts in turn. Every fourth is held out to judge by.",
     "memory_gb": (
-        "Memory for the statistics of one pass, mostly on the computing device. Where it is too small for "
-        "the whole model, one part of the blocks after another is run again (FLUX.1 at 4 GB: 6 passes, the "
-        "work of 1.9)."
+        "Memory for the statistics of one pass, mostly on the graphics card. A smaller value takes more "
+        "passes and more time: FLUX.1 at 4 GB takes 6 passes, the work of 1.9."
     ),
     "second_moments": (
         "Gather X^T X for GPTQ and the whitened low rank. Off: fewer passes and 7 times smaller statistics "
@@ -54,7 +54,7 @@ class NibbleCalibrate(io.ComfyNode):
         return io.Schema(
             node_id="NibbleCalibrate",
             display_name="Nibble Calibrate",
-            category="Nibble",
+            category="Nibble/advanced",
             description=CALIBRATE_DESCRIPTION,
             search_aliases=["calibration", "quantization", "svdquant", "imatrix"],
             inputs=[
@@ -160,7 +160,7 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         return io.Schema(
             node_id="NibbleCalibrationPrompts",
             display_name="Nibble Calibration Prompts",
-            category="Nibble",
+            category="Nibble/advanced",
             description=PROMPTS_DESCRIPTION,
             search_aliases=["calibration", "prompts"],
             inputs=[

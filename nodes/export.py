@@ -21,9 +21,8 @@ TOOLTIPS = {
         "exact in the native format."
     ),
     "format": (
-        "native: Load Diffusion Model of a ComfyUI without this pack reads it. kitchen: also comfy-kitchen's "
-        "svdquant_w4a4, for a ComfyUI that takes it. nunchaku: SVDQuant INT4 where the shapes allow. nibble: "
-        "as Nibble Save Model."
+        "native: ComfyUI's Load Diffusion Model reads it without this pack. kitchen: for a ComfyUI that "
+        "takes svdquant_w4a4. nunchaku: SVDQuant INT4. nibble: as Nibble Save Model."
     ),
     "filename_prefix": "Folder and name within the output folder.",
     "lossy": (
@@ -51,9 +50,9 @@ class NibbleExportModel(io.ComfyNode):
         return io.Schema(
             node_id="NibbleExportModel",
             display_name=NAME,
-            category="Nibble",
+            category="Nibble/files",
             description=DESCRIPTION,
-            search_aliases=["convert", "export", "native", "nunchaku", "kitchen", "save"],
+            search_aliases=["convert format", "export to nunchaku", "export native", "stock comfyui"],
             inputs=[
                 io.Model.Input("model", tooltip=TOOLTIPS["model"]),
                 io.Combo.Input(

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
+from ..quant_core.convert.inspect import brief
 from ..quant_core.formats import nibble
 from ..quant_core.run.report import file_storage
-from .host.build import ATTACHMENT, load, unpatched
-from .host.origin import as_sampled
-from .host.saving import free_path, narrow, require_savable
+from .host.build import load
+from .host.saving import free_path, require_savable, save_model
 
 SAVE_DESCRIPTION = (
     "Writes a model quantized by Nibble to one safetensors file, for Nibble Load Diffusion Model."
@@ -36,9 +37,9 @@ class NibbleSaveModel(io.ComfyNode):
         return io.Schema(
             node_id="NibbleSaveModel",
             display_name="Nibble Save Model",
-            category="Nibble",
+            category="Nibble/files",
             description=SAVE_DESCRIPTION,
-            search_aliases=["save", "export", "checkpoint"],
+            search_aliases=["save 4bit", "save quantized model", "save checkpoint", "save int4"],
             inputs=[
                 io.Model.Input("model", tooltip=SAVE_TOOLTIPS["model"]),
                 io.String.Input(
@@ -57,11 +58,8 @@ class NibbleSaveModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, filename_prefix: str, base3: bool = False) -> io.NodeOutput:
         require_savable(model, "Nibble Save Model")
-        info = model.attachments[ATTACHMENT]
-        layers, rest = unpatched(model)
-        rest = {k: narrow(t) for k, t in rest.items()}
-        path, origin = free_path(filename_prefix), as_sampled(model, info["origin"])
-        nibble.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, origin)
+        path = free_path(filename_prefix)
+        save_model(model, path, base3)
         text = f"{path.name}: {path.stat().st_size / 2**20:.1f} MiB\n{file_storage(nibble.PackFile(path))}"
         return io.NodeOutput(str(path), ui=ui.PreviewText(text))
 
@@ -89,7 +87,19 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
             display_name="Nibble Load Diffusion Model",
             category="Nibble",
             description=LOAD_DESCRIPTION,
-            search_aliases=["load", "unet", "int4", "svdquant", "nunchaku", "kitchen"],
+            search_aliases=[
+                "nunchaku",
+                "load nunchaku",
+                "nunchaku loader",
+                "load 4bit",
+                "load 4-bit",
+                "load int4",
+                "load svdquant",
+                "load quantized model",
+                "unet loader",
+                "convrot",
+                "kitchen",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -107,4 +117,8 @@ class NibbleLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load(folder_paths.get_full_path_or_raise("diffusion_models", model_name)))
+        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
+        model = load(path)
+        found, lines = brief(path, comfy.model_management.get_torch_device())
+        said = "\n".join([f"{found.word}: {found.sentence}.", *lines])
+        return io.NodeOutput(model, ui={"text": (said,), "nibble_level": (found.level,)})

@@ -7,8 +7,14 @@ from ..kernels import paths_of
 from ..kernels.target import target_of
 from ..quant_core.calibration.file import Calibration
 from ..quant_core.layer.precisions import PRECISIONS
+from ..quant_core.layer.row import Row
 from ..quant_core.precision.guard_report import guard_text
-from .host.guarding import NAME, PICK, Asked, guarded_model
+from ..quant_core.precision.guarding import Asked
+from ..quant_core.run.chart import chart
+from ..quant_core.run.report import wrapped
+from ..quant_core.run.verdict import verdict
+from .host.build import ATTACHMENT
+from .host.guarding import NAME, guarded_model
 from .host.source import ModelSource
 from .host.types import CalibrationType
 
@@ -51,6 +57,7 @@ TOOLTIPS = {
 OUTPUT_TOOLTIPS = {
     "model": "A new model with the raised layers; takes samplers, LoRA loaders and Nibble Save Model.",
     "report": "What was raised and why, and what it costs. Connect to Preview as Text.",
+    "picture": "A map of the layers after it, what was raised with a frame. Connect to Preview Image.",
 }
 
 
@@ -60,7 +67,7 @@ class NibbleGuard(io.ComfyNode):
         return io.Schema(
             node_id="NibbleGuard",
             display_name=NAME,
-            category="Nibble",
+            category="Nibble/advanced",
             description=DESCRIPTION,
             search_aliases=["mixed precision", "sensitivity", "w8a8", "w4a8", "quality", "budget", "repair"],
             inputs=[
@@ -89,6 +96,7 @@ class NibbleGuard(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
                 io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
+                io.Image.Output("picture", tooltip=OUTPUT_TOOLTIPS["picture"]),
             ],
         )
 
@@ -114,11 +122,14 @@ class NibbleGuard(io.ComfyNode):
                 f"{NAME}: no precision is allowed. Switch on at least one of W4A8, W8A8 and 16 bit."
             )
         by, limit = ("quality", quality_db) if budget == QUALITY else ("memory", int(memory_mib * 2**20))
-        PICK[by]((), limit)  # refuses a budget that means nothing before the work is done
-        source = ModelSource(model)
         asked = Asked(by, limit, unit == "block", allowed)
+        asked.require_sense()
+        source = ModelSource(model)
         result, decision, specs, device = guarded_model(source, quantized, calibration, asked)
-        _, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(
-            result, "\n".join([guard_text(decision, f"{source.family.title}, {NAME}"), "", *lines])
-        )
+        paths, lines = paths_of(specs, target_of(device))
+        title = f"{source.family.title}, {NAME}"
+        rows = [Row.from_json(row) for row in result.attachments[ATTACHMENT]["report"]]
+        marked = frozenset(decision.layers)
+        picture, missing = chart(rows, source.shapes, title, paths, marked=marked)
+        text = guard_text(decision, title, verdict(rows, source.shapes).text)
+        return io.NodeOutput(result, "\n".join([text, "", *wrapped("\n".join([*lines, *missing]))]), picture)

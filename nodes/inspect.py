@@ -4,7 +4,7 @@ import comfy.model_management
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant_core.convert.inspect import describe, description_text
+from ..quant_core.convert.inspect import describe, description_text, picture_of
 
 DESCRIPTION = (
     "Says what a model file holds, from its header: format, layers and the kernels they run on here, whether "
@@ -18,6 +18,7 @@ TOOLTIPS = {
 }
 OUTPUT_TOOLTIPS = {
     "report": "Connect to Preview as Text.",
+    "picture": "A map of the layers, of a quantized file. Connect to Preview Image.",
 }
 
 
@@ -27,9 +28,9 @@ class NibbleInspect(io.ComfyNode):
         return io.Schema(
             node_id="NibbleInspect",
             display_name="Nibble Inspect",
-            category="Nibble",
+            category="Nibble/files",
             description=DESCRIPTION,
-            search_aliases=["info", "header", "vram", "format", "nunchaku", "svdquant"],
+            search_aliases=["model info", "header", "memory need", "file format", "what is this file"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -37,12 +38,17 @@ class NibbleInspect(io.ComfyNode):
                     tooltip=TOOLTIPS["model_name"],
                 )
             ],
-            outputs=[io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"])],
+            outputs=[
+                io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
+                io.Image.Output("picture", tooltip=OUTPUT_TOOLTIPS["picture"]),
+            ],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        text = description_text(describe(path, comfy.model_management.get_torch_device()))
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        device = comfy.model_management.get_torch_device()
+        picture, missing = picture_of(path, device)
+        text = "\n".join([description_text(describe(path, device)), *missing])
+        return io.NodeOutput(text, picture, ui=ui.PreviewText(text))

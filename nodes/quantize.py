@@ -1,19 +1,14 @@
 """Nibble Quantize."""
 
-import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..kernels import paths_of
-from ..kernels.target import target_of
 from ..quant_core.calibration.file import Calibration
-from ..quant_core.calibration.observe import measured
 from ..quant_core.methods import METHODS, by_name
-from ..quant_core.run.provenance import provenance
+from ..quant_core.run.chart import chart
 from ..quant_core.run.report import quantization_text
 from ..quant_core.training.presets import NAMES, preset
-from .host.quantized import make_room, quantized
+from .host.quantized import quantize_model
 from .host.source import ModelSource
 from .host.types import CalibrationType
 
@@ -31,12 +26,8 @@ TOOLTIPS = {
         "SVDQuant, the same for ConvRot and RTN."
     ),
     "method": (
-        "svdquant_r: SVDQuant with a rotation in the layers where it helps, the default. svdquant: without, "
-        "in comfy-kitchen's svdquant_w4a4 conventions. splitquant: 4 slices share a transform, no low rank "
-        "and no groups. convrot: ComfyUI's own, no low rank. rtn: baseline. robuq: ternary weights and a low "
-        "rank, about half of svdquant's memory at a clear loss (pictures of the small test model 29 dB close "
-        "to the original, svdquant_r 37). native: what ComfyUI runs without this pack, 4 or 8 bits a layer, "
-        "whichever is good enough."
+        "svdquant_r is the best and the default. native: for a ComfyUI without this pack. robuq: smallest, "
+        "with a clear loss. convrot: needs no calibration. The help page of the node has all of them."
     ),
     "rank": (
         "SVDQuant and RobuQ: rank of the 16-bit branch. 32 costs 0.2 to 0.35 bits a weight at FLUX's widths."
@@ -46,15 +37,14 @@ TOOLTIPS = {
         "tokens."
     ),
     "training": (
-        "SplitQuant and RobuQ: then train what was quantized against the full-precision model, on inputs of "
-        "the network that the calibration recorded. standard: minutes on the pack's small model. best: "
-        "longer. Stopped runs go on where they were; what is finished stays in a folder beside the "
-        "calibration."
+        "Only splitquant, splitquant_4, robuq: then train the layers against the full-precision model, on "
+        "inputs that the calibration recorded. best takes longer than standard. Stopped runs go on."
     ),
 }
 OUTPUT_TOOLTIPS = {
     "model": "The quantized model; takes samplers and LoRA loaders as any other.",
     "report": "Size and error of each layer. Connect to Preview as Text.",
+    "picture": "A map of the layers and their errors. Connect to Preview Image.",
 }
 
 
@@ -64,9 +54,9 @@ class NibbleQuantize(io.ComfyNode):
         return io.Schema(
             node_id="NibbleQuantize",
             display_name="Nibble Quantize",
-            category="Nibble",
+            category="Nibble/advanced",
             description=DESCRIPTION,
-            search_aliases=["quantization", "svdquant", "int4", "w4a4", "convrot", "compress"],
+            search_aliases=["quantization", "int4", "w4a4", "svdquant", "convrot", "robuq", "splitquant"],
             inputs=[
                 io.Model.Input("model", tooltip=TOOLTIPS["model"]),
                 CalibrationType.Input("calibration", optional=True, tooltip=TOOLTIPS["calibration"]),
@@ -88,6 +78,7 @@ class NibbleQuantize(io.ComfyNode):
             outputs=[
                 io.Model.Output("model", tooltip=OUTPUT_TOOLTIPS["model"]),
                 io.String.Output("report", tooltip=OUTPUT_TOOLTIPS["report"]),
+                io.Image.Output("picture", tooltip=OUTPUT_TOOLTIPS["picture"]),
             ],
         )
 
@@ -106,22 +97,9 @@ class NibbleQuantize(io.ComfyNode):
         config = chosen.configured(
             **{k: v for k, v in (("rank", rank), ("gptq", gptq)) if hasattr(chosen.config, k)}
         )
-        fingerprint = source.fingerprint()
-        if calibration is not None:
-            calibration.require_model(fingerprint)
-        plan = measured(source.layers, calibration)
-        device = comfy.model_management.get_torch_device()
-        make_room(plan, device)
-        # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
-        with torch.inference_mode(False), torch.no_grad():
-            origin = provenance(fingerprint, chosen.name, config, calibration)
-            made, rows, specs, notes = quantized(
-                model, source, plan, chosen, config, calibration, origin, device, trained
-            )
-        paths, lines = paths_of(specs, target_of(device))
-        return io.NodeOutput(
-            made,
-            quantization_text(
-                rows, f"{source.family.title}, {chosen.title}", [*notes, *lines], paths, source.shapes
-            ),
-        )
+        made = quantize_model(model, source, chosen, config, calibration, trained)
+        title = f"{source.family.title}, {chosen.title}"
+        picture, missing = chart(made.rows, source.shapes, title, made.paths)
+        notes = [*made.notes, *made.lines, *missing]
+        text = quantization_text(made.rows, title, notes, made.paths, source.shapes)
+        return io.NodeOutput(made.model, text, picture)

@@ -36,7 +36,7 @@ class NibbleSwapBlocks(io.ComfyNode):
         return io.Schema(
             node_id="NibbleSwapBlocks",
             display_name=NAME,
-            category="Nibble",
+            category="Nibble/advanced",
             description=DESCRIPTION,
             search_aliases=["swap", "mix", "merge", "ablation", "sensitivity", "which block"],
             inputs=[

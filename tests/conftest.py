@@ -41,6 +41,18 @@ def tiny_state():
     return load_file(tiny_flux.CHECKPOINT)
 
 
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory, tiny_state):
+    """A diffusers pipeline folder of the shipped model, its text encoders and VAE small and random."""
+    from comfyui_nibble.tests.assets.pipelines import flux  # diffusers and transformers: seconds
+
+    folder = tmp_path_factory.mktemp("pipeline") / "flux"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flux(tiny_state).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def make_problem():
     """A function that builds a Problem: (n, k, parts=None, calibrated=True, ...)."""

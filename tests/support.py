@@ -1,6 +1,7 @@
 """Measures and data that tests share."""
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -54,3 +55,12 @@ def outlier_tokens(count, width, seed, after_gelu=False, strength=40.0):
     factors = (0.5 * torch.randn(width, generator=fixed)).exp()
     factors[torch.randperm(width, generator=fixed)[: max(2, width // 64)]] *= strength
     return x * factors
+
+
+@contextmanager
+def single_thread():
+    """PyTorch computes with one thread within it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ FLOORS = (
     ("kernels/operator",),
     ("kernels", "quant_core/store", "quant_core/families"),
     ("quant_core/layer",),
-    ("quant_core/calibration", "quant_core/formats"),
+    ("quant_core/calibration", "quant_core/charts", "quant_core/cluster", "quant_core/formats"),
     ("quant_core/methods",),
     ("quant_core/training",),
     ("quant_core/run",),

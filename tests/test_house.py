@@ -1,6 +1,7 @@
 """The house keeps its measure: the figures of `python -m comfyui_nibble.tests.house` stay within these
 limits."""
 
+import runpy
 import textwrap
 
 import pytest
@@ -49,5 +50,5 @@ def test_calls_and_moves_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(house, "PACK", tmp_path)
     found: dict = {}
     for name in "ab":
-        exec(compile((folder / f"{name}.py").read_text(), str(folder / f"{name}.py"), "exec"), found)
+        found |= runpy.run_path(str(folder / f"{name}.py"))
     assert house.traced(lambda: found["outer"](found["inner"])) == (4, 2)

@@ -1,5 +1,5 @@
-"""Products of block-scaled fp4 on Blackwell's tensor cores. Not reachable from a LinearSpec: no checkpoint of
-that kind is read yet.
+"""Products of block-scaled fp4 on Blackwell's tensor cores. Layers on the nvfp4 grid run on them; mxfp4 is
+there as an operator that no LinearSpec reaches.
 
 Values are e2m1, two a byte, the even channel in the low nibble. Scales are (rows, K / block), in that natural
 order. Their dtype names the format: float8_e4m3fn, one per 16 channels, is nvfp4, which has an fp32 scale on

@@ -6,7 +6,7 @@ One bit is the sign: codes -1 and 1, no zero (RobuQ's A1; x >= 0 gives 1).
 
 import torch
 
-from .transforms import transform_activation
+from .transforms import carried, transform_activation
 
 GROUP = 64
 TINY = 1e-10
@@ -107,10 +107,10 @@ def ternary_scale(weight: torch.Tensor) -> torch.Tensor:
     return sums.gather(-1, best) / (best + 1)
 
 
-def quantize_activation(x, part, smooth=None, factors=None):
+def quantize_activation(x, part, smooth=None, factors=None, down=None):
     """Q(Tx) of one part. x (M, part.width) float -> codes (M, width) int8 or uint8, scale (M or 1, groups)
-    fp32."""
+    fp32. down: the part's rows of proj_down, (width, R), which principal components need."""
     spec = part.activation
-    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift, factors)
-    scale = absmax_scale(tx, spec.bits, spec.granularity, spec.group, spec.unsigned, spec.clip)
-    return quantize(tx, scale, spec.bits, spec.granularity, spec.group, spec.unsigned), scale
+    principal = carried(x, down[:, : part.principal], smooth) if part.principal else None
+    tx = transform_activation(x.float(), smooth, part.rotation, spec.shift, factors, principal)
+    return spec.rounded(tx)

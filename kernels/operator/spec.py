@@ -3,13 +3,13 @@ from."""
 
 import json
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from . import nvfp4
+from .codes import GELU_SHIFT as GELU_SHIFT
+from .codes import NVFP4, ActivationSpec, WeightSpec
+from .codes import SpecError as SpecError
 from .compiling import constant_when_compiled
-from .errors import NamedError
-from .packing import PACKABLE_BITS
-from .quantizers import GROUP
 
 TENSOR_NAMES = (
     "weight",
@@ -20,65 +20,9 @@ TENSOR_NAMES = (
     "bias",
     "transform",
     "channel_order",
+    "outer_scale",
 )
 LARGEST_ROTATION = 4096  # its matrix has 64 MiB; methods take 256
-GELU_SHIFT = 0.171875  # above -min(GELU) = 0.17; nunchaku's and comfy-kitchen's constant
-
-
-class SpecError(NamedError):
-    """A layer description that contradicts itself or does not fit its tensors."""
-
-
-def _check(ok, message):
-    if not ok:
-        raise SpecError(message)
-
-
-@dataclass(frozen=True)
-class ActivationSpec:
-    """Dynamic quantization of Tx. granularity: "token", "group" (64 channels of one token) or "tensor".
-
-    The scale is clip * absmax / largest code; what lies beyond is clamped. bits: 1 (signs: -1 and 1, never
-    unsigned), 2, 3, 4 or 8.
-    """
-
-    bits: int = 4
-    granularity: str = "group"
-    group: int = GROUP
-    unsigned: bool = False
-    shift: float = 0.0
-    clip: float = 1.0
-
-    def __post_init__(self):
-        _check(0 < self.clip <= 1, f"clip must be above 0 and at most 1, found {self.clip}")
-        _check(self.bits in (1, 2, 3, 4, 8), f"activation bits must be 1, 2, 3, 4 or 8, found {self.bits}")
-        _check(
-            self.bits > 1 or not self.unsigned,
-            "1-bit activation codes are -1 and 1, they cannot be unsigned: take 2 bits, or signed",
-        )
-        _check(
-            self.granularity in ("token", "group", "tensor"),
-            f"unknown activation granularity {self.granularity!r}",
-        )
-        wide = self.unsigned or self.bits == 8  # 8 bits have room for a shifted range with a sign
-        _check(self.shift == 0 or wide, "a shift goes with unsigned or 8-bit activation codes only")
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """Static quantization of W T^-1. granularity: "channel" (a row), "group" (64 in-channels of a row) or
-    "tensor"."""
-
-    bits: int = 4
-    granularity: str = "group"
-    group: int = GROUP
-
-    def __post_init__(self):
-        _check(self.bits in PACKABLE_BITS, f"weight bits must be 2, 4 or 8, found {self.bits}")
-        _check(
-            self.granularity in ("channel", "group", "tensor"),
-            f"unknown weight granularity {self.granularity!r}",
-        )
 
 
 @dataclass(frozen=True)
@@ -87,7 +31,8 @@ class PartSpec:
 
     activation None: weight-only, x stays in 16 bit. rotation: Hadamard block size, 0 for none. kronecker:
     (p1, p2) of a learned transform of slices of p1 p2 channels, () for none; one pair of factors for all
-    slices, or with `per_slice` one for each.
+    slices, or with `per_slice` one for each. principal: of the low rank's columns, the first of each part,
+    that take their share out of x before it is rounded (`transforms.carried`).
     """
 
     start: int
@@ -99,44 +44,58 @@ class PartSpec:
     rank: int = 0
     kronecker: tuple[int, ...] = ()
     per_slice: bool = False
+    principal: int = 0
 
     def __post_init__(self):
-        _check(0 <= self.start < self.stop, f"empty range of in-channels {self.start}..{self.stop}")
-        _check(self.rank >= 0 and self.rotation >= 0, "rank and rotation cannot be negative")
+        if not (0 <= self.start < self.stop):
+            raise SpecError(f"empty range of in-channels {self.start}..{self.stop}")
+        if not (self.rank >= 0 and self.rotation >= 0):
+            raise SpecError("rank and rotation cannot be negative")
         if self.rotation:
             power = self.rotation & (self.rotation - 1) == 0 and 2 <= self.rotation <= LARGEST_ROTATION
-            _check(
-                power, f"a rotation takes a power of two from 2 to {LARGEST_ROTATION}, found {self.rotation}"
-            )
-            _check(
-                self.width % self.rotation == 0,
-                f"rotation {self.rotation} does not divide {self.width} channels",
-            )
-        for q in (self.weight, self.activation):
-            if q is not None and q.granularity == "group":
-                _check(
-                    q.group > 0 and self.width % q.group == 0,
-                    f"group {q.group} does not divide {self.width} channels",
+            if not power:
+                raise SpecError(
+                    f"a rotation takes a power of two from 2 to {LARGEST_ROTATION}, found {self.rotation}"
                 )
+            if self.width % self.rotation != 0:
+                raise SpecError(f"rotation {self.rotation} does not divide {self.width} channels")
+        for q in (self.weight, self.activation):
+            grouped = q is not None and q.granularity == "group"
+            if grouped and not (q.group > 0 and self.width % q.group == 0):
+                raise SpecError(f"group {q.group} does not divide {self.width} channels")
         shifted = self.activation is not None and self.activation.shift != 0
-        _check(
-            not (shifted and (self.rotation or self.kronecker)),
-            "a shift cannot be combined with a rotation or a learned transform",
-        )
-        if self.kronecker:
-            _check(
-                len(self.kronecker) == 2 and min(self.kronecker) > 0,
-                f"kronecker must be two sizes, found {self.kronecker}",
+        if shifted and (self.rotation or self.kronecker):
+            raise SpecError("a shift cannot be combined with a rotation or a learned transform")
+        if not (0 <= self.principal <= self.rank):
+            raise SpecError(
+                f"principal components are columns of the low rank: expected 0 to {self.rank}, found "
+                f"{self.principal}"
             )
+        if self.principal and (shifted or self.kronecker or self.activation is None):
+            raise SpecError(
+                "principal components go with quantized activations without a shift or a learned transform"
+            )
+        if self.grid == NVFP4 and self.kronecker:
+            raise SpecError("a learned transform goes with integer codes only")
+        if self.kronecker:
+            if not (len(self.kronecker) == 2 and min(self.kronecker) > 0):
+                raise SpecError(f"kronecker must be two sizes, found {self.kronecker}")
             size = self.kronecker[0] * self.kronecker[1]
-            _check(self.width % size == 0, f"slices of {size} channels do not divide {self.width}")
-            _check(not self.rotation, "a rotation and a learned transform exclude each other")
-        else:
-            _check(not self.per_slice, "per_slice goes with a learned transform only")
+            if self.width % size != 0:
+                raise SpecError(f"slices of {size} channels do not divide {self.width}")
+            if self.rotation:
+                raise SpecError("a rotation and a learned transform exclude each other")
+        elif self.per_slice:
+            raise SpecError("per_slice goes with a learned transform only")
 
     @property
     def width(self) -> int:
         return self.stop - self.start
+
+    @property
+    def grid(self) -> str:
+        """Of the weight's codes."""
+        return self.weight.grid
 
     @property
     def pairs(self) -> int:
@@ -170,13 +129,16 @@ class LinearSpec:
 
     ============== ===================== ==========================================================
     weight         int8 (N, bytes)       packed codes, the parts side by side
-    weight_scale   16 or 32 bit (G, N)   the parts below each other
+    weight_scale   16 or 32 bit (G, N)   the parts below each other; on the nvfp4 grid e4m3 (N, G), the
+                                         parts side by side, as tensor cores read it
     smooth_factor  16 bit (K,)           x is divided by it; absent where no part smooths
-    proj_down      16 bit (K, R)         on the raw x, padded, each part's rows to its own R columns
+    proj_down      16 bit (K, R)         on the raw x, padded, each part's rows to its own R columns;
+                                         the first `principal` of a part are diag(1/s) V, V orthonormal
     proj_up        16 bit (N, P R)       absent, as proj_down, at rank 0
     bias           16 or 32 bit (N,)     with the correction of shifted activations in it
     transform      16 or 32 bit          Kronecker factors, part by part and pair by pair p1 p1, then
                                          p2 p2 values; absent without a learned transform
+    outer_scale    fp32 (P, N)           on the nvfp4 grid: what the scales of a part's row are multiplied by
     channel_order  int32 (K,)            a permutation: in-channel i of the parts is channel
                                          channel_order[i] of the raw x; absent without `order`. All
                                          tensors above hold in-channels in this order.
@@ -185,9 +147,9 @@ class LinearSpec:
     padding: zeros that `quant_linear` puts behind the in_features channels of x, so that the last part ends
     with a whole group of 64; the parts are over both. spatial: dimensions that x has behind its channels in
     the model, which holds the layer as a 1x1 convolution: 1 or 2, or 0 for a linear layer. `quant_linear`
-    takes the channels last whatever it says. text: the spec as a string, see `parse`; the one value of it
-    that torch.compile guards on and hands to operators. weight_shapes: ((name, shape), ...) of the first two
-    tensors.
+    takes the channels last whatever it says. text: the spec as a string, for `text.parse`; the one value of
+    it that torch.compile guards on and hands to operators. weight_shapes: ((name, shape), ...) of the first
+    two tensors.
     """
 
     in_features: int
@@ -207,27 +169,33 @@ class LinearSpec:
         def weight_shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]: ...
 
     def __post_init__(self):
-        _check(self.padding >= 0, f"padding cannot be negative, found {self.padding}")
-        _check(
-            0 <= self.spatial <= 2,
-            f"convolutions have 1 or 2 dimensions behind the channels, found {self.spatial}",
-        )
-        _check(self.parts and self.out_features > 0, "a layer needs at least one part and one out-channel")
+        if self.padding < 0:
+            raise SpecError(f"padding cannot be negative, found {self.padding}")
+        if not (0 <= self.spatial <= 2):
+            raise SpecError(f"convolutions have 1 or 2 dimensions behind the channels, found {self.spatial}")
+        if not (self.parts and self.out_features > 0):
+            raise SpecError("a layer needs at least one part and one out-channel")
         edge = 0
         for part in self.parts:
             whole = part.width * part.weight.bits % 8 == 0
-            _check(whole, f"{part.width} channels of {part.weight.bits} bits do not fill whole bytes")
-            _check(
-                part.start == edge,
-                f"parts must follow each other: expected a part at channel {edge}, found {part.start}",
-            )
+            if not whole:
+                raise SpecError(f"{part.width} channels of {part.weight.bits} bits do not fill whole bytes")
+            if part.start != edge:
+                raise SpecError(
+                    f"parts must follow each other: expected a part at channel {edge}, found {part.start}"
+                )
             edge = part.stop
         padded = f" and {self.padding} of padding" * bool(self.padding)
-        _check(edge == self.width, f"parts end at channel {edge}, the layer has {self.in_features}{padded}")
-        _check(len({p.rank for p in self.parts}) == 1, "all parts of a layer share one rank")
+        if edge != self.width:
+            raise SpecError(f"parts end at channel {edge}, the layer has {self.in_features}{padded}")
+        if len({p.rank for p in self.parts}) != 1:
+            raise SpecError("all parts of a layer share one rank")
+        if len({p.grid for p in self.parts}) != 1:
+            raise SpecError("the weights of all parts of a layer share one grid")
         object.__setattr__(self, "text", _text(_values(self)))
         rows, columns = sum(p.scale_rows for p in self.parts), sum(p.bytes_per_row for p in self.parts)
-        shapes = (("weight", (self.out_features, columns)), ("weight_scale", (rows, self.out_features)))
+        scales = (rows, self.out_features) if self.grid != NVFP4 else (self.out_features, rows)
+        shapes = (("weight", (self.out_features, columns)), ("weight_scale", scales))
         object.__setattr__(self, "weight_shapes", shapes)
 
     @property
@@ -245,16 +213,34 @@ class LinearSpec:
         return self.parts[0].rank
 
     @property
+    def grid(self) -> str:
+        """Of the weight's codes: `codes.INT` or `codes.NVFP4`."""
+        return self.parts[0].grid
+
+    @property
     def weight_only(self) -> bool:
         return all(p.activation is None for p in self.parts)
 
+    def row_axis(self, name: str) -> int:
+        """Along which axis of a tensor of this name that has rows the out-channels lie."""
+        return int(name == "outer_scale" or (name == "weight_scale" and self.grid != NVFP4))
+
+    def downs(self, tensors: dict):
+        """Yields of each part its rows of proj_down, (w, R), where it has principal components, else None."""
+        for part in self.parts:
+            yield tensors["proj_down"][part.start : part.stop] if part.principal else None
+
     def split(self, tensors: dict):
         """Yields (part, packed codes (N, bytes), scales (G, N), smoothing (w,) or None) of each part, views
-        of `tensors`."""
+        of `tensors`; on the nvfp4 grid the scales are made of both levels, in fp32."""
         column = row = 0
-        for part in self.parts:
+        for i, part in enumerate(self.parts):
             codes = tensors["weight"][:, column : column + part.bytes_per_row]
-            scales = tensors["weight_scale"][row : row + part.scale_rows]
+            rows = slice(row, row + part.scale_rows)
+            if part.grid == NVFP4:
+                scales = nvfp4.join(tensors["weight_scale"][:, rows], tensors["outer_scale"][i]).T
+            else:
+                scales = tensors["weight_scale"][rows]
             yield (
                 part,
                 codes,
@@ -290,13 +276,15 @@ class LinearSpec:
             out["transform"] = (size,)
         if self.order:
             out["channel_order"] = (self.width,)
+        if self.grid == NVFP4:
+            out["outer_scale"] = (len(self.parts), n)
         return out
 
     def without_learned(self) -> "LinearSpec":
         """What is left when x comes smoothed and transformed where there is a learned transform, and the low
         rank is added elsewhere."""
         plain = lambda p: replace(
-            p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False
+            p, rank=0, smooth=p.smooth and not p.kronecker, kronecker=(), per_slice=False, principal=0
         )
         return replace(self, parts=tuple(map(plain, self.parts)))
 
@@ -336,6 +324,7 @@ class LinearSpec:
         part = max(self.parts, key=lambda p: (p.width, -p.weight.bits, p.start))
         act = "16" if part.activation is None else str(part.activation.bits)
         grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
+        grain = part.grid if part.grid == NVFP4 else grain
         words = [f"W{part.weight.bits}A{act}", grain]
         words += ["smooth"] * any(p.smooth for p in self.parts)
         words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
@@ -349,6 +338,7 @@ class LinearSpec:
             words.append(f"{run * learned.width // (sizes[0] * sizes[1])} slices {'x'.join(map(str, sizes))}")
         words += ["unsigned"] * any(p.activation is not None and p.activation.unsigned for p in self.parts)
         words += [f"r{self.rank}"] * bool(self.rank)
+        words += [f"p{part.principal}"] * bool(part.principal)
         more = sum(p.width for p in self.parts if p.weight.bits > part.weight.bits)
         words += [f"{more} channels at 8 bit"] * bool(more)
         words += [f"padded to {self.width} channels"] * bool(self.padding)
@@ -368,23 +358,3 @@ def _values(spec):
 @constant_when_compiled
 def _text(values) -> str:
     return json.dumps(values)
-
-
-@lru_cache(maxsize=4096)
-def parse(text: str) -> LinearSpec:
-    """The LinearSpec of a `LinearSpec.text`."""
-    in_features, out_features, parts, bias, order, padding, spatial = json.loads(text)
-    part = lambda start, stop, weight, act, smooth, rotation, rank, kronecker, per_slice: PartSpec(
-        start,
-        stop,
-        WeightSpec(*weight),
-        ActivationSpec(*act) if act else None,
-        smooth,
-        rotation,
-        rank,
-        tuple(kronecker),
-        per_slice,
-    )
-    return LinearSpec(
-        in_features, out_features, tuple(part(*values) for values in parts), bias, order, padding, spatial
-    )

@@ -62,15 +62,50 @@ def kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch
 
 
 def transform_activation(
-    x: torch.Tensor, smooth: torch.Tensor | None, rotation: int, shift: float = 0.0, factors=None
+    x: torch.Tensor,
+    smooth: torch.Tensor | None,
+    rotation: int,
+    shift: float = 0.0,
+    factors=None,
+    principal: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """T x of a part: shift, divide by the smoothing factor (K,), rotate or apply the Kronecker `factors`
-    (left, right). x (..., K), any float dtype, same dtype out."""
+    """T x of a part: shift, divide by the smoothing factor (K,), take out what `principal` carries, rotate or
+    apply the Kronecker `factors` (left, right). x (..., K), any float dtype, same dtype out. principal:
+    (h (..., P), back (K, P)) of `carried`."""
     if shift:
         x = x + shift
     if smooth is not None:
         x = x / smooth.to(x.dtype)
+    if principal is not None:
+        x = x - principal[0].to(x.dtype) @ principal[1].to(x.dtype).mT
     return rotate(x, rotation) if factors is None else kronecker(x, *factors)
+
+
+def carried(
+    x: torch.Tensor, down: torch.Tensor, smooth: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h (M, P), back (K, P)): what principal components take out of x / s is h back^T (DiRotQ,
+    arXiv 2605.16732).
+
+    x (M, K) in its own dtype, in which h comes, as in the low-rank branch that carries it to the output; down
+    (K, P) 16 bit = diag(1/s) V, the columns of V orthonormal; smooth (K,) or None. back = V in the dtype of
+    down.
+    """
+    back = down if smooth is None else (down.float() * smooth.float()[:, None]).to(down.dtype)
+    wide = x.float() if x.dtype == torch.float16 else x  # whose sums may leave fp16
+    return wide @ down.to(wide.dtype), back
+
+
+def to_raw(vectors: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
+    """Columns (K, R) of a matrix over Tx -> those over raw x that give the same product: diag(1/s) R v."""
+    vectors = rotate(vectors.T, rotation).T
+    return vectors if smooth is None else vectors / smooth[:, None]
+
+
+def to_transformed(columns: torch.Tensor, smooth: torch.Tensor | None, rotation: int) -> torch.Tensor:
+    """The inverse of `to_raw`: R diag(s) d, fp32."""
+    columns = columns.float() if smooth is None else columns.float() * smooth.float()[:, None]
+    return rotate(columns.T, rotation).T
 
 
 def fold_weight(

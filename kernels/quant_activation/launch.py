@@ -17,23 +17,24 @@ _TL = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 def quantize_activation(
     x, codes, scale, low, smooth, down, mod_scale, mod_shift, width, count, planes, bits, unsigned, grouped,
-    rotation, shift, clip, prologue, eps
+    rotation, shift, clip, prologue, eps, principal=0
 ):  # fmt: skip
     """x (M, count * width) 16 bit, rows apart by any stride -> codes (M, ...) int8, scale (segments, M) fp32,
     low (M, count * R).
 
     codes may be the right part of a wider buffer; its planes are as far apart as that buffer's rows are long,
-    over `planes`. smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed nibbles;
-    1, 2 or 4 planes of int8. mod_scale, mod_shift (batches, count * width): the modulation after a LayerNorm,
-    x having M / batches tokens each.
+    over `planes`. principal: so many columns of each part's `down` take their share out of x; `low` is then
+    read, not written. smooth (count * width,) or None, down (count * width, R) or None. planes: 0 packed
+    nibbles; 1, 2 or 4 planes of int8. mod_scale, mod_shift (batches, count * width): the modulation after a
+    LayerNorm, x having M / batches tokens each.
     """
     tokens = x.shape[0]
     if not tokens:
         return
     rank = 0 if down is None else down.shape[1]
     rows, chosen = _chosen(
-        kernel_target(x.device).fields, x.dtype, rank, rotation, prologue, smooth is not None, grouped, bits,
-        unsigned, planes, shift,
+        kernel_target(x.device).fields, x.dtype, 0 if principal else rank, rotation, prologue,
+        smooth is not None, grouped, bits, unsigned, planes, shift, principal,
     )  # fmt: skip
     empty = scale  # a pointer that is never read
     batches = mod_scale.shape[0] if mod_scale is not None else 1
@@ -44,7 +45,7 @@ def quantize_activation(
         mod_scale if mod_scale is not None else empty,
         mod_shift if mod_shift is not None else empty,
         codes, scale, low if low is not None else empty,
-        tokens, width, count * width, rank, tokens // batches, x.stride(0), codes.stride(0),
+        tokens, width, count * width, rank, principal, tokens // batches, x.stride(0), codes.stride(0),
         codes.stride(0) // max(planes, 1),
         down.stride(0) if down is not None else 0,
         low.stride(0) if low is not None else 0,
@@ -124,7 +125,19 @@ def _code_constants(bits, unsigned, planes):
 
 
 def constants(
-    target, tile, dtype, rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift=0.0
+    target,
+    tile,
+    dtype,
+    rank,
+    rotation,
+    prologue,
+    smooth,
+    grouped,
+    bits,
+    unsigned,
+    planes,
+    shift=0.0,
+    principal=0,
 ) -> dict:
     """The kernel's compile-time arguments."""
     return {
@@ -136,6 +149,7 @@ def constants(
         "GROUPED": grouped,
         **_code_constants(bits, unsigned, planes),
         "RP": max(16, triton.next_power_of_2(rank)) if rank else 0,
+        "PP": max(16, triton.next_power_of_2(principal)) if principal else 0,
         "BM": tile.rows,
         "TILES": max(rotation // 64, 1) if rotation else tile.tiles,
         "ASM": target.backend == "cuda",

@@ -111,7 +111,7 @@ def _prologue(x, mod_scale_ptr, mod_shift_ptr, mods, ok, mean, rstd, PROLOGUE: t
 
 @triton.jit
 def _quotient(v, by, ASM: tl.constexpr):
-    """v / by to the nearest, v (BM, 64) and by (BM, 1) or (1, 64).
+    """v / by to the nearest, v (BM, 64) and by (BM, 1) or (1, 64), or of any other shapes that broadcast.
 
     ASM: in three operations a value in place of IEEE division's 16. The inverse of `by` is within a unit,
     the product off by 2.5 units at most, and the FMA knows by how much to 24 bits, so that what is rounded
@@ -138,22 +138,36 @@ def _quotient(v, by, ASM: tl.constexpr):
 def _transform(
     x,
     smooth_ptr,
+    down_ptr,
+    ld_down,
+    carried,
     start,
     K,
+    principal,
     shift,
     SMOOTH: tl.constexpr,
     ROTATION: tl.constexpr,
     ROT_DTYPE: tl.constexpr,
+    PP: tl.constexpr,
     ASM: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Shift, smoothing and the Hadamard factor within the tile, (BM, 64) fp32, without its 1 / sqrt(size)."""
+    """Shift, smoothing, principal components out and the Hadamard factor within the tile, (BM, 64) fp32,
+    without its 1 / sqrt(size)."""
     k = start + tl.arange(0, 64)
     v = x.to(tl.float32) + shift
     v = tl.where((k < K)[None, :], v, 0.0)
+    if PP > 0:
+        p = tl.arange(0, PP)
+        ok = (k < K)[:, None] & (p < principal)[None, :]
+        back = tl.load(down_ptr + k[:, None] * ld_down + p[None, :], mask=ok, other=0.0)
     if SMOOTH:
         by = tl.load(smooth_ptr + k, mask=k < K, other=1.0).to(tl.float32)
         v = _quotient(v, by[None, :], ASM)
+        if PP > 0:
+            back = (back.to(tl.float32) * by[:, None]).to(back.dtype)
+    if PP > 0:
+        v -= _dot(carried, tl.trans(back), tl.zeros(v.shape, dtype=tl.float32), UPCAST)
     if ROTATION > 0:
         SIZE: tl.constexpr = ROTATION if ROTATION < 64 else 64
         zero = tl.zeros(v.shape, dtype=tl.float32)
@@ -238,19 +252,20 @@ def _store_codes(q_ptr, q, q_rows, row_ok, start, K, plane, LAYOUT: tl.constexpr
 @triton.jit
 def quantize_kernel(
     x_ptr, smooth_ptr, down_ptr, mod_scale_ptr, mod_shift_ptr, q_ptr, s_ptr, low_ptr,
-    M, K, width, R, tokens, ldx, ldq, plane, ld_down, ld_low, ld_mod, shift, clip, eps,
+    M, K, width, R, principal, tokens, ldx, ldq, plane, ld_down, ld_low, ld_mod, shift, clip, eps,
     PROLOGUE: tl.constexpr, SMOOTH: tl.constexpr, ROTATION: tl.constexpr, ROT_DTYPE: tl.constexpr,
     GROUPED: tl.constexpr,
     TOP: tl.constexpr, SIGN: tl.constexpr, UNSIGNED: tl.constexpr, LAYOUT: tl.constexpr, RP: tl.constexpr,
-    BM: tl.constexpr,
+    PP: tl.constexpr, BM: tl.constexpr,
     TILES: tl.constexpr, ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Axis 0: blocks of BM tokens. Axis 1: slices of K channels each, with the same settings.
 
     x (M, width = slices K) 16 bit; smooth (slices K,); down (slices K, R) 16 bit; modulation (batches, slices
     K), `tokens` rows of x a batch. q (M, ...) codes; s (slices or slices K / 64, M) fp32; low (M, slices R) =
-    x @ down, slice by slice. RP: R to a power of two, at least 16; 0 for no branch. TILES: tiles at a time,
-    ROTATION / 64 where that is more.
+    x @ down, slice by slice. RP: R to a power of two, at least 16; 0 for no branch here. PP: likewise of
+    `principal`, columns of the branch that take their share out of x; then low is read, not written.
+    TILES: tiles at a time, ROTATION / 64 where that is more.
     """
     pid = tl.program_id(0)
     part = tl.program_id(1)
@@ -273,6 +288,11 @@ def quantize_kernel(
     if RP > 0:
         r = tl.arange(0, RP)
         low = tl.zeros((BM, RP), dtype=tl.float32)
+    carried = mean
+    if PP > 0:
+        p = tl.arange(0, PP)
+        at = low_ptr + m[:, None].to(tl.int64) * ld_low + (part * R + p)[None, :]
+        carried = tl.load(at, mask=row_ok[:, None] & (p < principal)[None, :], other=0.0)
     bits = tl.zeros((BM,), dtype=tl.int32)
     PASSES: tl.constexpr = 1 if GROUPED else 2
     scale = mean
@@ -290,7 +310,23 @@ def quantize_kernel(
                     d = tl.load(down_ptr + k[:, None] * ld_down + r[None, :], mask=ok, other=0.0)
                     low = _dot(x, d.to(x.dtype), low, UPCAST)
                 tiles = tiles + (
-                    _transform(x, smooth_ptr, k0, K, shift, SMOOTH, ROTATION, ROT_DTYPE, ASM, UPCAST),
+                    _transform(
+                        x,
+                        smooth_ptr,
+                        down_ptr,
+                        ld_down,
+                        carried,
+                        k0,
+                        K,
+                        principal,
+                        shift,
+                        SMOOTH,
+                        ROTATION,
+                        ROT_DTYPE,
+                        PP,
+                        ASM,
+                        UPCAST,
+                    ),
                 )
             tiles = _mix(tiles, ROTATION)
             for t in tl.static_range(TILES):

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..operator.spec import LinearSpec, parse
+from ..operator.spec import LinearSpec
+from ..operator.text import parse
 from ..plan import Gemm, lower
 from ..target import Target
 from ..tuning import low_rank_limit
@@ -25,6 +26,7 @@ class Quantize:
     ranks: slice
     parts: tuple[tuple[slice, slice], ...]
     smooth: bool
+    principal: int
     factors: slice | None
     settings: Any
 
@@ -86,7 +88,9 @@ def plan_of(text: str, fields: tuple) -> Plan:
         )
         for i, step in enumerate(steps)
     )
-    return Plan(spec, launches, 0 < spec.rank <= limit, spec.rank * len(spec.parts))
+    # Principal components need x D before the quantizer begins.
+    fused = 0 < spec.rank <= limit and not any(p.principal for p in spec.parts)
+    return Plan(spec, launches, fused, spec.rank * len(spec.parts))
 
 
 def _quantizes(spec, step):
@@ -114,6 +118,7 @@ def _quantizes(spec, step):
             slice(number * spec.rank, (number + count) * spec.rank),
             tuple(place(i) for i in range(count)),
             part.smooth,
+            part.principal,
             factors,
             settings,
         )

@@ -4,8 +4,8 @@ device."""
 import torch
 
 from ..fp16 import HALF, balanced_parts, row_power
-from ..operator.packing import unpack
-from ..operator.quantizers import code_range, dequantize, quantize_activation
+from ..operator.codes import NVFP4
+from ..operator.quantizers import dequantize, quantize_activation
 from ..operator.transforms import transform_activation
 
 
@@ -36,7 +36,8 @@ def _in_range(x, spec, tensors):
     """`quant_linear` in fp16."""
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
-    inputs = [_input(x, *part) for part in zip(spec.split(tensors), spec.factors(tensors), strict=True)]
+    of_parts = zip(spec.split(tensors), spec.factors(tensors), spec.downs(tensors), strict=True)
+    inputs = [_input(x, *part) for part in of_parts]
     power = row_power(
         *(_magnitude(values, scale, part) for (values, scale), part in zip(inputs, spec.parts, strict=True))
     )
@@ -50,7 +51,7 @@ def _in_range(x, spec, tensors):
             tx = dequantize(values, scale * inverse, part.activation.granularity, part.activation.group).to(
                 HALF
             )
-        weight = _weight(packed, scales.to(HALF), part)
+        weight = _weight(packed, scales, part, HALF)
         y = torch.addmm(y, tx, weight.T) if y is not None else tx @ weight.T
     if spec.rank:
         down, up = balanced_parts(spec, tensors)
@@ -59,30 +60,32 @@ def _in_range(x, spec, tensors):
     return y.mul_(power)  # in fp32: there is no 2^16 in fp16
 
 
-def _input(x, split, factors):
+def _input(x, split, factors, down):
     """(codes, scale) of a part's activations, or (the transformed values in fp32, None)."""
     part, _, _, smooth = split
     xp, smooth = x[:, part.start : part.stop], None if smooth is None else smooth.float()
     if part.activation is None:
         return transform_activation(xp.float(), smooth, part.rotation, factors=factors), None
-    return quantize_activation(xp, part, smooth, factors)
+    return quantize_activation(xp, part, smooth, factors, down)
 
 
 def _magnitude(values, scale, part):
     """(M or 1, any) fp32: no smaller than what the values of a row have."""
     if scale is None:
         return values.abs()
-    return scale * code_range(part.activation.bits, part.activation.unsigned)[1]
+    return scale * part.activation.top
 
 
-def _weight(packed, scales, part):
+def _weight(packed, scales, part, dtype):
     grain = "group" if part.scale_rows > 1 else "channel"
-    return dequantize(unpack(packed, part.weight.bits), scales.T, grain, part.weight.group)
+    # Scales of two levels are no numbers of 16 bits; their products with codes are rounded once.
+    scales = scales if part.grid == NVFP4 else scales.to(dtype)
+    return dequantize(part.weight.unpack(packed), scales.T, grain, part.weight.group).to(dtype)
 
 
 def _dequantized_parts(x, spec, tensors):
-    for (part, packed, scales, smooth), factors in zip(
-        spec.split(tensors), spec.factors(tensors), strict=True
+    for (part, packed, scales, smooth), factors, down in zip(
+        spec.split(tensors), spec.factors(tensors), spec.downs(tensors), strict=True
     ):
         xp = x[:, part.start : part.stop]
         smooth = None if smooth is None else smooth.float()
@@ -91,6 +94,6 @@ def _dequantized_parts(x, spec, tensors):
                 xp if factors is None else xp.float(), smooth, part.rotation, factors=factors
             ).to(x.dtype)
         else:
-            codes, scale = quantize_activation(xp, part, smooth, factors)
+            codes, scale = quantize_activation(xp, part, smooth, factors, down)
             tx = dequantize(codes, scale, part.activation.granularity, part.activation.group).to(x.dtype)
-        yield tx, _weight(packed, scales.to(x.dtype), part)
+        yield tx, _weight(packed, scales, part, x.dtype)

@@ -5,11 +5,13 @@ from typing import Any
 import torch
 
 from ..fp16 import HALF, balanced_parts, row_power
+from ..operator.codes import NVFP4
 from ..operator.transforms import transform_activation
 from ..prologue import NOTHING, Prologue
 from ..quant_activation.launch import quantize_activation, quantize_kronecker
 from ..target import Target
 from ..weight_only.launch import weight_only as weight_only_product
+from . import fp4
 from .arguments import Launch, Plan, plan_of
 from .launch import gemm
 
@@ -34,6 +36,9 @@ def quant_linear(
     # layers, nothing changes.
     between = torch.float32 if x.dtype == HALF and len(plan.launches) > 1 else x.dtype
     y = torch.empty(x.shape[0], spec.out_features, dtype=between, device=x.device)
+    if spec.grid == NVFP4:
+        fp4.multiply(x, plan, tensors, low, y, prologue)
+        return y if between == x.dtype else y.to(x.dtype)
     weight, weight_scale = tensors["weight"], tensors["weight_scale"]
     for launch in plan.launches:
         codes, scale = quantize(
@@ -72,7 +77,10 @@ def quantize(
     low,
     prologue: Prologue | None = None,
 ):
-    """(codes, scale) of x (M, K) for one launch of the product; its parts' columns of `low` are written."""
+    """(codes, scale) of x (M, K) for one launch of the product; its parts' columns of `low` are written.
+
+    Where the quantizer takes no such rank, or principal components need them first, torch makes them.
+    """
     tokens, device, fused = x.shape[0], x.device, plan.fused
     codes = torch.empty(tokens, launch.code_bytes, dtype=torch.int8, device=device)
     scale = torch.empty(launch.segments, tokens, dtype=torch.float32, device=device)
@@ -85,15 +93,17 @@ def quantize(
         into = x[:, columns], codes[:, step.code :], scale[step.segments]
         divisor = smooth[columns] if step.smooth else None
         settings: Any = (*step.settings, kind, eps)
+        if plan.low and not fused:
+            for at, ranks in step.parts:
+                torch.mm(x[:, at], down[at], out=low[:, ranks])
         if step.factors is not None:
             operands = divisor, tensors["transform"][step.factors], mod_scale, mod_shift
             quantize_kronecker(*into, *operands, *settings)
         else:
-            branch, of = (low[:, step.ranks], down[columns]) if fused else (None, None)
-            quantize_activation(*into, branch, divisor, of, mod_scale, mod_shift, *settings)
-        if plan.low and not fused:
-            for at, ranks in step.parts:
-                torch.mm(x[:, at], down[at], out=low[:, ranks])
+            used = fused or step.principal
+            branch, of = (low[:, step.ranks], down[columns]) if used else (None, None)
+            more: Any = (branch, divisor, of, mod_scale, mod_shift, *settings, step.principal)
+            quantize_activation(*into, *more)
     return codes, scale
 
 

@@ -3,7 +3,6 @@ path with it."""
 
 import torch
 
-from ..operator.packing import unpack
 from ..operator.quantizers import quantize_activation
 from ..operator.transforms import transform_activation
 
@@ -18,11 +17,11 @@ def quant_linear(x, spec, tensors, lora=()):
     x = torch.nn.functional.pad(x, (0, spec.padding))
     if spec.order:
         x = x.index_select(1, tensors["channel_order"])
-    for i, ((part, packed, scales, smooth), factors) in enumerate(
-        zip(spec.split(tensors), spec.factors(tensors), strict=True)
+    for i, ((part, packed, scales, smooth), factors, down) in enumerate(
+        zip(spec.split(tensors), spec.factors(tensors), spec.downs(tensors), strict=True)
     ):
         xp = x[:, part.start : part.stop].float()
-        codes, smooth = unpack(packed, part.weight.bits), None if smooth is None else smooth.float()
+        codes, smooth = part.weight.unpack(packed), None if smooth is None else smooth.float()
 
         # Blocks of in-channels with one weight scale and one activation scale each; integer products inside a
         # block.
@@ -30,7 +29,7 @@ def quant_linear(x, spec, tensors, lora=()):
         if part.activation is None:
             tx, a_scale = transform_activation(xp, smooth, part.rotation, factors=factors), None
         else:
-            tx, a_scale = quantize_activation(xp, part, smooth, factors)
+            tx, a_scale = quantize_activation(x[:, part.start : part.stop], part, smooth, factors, down)
             if part.activation.granularity == "group":
                 step = min(step, part.activation.group)
         for k in range(0, part.width, step):

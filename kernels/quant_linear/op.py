@@ -10,15 +10,15 @@ import hashlib
 
 import torch
 
-from ..operator.spec import parse
+from ..operator.text import parse
 from ..prologue import NOTHING, restored
 from ..target import kernel_target
 
 NAMESPACE = f"nibble_{hashlib.sha256(__package__.encode(errors='surrogatepass')).hexdigest()[:12]}"
 _SCHEMA = (
     "layer(Tensor x, str spec, Tensor weight, Tensor weight_scale, Tensor? smooth_factor, Tensor? proj_down, "
-    "Tensor? proj_up, Tensor? bias, Tensor? transform, int prologue, Tensor? mod_scale, Tensor? mod_shift, "
-    "float eps) -> Tensor"
+    "Tensor? proj_up, Tensor? bias, Tensor? transform, Tensor? outer_scale, int prologue, Tensor? mod_scale, "
+    "Tensor? mod_shift, float eps) -> Tensor"
 )
 
 
@@ -35,16 +35,20 @@ def quant_linear(x, spec, tensors, prologue=None):
         get("proj_up"),
         get("bias"),
         get("transform"),
+        get("outer_scale"),
         *(NOTHING if prologue is None else prologue.operands(slice(None))),
     )
 
 
-def _layer(x, text, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, transform, *prologue):
+def _layer(
+    x, text, weight, weight_scale, smooth_factor, proj_down, proj_up, bias, transform, outer_scale, *prologue
+):
     from . import fused  # imports Triton, which a machine may not have
 
     spec, prologue = parse(text), restored(*prologue)
     tensors = {"weight": weight, "weight_scale": weight_scale, "smooth_factor": smooth_factor, "bias": bias}
     tensors |= {"proj_down": proj_down, "proj_up": proj_up, "transform": transform}
+    tensors |= {"outer_scale": outer_scale}
     if x.stride(-1) != 1:
         x = x.contiguous()
     with torch.cuda.device_of(x):  # Triton launches on the current device

@@ -8,7 +8,6 @@ rounding. They have few rows, and are bound by reading the weights.
 
 import torch
 
-from ..operator.packing import unpack
 from ..operator.quantizers import absmax_scale, quantize, quantize_activation
 from ..operator.transforms import transform_activation
 
@@ -34,7 +33,7 @@ def quant_linear(x, spec, tensors):
     weights = [_codes(packed, part) for part, packed, _, _ in split]
     scales = [scale.float() for _, _, scale, _ in split]
     smooth = [None if factor is None else factor.float() for *_, factor in split]
-    of_parts = list(zip(spec.parts, smooth, spec.factors(tensors), strict=True))
+    of_parts = list(zip(spec.parts, smooth, spec.factors(tensors), spec.downs(tensors), strict=True))
     bias = tensors["bias"].float()[None] if spec.bias else None
     down, up = (tensors[name].float() for name in ("proj_down", "proj_up")) if spec.rank else (None, None)
     y = x.new_empty(x.shape[0], spec.out_features)
@@ -64,15 +63,14 @@ def _chunks(x, count, size):
 
 
 def _codes(packed, part):
-    codes = packed if part.weight.bits == 8 else unpack(packed, part.weight.bits)
-    return codes.to(torch.int8)
+    return (packed if part.weight.bits == 8 else part.weight.unpack(packed)).to(torch.int8)
 
 
-def _input(x, part, smooth, factors):
+def _input(x, part, smooth, factors, down):
     """Codes (M, w) int8 and scales (M, 1) fp32 of a part's x (M, w); without quantized activations three
     of each, one below the other."""
     if part.activation is not None:
-        codes, scale = quantize_activation(x, part, smooth, factors)
+        codes, scale = quantize_activation(x, part, smooth, factors, down)
         return codes.view(torch.int8), scale
     rest = transform_activation(x.float(), smooth, part.rotation, factors=factors)
     scale, digits, scales = absmax_scale(rest, 8, "token"), [], []

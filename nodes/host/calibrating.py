@@ -1,7 +1,7 @@
 """A calibration of a model in the graph: sampled with as KSampler does, its layers' inputs watched."""
 
 import hashlib
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 
 import comfy.model_management
@@ -21,80 +21,69 @@ from ...quant_core.calibration.replay import Chained, is_chain
 from .build import frame_like
 from .called import linear_layers_called
 from .inherited import uncompiled
+from .previews import Previews
+from .progress import Shown, logged
+from .sampling import Sampling, latent_of, sample
 from .source import ModelSource, feed
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the model is sampled with.
-
-    prompts: conditionings, taken in turn; negative: the one for guidance; latent: as KSampler takes it, its
-    values are kept. seed: of the first run, each further one adds 1.
-    """
-
-    prompts: list
-    negative: list
-    latent: dict
-    sampler: str
-    scheduler: str
-    steps: int
-    cfg: float
-    seed: int
-
-    def settings(self, second_moments: bool) -> dict:
-        """For the header of the calibration."""
-        named = {"sampler": self.sampler, "scheduler": self.scheduler, "steps": self.steps, "cfg": self.cfg}
-        return named | {"second_moments": second_moments}
-
-
 def calibrate(
-    model: ModelPatcher, sampling: Sampling, samples: int, memory: int, second_moments: bool
+    model: ModelPatcher,
+    sampling: Sampling,
+    samples: int,
+    memory: int,
+    second_moments: bool,
+    shown: Shown | None = None,
 ) -> Calibration:
     """Samples `samples` times and keeps the statistics in the output folder; a stopped calibration of the
-    same settings goes on. memory: bytes of statistics a pass.
+    same settings goes on, and one that is there is taken. memory: bytes of statistics a pass. shown: what has
+    begun afterwards where anything was sampled.
 
     Raises the errors of ModelSource and of `calibration.calibrate`, ValueError where the model calls none of
     the layers that the rules found.
     """
     source = ModelSource(model)
     frame_like(model, source.shapes)  # what could not be quantized afterwards fails before the sampling
-    latent = _latent(model, sampling.latent)
+    latent = latent_of(model, sampling.latent)
     meta = _meta(model, source, sampling, latent, second_moments)
     key = hashlib.sha256(repr([*sorted(meta.items()), sampling.seed, samples]).encode()).hexdigest()[:12]
     folder = Path(folder_paths.get_output_directory()) / "nibble_calibration" / f"{source.family.name}-{key}"
     network, plain = source.network, uncompiled(model)
-    # In sampling steps; the total is set when the work left is known.
-    bar = comfy.utils.ProgressBar(samples * sampling.steps)
+    shown = shown or Shown("Calibrating", "steps")
+    previews = Previews(model)
 
     def progress(items, total):
-        bar.total = total * sampling.steps
         for item in items:
             comfy.model_management.throw_exception_if_processing_interrupted()
             yield item
 
     def run(sample, capture):
+        def step(number, x0, x, total):
+            shown.add(1, previews.of(sample, x0))
+
         with capture.watched(network, _timestep):
-            _sample(plain, sampling, latent, sample, sampling.steps, lambda *_: bar.update(1))
+            _sample(plain, sampling, latent, sample, sampling.steps, step)
 
     def within(sample, work):
         _within(plain, sampling, latent, sample, work)
-        bar.update(sampling.steps)
+        shown.add(sampling.steps, previews.last(sample))
 
     plan = _observed(source, meta, lambda: _sample(plain, sampling, latent, 0, 1))
     inputs = inputs_of(plan, HESSIAN_WIDTH if second_moments else 0)
     modules = {i.name: source.modules[i.name] for i in inputs}
     options: dict = {"samples": samples, "memory": memory, "seed": sampling.seed}
+    options["begin"] = lambda kept, runs: shown.begin(runs * sampling.steps, kept * sampling.steps)
     if is_chain(source.family, plan) and not _hooked(model, sampling):
         blocks = {layer.block: layer.block for layer in plan}
         options["chained"] = Chained(network, blocks, within)
-    return calibration.calibrate(
-        run, modules, inputs, folder, meta, **options, place=_place, progress=progress
-    )
-
-
-def _latent(model, given):
-    ratios = given.get("downscale_ratio_spacial"), given.get("downscale_ratio_temporal")
-    return comfy.sample.fix_empty_latent_channels(model, given["samples"], *ratios)
+    told = f"{source.family.title}, {samples} runs of {sampling.steps} steps"
+    with logged("Nibble Calibrate", told):
+        found = calibration.calibrate(
+            run, modules, inputs, folder, meta, **options, place=_place, progress=progress
+        )
+    if not shown.begun:
+        logging.info(f"Nibble Calibrate: was there already, with the same settings: {folder}")
+    return found
 
 
 def _meta(model, source, sampling, latent, second_moments) -> dict:
@@ -109,25 +98,9 @@ def _meta(model, source, sampling, latent, second_moments) -> dict:
     }
 
 
-def _sample(plain, sampling, latent, sample, steps, callback=None):
-    seed = sampling.seed + sample
-    noise = comfy.sample.prepare_noise(latent, seed)
-    prompt = sampling.prompts[sample % len(sampling.prompts)]
-    named = sampling.cfg, sampling.sampler, sampling.scheduler
-    quiet = not comfy.utils.PROGRESS_BAR_ENABLED
+def _sample(plain, sampling, latent, run, steps, callback=None):
     with linear_layers_called():
-        comfy.sample.sample(
-            plain,
-            noise,
-            steps,
-            *named,
-            prompt,
-            sampling.negative,
-            latent,
-            callback=callback,
-            disable_pbar=quiet,
-            seed=seed,
-        )
+        sample(plain, sampling, latent, run, steps, callback)
 
 
 def _within(plain, sampling, latent, sample, work):

@@ -134,17 +134,20 @@ def _markers(host) -> dict[str, torch.Tensor]:
     return {}
 
 
+def source_path(patcher: ModelPatcher) -> Path | None:
+    """The safetensors file that a loader of ComfyUI read the model from; None where it does not say."""
+    _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
+    paths = (a for a in arguments if isinstance(a, str) and a.lower().endswith((".safetensors", ".sft")))
+    return next(map(Path, paths), None)
+
+
 def _header(patcher) -> dict[str, str]:
     """Header entries of the file that a loader of ComfyUI read the model from; {} where it is not known or
     not there any more."""
-    _, arguments, *_ = getattr(patcher, "cached_patcher_init", None) or (None, ())
-    path = next(
-        (a for a in arguments if isinstance(a, str) and a.lower().endswith((".safetensors", ".sft"))), None
-    )
-    if path is None or not Path(path).is_file():
+    if (path := source_path(patcher)) is None or not path.is_file():
         return {}
     try:
-        return open_safetensors(Path(path)).metadata() or {}
+        return open_safetensors(path).metadata() or {}
     except CheckpointError as error:
         logging.warning(f"Nibble: header entries of the source are not kept: {error}")
         return {}

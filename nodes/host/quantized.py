@@ -1,10 +1,10 @@
-"""A quantized model from a full-precision one, in the graph: what Nibble Quantize and Nibble Allocate Bits
-share."""
+"""A quantized model from a full-precision one, in the graph: what the nodes that quantize share."""
 
 import hashlib
 import json
 import logging
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management
@@ -12,21 +12,26 @@ import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...kernels import paths_of
 from ...kernels.operator.spec import LinearSpec
+from ...kernels.target import target_of
 from ...quant_core.calibration.file import Calibration
+from ...quant_core.calibration.observe import measured
 from ...quant_core.families import Layer
+from ...quant_core.formats.kitchen.dense import lost_text
 from ...quant_core.layer.row import Row
 from ...quant_core.methods import Method
 from ...quant_core.run.model import Job
 from ...quant_core.run.model import quantized as run_of_model
+from ...quant_core.run.provenance import provenance
 from ...quant_core.run.source import rest_of
-from ...quant_core.run.stages import blocks_of
+from ...quant_core.run.stages import blocks_of, steps_of
 from ...quant_core.training.presets import UNTRAINED, Preset
 from ...quant_core.training.trainer import trainer_of
 from .build import build, frame_like
 from .inherited import inherit_sampling_patches, uncompiled
 from .patcher import NibblePatcher
-from .progress import steps
+from .progress import Shown, logged, shown, steps
 from .source import ModelSource
 
 
@@ -71,6 +76,46 @@ def make_room(plan: list[Layer], device: torch.device | str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Made:
+    """A quantized model and what there is to say of it.
+
+    rows: of its report; specs: {layer: LinearSpec}; notes: lines on what the source and a stopped run
+    have left; paths:
+    {layer: the kernels it runs on here}, lines: the same in short.
+    """
+
+    model: NibblePatcher
+    rows: list[Row]
+    specs: dict[str, LinearSpec]
+    notes: list[str]
+    paths: dict[str, str]
+    lines: list[str]
+
+
+def quantize_model(
+    model: ModelPatcher,
+    source: ModelSource,
+    method: Method,
+    config: object,
+    calibration: Calibration | None,
+    preset: Preset = UNTRAINED,
+) -> Made:
+    """All layers of `model` by one method; what Nibble Quantize does. source: the ModelSource of it. Raises
+    before the work what `quantized` and `require_model` do."""
+    fingerprint = source.fingerprint()
+    if calibration is not None:
+        calibration.require_model(fingerprint)
+    plan = measured(source.layers, calibration)
+    device = comfy.model_management.get_torch_device()
+    make_room(plan, device)
+    told = f"{source.family.title}, {method.title}, {len(plan)} layers"
+    # ComfyUI runs nodes under inference mode, whose tensors no later LoRA or training could touch.
+    with logged("Nibble Quantize", told), torch.inference_mode(False), torch.no_grad():
+        origin = provenance(fingerprint, method.name, config, calibration)
+        return quantized(model, source, plan, method, config, calibration, origin, device, preset)
+
+
 def quantized(
     model: ModelPatcher,
     source: ModelSource,
@@ -81,9 +126,8 @@ def quantized(
     provenance: dict,
     device: torch.device | str,
     preset: Preset = UNTRAINED,
-) -> tuple[NibblePatcher, list[Row], dict[str, LinearSpec], list[str]]:
-    """(the model with its layers quantized and what nodes before have set on it, rows of the report, {layer:
-    LinearSpec}, lines for the report on what a stopped run has left).
+) -> Made:
+    """The model with its layers quantized and what nodes before have set on it.
 
     source: the ModelSource of `model`. plan: its layers. To be called outside of inference mode, whose
     tensors no later LoRA or training could touch. A stopped run goes on behind its last finished layer, with
@@ -92,10 +136,13 @@ def quantized(
     job = Job(source, plan, method, config, calibration, provenance, device, preset)
     frame = frame_like(model, source.shapes)  # whatever ComfyUI cannot make fails before the fit
     folder = store_path(calibration, source, provenance, "training" if job.trained else "partial")
+    bar = Shown("Training", "blocks") if job.trained else Shown("Quantizing", "layers")
 
     def begin(store):
         if store.kept:
             logging.info(f"Nibble: {store.text}")
+        total = steps_of(plan, preset)
+        bar.begin(total, min(store.kept, total))
 
     with run_of_model(
         job,
@@ -103,11 +150,13 @@ def quantized(
         trainer=lambda folder: _trainer(model, job, folder),
         begin=begin,
         working=_in_training if job.trained else nullcontext,
-        progress=steps,
+        progress=shown(on=bar),
         keep=job.trained,
     ) as done:
         made, specs = _built(model, source, provenance, frame, done)
-    return made, done.rows, specs, [done.kept] if done.kept else []
+    paths, lines = paths_of(specs, target_of(device))
+    notes = [text for text in (lost_text(source.kinds), done.kept) if text]
+    return Made(made, done.rows, specs, notes, paths, lines)
 
 
 def _built(model, source, provenance, frame, done):

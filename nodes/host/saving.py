@@ -1,12 +1,13 @@
 """What nodes that write a model share: what may be written, where, and from which tensors."""
 
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from ...quant_core.formats import nibble
 from ...quant_core.formats.opened import Opened
 from ...quant_core.layer.linear import QuantizedLayer
 from .adapters import Shape
@@ -65,6 +66,32 @@ def require_savable(model: ModelPatcher, node: str) -> None:
             "makes, which this file would lose. Save before that node, or load the LoRA with "
             "LoraLoaderModelOnly and bake it."
         )
+
+
+def save_model(model: NibblePatcher, path: Path, base3: bool = False) -> None:
+    """Writes a model that `require_savable` took to a path of its own."""
+    info = model.attachments[ATTACHMENT]
+    layers, rest = unpatched(model)
+    rest = {k: narrow(t) for k, t in rest.items()}
+    origin = as_sampled(model, info["origin"])
+    nibble.save(path, layers, rest, info["family"], info["provenance"], info["report"], base3, origin)
+
+
+def named_path(name: str, folder: str = "diffusion_models") -> Path:
+    """A path in the output folder that no file has yet, numbered only where the name is taken. name: with or
+    without a folder and an ending; in `folder` where it has none. Raises ValueError for one that leads out of
+    the output folder."""
+    plain = name.replace("\\", "/").removesuffix(".safetensors")
+    output = Path(folder_paths.get_output_directory()).resolve()
+    path = (output / (plain if "/" in plain else f"{folder}/{plain}")).resolve()
+    if not path.is_relative_to(output) or not path.name or plain.endswith("/"):
+        raise ValueError(
+            f"file_name {name!r}: expected a name, or a folder and a name, within ComfyUI's output folder, "
+            "such as my-model or diffusion_models/my-model"
+        )
+    stems = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
+    paths = (path.with_name(f"{stem}.safetensors") for stem in stems)
+    return next(p for p in paths if not p.exists())
 
 
 def free_path(filename_prefix: str) -> Path:

@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+from collections import Counter
+from collections.abc import Mapping
 
 import comfy.lora
 import comfy.model_management
@@ -12,7 +14,9 @@ from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.families import detect
 from ...quant_core.families.fingerprint import fingerprint
-from ...quant_core.formats.scaled import FP8, computable, real_values
+from ...quant_core.formats.kitchen.declared import DENSE, Declaration
+from ...quant_core.formats.kitchen.dense import weight_of
+from ...quant_core.formats.scaled import computable
 from .adapters import reshaped, times, wanted
 from .bare import PREFIX, WRAPPED, bare, original
 from .bypass import as_injected, patches_of
@@ -29,13 +33,24 @@ class MisfitPatch(ValueError):
     """A LoRA, or what else patches weights, was made for another model."""
 
 
+def dense_layers(modules: Mapping[str, torch.nn.Module]) -> dict[str, Declaration]:
+    """{name: what it is} of the modules that ComfyUI holds in fp8, nvfp4, mxfp8 or asym_w4a8_int8."""
+    found = {}
+    for name, module in modules.items():
+        if (kind := getattr(module, "quant_format", None)) in DENSE:
+            held = getattr(module.weight, "_params", None)
+            rotation, group = getattr(held, "convrot_groupsize", 0), getattr(held, "group_size", 0)
+            found[name] = Declaration(kind, rotation, group=group)
+    return found
+
+
 class ModelSource:
     """A ModelPatcher as a source of weights under ComfyUI's key names, whatever its clones have left in the
     model that they share.
 
     shapes: {key: shape}; family; layers: those to quantize, as its family has them before any calibration;
     network, modules: the bare network and {name: module} of it; get(key): the weight with its patches merged,
-    in its own float dtype, 8-bit ones in bf16.
+    in its own float dtype, those below 16 bit in bf16; kinds: {format below 16 bit: layers in it}.
 
     Raises, before anything is read but names and shapes, QuantizedSource, NotInheritable and MisfitPatch for
     what is on the model and cannot be quantized with it.
@@ -47,13 +62,15 @@ class ModelSource:
             self.network = model.diffusion_model
             self.modules = dict(self.network.named_modules())
             state_dict = self.network.state_dict()
-        self._fp8 = {
-            name for name, module in self.modules.items() if getattr(module, "quant_format", None) in FP8
-        }
+        self._dense = dense_layers(self.modules)
+        self.kinds = Counter(declared.format for declared in self._dense.values())
         for key in list(state_dict):
             name, _, leaf = key.rpartition(".")
-            if name in self._fp8 and leaf not in ("weight", "bias"):
-                del state_dict[key]
+            if name in self._dense:
+                if leaf not in ("weight", "bias"):
+                    del state_dict[key]
+                else:  # the weight in its real shape, as it is nowhere stored
+                    state_dict[key] = getattr(self.modules[name], leaf)
         # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of
         # uint8 does.
         weights = [
@@ -128,9 +145,10 @@ class ModelSource:
         name, _, leaf = key.rpartition(".")
         module = self.modules[name]
         held = original(self.patcher, PREFIX + key, getattr(module, leaf))
-        if name in self._fp8 and leaf == "weight":
-            parts = held.state_dict("")  # ComfyUI's own way to real values rounds the scale to bf16 first
-            return real_values(parts[""], parts["_scale"])
+        if name in self._dense and leaf == "weight":
+            # ComfyUI's own way to real values rounds the scale to bf16 first.
+            parts = held.state_dict("weight") | {"pre_quant_scale": getattr(module, "pre_quant_scale", None)}
+            return weight_of(self._dense[name], parts.get)
         if convert and hasattr(module, f"convert_{leaf}"):
             copy = held.to(comfy.model_management.get_torch_device(), copy=True)
             held = getattr(module, f"convert_{leaf}")(copy, inplace=True)

@@ -41,6 +41,7 @@ class Work:
     place: Callable[[int], torch.device | str]
     progress: Progress
     say: Callable[[str], None]
+    begin: Callable[[int, int], None]
     passes: list[list[Input]]
     chained: Chained | None
     spans: list[Span] | None
@@ -68,6 +69,7 @@ def calibrate(
     progress: Progress = silent,
     chained: Chained | None = None,
     say: Callable[[str], None] = logging.info,
+    begin: Callable[[int, int], None] = lambda kept, runs: None,
 ) -> file.Calibration:
     """Gathers the statistics of `inputs` into `folder` and opens them.
 
@@ -79,6 +81,7 @@ def calibrate(
     pass and says on which device; it is called before the pass samples, so that the model is loaded around
     it. chained: the network whose blocks the passes behind the first run again; without it, or where the
     network cannot be run again, they sample again. say: told in a line what the work is.
+    begin: told before the first sample how many of how many runs, one a sample and pass, are kept.
     """
     folder = Path(folder)
     meta = meta | {"samples": samples, "seed": seed, "reservoir": reservoir}
@@ -99,10 +102,8 @@ def calibrate(
         _require_own(folder, meta)
         size = sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in inputs)
         require_room(folder, size - sum(path.stat().st_size for path in folder.glob("pass-*.safetensors")))
-        work = Work(
-            run, modules, folder, meta, samples, seed, reservoir, place, progress, say, passes, chained, spans
-        )
-        return _gathered(work)
+        given = run, modules, folder, meta, samples, seed, reservoir, place, progress, say, begin
+        return _gathered(Work(*given, passes, chained, spans))
 
 
 def _gathered(work) -> file.Calibration:
@@ -147,6 +148,8 @@ def _run(work, todo, done, tape):
     plan = [(i, s) for i in todo for s in range(0 if tape and i == todo[0] else done[i], work.samples)]
     statistics: dict[str, InputStatistics] = {}
     current, saved, cost = None, 0.0, 0.0
+    runs = len(work.passes) * work.samples
+    work.begin(runs - len(plan), runs)
     for index, sample in work.progress(plan, len(plan)):
         path = work.path(index)
         if index != current:

@@ -3,7 +3,9 @@ lazily."""
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import log2
 from pathlib import Path
 
 import torch
@@ -14,9 +16,16 @@ from ..store import digests
 from ..store.atomic import new_folder, require_room, save_tensors
 from ..store.lock import only_run
 from ..store.own_json import NotOurs
+from ..store.progress import Progress, silent
 from ..store.safe import CheckpointError, SafeFile, open_safetensors
+from ..store.workers import HERE, Workers
 from .header import VERSION, checked, require_tensors
+from .plan import Input, plan_passes
 from .trajectory import Call, Recorder, Trajectory
+
+# Bytes of a file of merged statistics, which a task adds up. Passes are as large as the memory of a GPU
+# allows, and so few: four for FLUX.2, of whose 128 shards each would read 950 GB.
+PIECE = 256 << 20
 
 
 class CalibrationError(NamedError):
@@ -166,16 +175,21 @@ class Calibration:
         }
         self.hash = hashlib.sha256(json.dumps(metas, sort_keys=True).encode()).hexdigest()[:16]
 
+    def __reduce__(self):
+        return Calibration, (
+            self.path.absolute(),
+        )  # pickled as its place: opened again where it is unpickled
+
     @property
     def names(self) -> list[str]:
         return list(self._where)
 
-    def passes(self) -> list[list[str]]:
-        """Names by the file that they are in."""
-        files: dict[Path, list[str]] = {}
-        for name, (file, _) in self._where.items():
-            files.setdefault(file, []).append(name)
-        return list(files.values())
+    def inputs(self) -> list[Input]:
+        """What it observed, from the headers; nothing says in which block."""
+        return [
+            Input(name, info["width"], tuple(tuple(b) for b in info["blocks"]), "")
+            for name, (_, info) in self._where.items()
+        ]
 
     def get(self, name: str, second_moments: bool = True) -> InputStatistics:
         """Statistics of one input, read now, with or without its Hessians. Raises CalibrationError where the
@@ -202,10 +216,8 @@ class Calibration:
             return None
         path, calls = self._recorded[0]
 
-        def get(name):
-            return open_safetensors(path).get_tensor(f"trajectory|{name}")
-
-        return Trajectory(sorted(calls, key=lambda call: (call.sample, call.step)), get)
+        ordered = sorted(calls, key=lambda call: (call.sample, call.step))
+        return Trajectory(ordered, partial(_recorded_tensor, path.absolute()))  # which may be pickled
 
     def require_model(self, fingerprint: str):
         """Raises CalibrationError, naming both, where the calibration belongs to another model."""
@@ -217,36 +229,85 @@ class Calibration:
             )
 
 
-def merge(paths, out: Path):
+def _recorded_tensor(path, name) -> torch.Tensor:
+    return open_safetensors(path).get_tensor(f"trajectory|{name}")
+
+
+def merge(
+    paths,
+    out: Path,
+    keep_calls: bool = False,
+    workers: Workers = HERE,
+    told: dict | None = None,
+    progress: Progress = silent,
+):
     """Merges complete calibrations of one model, made with other prompts or seeds, into the folder `out`, a
-    file for each pass of the first: no more is in memory than one of its passes had. Raises CalibrationError
-    where `out` holds anything already."""
+    file for each PIECE of statistics: no more is in memory than one of them has, as often as the number of
+    calibrations has halves.
+
+    keep_calls: take the network's recorded inputs of the first along; workers: who merges a piece; told: of
+    the header beside. Sums are those of a tree over the paths in their order, whoever adds them. Raises
+    CalibrationError where `out` holds anything already, or where the calibrations are of other models or
+    layers.
+    """
     calibrations, out = [Calibration(p) for p in paths], Path(out)
+    first = calibrations[0]
     require_empty(out)
     for other in calibrations[1:]:
-        other.require_model(calibrations[0].meta["model"])
-        if set(other.names) != set(calibrations[0].names):
-            raise CalibrationError(
-                f"calibrations {calibrations[0].path} and {other.path} observed different layers"
-            )
-    require_room(out, sum(f.stat().st_size for f in calibrations[0].files))
+        other.require_model(first.meta["model"])
+        if set(other.names) != set(first.names):
+            raise CalibrationError(f"calibrations {first.path} and {other.path} observed different layers")
+    require_room(out, sum(f.stat().st_size for f in first.files))
     total = sum(c.meta["samples"] for c in calibrations)
-    meta = calibrations[0].meta | {
-        "samples": total,
-        "done": total,
-        "merged_from": [c.hash for c in calibrations],
-    }
-    # Some passes of a merged calibration are none.
+    pieces = plan_passes(first.inputs(), PIECE)
+    plan = [[i.name for i in piece] for piece in pieces]
+    meta = (
+        first.meta
+        | {"samples": total, "done": total, "merged_from": [c.hash for c in calibrations]}
+        | {"passes": len(plan), "plan": plan}
+        | (told or {})
+    )
     with (
         only_run(out, "merges calibrations"),
-        new_folder(out) as part,
+        new_folder(out) as part,  # some pieces of a merged calibration are none
     ):
-        for index, names in enumerate(calibrations[0].passes()):
-            merged = {name: calibrations[0].get(name) for name in names}
-            for name, statistics in merged.items():
-                for other in calibrations[1:]:
-                    statistics.merge(other.get(name))
-            save(part / f"pass-{index:03d}.safetensors", merged, meta)
+        unit = OnePiece(calibrations, part.absolute(), meta, keep_calls)
+        sizes = [sum(InputStatistics.nbytes(i.width, i.blocks) for i in piece) for piece in pieces]
+        # The recorded inputs go with the first, and are at most what its file has.
+        sizes[0] += first.files[0].stat().st_size if keep_calls else 0
+        memory = lambda item: round(sizes[item[0]] * (2 + log2(len(calibrations))))
+        name = lambda item: f"merge {out.name}, {item[1][0]}"
+        for _ in progress(workers.map(unit, list(enumerate(plan)), name, memory), len(plan)):
+            pass
+
+
+@dataclass(frozen=True)
+class OnePiece:
+    """Merges a piece, (its number, the names of its inputs), into its file."""
+
+    calibrations: list[Calibration]
+    folder: Path
+    meta: dict
+    keep_calls: bool
+
+    def __call__(self, item: tuple[int, list[str]]) -> int:
+        index, names = item
+        recorder = None
+        if self.keep_calls and index == 0:
+            recorder = read_recorder(self.calibrations[0].files[0])
+        merged = {name: _sum([c.get for c in self.calibrations], name) for name in names}
+        save(self.folder / f"pass-{index:03d}.safetensors", merged, self.meta, recorder)
+        return index
+
+
+def _sum(readers, name) -> InputStatistics:
+    """The statistics of an input over calibrations, halves first."""
+    if len(readers) == 1:
+        return readers[0](name)
+    middle = (len(readers) + 1) // 2
+    found = _sum(readers[:middle], name)
+    found.merge(_sum(readers[middle:], name))
+    return found
 
 
 def require_empty(out: Path):

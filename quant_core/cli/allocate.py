@@ -4,8 +4,11 @@ out."""
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+
+import torch
 
 from ...kernels.operator.errors import naming
 from ..calibration.file import Calibration, CalibrationError
@@ -22,6 +25,7 @@ from ..run.layers import require_statistics
 from ..run.provenance import provenance
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
+from ..store.workers import HERE, Workers
 from .quantize import quantize_file, require_place
 
 
@@ -36,13 +40,15 @@ def allocate_file(
     progress: Callable[[str], Progress] = lambda unit: silent,
     base3: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    workers: Workers = HERE,
 ) -> tuple[Allocated, list[Row]]:
     """Returns the allocation and the rows of the report. A memory budget is for all tensors of the file, as
     they are in memory: base3, see `nibble.save`, makes the file smaller than that.
 
     The sensitivities stay in `<destination>.sensitivity.json`: a stopped run goes on there, and another
     budget measures nothing again. weights: as in `allocate`, of `gains.measure`. progress(unit): a progress
-    bar. Raises BudgetError before anything is quantized, and the errors of `sensitivity` and `quantize_file`.
+    bar. workers: who measures and fits. Raises BudgetError before anything is quantized, and the errors of
+    `sensitivity` and `quantize_file`.
     """
     checkpoint, fingerprint, layers = opened(source, destination, calibration)
     settings = provenance(fingerprint, "sensitivity", config, calibration)
@@ -60,10 +66,20 @@ def allocate_file(
             settings,
             device,
             progress("layer"),
+            workers=workers,
         )
     chosen = replace(config, layers=done.allocation.layers)
     rows = quantize_file(
-        source, destination, MIXED, chosen, calibration, device, progress("layer"), base3, say=say
+        source,
+        destination,
+        MIXED,
+        chosen,
+        calibration,
+        device,
+        progress("layer"),
+        base3,
+        say=say,
+        workers=workers,
     )
     return done, rows
 
@@ -107,25 +123,38 @@ def measured_gains(
     device: str = "cpu",
     progress: Progress = silent,
     samples: int = SAMPLES,
+    workers: Workers = HERE,
 ):
     """{layer: factor}, of `gains.of_calibration`, for the model of a diffusers `transformer` folder; kept
-    beside the calibration.
+    beside the calibration. workers: who measures, each with a model of its own.
 
     Raises the errors of `of_calibration` and, where something is left to measure, ValueError for a source
     that is no such folder.
     """
-    from ..diffusers_host import model as diffusers_model
-
     checkpoint = Checkpoint(source)
     calibration.require_model(checkpoint.fingerprint())
     layers = with_choice(measured(_sure(checkpoint, calibration), calibration))
+    names, network = [layer.name for layer in layers], Network(checkpoint, layers, device)
+    # In fp32 on a CPU, and once more for what a sampling keeps.
+    memory = (8 if device == "cpu" else 3) * sum(prod(shape) for shape in checkpoint.shapes.values())
+    with naming(checkpoint.path, CalibrationError):
+        return of_calibration(calibration, names, network, device, progress, samples, workers, memory)
 
-    def network():
-        model = diffusers_model.full(source, device)
-        names = diffusers_model.modules_of(checkpoint.family, layers, model)
+
+@dataclass(frozen=True)
+class Network:
+    """Loads (the model of a diffusers folder, {layer: its modules})."""
+
+    checkpoint: Checkpoint
+    layers: list[Layer]
+    device: str
+
+    def __call__(self) -> tuple[torch.nn.Module, dict[str, list[torch.nn.Module]]]:
+        from ..diffusers_host import model as diffusers_model
+
+        model = diffusers_model.full(self.checkpoint.path, self.device)
+        names = diffusers_model.modules_of(self.checkpoint.family, self.layers, model)
         return model, {name: [model.get_submodule(t) for t in targets] for name, targets in names.items()}
-
-    return of_calibration(calibration, [layer.name for layer in layers], network, device, progress, samples)
 
 
 def _sure(checkpoint, calibration) -> list[Layer]:

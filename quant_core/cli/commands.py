@@ -5,11 +5,10 @@ import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from . import measure  # noqa: F401
 from .options import (
     Allocated,
     Base3,
@@ -20,16 +19,20 @@ from .options import (
     Gptq,
     MaybeCalibration,
     MaybeGptq,
+    MaybeGrid,
     MaybeRank,
     Menu,
     MethodName,
     Quantized,
     Rank,
+    Ray,
+    RayCpus,
     Settings,
     Source,
     Training,
+    Wish,
 )
-from .shared import app, bar, device_of, echo, note
+from .shared import app, bar, device_of, echo, note, prompts_of, workers_of
 
 
 def _options(pairs: list[str]) -> dict:
@@ -51,52 +54,114 @@ def _options(pairs: list[str]) -> dict:
 def quantize(
     source: Source,
     destination: Quantized,
-    method: MethodName = "svdquant_r",
+    method: MethodName = None,
+    wish: Wish = None,
     calibration: MaybeCalibration = None,
     rank: MaybeRank = None,
     gptq: MaybeGptq = None,
+    grid: MaybeGrid = None,
     training: Training = "none",
     set_: Settings = None,
     base3: Base3 = False,
     device: Device = "auto",
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
 ):
-    """Quantizes a checkpoint to a Nibble file. A run that was stopped goes on where it was."""
+    """Quantizes a checkpoint to a Nibble file, by a method or by a wish. A run that was stopped goes on where
+    it was."""
     from ..calibration import Calibration
     from ..formats.nibble import PackFile
     from ..methods import by_name
     from ..run.report import file_storage, quantization_text
-    from ..training.plot import plot
     from ..training.presets import UNTRAINED, preset
     from .quantize import quantize_file
 
-    chosen = by_name(method)
-    config = chosen.configured(
-        **{k: v for k, v in (("rank", rank), ("gptq", gptq)) if v is not None} | _options(set_ or [])
-    )
+    if wish is not None:
+        given = {"--method": method, "--rank": rank, "--gptq": gptq, "--grid": grid, "--set": set_}
+        named = [name for name, value in given.items() if value] + ["--training"] * (training != "none")
+        if named:
+            raise ValueError(f"--wish {wish} chooses what {named[0]} sets: give one of the two")
+        _by_wish(source, destination, wish, calibration, base3, device_of(device), ray, ray_cpus)
+        return
+    chosen = by_name(method or "svdquant_r")
+    given = {"rank": rank, "gptq": gptq, "grid": grid}
+    config = chosen.configured(**{k: v for k, v in given.items() if v is not None} | _options(set_ or []))
     statistics = Calibration(calibration) if calibration else None
-    trained = preset(method, training)
-    rows = quantize_file(
-        source,
-        destination,
-        chosen,
-        config,
-        statistics,
-        device_of(device),
-        bar("layer" if trained == UNTRAINED else "block"),
-        base3,
-        trained,
-        note,
-    )
+    trained = preset(chosen.name, training)
+    device = device_of(device)
+    with workers_of(ray, ray_cpus, device) as workers:
+        rows = quantize_file(
+            source,
+            destination,
+            chosen,
+            config,
+            statistics,
+            device,
+            bar("layer" if trained == UNTRAINED else "block"),
+            base3,
+            trained,
+            note,
+            workers=workers,
+        )
     written = PackFile(destination)
     echo(
         quantization_text(
             rows, f"{destination} ({chosen.title})", [file_storage(written)], shapes=written.logical_shapes()
         )
     )
-    losses = Path(f"{destination}.losses.json")
-    if trained != UNTRAINED and losses.is_file() and find_spec("matplotlib") is not None:
+    if trained != UNTRAINED:
+        _plot_losses(Path(f"{destination}.losses.json"))
+
+
+def _plot_losses(losses):
+    from ..training.plot import plot
+
+    if losses.is_file() and find_spec("matplotlib") is not None:
         plot(losses.with_suffix(".png"), losses)
         echo(f"\n{losses.with_suffix('.png')}")
+
+
+def _by_wish(source, destination, wish, calibration, base3, device, ray, ray_cpus):
+    from ..calibration import Calibration
+    from ..formats.nibble import PackFile
+    from ..run.report import file_storage, quantization_text
+    from ..run.verdict import verdict
+    from .wish import quantize_by_wish
+
+    statistics = Calibration(calibration) if calibration else None
+    with workers_of(ray, ray_cpus, device) as workers:
+        choice, rows = quantize_by_wish(
+            source, destination, wish, statistics, device, bar, base3, note, workers
+        )
+    written = PackFile(destination)
+    title, shapes = f"{destination} ({choice.wish})", written.logical_shapes()
+    echo(verdict(rows, shapes).text)
+    echo(quantization_text(rows, title, [file_storage(written)], shapes=shapes))
+
+
+@app.command("quantize-all")
+def quantize_all(
+    recipes: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML: a list of source, destination and, where wanted, method, wish, calibration, options."
+        ),
+    ],
+    device: Device = "auto",
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+):
+    """Quantizes a list of models, one after the other. A stopped run goes on; what fails is told at the
+    end."""
+    from .many import quantize_all as run
+    from .many import results_text
+
+    device = device_of(device)
+    with workers_of(ray, ray_cpus, device) as workers:
+        results = run(recipes, device, bar, note, workers)
+    echo(results_text(results))
+    if any(result.failed for result in results):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -111,10 +176,13 @@ def allocate(
     gptq: Gptq = True,
     base3: Base3 = False,
     device: Device = "auto",
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
 ):
     """Gives each layer a precision of its own under a budget, by measured noise, and quantizes. A stopped run
     goes on where it was."""
     from ..calibration import Calibration
+    from ..charts.sheet import INSTALL
     from ..formats.nibble import PackFile
     from ..precision import menu as mixed
     from ..precision import plot as allocate_plot
@@ -129,14 +197,14 @@ def allocate(
         require_output(out, [] if gains in (None, "auto") else [Path(gains)])
     asked, config = parse_budget(budget), mixed.MixedConfig(mixed.menu(menu), rank, gptq)
     statistics, device = Calibration(calibration), device_of(device)
-    if gains == "auto":
-        allocate_file.opened(source, destination, statistics)  # refuses before the network runs
-        weights = allocate_file.measured_gains(source, statistics, device, bar("layer"))
-    else:
-        weights = allocate_file.read_gains(Path(gains)) if gains else None
-    done, rows = allocate_file.allocate_file(
-        source, destination, statistics, asked, config, weights, device, bar, base3, note
-    )
+    weights = None if gains in (None, "auto") else allocate_file.read_gains(Path(gains))
+    with workers_of(ray, ray_cpus, device) as workers:
+        if gains == "auto":
+            allocate_file.opened(source, destination, statistics)  # refuses before the network runs
+            weights = allocate_file.measured_gains(source, statistics, device, bar("layer"), workers=workers)
+        done, rows = allocate_file.allocate_file(
+            source, destination, statistics, asked, config, weights, device, bar, base3, note, workers
+        )
     echo(report.allocation_text(done, str(destination)))
     written = PackFile(destination)
     echo(
@@ -146,10 +214,57 @@ def allocate(
         )
     )
     if find_spec("matplotlib") is None:
-        echo("\nNo plot: matplotlib is not installed. pip install 'nibble-quant[demo]' brings it.")
+        echo(f"\nNo plot: matplotlib is not installed. {INSTALL} brings it.")
         return
     allocate_plot.plot(picture, done)
     echo(f"\n{picture}")
+
+
+@app.command()
+def guard(
+    source: Source,
+    quantized: Annotated[
+        Path, typer.Argument(help="A Nibble file that was made from SOURCE. It stays as it is.")
+    ],
+    destination: Quantized,
+    calibration: CalibrationFile,
+    quality_db: Annotated[
+        float | None,
+        typer.Option(help="Raise layers below this SQNR; 20 dB is an output 10 % off. 24 if not given."),
+    ] = None,
+    memory_mb: Annotated[
+        float | None, typer.Option(help="Instead: take away as much error as this many MB more allow.")
+    ] = None,
+    block: Annotated[bool, typer.Option("--block", help="Raise the layers of a block together.")] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="W4A8, W8A8 or '16 bit'; may be given several times. All if not given."),
+    ] = None,
+    device: Device = "auto",
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+):
+    """Measures the layers of a quantized model on held-out tokens and puts the worst into more bits. A
+    stopped run keeps what it has measured."""
+    from ..calibration import Calibration
+    from ..layer.precisions import PRECISIONS
+    from ..precision.guard_report import guard_text
+    from ..precision.guarding import Asked
+    from .guard import guard_file
+
+    if quality_db is not None and memory_mb is not None:
+        raise ValueError("--quality-db and --memory-mb are both given: give one of the two")
+    if unknown := set(allow or ()) - set(PRECISIONS):
+        raise ValueError(f"--allow {sorted(unknown)[0]}: choose of {', '.join(PRECISIONS)}")
+    by, limit = ("quality", quality_db or 24.0) if memory_mb is None else ("memory", int(memory_mb * 1e6))
+    allowed = tuple(p for p in PRECISIONS if p in (allow or PRECISIONS))
+    asked = Asked(by, limit, block, allowed)
+    device = device_of(device)
+    with workers_of(ray, ray_cpus, device) as workers:
+        decision = guard_file(
+            source, quantized, destination, Calibration(calibration), asked, device, bar, workers
+        )
+    echo(guard_text(decision, str(destination)))
 
 
 @app.command()
@@ -168,6 +283,8 @@ def gains(
         int, typer.Option(min=1, help="Recorded samplings to go through for each layer, at 5 of their steps.")
     ] = 2,
     device: Device = "auto",
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
 ):
     """Measures how much of each layer's noise arrives at the end of a sampling. A stopped run goes on where
     it was, a second one is free."""
@@ -179,76 +296,12 @@ def gains(
 
     statistics = Calibration(calibration)
     require_output(out, [*Checkpoint(source).inputs, *statistics.files, *tables_of(statistics)])
-    found = measured_gains(source, statistics, device_of(device), bar("layer"), samples)
+    device = device_of(device)
+    with workers_of(ray, ray_cpus, device) as workers:
+        found = measured_gains(source, statistics, device, bar("layer"), samples, workers)
     save_text(out, json.dumps(found, indent=1) + "\n")
     for name, gain in sorted(found.items(), key=lambda item: -item[1]):
         echo(f"{gain:10.4f}  {name}")
-
-
-@app.command()
-def inspect(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="A quantized model (this pack's, ComfyUI's, comfy-kitchen's, nunchaku's), a full-precision "
-            "one, or a calibration."
-        ),
-    ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compare every tensor with its hash in the file, and say no more."),
-    ] = False,
-):
-    """Says what a file holds, what its layers run on, whether stock ComfyUI loads it and what memory it
-    takes."""
-    from ..convert.inspect import describe, description_text, verified
-
-    if verify:
-        echo(verified(file, bar("tensor")))
-        return
-    found = describe(file)
-    echo(json.dumps(found, indent=1) if as_json else description_text(found))
-
-
-@app.command()
-def convert(
-    source: Annotated[
-        Path,
-        typer.Argument(help="A quantized model: this pack's, ComfyUI's, comfy-kitchen's or nunchaku's INT4."),
-    ],
-    destination: Annotated[Path, typer.Argument(help="The file to write.")],
-    to: Annotated[str, typer.Option(help="native (stock ComfyUI), kitchen, nunchaku or nibble.")],
-    lossy: Annotated[
-        bool, typer.Option("--lossy", help="Allow layers that the format does not have to be replaced.")
-    ] = False,
-    replacement: Annotated[
-        str,
-        typer.Option(
-            help="What they become: int8, '16 bit', or with --comfyui 0.38 awq: weight-only layers in 4 bit "
-            "without a low rank."
-        ),
-    ] = "int8",
-    comfyui: Annotated[
-        str,
-        typer.Option(
-            help="Oldest ComfyUI that shall read a native or kitchen file. From 0.38 on modulation stays in "
-            "4 bit (awq_w4a16)."
-        ),
-    ] = "0.31",
-):
-    """Converts between formats. What that loses is said first, and refused without --lossy; what is not
-    replaced is read back and compared."""
-    from ..convert import convert as conversion
-    from ..formats.detect import open_quantized
-
-    planned = conversion.plan(open_quantized(source), to, comfyui)
-    if lossy:
-        echo("\n".join(planned.lines(replacement)))
-    lines = conversion.convert(
-        planned, destination, lossy=lossy, replacement=replacement, progress=bar("layer")
-    )
-    echo("\n".join(lines[-1:] if lossy else lines))
 
 
 @app.command()
@@ -276,88 +329,42 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the first run.")] = 0,
     memory_gb: Annotated[float, typer.Option(help="Memory for the statistics of one pass.")] = 4.0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "auto",
+    shards: Annotated[
+        bool,
+        typer.Option(
+            "--shards",
+            help="Four samples at a time, as with --ray, in this process: the same bytes.",
+        ),
+    ] = False,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
 ):
     """Gathers statistics with a diffusers pipeline, for `nibble quantize`. In ComfyUI use the node Nibble
     Calibrate."""
     from ..diffusers_host.pipeline import calibrate_pipeline
+    from ..diffusers_host.shards import calibrate_in_shards
 
-    lines = None
-    if prompts is not None:
-        try:
-            text = prompts.read_text(encoding="utf-8")
-        except ValueError as error:  # bytes that are no text
-            raise ValueError(f"{prompts}: not text in UTF-8 ({error})") from error
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise ValueError(f"{prompts}: holds no prompts")
-    done = calibrate_pipeline(
-        pipeline,
-        destination,
-        lines,
-        samples=samples,
-        steps=steps,
-        size=size,
-        seed=seed,
-        memory=int(memory_gb * 2**30),
-        device=device,
-        progress=bar("sample"),
-        say=note,
-    )
+    lines = None if prompts is None else prompts_of(prompts)
+    asked: dict[str, Any] = {
+        "samples": samples,
+        "steps": steps,
+        "size": size,
+        "seed": seed,
+        "memory": int(memory_gb * 2**30),
+    }
+    where: tuple[Any, ...] = (pipeline, destination, lines)
+    if shards or ray is not None:
+        device = device_of(device)
+        with workers_of(ray, ray_cpus, device) as workers:
+            options = asked | {"device": device, "progress": bar("task"), "say": note}
+            done = calibrate_in_shards(*where, **options, workers=workers)
+    else:
+        options = asked | {"device": device, "progress": bar("sample"), "say": note}
+        done = calibrate_pipeline(*where, **options)
     echo(f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, calibration {done.hash}")
 
 
-@app.command("merge-calibrations")
-def merge_calibrations(
-    destination: Annotated[Path, typer.Argument(help="Folder for the merged statistics.")],
-    calibrations: Annotated[
-        list[Path],
-        typer.Argument(help="Finished calibrations of one model, made with other prompts or seeds."),
-    ],
-):
-    """Joins calibrations of one model. Recorded inputs of the network, which training needs, are not taken
-    along."""
-    from ..calibration import Calibration
-    from ..calibration.file import merge
-
-    if len(calibrations) < 2:
-        raise ValueError(f"one calibration, {calibrations[0]}: expected two or more to merge")
-    merge(calibrations, destination)
-    done = Calibration(destination)
-    echo(
-        f"{destination}: {len(done.names)} inputs of model {done.meta['model']}, {done.meta['samples']} "
-        f"samples, calibration {done.hash}"
-    )
-
-
-@app.command()
-def clean(
-    folders: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Where to look, with all that is below; the current folder if not given."),
-    ] = None,
-    remove: Annotated[
-        bool, typer.Option("--remove", help="Remove what is listed, but for what a running process is at.")
-    ] = False,
-):
-    """Lists what stopped runs have left: finished layers of quantizations that nobody went on with, and files
-    that were not written to their end. ComfyUI's lie in output/nibble_calibration."""
-    from ..run.leftovers import leftovers, leftovers_text
-
-    found = [left for folder in folders or [Path()] for left in leftovers(folder)]
-    if not found:
-        echo("nothing is left of stopped runs")
-        return
-    echo(leftovers_text(found))
-    size = sum(left.nbytes for left in found if not left.held) / 1e6
-    if not remove:
-        echo(
-            f"{size:,.1f} MB; the same command with --remove removes them. A run with the same options "
-            "goes on with them instead."
-        )
-        return
-    for left in found:
-        left.remove()
-    echo(f"{size:,.1f} MB removed")
+from . import files, measure  # noqa: E402, F401  # here: help lists commands as they are made
 
 
 def main():

@@ -18,9 +18,17 @@ Quantized = Annotated[
     Path, typer.Argument(help="The file to write. Put it into ComfyUI's models/diffusion_models.")
 ]
 MethodName = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="svdquant_r, svdquant, splitquant, convrot, rtn, robuq, or native: what stock ComfyUI runs."
+        help="svdquant_r (if neither this nor a wish is given), svdquant, svdquant_p, splitquant, "
+        "splitquant_4, convrot, rtn, robuq, or native: what stock ComfyUI runs."
+    ),
+]
+Wish = Annotated[
+    str | None,
+    typer.Option(
+        help="In place of a method: balanced, fast (takes no calibration), best, smallest, or 'fits 8 GB' "
+        "(6 to 24); chooses method and precisions as Nibble Quantize for My Card does."
     ),
 ]
 MaybeCalibration = Annotated[
@@ -33,6 +41,13 @@ MaybeRank = Annotated[
 MaybeGptq = Annotated[
     bool | None, typer.Option(help="SVDQuant and RobuQ: try GPTQ rounding; on if not given.")
 ]
+MaybeGrid = Annotated[
+    str | None,
+    typer.Option(
+        help="SVDQuant, ConvRot and rtn: int (if not given), or nvfp4: 4-bit floating-point codes, which RTX "
+        "50 and B200 multiply at twice the rate of int8."
+    ),
+]
 Training = Annotated[
     str,
     typer.Option(
@@ -44,8 +59,8 @@ Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Another option of the method, as name=value with a JSON value: --set worst=64 --set "
-        "transform=affine.",
+        help="Another option of the method, as name=value with a JSON value: --method splitquant_4 "
+        "--set worst=64 --set transform=affine.",
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
@@ -82,3 +97,12 @@ Gains = Annotated[
 ]
 Rank = Annotated[int, typer.Option(min=0, help="Rank of the 16-bit branches.")]
 Gptq = Annotated[bool, typer.Option(help="Try GPTQ rounding.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Spread the work over a Ray cluster: auto, its address (host:6379), or local for all CPUs and "
+        "GPUs of this machine. The result is the same.",
+    ),
+]
+RayCpus = Annotated[int, typer.Option("--ray-cpus", min=1, help="CPU threads of a task of --ray.")]

@@ -3,8 +3,10 @@ stopped."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ...kernels.operator.errors import naming
 from ..calibration.file import Calibration, CalibrationError
@@ -15,14 +17,18 @@ from ..families import Layer
 from ..families.pointwise import why_unsure
 from ..formats import nibble
 from ..formats.checkpoint import Checkpoint
+from ..formats.kitchen.dense import lost_text
 from ..layer.row import Row
 from ..methods import Method
+from ..precision.guard_report import guard_text, rows_after
+from ..precision.guarding import Asked, guarded, raise_worst, to_measure
 from ..run.model import Job, quantized
 from ..run.provenance import provenance
 from ..run.source import rest_of
 from ..run.unfinished import Unfinished
 from ..store.atomic import require_output, require_room
 from ..store.progress import Progress, silent
+from ..store.workers import HERE, Workers
 from ..training.presets import UNTRAINED, Preset
 from ..training.trainer import LOSSES, Trainer
 
@@ -38,9 +44,12 @@ def quantize_file(
     base3: bool = False,
     preset: Preset = UNTRAINED,
     say: Callable[[str], None] = lambda line: None,
+    guard: Asked | None = None,
+    workers: Workers = HERE,
 ) -> list[Row]:
     """Quantizes `source` into `destination` and returns the rows of the report. base3: as in `nibble.save`;
-    say(line): what a run before has left and is taken over.
+    guard: also raise the worst layers, with a limit in bytes of the whole model; say(text): what the source
+    has lost, what a run before has left and is taken over, what was raised; workers: who fits the layers.
 
     Each finished layer, with training each block, is kept in `<destination>.partial/` until the whole is
     written. Host memory: one layer at a time (1.3 GB above the page cache for a 12B FLUX with ConvRot);
@@ -56,6 +65,8 @@ def quantize_file(
     digest = []
 
     def begin(store: Unfinished):
+        if checkpoint.kinds:
+            say(lost_text(checkpoint.kinds))
         digest.append(pool.submit(checkpoint.sha256))
         if store.kept:
             say(store.text)
@@ -67,23 +78,18 @@ def quantize_file(
         model = diffusers_model.full(checkpoint.path, device)
         return trainer_of(model, checkpoint.family, job.plan, calibration, device, folder, preset)
 
-    before = states(checkpoint.files)
-    named = lambda: naming(checkpoint.path, but=CalibrationError)
+    before, named = states(checkpoint.files), lambda: naming(checkpoint.path, but=CalibrationError)
     doing, folder = f"quantizes {checkpoint.path.name} with {method.name}", Path(f"{destination}.partial")
-    run = quantized(
-        job,
-        folder,
-        lock=destination,
-        doing=doing,
-        trainer=trainer,
-        begin=begin,
-        working=named,
-        progress=progress,
-    )
+    asked: dict[str, Any] = {"trainer": trainer, "begin": begin, "working": named, "progress": progress}
+    run = quantized(job, folder, lock=destination, doing=doing, workers=workers, **asked)
     with ThreadPoolExecutor(1) as pool, run as done:
         require_unchanged(before)
         job.settings["source"] = {"file": checkpoint.path.name, "sha256": digest[0].result()}
-        _write(destination, checkpoint, job, done, base3)
+        settings = job.settings
+        if guard is not None and calibration is not None and guard.needed(done.rows):
+            done, settings, told = _raised(guard, checkpoint, job, calibration, done, progress, workers)
+            say(told)
+        _write(destination, checkpoint, settings, done, base3)
         if (folder / LOSSES).is_file():
             (folder / LOSSES).replace(_losses(destination))
     return done.rows
@@ -101,11 +107,25 @@ def _job(checkpoint, method, config, calibration, device, preset) -> Job:
     return Job(checkpoint, plan, method, config, calibration, settings, device, preset, left)
 
 
-def _write(destination, checkpoint, job, done, base3):
+def _raised(guard, checkpoint, job, calibration, done, progress, workers):
+    """(done, provenance, text) with the worst layers raised."""
+    guard = guard.beside(done.rows, checkpoint.shapes)
+    layers = dict(done.layers)
+    plan = to_measure(job.plan, layers)
+    decision, made, _ = raise_worst(
+        guard, plan, layers, checkpoint, calibration, job.device, lambda doing: progress, workers
+    )
+    layers |= {name: layer for name, layer in made.items() if layer is not None}
+    rows = [Row(**row) for row in rows_after([row.to_json() for row in done.rows], decision, made)]
+    settings = guarded(job.settings, decision, calibration)
+    return replace(done, layers=layers, rows=rows), settings, guard_text(decision, "Layers raised afterwards")
+
+
+def _write(destination, checkpoint, settings, done, base3):
     rest = {key: checkpoint.get(key) for key in rest_of(checkpoint, done.layers)}
     report = [row.to_json() for row in done.rows]
     family, origin = checkpoint.family.name, checkpoint.origin
-    nibble.save(destination, done.layers, rest, family, job.settings, report, base3, origin)
+    nibble.save(destination, done.layers, rest, family, settings, report, base3, origin)
 
 
 def _losses(destination) -> Path:

@@ -1,6 +1,7 @@
 """What the commands share: their app, bars, notes and the device."""
 
 import sys
+from contextlib import contextmanager
 
 import typer
 
@@ -30,3 +31,29 @@ def device_of(name):
     import torch
 
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+@contextmanager
+def workers_of(address, cpus, device):
+    """Who does the work: a Ray cluster where --ray names one, else this process."""
+    if address is None:
+        from ..store.workers import HERE
+
+        yield HERE
+        return
+    from ..cluster.session import connected
+
+    with connected(address, cpus, 1.0 if device.startswith("cuda") else 0.0) as cluster:
+        yield cluster
+
+
+def prompts_of(path):
+    """The lines of a file of prompts. Raises ValueError naming a file that is no text or has none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except ValueError as error:  # bytes that are no text
+        raise ValueError(f"{path}: not text in UTF-8 ({error})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path}: holds no prompts")
+    return lines

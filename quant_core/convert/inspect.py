@@ -9,6 +9,8 @@ from ...kernels import paths_of
 from ...kernels.operator.errors import MESSAGE, plain, shortened
 from ...kernels.target import target_of
 from ..calibration.file import Calibration
+from ..charts.sheet import drawn
+from ..charts.summary import headline
 from ..families import by_name
 from ..formats.checkpoint import Checkpoint
 from ..formats.detect import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
@@ -17,12 +19,15 @@ from ..formats.nibble import PackFile
 from ..formats.opened import Opened
 from ..layer.memory import predict
 from ..layer.row import Row
-from ..run.report import as_report, file_storage, left_overs, whole
+from ..run.chart import chart
+from ..run.report import as_report, bits_per_weight, file_storage, left_overs, whole
 from ..run.unquantized import kept_rows
+from ..run.verdict import Verdict, verdict
 from ..store import digests
 from ..store.progress import Progress, silent
 from ..store.safe import open_safetensors
 
+BY_MAKER = "left so by who made the file"
 USUAL_BITS = 4.6  # of svdquant_r at rank 32, all side data counted, at FLUX's widths
 
 
@@ -42,6 +47,54 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
     if kind == FULL:
         return _full(Checkpoint(path), target)
     return _quantized(open_quantized(path), kind, target)
+
+
+def brief(path: Path, device: str | torch.device | None = None) -> tuple[Verdict, list[str]]:
+    """(the Verdict, three short lines on what it is, the memory it takes and where it came from) of a
+    quantized model, from its header. Raises as `open_quantized` does."""
+    model = open_quantized(path)
+    rows = [Row.from_json(row) for row in model.report or as_report(model)]
+    made, title = model.provenance, by_name(model.family).title
+    from ..methods import METHODS  # only the node shows it; `nibble inspect` reads a header without what fits
+
+    method = METHODS[made["method"]].title if made.get("method") in METHODS else model.kind
+    bits = f"{bits_per_weight(rows):.1f} bits a weight, {len(model.specs)} layers quantized"
+    target = target_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = predict(model.specs, model.rest_bytes(), target)
+    return verdict(rows, model.logical_shapes()), [
+        f"{title}, {method}, {bits}",
+        memory.short(),
+        _came_from(made),
+    ]
+
+
+def _came_from(made) -> str:
+    """One line of a provenance, which may be anybody's."""
+    own, source, calibration = (
+        found if isinstance(found := made.get(key), dict) else {}
+        for key in ("my_card", "source", "calibration")
+    )
+    file = own.get("of") or source.get("file") or (f"model {made['model']}" if made.get("model") else "")
+    said = [
+        f"From {file}" if file else "Of unknown origin",
+        f"wish {own['wish']}" if own.get("wish") else "",
+        f"{calibration['samples']} example runs" if calibration.get("samples") else "",
+        f"Nibble {made['nibble']}" if made.get("nibble") else "",
+    ]
+    return shortened(plain(", ".join(filter(None, said))), MESSAGE)
+
+
+def picture_of(path: Path, device: str | torch.device = "cpu") -> tuple[torch.Tensor, list[str]]:
+    """(a map of the layers of a quantized model (1, H, W, 3), fp32 in [0, 1], lines where it could not be
+    drawn); of another file a sentence. Raises what `describe` does."""
+    path = Path(path)
+    if kind_of(path) in (CALIBRATION, FULL):
+        return drawn([headline(path.name, "Not a quantized model: there is no map of its layers.")])
+    model = open_quantized(path)
+    rows = [Row.from_json(row) for row in model.report or as_report(model)]
+    rows += kept_rows(model.logical_shapes(), by_name(model.family), rows, otherwise=BY_MAKER)
+    paths, _ = paths_of(model.specs, target_of(device))
+    return chart(rows, model.logical_shapes(), path.name, paths)
 
 
 def verified(path: Path, progress: Progress = silent) -> str:
@@ -73,10 +126,10 @@ def _full(checkpoint: Checkpoint, target) -> dict:
         for x in layers
     ]
     kept = kept_rows(checkpoint.shapes, checkpoint.family, rows)
-    held = 2 * sum(map(prod, checkpoint.shapes.values())) - checkpoint.fp8_values
+    held = 2 * sum(map(prod, checkpoint.shapes.values())) - checkpoint.saved
     return {
-        "kind": "fp8 checkpoint" if checkpoint.fp8 else "full-precision checkpoint",
-        **({"fp8": checkpoint.fp8} if checkpoint.fp8 else {}),
+        "kind": "checkpoint below 16 bit" if checkpoint.reduced else "full-precision checkpoint",
+        **({"below 16 bit": checkpoint.reduced} if checkpoint.reduced else {}),
         "family": checkpoint.family.title,
         "files": len(checkpoint.files),
         "model": checkpoint.fingerprint(),
@@ -98,7 +151,7 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     )
     kernels, why = paths_of(model.specs, target)
     shapes, quantized = model.logical_shapes(), [Row(**row) for row in as_report(model)]
-    beside = kept_rows(shapes, by_name(model.family), quantized, otherwise="left so by who made the file")
+    beside = kept_rows(shapes, by_name(model.family), quantized, otherwise=BY_MAKER)
     kept = [Row.from_json(row) for row in model.report if not row["nbytes"]]
     kept += [row for row in beside if row.name not in {r.name for r in kept}]
     out = {

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from math import prod
 from pathlib import Path
 
 import torch
@@ -45,6 +46,17 @@ def calibrate_pipeline(
     pickled ones or with anything that diffusers cannot load or run, UnknownArchitecture for a transformer
     that no family knows.
     """
+    require_folder(folder)
+    pipe = load_pipeline(pipeline, device)
+    asked = {"samples": samples, "steps": steps, "size": size, "seed": seed, "memory": memory}
+    with named(Path(pipeline), but=Path(folder)):
+        return calibrate_with(pipe, folder, prompts, **asked, progress=progress, say=say)
+
+
+def load_pipeline(pipeline: Path, device: str = "auto"):
+    """A diffusers pipeline of a local folder: fp32 on a CPU, else bf16 and on the device a part at a time.
+    Raises what `calibrate_pipeline` does before it samples, ValueError for a transformer that the GPU cannot
+    hold."""
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
@@ -57,12 +69,13 @@ def calibrate_pipeline(
             "ComfyUI node Nibble Calibrate."
         )
     require_safetensors(Path(pipeline))
-    require_folder(folder)
     # Refuses a model that `nibble quantize` could not read, before the text encoders load.
-    _mapped(Checkpoint(pipeline).family)
+    checkpoint = Checkpoint(pipeline)
+    _mapped(checkpoint.family)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with named(Path(pipeline), but=Path(folder)):
+    _require_gpu(checkpoint, device)
+    with named(Path(pipeline)):
         pipe = DiffusionPipeline.from_pretrained(
             pipeline,
             torch_dtype=torch.bfloat16 if device != "cpu" else torch.float32,
@@ -73,9 +86,33 @@ def calibrate_pipeline(
             pipe.to("cpu")
         else:
             pipe.enable_model_cpu_offload(device=device)
-        pipe.set_progress_bar_config(disable=True)
-        asked = {"samples": samples, "steps": steps, "size": size, "seed": seed, "memory": memory}
-        return calibrate_with(pipe, folder, prompts, **asked, progress=progress, say=say)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def gpu_bytes(device: str) -> int | None:
+    """Memory of a GPU; None where there is none of this name."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def _require_gpu(checkpoint: Checkpoint, device: str):
+    """While it samples, all of the transformer is on the GPU: without room for it the first step would end
+    in the middle, after minutes of loading."""
+    needed, there = 2 * sum(map(prod, checkpoint.shapes.values())), gpu_bytes(device)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{checkpoint.path}: its transformer takes {needed / 1e9:.1f} GB in bf16, and the GPU {device} "
+            f"has {there / 1e9:.1f} GB. Take a GPU that holds it, --device cpu, or calibrate in ComfyUI with "
+            "the node Nibble Calibrate, where a part of the model is enough on the GPU."
+        )
+
+
+def pipeline_bytes(pipeline: Path, device: str) -> int:
+    """Memory that a loaded pipeline takes, at the most: fp32 on a CPU, and what sampling keeps."""
+    files = sum(path.stat().st_size for path in pipeline.rglob("*.safetensors"))
+    return (3 if device == "cpu" else 2) * files
 
 
 def calibrate_with(

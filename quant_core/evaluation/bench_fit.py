@@ -1,10 +1,13 @@
 """`nibble bench-fit`: what it costs to fit layers of FLUX's sizes, in seconds, bits, dB and memory. Synthetic
 data."""
 
+import copy
 import gc
 import json
 import threading
 import time
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +15,7 @@ import torch
 
 from ..calibration.plan import HESSIAN_WIDTH, inputs_of
 from ..families import FLUX, Layer, Part
+from ..layer.chunks import power_db
 from ..layer.linear import QuantizedLayer
 from ..layer.problem import Problem, output_sqnr
 from ..layer.row import Row
@@ -19,6 +23,7 @@ from ..layer.statistics import InputStatistics, hessian_blocks
 from ..methods import Method, fit_problem
 from ..run.report import bits_per_weight
 from ..store.atomic import require_writable, save_text
+from .inputs import KINDS, Kind
 
 LAYERS = {
     "3072 x 3072": (3072, 3072, False),
@@ -121,6 +126,54 @@ def fit_layer(name: str, method: Method, device: str = "cpu") -> dict:
         "bits": made.bits_per_weight,
         "sqnr_db": output_sqnr(problem, made),
     }
+
+
+@lru_cache(maxsize=len(KINDS))
+def _of_kind(kind: str, make: Kind, k: int, n: int) -> tuple[Problem, torch.Tensor]:
+    """(a layer of a kind, tokens (2048, K) fp32 to judge by). The tokens take longer than most fits."""
+    x, held, judged = (
+        make(count, k, torch.Generator().manual_seed(seed))
+        for count, seed in ((8192, 21), (1024, 22), (2048, 23))
+    )
+    layer = Layer(kind, "bench", k, n, (Part(0, k, kind == "GELU"),), kind)
+    stats = InputStatistics.empty(kind, k, hessian_blocks([(0, k)], HESSIAN_WIDTH))
+    for rows in x.split(2048):
+        stats.update(rows)
+    stats.hold_out(
+        held, torch.rand(1024, dtype=torch.float64, generator=torch.Generator().manual_seed(5)), 0.5
+    )
+    g = torch.Generator().manual_seed(9)
+    rows = (0.3 * torch.randn(n, 1, generator=g)).exp()
+    # Large where activations are small, as in trained models.
+    made = torch.randn(n, k, generator=g) / k**0.5 * rows / x.square().mean(0).sqrt().clamp(min=0.05).sqrt()
+    return Problem(layer, made.bfloat16(), None, stats), judged
+
+
+def fit_kind(kind: str, method: Method) -> dict:
+    """SQNR in dB of a layer whose inputs are of a kind of `inputs.KINDS`, on 2048 tokens that neither the fit
+    nor its choices saw, and bits a weight."""
+    kept, judged = _of_kind(kind, *KINDS[kind])
+    # A fit uses up its second moments.
+    problem = replace(kept, statistics=copy.deepcopy(kept.statistics))
+    done = cast(QuantizedLayer, fit_problem(problem, method, method.config).layer)
+    want = judged @ kept.weight.float().T
+    noise = (done(judged) - want).double().square().sum().item()
+    return {
+        "inputs": kind,
+        "method": method.name,
+        "bits": done.bits_per_weight,
+        "sqnr_db": power_db(want.double().square().sum().item(), noise),
+    }
+
+
+def kinds_text(results: list[dict]) -> str:
+    """One line a kind of inputs, one column a method, in dB."""
+    methods = list(dict.fromkeys(r["method"] for r in results))
+    found = {(r["inputs"], r["method"]): r["sqnr_db"] for r in results}
+    lines = [f"{'dB of the output':24}" + "".join(f"{m:>12}" for m in methods)]
+    for kind in dict.fromkeys(r["inputs"] for r in results):
+        lines.append(f"{kind:24}" + "".join(f"{found[kind, m]:12.2f}" for m in methods))
+    return "\n".join(lines)
 
 
 def fit_block(

@@ -1,6 +1,7 @@
 """Full-precision checkpoints, read lazily and presented under ComfyUI's key names."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import torch
 
 from ..families import Family, UnknownArchitecture, detect
 from ..families.fingerprint import fingerprint
-from ..store.safe import CheckpointError, open_safetensors
+from ..store.safe import CheckpointError, is_gguf, open_safetensors
+from .blocks import Blocks, phrase_of
 from .foreign import require_declarations, require_leaves
+from .gguf_file import GGUFFile
 from .kitchen.declared import HEADER
 from .origin import Origin, is_beside, names_text, outside, size
 from .pipeline_folder import configurations, origin_of
@@ -24,7 +27,7 @@ def open_files(files: Iterable[Path], path: Path) -> tuple[dict, dict[str, str]]
     where: dict[str, tuple] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        handle = open_safetensors(file)
+        handle = GGUFFile(file) if is_gguf(file) else open_safetensors(file)
         metadata |= handle.metadata() or {}
         for key in list(handle.keys()):
             if key in where:
@@ -45,14 +48,15 @@ def family_of(shapes, path: Path) -> Family:
 
 
 class Checkpoint:
-    """A model in floats of 64 to 8 bits: a safetensors file, a set of shards, or a diffusers folder; see
-    `files_of`.
+    """A model in floats of 64 to 8 bits, or in blocks of smaller ones: a safetensors file, a set of shards,
+    a GGUF file or a diffusers folder; see `files_of`.
 
     shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several
-    nor fp8, which becomes bf16, nor fp64, which becomes fp32. origin: what the file says beside them. fp8: a
-    phrase on the weights that the file has in fp8, "" without any; fp8_values: how many numbers those and all
-    other tensors in fp8 are. Raises CheckpointError for files it cannot read, UnknownArchitecture for models
-    it does not know.
+    nor below 16 bit, where it becomes bf16, nor fp64, which becomes fp32. origin: what the file says beside
+    them. kinds: {format below 16 bit: weights in it}, of fp8, nvfp4, mxfp8, asym_w4a8_int8 and GGUF;
+    reduced: a phrase on them, "" without any; saved: bytes that all such tensors take less than in 16 bit.
+
+    Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
     """
 
     def __init__(self, path):
@@ -66,11 +70,21 @@ class Checkpoint:
             raise
         self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
         own, dtypes = self._require_known(self._where, metadata)
-        require_declarations(self.path, own, dtypes, self._raw, metadata.get(HEADER), names.prefix)
-        self._scales = Scales(self.path, own, dtypes, self._raw)
-        self.fp8, self.fp8_values = self._scales.phrase, self._scales.values
-        for key in self._scales.keys:
+        given = own, dtypes, self._raw
+        declared = require_declarations(self.path, *given, metadata.get(HEADER), names.prefix)
+        self._blocks = Blocks(self.path, declared, own, dtypes, self._raw)
+        taken = self._blocks.beside.union(self._blocks.shapes)
+        plain = {key: dtype for key, dtype in dtypes.items() if key not in taken}
+        self._scales = Scales(self.path, {k: own[k] for k in plain}, plain, self._raw)
+        ggml = {k: h.saved[key] for k, (h, key, _) in self._where.items() if key in getattr(h, "saved", ())}
+        of_ggml = Counter(dtypes[name] for name in ggml)
+        phrases = self._blocks.phrase, self._scales.phrase, phrase_of(of_ggml)
+        self.reduced = ", ".join(filter(None, phrases))
+        self.kinds = self._blocks.kinds + self._scales.kinds + of_ggml
+        self.saved = self._blocks.saved + self._scales.values + sum(ggml.values())
+        for key in self._scales.keys | self._blocks.beside:
             del own[key]
+        own |= self._blocks.shapes
         self.origin = self._origin(names, where, own, metadata)
         self.family = family_of(own, self.path)
         self._stacks = {} if self.family.matches(own) else self.family.diffusers(own)
@@ -81,6 +95,9 @@ class Checkpoint:
             }
         else:
             self.shapes = own
+
+    def __reduce__(self):
+        return Checkpoint, (self.path.absolute(),)  # pickled as its place: opened again where it is unpickled
 
     @property
     def inputs(self) -> list[Path]:
@@ -133,6 +150,8 @@ class Checkpoint:
         return handle.get_tensor(key)
 
     def _read(self, name):
+        if name in self._blocks.shapes:
+            return self._blocks.get(name)
         return self._scales.apply(name, self._raw(name))
 
     def fingerprint(self) -> str:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..families import UnknownArchitecture
-from ..store.safe import CheckpointError, open_safetensors
+from ..store.safe import CheckpointError, is_gguf, open_safetensors
 from . import stop
 from .checkpoint import Checkpoint
+from .kitchen import declared
+from .kitchen.declared import BLOCKS
 from .kitchen.read import KitchenFile, is_kitchen
 from .nibble import PackError, PackFile
 from .nunchaku.read import NunchakuFile, is_nunchaku
@@ -31,7 +34,8 @@ class Format:
 FORMATS = {
     NIBBLE: Format(lambda path, file, keys, metadata: "nibble" in metadata, PackFile),
     KITCHEN: Format(
-        lambda path, file, keys, metadata: is_kitchen(keys, metadata) and _packed(file, keys), KitchenFile
+        lambda path, file, keys, metadata: is_kitchen(keys, metadata) and _packed(file, keys, metadata),
+        KitchenFile,
     ),
     NUNCHAKU: Format(lambda path, file, keys, metadata: is_nunchaku(path, keys, metadata), NunchakuFile),
 }
@@ -44,6 +48,8 @@ def kind_of(path: Path) -> str:
     first = next(iter(sorted(path.glob("*.safetensors"))), None) if path.is_dir() else path
     if first is None:
         first = files_of(path)[0]
+    if is_gguf(first):
+        return FULL
     file = open_safetensors(first)
     keys, metadata = list(file.keys()), file.metadata() or {}
     if "nibble" in metadata:
@@ -59,9 +65,28 @@ def kind_of(path: Path) -> str:
     return found[0] if found else FULL
 
 
-def _packed(file, keys) -> bool:
-    """Whether there are integer weights: fp8 alone, declared or not, is a source to quantize from."""
-    return any(file.get_slice(k).get_dtype() in PACKED for k in keys if k.endswith(".weight"))
+def _packed(file, keys, metadata) -> bool:
+    """Whether there are integer weights in a format that this pack runs: fp8 and declared blocks (nvfp4 and
+    the like) alone are a source to quantize from."""
+    weights = [k for k in keys if k.endswith(".weight") and file.get_slice(k).get_dtype() in PACKED]
+    return not all(_in_blocks(k.removesuffix(".weight"), file, keys, metadata) for k in weights)
+
+
+def _in_blocks(name, file, keys, metadata) -> bool:
+    """Whether a layer is declared in one of BLOCKS; broken declarations are for the readers to name."""
+    marker = f"{name}.{declared.LEAF}"
+    try:
+        if marker in keys:
+            view = file.get_slice(marker)
+            read = partial(file.get_tensor, marker)
+            return declared.of_tensor(tuple(view.get_shape()), view.get_dtype(), read).format in BLOCKS
+        entries = declared.entries(metadata.get(declared.HEADER))
+        # They may leave out the prefix of a whole checkpoint.
+        parts = name.split(".")
+        found = [raw for i in range(len(parts)) if (raw := entries.get(".".join(parts[i:]))) is not None]
+        return bool(found) and declared.parse(found[0]).format in BLOCKS
+    except declared.DeclarationError:
+        return False
 
 
 def open_quantized(path: Path) -> Opened:
@@ -72,7 +97,7 @@ def open_quantized(path: Path) -> Opened:
         what = (
             "a calibration"
             if kind == CALIBRATION
-            else f"{_fp8(path)}not a quantized model that this pack knows"
+            else f"{_reduced(path)}not a quantized model that this pack knows"
         )
         raise PackError(
             f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its "
@@ -82,11 +107,11 @@ def open_quantized(path: Path) -> Opened:
     return FORMATS[kind].reader(path)
 
 
-def _fp8(path) -> str:
-    """A phrase on a file in fp8, "" for any other. Raises CheckpointError for weights in a format that this
-    pack does not read."""
+def _reduced(path) -> str:
+    """A phrase on a file below 16 bit, "" for any other. Raises CheckpointError for weights in a format that
+    this pack does not read."""
     try:
-        found = Checkpoint(path).fp8
+        found = Checkpoint(path).reduced
     except UnknownArchitecture:
         return ""
-    return f"in fp8 ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""
+    return f"below 16 bit ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""

@@ -7,10 +7,9 @@ import torch
 
 from ..store.safe import CheckpointError
 from .kitchen import declared
-from .kitchen.declared import DeclarationError, NotJsonError
+from .kitchen.declared import MXFP8, DeclarationError, NotJsonError
 from .scaled import FP8, WEIGHT_SCALES
 
-_COMFYUI = "load it with Load Diffusion Model"
 _UNDECLARED = (
     "ComfyUI has such layers, but this file does not declare them (comfy_quant): take the file made for "
     "ComfyUI"
@@ -33,7 +32,7 @@ _OF_COMFYUI = {"weight_scale_2": "nvfp4", "weight_s_rel": "asym_w4a8_int8"}
 
 def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | None):
     """Raises CheckpointError where the tensors beside a weight are those of a format that this pack does not
-    read.
+    read, or only where it is declared.
 
     shapes, dtypes: {key: of its tensor}. header: the file's declarations, or None.
     """
@@ -43,8 +42,9 @@ def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | Non
         if leaf in _LEAVES:
             what, advice = _LEAVES[leaf]
         elif leaf in _OF_COMFYUI or (scale_of_fp8 and dtype in ("F8_E8M0", "U8")):
-            is_declared = header is not None or f"{name}.{declared.LEAF}" in dtypes
-            what, advice = _OF_COMFYUI.get(leaf, "mxfp8"), _COMFYUI if is_declared else _UNDECLARED
+            if header is not None or f"{name}.{declared.LEAF}" in dtypes:
+                continue
+            what, advice = _OF_COMFYUI.get(leaf, "mxfp8"), _UNDECLARED
         elif scale_of_fp8 and len(shapes[key]) == 2 and shapes[key][1] > 1:
             what, advice = "block-wise fp8 (a scale a block)", f"ComfyUI does not read it; {_BF16}"
         else:
@@ -57,9 +57,9 @@ def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | Non
 
 def require_declarations(
     path, shapes, dtypes, read: Callable[[str], torch.Tensor], header: str | None, prefix: str
-):
-    """Raises CheckpointError for layers declared in a format that this pack does not read or know. Keys are
-    without `prefix`."""
+) -> dict[str, declared.Declaration | None]:
+    """{layer: its Declaration, None where it has one that is no JSON}. Raises CheckpointError for layers
+    declared in a format that this pack does not read or know. Keys are without `prefix`."""
 
     def checked(where, parse):
         try:
@@ -79,11 +79,12 @@ def require_declarations(
             )
     for name, declaration in found.items():
         dtype = dtypes.get(f"{name}.weight")
-        if declaration is not None and dtype in FP8.values() and declaration.format not in FP8:
+        if declaration is not None and dtype in FP8.values() and declaration.format not in (*FP8, MXFP8):
             raise CheckpointError(
                 f"{path}: {name}.weight: declared as {declaration.format}, found {dtype}. Export the file "
                 "again."
             )
+    return found
 
 
 def _of_tensor(*stored):

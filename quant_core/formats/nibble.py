@@ -5,7 +5,8 @@ Metadata key "nibble": {"version", "family", "layers": {name: LinearSpec}, "prov
 keys are ComfyUI's module names with the suffixes that LinearSpec lists. Version 2 has "base3" beside: names
 of layers whose `weight` holds the trits of all in-channels of a row five a byte, uint8 (N, ceil(K / 5)), and
 not as in memory, four a byte. Version 3 has "origin" (see `origin`), whose tensors are there as
-"nibble_beside.<name>", and tensors that stop ComfyUI's own loader (see `stop`).
+"nibble_beside.<name>", and tensors that stop ComfyUI's own loader (see `stop`). Version 4 is written where
+a layer is on a grid of its own (nvfp4), so that versions of the pack before it say to update.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.operator.codes import INT
 from ...kernels.operator.packing import TRITS, pack, pack_base3, unpack, unpack_base3
 from ...kernels.operator.spec import TENSOR_NAMES, SpecError
 from ..families import UnknownArchitecture, by_name
@@ -26,7 +28,7 @@ from . import spec_json, stop
 from .opened import Opened
 from .origin import Origin
 
-VERSION = 3  # 2, up to 0.5, had no origin; 1, up to 0.3, no base 3 either
+VERSION = 4  # 3 had no grids; 2, up to 0.5, no origin; 1, up to 0.3, no base 3 either
 BESIDE = "nibble_beside."
 _LEAVES = frozenset(TENSOR_NAMES) - {"weight", "bias", "transform"}  # of quantized layers alone
 
@@ -63,7 +65,7 @@ def save(
     origin = origin or Origin()
     tensors |= {f"{BESIDE}{name}": t for name, t in origin.beside.items()} | stop.tensors()
     header = {
-        "version": VERSION,
+        "version": VERSION if any(layer.spec.grid != INT for layer in layers.values()) else 3,
         "family": family,
         "layers": {name: spec_json.to_json(layer.spec) for name, layer in layers.items()},
         "provenance": provenance,

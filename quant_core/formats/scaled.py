@@ -20,9 +20,10 @@ PACKED = ("I8", "U8", "I16", "I32", "I64")
 
 
 class Scales:
-    """What stands beside the weights of an fp8 checkpoint. keys: of the tensors that are no part of the
-    model. phrase: on its weights in fp8 and their scales, "" without any; values: how many numbers are in
-    fp8.
+    """What stands beside the weights of an fp8 checkpoint.
+
+    keys: of the tensors that are no part of the model; kinds: {ComfyUI's name of the dtype: weights in it};
+    phrase: on them and their scales, "" without any; values: how many numbers are in fp8.
 
     Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a
     scalar or one a row.
@@ -70,6 +71,7 @@ class Scales:
 
     def _phrase(self, held, shapes) -> str:
         weights = [key for key in held if key.endswith(".weight") and len(shapes[key]) > 1]
+        self.kinds = Counter(held[key] for key in weights)
         kinds = Counter(f"{held[key]} with {self._grain(key, shapes)}" for key in weights)
         words = [f"{count} weights in {kind}" for kind, count in kinds.most_common()]
         return ", ".join(

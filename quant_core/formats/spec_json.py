@@ -2,21 +2,23 @@
 
 from dataclasses import asdict, fields
 
+from ...kernels.operator.codes import INT
 from ...kernels.operator.errors import shortened
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, SpecError, WeightSpec
 
 WHOLE = 2**31  # sizes are below
 _LATER: dict[type, dict] = {
-    ActivationSpec: {"clip": 1.0},
-    PartSpec: {"kronecker": (), "per_slice": False},
+    ActivationSpec: {"clip": 1.0, "grid": INT, "either": False},
+    WeightSpec: {"grid": INT},
+    PartSpec: {"kronecker": (), "per_slice": False, "principal": 0},
     LinearSpec: {"order": False, "padding": 0, "spatial": 0},
 }  # fields that older files do not have
 _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def to_json(spec: LinearSpec) -> dict:
-    """Without the fields of learned transforms, order, padding and convolutions where there are none, as
-    versions before 0.3 wrote it."""
+    """Without the fields of learned transforms, principal components, order, padding, convolutions and grids
+    where there are none, as versions before 0.3 wrote it."""
     data = asdict(spec)
     for name in ("order", "padding", "spatial"):
         if not data[name]:
@@ -24,6 +26,12 @@ def to_json(spec: LinearSpec) -> dict:
     for part in data["parts"]:
         if not part["kronecker"]:
             del part["kronecker"], part["per_slice"]
+        if not part["principal"]:
+            del part["principal"]
+        for codes in (part["weight"], part["activation"]):
+            if codes is not None and codes["grid"] == INT:
+                del codes["grid"]
+                codes.pop("either", None)
     return data
 
 

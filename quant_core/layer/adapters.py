@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...kernels.lora import with_lora
-from ...kernels.operator.packing import unpack
+from ...kernels.operator.codes import NVFP4
 from ...kernels.operator.transforms import kronecker
 from .assemble import shift_correction
 from .linear import QuantizedLayer
@@ -133,13 +133,15 @@ class Side:
         """(spec, {name: tensor}) of the layer with gain and low rank in its own tensors; the packed weight is
         not among them.
 
-        proj_* in `dtype`; weight_scale in fp32 where there is a gain: 16 bits would round it a second time.
+        proj_* in `dtype`; where there is a gain, weight_scale in fp32, as 16 bits would round it a second
+        time, or outer_scale on the nvfp4 grid.
         "bias_offset" (N,), fp32, where activations are shifted: the bias holds the correction for the weight
         without the gain.
         """
         changed = {}
         if self.gain is not None:
-            changed["weight_scale"] = layer.tensors["weight_scale"].float() * self.gain
+            of_rows = "outer_scale" if layer.spec.grid == NVFP4 else "weight_scale"
+            changed[of_rows] = layer.tensors[of_rows].float() * self.gain
             if layer.spec.rank:
                 changed["proj_up"] = layer.tensors["proj_up"].float() * self.gain[:, None]
             if (correction := bias_correction(layer)) is not None:
@@ -158,7 +160,7 @@ def bias_correction(layer: QuantizedLayer) -> torch.Tensor | None:
     """What the bias of a layer with shifted activations holds beside the model's own: minus this, (N,) fp32;
     None without a shift."""
     found = [
-        shift_correction(unpack(packed, part.weight.bits), scales.T, part, smooth)
+        shift_correction(part.weight.unpack(packed), scales.T, part, smooth)
         for part, packed, scales, smooth in layer.spec.split(layer.tensors)
         if part.activation is not None and part.activation.shift
     ]

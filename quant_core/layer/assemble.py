@@ -5,37 +5,14 @@ from typing import cast
 
 import torch
 
-from ...kernels.operator.packing import pack
-from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize, quantize_activation
+from ...kernels.operator import nvfp4
+from ...kernels.operator.codes import NVFP4
+from ...kernels.operator.quantizers import dequantize, quantize_activation
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec
 from ...kernels.operator.transforms import fold_weight, transform_activation
 from .chunks import row_chunks
 from .linear import QuantizedLayer
 from .problem import Fitted, Problem
-
-
-def weight_codes(
-    weight: torch.Tensor, spec, dtype: torch.dtype, scale_of=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest: weight (N, K) fp32 -> codes (N, K) int8, scales (N, G) in `dtype`.
-
-    scale_of(weight) -> (N, G): from absmax if not given. The codes are rounded against the stored scale, so
-    that its own rounding costs nothing.
-    """
-    scale = (
-        absmax_scale(weight, spec.bits, spec.granularity, spec.group)
-        if scale_of is None
-        else scale_of(weight)
-    )
-    scale = scale.to(dtype)
-    scale = scale.clamp(min=torch.finfo(dtype).tiny)
-    return quantize(
-        weight,
-        scale.float(),
-        spec.bits,
-        spec.granularity,
-        spec.group,
-    ), scale.expand(weight.shape[0], -1)
 
 
 def round_part(
@@ -51,24 +28,21 @@ def round_part(
     R)) or None."""
     n, width = weight.shape
     codes = torch.empty(n, width, dtype=torch.int8, device=weight.device)
-    scales = torch.empty(n, part.scale_rows, dtype=scale_dtype, device=weight.device)
+    held = torch.float32 if part.weight.grid == NVFP4 else scale_dtype
+    scales = torch.empty(n, part.scale_rows, dtype=held, device=weight.device)
     # A scale for the whole tensor needs the whole tensor.
     for rows in (
         [slice(None)] if part.weight.granularity == "tensor" else row_chunks(n, width, device=weight.device)
     ):
-        codes[rows], scales[rows] = weight_codes(
-            folded(
-                weight,
-                rows,
-                part,
-                smooth,
-                low_rank,
-                factors,
-            ),
-            part.weight,
-            scale_dtype,
-            scale_of,
+        chunk = folded(
+            weight,
+            rows,
+            part,
+            smooth,
+            low_rank,
+            factors,
         )
+        codes[rows], scales[rows] = part.weight.rounded(chunk, scale_dtype, scale_of)
     return codes, scales
 
 
@@ -85,6 +59,8 @@ def folded(
     if low_rank is not None:
         down, up = low_rank
         chunk = torch.addmm(chunk, up[rows].float(), down.float().T, alpha=-1)
+    if smooth is None and factors is None and not part.rotation:
+        return chunk
     return fold_weight(chunk, smooth, part.rotation, factors)
 
 
@@ -177,7 +153,13 @@ def output_error(part: FittedPart, x: torch.Tensor, y: torch.Tensor) -> float:
     if act is None:
         tx = transform_activation(x, smooth, spec.rotation, factors=part.factors)
     else:
-        codes, scale = quantize_activation(x, spec, smooth, part.factors)
+        codes, scale = quantize_activation(
+            x,
+            spec,
+            smooth,
+            part.factors,
+            part.low_rank and part.low_rank[0],
+        )
         tx = dequantize(codes, scale, act.granularity, act.group)
         if act.shift:
             # Quantized weights also multiply the shift, which the bias takes back.
@@ -207,23 +189,31 @@ def fit_parts(problem: Problem, fit_part) -> Fitted:
     return Fitted(assemble(problem, parts), choices)
 
 
+def scale_tensors(scales: list[torch.Tensor], grid: str) -> dict[str, torch.Tensor]:
+    """The tensors of a LinearSpec that hold the scales (N, G) of its parts: weight_scale, and beside it
+    outer_scale on the nvfp4 grid."""
+    if grid != NVFP4:
+        return {"weight_scale": torch.cat([s.T for s in scales]).contiguous()}
+    inner, outer = zip(*map(nvfp4.split, scales), strict=True)
+    return {"weight_scale": torch.cat(inner, 1), "outer_scale": torch.stack(outer)}
+
+
 def assemble(problem: Problem, parts: list[FittedPart], order: torch.Tensor | None = None) -> QuantizedLayer:
     """A layer from its parts, which are side by side. order (K,): the raw in-channel at each place, None as
     they are."""
-    tensors = {
-        "weight": torch.cat([pack(p.codes, p.spec.weight.bits) for p in parts], 1),
-        "weight_scale": torch.cat([p.scales.T for p in parts]).contiguous(),
-    }
+    dtype = problem.dtype
+    tensors = {"weight": torch.cat([p.spec.weight.pack(p.codes) for p in parts], 1)}
+    tensors |= scale_tensors([p.scales for p in parts], parts[0].spec.weight.grid)
     if any(p.smooth is not None for p in parts):
         ones = [
             torch.ones(p.spec.width, device=problem.weight.device) if p.smooth is None else p.smooth
             for p in parts
         ]
-        tensors["smooth_factor"] = torch.cat([o.to(problem.dtype) for o in ones])
+        tensors["smooth_factor"] = torch.cat([o.to(dtype) for o in ones])
     if branches := [p.low_rank for p in parts if p.low_rank is not None]:
-        tensors["proj_down"] = torch.cat([down for down, _ in branches]).to(problem.dtype)
-        tensors["proj_up"] = torch.cat([up for _, up in branches], 1).to(problem.dtype)
-    if learned := [f.to(problem.dtype).flatten(1) for p in parts for f in p.factors or ()]:
+        tensors["proj_down"] = torch.cat([down for down, _ in branches]).to(dtype)
+        tensors["proj_up"] = torch.cat([up for _, up in branches], 1).to(dtype)
+    if learned := [f.to(dtype).flatten(1) for p in parts for f in p.factors or ()]:
         tensors["transform"] = torch.cat(
             [torch.cat(pair, 1).flatten() for pair in zip(learned[::2], learned[1::2], strict=True)]
         )

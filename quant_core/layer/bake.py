@@ -30,9 +30,9 @@ def bake(layer: QuantizedLayer, side: Side, rank: int = 0, bias: torch.Tensor | 
     layer's own.
 
     rank 0: every column is kept, and only the rounding to 16 bit is lost. Otherwise at most `rank` columns in
-    all, the layer's own included: the best fit of the branch in the Frobenius norm, part by part. Kronecker
-    products and dense differences need a rank; raises RankNeeded without one, UnfitLayer where the adapter's
-    numbers leave fp32 or the dtype of the branch.
+    all, the layer's own included: the best fit of the branch in the Frobenius norm, part by part, but for
+    principal components, which stay. Kronecker products and dense differences need a rank; raises RankNeeded
+    without one, UnfitLayer where the adapter's numbers leave fp32 or the dtype of the branch.
     """
     dtype = layer.tensors["proj_up"].dtype if layer.spec.rank else _half(layer)
     full = _residual(side)
@@ -90,21 +90,29 @@ def _residual(side: Side):
 
 def _cut(spec, tensors, full, rank):
     """(spec, tensors) with the branch, plus the matrix `full` (N, K) or None, cut down to `rank` columns a
-    part."""
-    downs, ups = [], []
+    part, of which principal components stay as they are."""
+    downs, ups, most = [], [], max(p.principal for p in spec.parts)
+    if rank <= most:
+        raise RankNeeded(
+            f"{most} columns of the low-rank branch are principal components, which stay: set rank to "
+            f"{most + 1} at least, 64 for example."
+        )
     rank = min(rank, spec.out_features, *(p.width for p in spec.parts))
     for i, part in enumerate(spec.parts):
-        columns, pair = slice(part.start, part.stop), None
+        columns, pair, kept = slice(part.start, part.stop), None, None
         if spec.rank:
             up = tensors["proj_up"][:, i * spec.rank : (i + 1) * spec.rank].float()
-            pair = tensors["proj_down"][columns].float(), up
+            down = tensors["proj_down"][columns].float()
+            kept = down[:, : part.principal], up[:, : part.principal]
+            pair = down[:, part.principal :], up[:, part.principal :]
         if full is None:
-            v, u = _recompressed(*pair, rank)
+            made = _recompressed(*pair, rank - part.principal)
         else:
             rows_of = lambda rows, pair=pair, columns=columns: (
                 full[rows, columns] + (0 if pair is None else pair[1][rows] @ pair[0].T)
             )
-            v, u = truncated(rows_of, (spec.out_features, part.width), rank)
+            made = truncated(rows_of, (spec.out_features, part.width), rank - part.principal)
+        v, u = made if kept is None else (torch.cat(two, 1) for two in zip(kept, made, strict=True))
         downs.append(v)
         ups.append(u)
     parts = tuple(replace(p, rank=rank) for p in spec.parts)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...kernels.dispatch import quant_linear
-from ...kernels.operator.packing import unpack
+from ...kernels.operator.codes import NVFP4
 from ...kernels.operator.quantizers import dequantize
 from ...kernels.operator.spec import TENSOR_NAMES, LinearSpec, SpecError
-from ...kernels.operator.transforms import channels_first, channels_last, unfold_weight
+from ...kernels.operator.transforms import channels_first, channels_last, to_transformed, unfold_weight
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -28,14 +28,16 @@ class QuantizedLayer:
                 f"layer {self.name}: its description asks for the tensors {sorted(wanted)}, found "
                 f"{sorted(self.tensors)}"
             )
+        whole = {"weight": torch.int8, "channel_order": torch.int32, "outer_scale": torch.float32}
+        if self.spec.parts[0].weight.grid == NVFP4:
+            whole["weight_scale"] = torch.float8_e4m3fn
         for key, shape in wanted.items():
             tensor = self.tensors[key]
             if tuple(tensor.shape) != shape:
                 raise SpecError(
                     f"layer {self.name}: {key} should have the shape {shape}, found {tuple(tensor.shape)}"
                 )
-            whole = {"weight": torch.int8, "channel_order": torch.int32}.get(key)
-            if tensor.dtype not in (_FLOATS if whole is None else (whole,)):
+            if tensor.dtype not in ((whole[key],) if key in whole else _FLOATS):
                 raise SpecError(f"layer {self.name}: {key} has the dtype {tensor.dtype}")
             if (
                 key == "channel_order"
@@ -73,7 +75,11 @@ class QuantizedLayer:
         parts = zip(self.spec.split(self.tensors), self.spec.factors(self.tensors), strict=True)
         for i, ((part, packed, scales, smooth), factors) in enumerate(parts):
             grain = "group" if part.scale_rows > 1 else "channel"
-            folded = dequantize(unpack(packed, part.weight.bits), scales.float().T, grain, part.weight.group)
+            folded = dequantize(part.weight.unpack(packed), scales.float().T, grain, part.weight.group)
+            if part.principal:  # what the components took out of Tx does not meet these codes
+                down = self.tensors["proj_down"][part.start : part.stop, : part.principal]
+                v = to_transformed(down, smooth, part.rotation)
+                folded = folded - (folded @ v) @ v.T
             weight = unfold_weight(folded, smooth, part.rotation, factors)
             if part.rank:
                 up = self.tensors["proj_up"][:, i * part.rank : (i + 1) * part.rank].float()
@@ -88,11 +94,7 @@ class QuantizedLayer:
         """The layer cut by out-channels, as for a model that keeps q, k and v apart. In-channel tensors are
         shared."""
         whole = ("smooth_factor", "proj_down", "transform", "channel_order")
-        cuts = {
-            k: t.split(sizes, 1 if k == "weight_scale" else 0)
-            for k, t in self.tensors.items()
-            if k not in whole
-        }
+        cuts = {k: t.split(sizes, self.spec.row_axis(k)) for k, t in self.tensors.items() if k not in whole}
         shared = {k: t for k, t in self.tensors.items() if k not in cuts}
         return [
             QuantizedLayer(

@@ -6,11 +6,12 @@ from math import prod
 import torch
 
 from ...kernels import spec_at_load
+from ...kernels.operator.codes import NVFP4
 from ...kernels.operator.spec import LinearSpec
 from ...kernels.target import Target
 
 TOKENS = 4608  # FLUX at 1024 x 1024 with 512 text tokens
-_BYTES = {"weight": 1, "channel_order": 4}
+_BYTES = {"weight": 1, "channel_order": 4, "outer_scale": 4}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Memory:
             verdict = "ComfyUI will load it in part and stream the rest"
         return [*out, f"this machine: {mib(self.free)} free of {mib(self.total)}; {verdict}"]
 
+    def short(self) -> str:
+        """One line that fits a node, e.g. "VRAM: 6.8 GB, and 0.3 GB to work in; this card has 24.0 GB"."""
+        scale, unit = (1e9, "GB") if self.weights >= 1e8 else (1e6, "MB")
+        need = f"VRAM: {self.weights / scale:.1f} {unit}, and {self.layer / scale:.1f} {unit} to work in"
+        if self.total is None:
+            return f"{need}; this machine has no GPU"
+        fits = "" if self.weights + self.layer <= self.total else ": ComfyUI will stream a part"
+        return f"{need}; this card has {self.total / scale:.1f} {unit}{fits}"
+
 
 def predict(specs: dict[str, LinearSpec], rest: int, target: Target, tokens: int = TOKENS) -> Memory:
     """rest: bytes of all tensors that belong to no quantized layer."""
@@ -59,7 +69,8 @@ def layer_bytes(spec: LinearSpec) -> int:
     """Of a layer's tensors, with side data in 16 bit but for scales of channels, which methods without groups
     keep in fp32."""
     grouped = any(p.scale_rows > 1 for p in spec.parts)
-    size = lambda name: _BYTES.get(name, 2 if name != "weight_scale" or grouped else 4)
+    of_scales = 1 if spec.grid == NVFP4 else 2 if grouped else 4
+    size = lambda name: _BYTES.get(name, 2 if name != "weight_scale" else of_scales)
     return sum(prod(shape) * size(name) for name, shape in spec.shapes().items())
 
 

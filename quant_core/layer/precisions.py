@@ -6,7 +6,7 @@ from typing import cast
 
 import torch
 
-from ...kernels.operator.packing import unpack
+from ...kernels.operator.codes import INT
 from ...kernels.operator.quantizers import absmax_scale, dequantize, quantize
 from ...kernels.operator.spec import ActivationSpec, LinearSpec, WeightSpec
 from .adapters import bias_correction
@@ -28,7 +28,7 @@ def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
     """
     codes, scales = [], []
     for part, packed, scale, _ in layer.spec.split(layer.tensors):
-        values = unpack(packed, part.weight.bits)
+        values = part.weight.unpack(packed)
         if part.scale_rows == 1:
             codes.append(values.to(torch.int8))
             scales.append(scale.float())
@@ -40,7 +40,8 @@ def in_int8(layer: QuantizedLayer) -> QuantizedLayer:
             rounded[rows] = quantize(weight, row_scale[rows], 8, "channel")
         codes.append(rounded)
         scales.append(row_scale.T)
-    tensors = layer.tensors | {"weight": torch.cat(codes, 1), "weight_scale": torch.cat(scales).contiguous()}
+    tensors = {k: t for k, t in layer.tensors.items() if k != "outer_scale"}
+    tensors |= {"weight": torch.cat(codes, 1), "weight_scale": torch.cat(scales).contiguous()}
     eight = QuantizedLayer(layer.name, layer.spec.as_int8(), tensors)
     before, after = bias_correction(layer), bias_correction(eight)
     if before is not None and after is not None:  # what the bias holds of a shift goes with the weights
@@ -80,6 +81,7 @@ def w8a8(problem: Problem, quantized: QuantizedLayer) -> QuantizedLayer:
             rank=0,
             kronecker=(),
             per_slice=False,
+            principal=0,
         )
         # Rounded as `assemble` stores it, and only then folded.
         smooth = None if smooth is None else smooth.to(problem.dtype).float()
@@ -94,6 +96,7 @@ def higher(spec: LinearSpec) -> list[str]:
         return []
     weights = {p.weight.bits for p in spec.parts}
     activations = {p.activation.bits for p in spec.parts if p.activation is not None}
-    offered = ["W4A8"] if weights == {4} and min(activations) < 8 else []
+    # Nothing multiplies e2m1 values by int8.
+    offered = ["W4A8"] if weights == {4} and min(activations) < 8 and spec.grid == INT else []
     offered += ["W8A8"] if min(weights) < 8 or min(activations) < 8 else []
     return [*offered, "16 bit"]

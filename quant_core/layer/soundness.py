@@ -20,9 +20,12 @@ class NonFiniteWeight(UnfitLayer):
 
 
 def largest(tensor: torch.Tensor) -> float:
-    """The largest magnitude, NaN where there is one; 0 of an empty tensor. One pass, no copy."""
+    """The largest magnitude, NaN where there is one; 0 of an empty tensor. One pass, no copy but of 8-bit
+    floats, which torch does not compare."""
     if not tensor.numel():
         return 0.0
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()
     low, high = tensor.aminmax()
     return float(torch.maximum(-low.float(), high.float()))
 

@@ -6,10 +6,11 @@ from typing import cast
 
 import torch
 
-from ...kernels.operator.packing import pack, unpack
-from ...kernels.operator.quantizers import best_clip_scale, dequantize, quantize
+from ...kernels.operator.codes import NVFP4
+from ...kernels.operator.quantizers import best_clip_scale, dequantize
 from ...kernels.operator.spec import LinearSpec, PartSpec, SpecError
 from ...kernels.operator.transforms import fold_weight, unfold_weight
+from .assemble import scale_tensors
 from .chunks import power_db, row_chunks
 from .linear import QuantizedLayer
 
@@ -24,7 +25,11 @@ def rows_spec(name: str, specs: list[LinearSpec], share: bool = False) -> Linear
         differs = [
             f for f in ("in_features", "order", "padding", "spatial") if getattr(spec, f) != getattr(first, f)
         ]
-        if differs or [_unranked(p) for p in spec.parts] != [_unranked(p) for p in first.parts]:
+        if (
+            differs
+            or [_unranked(p) for p in spec.parts] != [_unranked(p) for p in first.parts]
+            or (not share and any(p.principal for p in spec.parts))  # each takes other components out of x
+        ):
             raise SpecError(
                 f"layer {name}: rows of layers that read x in different ways cannot be one layer: "
                 f"{first.describe()} of "
@@ -71,7 +76,9 @@ def stack_rows(name: str, layers: list[QuantizedLayer], share: bool = False) -> 
             )
     tensors = {key: layers[0].tensors[key] for key in one if key in layers[0].tensors}
     tensors["weight"] = _cat(name, "weight", layers)
-    tensors["weight_scale"] = _cat(name, "weight_scale", layers, 1)
+    for key in ("weight_scale", "outer_scale"):
+        if key in layers[0].tensors:
+            tensors[key] = _cat(name, key, layers, spec.row_axis(key))
     if spec.rank and share:
         tensors["proj_up"] = _cat(name, "proj_up", layers)
     elif spec.rank:
@@ -97,7 +104,12 @@ def stack_columns(name: str, layers: list[QuantizedLayer]) -> QuantizedLayer:
     filled up with zero columns to the largest, biases add up, in fp32 where their own dtype would round the
     sum. Raises SpecError."""
     spec = columns_spec(name, [layer.spec for layer in layers])
-    tensors = {"weight": _cat(name, "weight", layers, 1), "weight_scale": _cat(name, "weight_scale", layers)}
+    tensors = {"weight": _cat(name, "weight", layers, 1)}
+    tensors |= {
+        key: _cat(name, key, layers, 1 - spec.row_axis(key))
+        for key in ("weight_scale", "outer_scale")
+        if key in layers[0].tensors
+    }
     if any("smooth_factor" in layer.tensors for layer in layers):
         like = next(layer.tensors["smooth_factor"] for layer in layers if "smooth_factor" in layer.tensors)
         tensors["smooth_factor"] = torch.cat(
@@ -137,10 +149,16 @@ def split_columns(layer: QuantizedLayer, names: list[str]) -> list[QuantizedLaye
             f"transform, found {spec.describe()}"
         )
     out = []
-    for i, (name, (part, codes, scales, smooth)) in enumerate(
-        zip(names, spec.split(layer.tensors), strict=True)
-    ):
-        tensors = {"weight": codes.contiguous(), "weight_scale": scales.contiguous()}
+    row = 0
+    for i, (name, (part, codes, _, smooth)) in enumerate(zip(names, spec.split(layer.tensors), strict=True)):
+        of_part = 1 - spec.row_axis("weight_scale"), row, part.scale_rows
+        tensors = {
+            "weight": codes.contiguous(),
+            "weight_scale": layer.tensors["weight_scale"].narrow(*of_part).contiguous(),
+        }
+        row += part.scale_rows
+        if "outer_scale" in layer.tensors:
+            tensors["outer_scale"] = layer.tensors["outer_scale"][i : i + 1].contiguous()
         if smooth is not None:
             tensors["smooth_factor"] = smooth
         if spec.rank:
@@ -177,15 +195,20 @@ def resmooth(layer: QuantizedLayer, smooth: torch.Tensor) -> tuple[QuantizedLaye
         )
     grain, group, bits = part.weight.granularity, part.weight.group, part.weight.bits
     old, codes, scales = tensors["smooth_factor"].float(), [], []
-    held, packed = tensors["weight_scale"], tensors["weight"]
+    ((_, packed, held, _),) = layer.spec.split(tensors)
     error = energy = 0.0
     for rows in row_chunks(layer.spec.out_features, layer.spec.in_features):
         weight = unfold_weight(
-            dequantize(unpack(packed[rows], bits), held[:, rows].T.float(), grain, group), old, part.rotation
+            dequantize(part.weight.unpack(packed[rows]), held[:, rows].T.float(), grain, group),
+            old,
+            part.rotation,
         )
         new = fold_weight(weight, smooth.float(), part.rotation)
-        scale = best_clip_scale(new, bits, grain, group).to(held.dtype)
-        codes.append(quantize(new, scale.float(), bits, grain, group))
+        if part.grid == NVFP4:
+            scale = part.weight.scales(new)
+        else:
+            scale = best_clip_scale(new, bits, grain, group).to(held.dtype)
+        codes.append(part.weight.codes(new, scale.float()))
         scales.append(scale)
         again = unfold_weight(
             dequantize(codes[-1], scale.float(), grain, group), smooth.float(), part.rotation
@@ -194,11 +217,8 @@ def resmooth(layer: QuantizedLayer, smooth: torch.Tensor) -> tuple[QuantizedLaye
         if part.rank:
             weight = weight + tensors["proj_up"][rows].float() @ tensors["proj_down"].float().T
         energy += weight.double().square().sum().item()
-    tensors |= {
-        "weight": pack(torch.cat(codes), bits),
-        "weight_scale": torch.cat(scales).T.contiguous(),
-        "smooth_factor": smooth,
-    }
+    tensors |= {"weight": part.weight.pack(torch.cat(codes)), "smooth_factor": smooth}
+    tensors |= scale_tensors([torch.cat(scales)], part.grid)
     return QuantizedLayer(layer.name, layer.spec, tensors), power_db(energy, error)
 
 
@@ -212,7 +232,7 @@ def exact_sum(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _unranked(part: PartSpec) -> PartSpec:
-    return replace(part, rank=0)
+    return replace(part, rank=part.principal)
 
 
 def _same(a, b) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from ...kernels.operator.codes import four_bits
 from ..layer.problem import Fitted, Problem
 from ..layer.soundness import UnfitLayer, naming, require_finite_fit
 from . import convrot, native, robuq, rtn, splitquant, svdquant, weight_only
@@ -23,11 +24,19 @@ class Method:
     bits: int = 4
 
     def configured(self, **options):
-        """The config with `options` set. Raises ValueError for an option that the method does not have."""
+        """The config with `options` set. Raises ValueError for an option that the method does not have, and
+        for a grid that nobody has."""
         known = {f.name for f in fields(self.config)}
         if unknown := set(options) - known:
             raise ValueError(f"method {self.name} has no option {sorted(unknown)}; it has {sorted(known)}")
-        return replace(self.config, **options)
+        if "grid" in options:
+            four_bits(options["grid"])
+        return replace(self.config, **{name: _fixed(value) for name, value in options.items()})
+
+
+def _fixed(value):
+    """Lists, as JSON has them, as the tuples that the configs have."""
+    return tuple(map(_fixed, value)) if isinstance(value, (list, tuple)) else value
 
 
 METHODS = {
@@ -39,10 +48,22 @@ METHODS = {
             svdquant.fit,
             svdquant.SVDQuantConfig(rotation=256),
         ),
+        Method(
+            "svdquant_p",
+            "SVDQuant with a rotation and principal components",
+            svdquant.fit,
+            svdquant.SVDQuantConfig(rotation=256, principal=(0.5, 1.0)),
+        ),
         Method("svdquant", "SVDQuant", svdquant.fit, svdquant.SVDQuantConfig()),
         Method(
             "splitquant",
-            "SplitQuant (4 slices share a transform, no low rank)",
+            "SplitQuant (slices share a rotation, groups of 64, no low rank)",
+            splitquant.fit,
+            splitquant.ROTATED,
+        ),
+        Method(
+            "splitquant_4",
+            "SplitQuant (4 slices share a transform, per token and channel)",
             splitquant.fit,
             splitquant.SplitQuantConfig(),
         ),

@@ -3,6 +3,7 @@ calibration."""
 
 from dataclasses import dataclass
 
+from ...kernels.operator.codes import INT
 from ..layer.problem import Fitted, Problem
 from .rtn import RTNConfig
 from .rtn import fit as fit_rtn
@@ -11,9 +12,10 @@ from .rtn import fit as fit_rtn
 @dataclass(frozen=True)
 class ConvRotConfig:
     """rotation: largest block; the largest power of four that divides K and is not above it is taken
-    (comfy-kitchen)."""
+    (comfy-kitchen). grid: "int" as ComfyUI has it, or "nvfp4"."""
 
     rotation: int = 256
+    grid: str = INT
 
 
 def fit(problem: Problem, config: ConvRotConfig) -> Fitted:
@@ -22,4 +24,4 @@ def fit(problem: Problem, config: ConvRotConfig) -> Fitted:
         (s for s in (4, 16, 64, 256) if s <= config.rotation and problem.layer.in_features % s == 0),
         default=0,
     )
-    return fit_rtn(problem, RTNConfig(rotation=size))
+    return fit_rtn(problem, RTNConfig(rotation=size, grid=config.grid))

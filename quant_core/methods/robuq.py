@@ -49,6 +49,7 @@ class RobuQConfig:
     tokens: int = 256
     rough_rows: int = 512
     finalists: int = 2
+    principal: tuple = ()
 
 
 def fit(problem: Problem, config: RobuQConfig) -> Fitted:
@@ -82,9 +83,8 @@ class RobuQPart(PartFit):
         for spec, label, smooth in super()._candidates():
             yield self._with_clip(spec, self._sigma_clip(spec, smooth)), label, smooth
 
-    def _best_transform(self):
-        best = super()._best_transform()
-        return best if self.x is None else self._clipped(best)
+    def _transforms(self):
+        return [self._clipped(best) for best in super()._transforms()]
 
     def _refined(self, best, factor):
         best = self._whitened(best, factor)

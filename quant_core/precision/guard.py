@@ -1,6 +1,7 @@
 """What a quantized layer can be raised to, and what that brings on held-out tokens."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -9,8 +10,9 @@ from ..families import Layer
 from ..layer.linear import QuantizedLayer
 from ..layer.precisions import PRECISIONS, higher, w4a8, w8a8
 from ..layer.problem import Problem
-from ..run.layers import problem_of, require_statistics
+from ..run.layers import fitting_bytes, problem_of, require_statistics
 from ..run.source import Weights
+from ..store.workers import HERE, Workers
 from .budget import Unit, Upgrade
 from .measured import Measured, option_of, require_tokens
 
@@ -33,22 +35,38 @@ def measure(
     calibration: Calibration,
     allowed: Iterable[str] = PRECISIONS,
     device: str | torch.device = "cpu",
+    workers: Workers = HERE,
 ) -> Iterator[Measured]:
-    """Yields the numbers of each of the layers, all in `quantized` with something `higher`; keeps no tensor
-    from one to the next.
+    """Yields the numbers of each of the layers, all in `quantized` with something `higher`, in any order;
+    keeps no tensor from one to the next.
 
-    source: of the weights in full precision. Raises what `require_statistics` does, CalibrationError where
-    the calibration holds no token to judge by, and UnfitLayer.
+    source: of the weights in full precision; workers: who measures. Raises what `require_statistics` does,
+    CalibrationError where the calibration holds no token to judge by, and UnfitLayer.
     """
     layers = list(layers)
     require_statistics(layers, calibration)
-    for layer in layers:
-        problem = problem_of(layer, source, calibration, device, second_moments=False)
-        require_tokens(problem, calibration)
-        here = quantized[layer.name].to(device)
-        options = {name: option_of(problem, made) for name, made in raised(problem, here, allowed)}
+    unit = OneLayer(source, calibration, tuple(allowed), device)
+    pairs = [(layer, quantized[layer.name]) for layer in layers]
+    return workers.map(unit, pairs, lambda pair: pair[0].name, lambda pair: fitting_bytes(pair[0]))
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """Measures a layer that is quantized already."""
+
+    source: Weights
+    calibration: Calibration
+    allowed: tuple[str, ...]
+    device: str | torch.device
+
+    def __call__(self, pair: tuple[Layer, QuantizedLayer]) -> Measured:
+        layer, quantized = pair
+        problem = problem_of(layer, self.source, self.calibration, self.device, second_moments=False)
+        require_tokens(problem, self.calibration)
+        here = quantized.to(self.device)
+        options = {name: option_of(problem, made) for name, made in raised(problem, here, self.allowed)}
         now = (here.spec.precision, option_of(problem, here))
-        yield Measured(
+        return Measured(
             layer.name, layer.block, layer.in_features, layer.out_features, options=options, now=now
         )
 

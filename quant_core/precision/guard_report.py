@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ..layer.linear import QuantizedLayer
 from ..layer.row import Row
+from ..run.report import wrapped
 from .budget import Unit, Upgrade, decibel
 from .measured import Measured
 
@@ -35,74 +36,73 @@ class Decision:
         return sum(o.extra for o in self.chosen.values())
 
 
-def guard_text(decision: Decision, title: str) -> str:
-    """Totals, one line for each layer or block that changes, and what stays below what was asked for."""
+def guard_text(decision: Decision, title: str, told: str = "") -> str:
+    """Totals, two lines for each layer or block that changes, and what stays below what was asked for; lines
+    that fit a node. told: a verdict on the result."""
     d = decision
     kind = "block" if d.blocks else "layer"
     aim = (
-        f"every {kind} at {d.limit:g} dB or more at the least extra memory"
+        f"every {kind} at {d.limit:g} dB or more, at the least extra memory"
         if d.by == "quality"
-        else f"the least noise at {_kib(d.limit)} more or less"
+        else f"the least error at {_kib(d.limit)} more or less"
     )
-    lines = [f"{title}: {aim}; allowed: {', '.join(d.allowed)}"]
+    lines = [title, *told.splitlines(), f"Asked for: {aim}", f"Allowed: {', '.join(d.allowed)}"]
     if d.weight_only:
         lines.append(
-            f"Not measured and left as they are: {d.weight_only} weight-only layers, which quantize no "
-            "activations"
+            f"Not measured and left as they are: {d.weight_only} weight-only layers, whose inputs are not "
+            "quantized"
         )
     if not d.measured:
-        return "\n".join([*lines, "No layer with quantized activations is left to raise."])
+        return "\n".join(wrapped("\n".join([*lines, "No layer with quantized inputs is left to raise."])))
+    worst_first = sorted(d.units, key=lambda u: -u.noise / u.layers)
+    lines += [*_totals(d), *_changes(d, worst_first), *_left(d, worst_first)]
+    return "\n".join(wrapped("\n".join(lines)))
+
+
+def _totals(d: Decision) -> list[str]:
     count = {p: list(d.layers.values()).count(p) for p in d.allowed}
     kinds = ", ".join(f"{n} to {p}" for p, n in count.items() if n)
-    lines.append(
-        f"{len(d.layers)} of {len(d.measured)} measured layers raised" + (f": {kinds}" if kinds else "")
-    )
+    lines = [f"{len(d.layers)} of {len(d.measured)} measured layers raised" + (f": {kinds}" if kinds else "")]
     before = sum(m.here.nbytes for m in d.measured)
     budget = f" of {_kib(d.limit)} allowed" if d.by == "memory" else ""
-    lines.append(
-        f"Memory of these layers: {_kib(before)} -> {_kib(before + d.extra)}, {_signed(d.extra)}{budget}"
-    )
-    then = {m.name: (m.at(d.layers[m.name]) if m.name in d.layers else m.here).noise for m in d.measured}
-    mean = [sum(v) / len(d.measured) for v in ([m.here.noise for m in d.measured], then.values())]
-    worst = [max(v) for v in ([m.here.noise for m in d.measured], then.values())]
-    lines.append(
-        f"Noise on held-out tokens: mean {mean[0]:.3%} -> {mean[1]:.3%} of the signal ({_db(mean[0])} -> "
-        f"{_db(mean[1])}), "
-        f"worst layer {_db(worst[0])} -> {_db(worst[1])}"
-    )
+    lines.append(f"Their memory: {_kib(before)} -> {_kib(before + d.extra)}, {_signed(d.extra)}{budget}")
+    now = [m.here.noise for m in d.measured]
+    then = [(m.at(d.layers[m.name]) if m.name in d.layers else m.here).noise for m in d.measured]
+    mean = [_db(sum(noises) / len(noises)) for noises in (now, then)]
+    lines += [
+        f"Error on held-out tokens: mean {mean[0]} -> {mean[1]},",
+        f"  worst layer {_db(max(now))} -> {_db(max(then))} (20 dB: an output 10 % off, more is better)",
+    ]
     if d.layers:
         same = sum(p == "W4A8" for p in d.layers.values())
-        free = f" W4A8 costs no memory, only that: {same} of them." if same else ""
         lines.append(
-            "Raised layers are slower on cards with INT4 tensor cores: they run on the int8 ones, or in "
-            f"16 bit.{free}"
+            "W4A8: 4-bit weights, 8-bit inputs. Raised layers are slower on cards with INT4 tensor cores."
+            + f" W4A8 costs no memory, only that: {same} of them." * bool(same)
         )
-    worst_first = sorted(d.units, key=lambda u: -u.noise / u.layers)
-    return "\n".join([*lines, "", *_changes(d, worst_first), *_left(d, worst_first)])
+    return lines
 
 
 def _changes(d: Decision, worst_first: list[Unit]) -> list[str]:
-    """A line for each layer or block that changes, the worst first, under a heading."""
+    """Two lines for each layer or block that changes, the worst first, under a heading."""
     place = {u.name: i + 1 for i, u in enumerate(worst_first)}
     changed = [u for u in worst_first if u.name in d.chosen]
-    lines, width = [], max((len(u.name) for u in changed), default=0)
-    if changed:
-        kind = "block" if d.blocks else "layer"
-        lines.append(f"{kind:{width}}  {'from -> to':>14}  {'SQNR':>20}  {'memory':>12}  why")
+    lines = ["", "What changes:"] if changed else [""]
     for u in changed:
         upgrade = d.chosen[u.name]
         kinds = {m.what for m in d.measured if u.name in (m.name, m.block) and m.name in d.layers}
         what = f"{'/'.join(sorted(kinds))} -> {upgrade.precision}"
         arrow = f"{_db(u.noise / u.layers)} -> {_db(upgrade.noise / u.layers)}"
-        why = f"{_place(place[u.name], len(d.units))}; {_reason(d, u, upgrade)}"
-        lines.append(f"{u.name:{width}}  {what:>14}  {arrow:>20}  {_signed(upgrade.extra):>12}  {why}")
+        lines += [
+            f"{u.name}: {what}, {arrow}, {_signed(upgrade.extra)}",
+            f"  {_place(place[u.name], len(d.units))}; {_reason(d, u, upgrade)}",
+        ]
     return lines
 
 
 def _reason(d: Decision, u: Unit, upgrade: Upgrade) -> str:
     if d.by == "memory":
         share = (u.noise - upgrade.noise) / sum(m.here.noise for m in d.measured)
-        return f"takes away {share:.1%} of all noise"
+        return f"takes away {100 * share:.1f} % of all noise"
     text = f"below the target {d.limit:g} dB"
     if decibel(upgrade.noise / u.layers) < d.limit:
         return text + ", the nearest that the allowed precisions come"

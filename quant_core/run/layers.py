@@ -17,6 +17,9 @@ from ..methods import Method, fit_problem
 from .report import sensitive
 from .source import Weights
 
+# Bytes that a fit takes at the most, a weight and a second moment of the layer's widest part.
+FITTING_WEIGHTS, FITTING_MOMENTS = 40, 24
+
 
 def quantize_layers(
     layers: Iterable[Layer],
@@ -100,6 +103,13 @@ def not_quantizable(layer: Layer) -> str:
         if (part.stop - part.start) % GROUP:
             return f"in-channels {part.start}..{part.stop} do not divide by {GROUP}, and others follow them"
     return ""
+
+
+def fitting_bytes(layer: Layer) -> int:
+    """Memory that a fit of the layer takes, at the most: FITTING_WEIGHTS bytes a weight and FITTING_MOMENTS a
+    second moment."""
+    width = max(part.stop - part.start for part in layer.parts)
+    return FITTING_WEIGHTS * layer.in_features * layer.out_features + FITTING_MOMENTS * width * width
 
 
 def leave_out(layers: dict, rows: list[Row], plan: list[Layer]):

@@ -14,6 +14,7 @@ from ..layer.row import Row
 from ..methods import Method
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
+from ..store.workers import HERE, Workers
 from ..training.presets import UNTRAINED, Preset
 from ..training.trainer import Trainer, require_chain, require_trajectory
 from .layers import leave_out, require_statistics
@@ -76,15 +77,17 @@ def quantized(
     working: Callable[[], AbstractContextManager] = nullcontext,
     progress: Progress = silent,
     keep: bool = False,
+    workers: Workers = HERE,
 ) -> Iterator[Finished]:
     """Quantizes a model and yields it; `folder` keeps what is finished until the context ends without an
     error, or, with `keep`, for longer.
 
     lock: what no other run may work on, `folder` if not given; doing: what the other is told.
     trainer(folder): called where the job trains. begin(store): called before the work, for checks and
-    messages. working(): a context around the work. Raises Busy, the errors of Unfinished and of a Job before
-    anything is computed, those of `quantize_layers` and of Trainer later. Host memory: one layer in full
-    precision at a time, a block where it trains.
+    messages. working(): a context around the work. workers: who fits layers, each into
+    `folder`. Raises Busy, the errors of Unfinished and of a Job before anything is computed, those of
+    `quantize_layers` and of Trainer later. Host memory: one layer in full precision at a time, a block where
+    it trains.
     """
     with only_run(lock or folder, doing or f"quantizes with {job.method.name}"):
         store = Unfinished(folder, job.source.family.name, job.settings)
@@ -100,6 +103,7 @@ def quantized(
             store,
             job.preset,
             trains,
+            workers,
         )
         with working():
             for _ in progress(work, steps_of(job.plan, job.preset)):

@@ -5,7 +5,7 @@ from importlib import metadata
 
 import torch
 
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 
 
 def provenance(fingerprint: str, method: str, config, calibration, source: dict | None = None) -> dict:
@@ -26,3 +26,10 @@ def provenance(fingerprint: str, method: str, config, calibration, source: dict 
         "torch": str(torch.__version__),
         "safetensors": metadata.version("safetensors"),
     }
+
+
+def origins(provenance: dict) -> set[str]:
+    """Fingerprints of the models that a quantized model comes from; Nibble Swap Blocks joins two of them.
+    Other formats than the pack's own name none."""
+    found = {provenance["model"]} if provenance.get("model") else set()
+    return found.union(*(origins(provenance[side]) for side in ("a", "b") if side in provenance))

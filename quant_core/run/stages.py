@@ -3,7 +3,10 @@ finished is kept."""
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+
+import torch
 
 from ..calibration.file import Calibration
 from ..families import Layer
@@ -11,9 +14,10 @@ from ..layer.linear import QuantizedLayer
 from ..layer.problem import output_sqnr
 from ..layer.row import Row
 from ..methods import Method
+from ..store.workers import HERE, Workers
 from ..training.presets import UNTRAINED, Preset
 from ..training.trainer import Trainer
-from .layers import problem_of, quantize_layers
+from .layers import fitting_bytes, problem_of, quantize_layers
 from .source import Remembered, Weights, rest_of
 from .unfinished import Unfinished, hash_of
 
@@ -39,18 +43,27 @@ def quantize_blocks(
     store: Unfinished,
     preset: Preset = UNTRAINED,
     trainer: Trainer | None = None,
+    workers: Workers = HERE,
 ) -> Iterator[str]:
     """Quantizes all layers into `store`, and trains them where a preset says so; yields after each layer, or,
     with training, after each block and each run of blocks: `steps_of` times in all.
 
-    Arguments as in `quantize_layers`; trainer: None with UNTRAINED. `finished` reads the result. What is in
-    the store is not done again, unless the weights it was made from have changed since.
+    Arguments as in `quantize_layers`; trainer: None with UNTRAINED; workers: who fits the layers, with a
+    training those of one block at a time; training itself is done here, since what a block is trained on
+    comes from the trained blocks before it. `finished` reads the result. What is in the store is not done
+    again, unless the weights it was made from have changed since.
     """
-    source = Remembered(source)
-    fit = lambda members: list(quantize_layers(members, source, method, config, calibration, device))
     if preset == UNTRAINED:
-        yield from _layer_by_layer(plan, fit, store, source)
+        unit = OneLayer(source, method, config, calibration, device, store)
+        yield from workers.map(unit, plan, lambda layer: layer.name, fitting_bytes)
         return
+    one = Fit(source, method, config, calibration, device)
+    source = Remembered(source)
+
+    def fit(members):
+        found = workers.map(one, members, lambda layer: layer.name, fitting_bytes)
+        made = {row.name: (layer, row) for layer, row in found}
+        return [made[layer.name] for layer in members]
 
     def trained(stop, members, layers, rows, name, made_from):
         return _train(trainer, stop, members, layers, rows, name, made_from, source, calibration, device)
@@ -106,13 +119,43 @@ def _run_by_run(blocks, source, trained, store, preset, trainer) -> Iterator[str
         yield name
 
 
-def _layer_by_layer(plan, fit, store, source) -> Iterator[str]:
-    for layer in plan:
+@dataclass(frozen=True)
+class Fit:
+    """Fits a layer; gives it, None where it stays in 16 bit, and its row. May be pickled where `source`
+    may."""
+
+    source: Weights
+    method: Method
+    config: object
+    calibration: Calibration | None
+    device: str | torch.device
+
+    def __call__(self, layer: Layer) -> tuple[QuantizedLayer | None, Row]:
+        ((made, row),) = quantize_layers(
+            [layer], self.source, self.method, self.config, self.calibration, self.device
+        )
+        return made, row
+
+
+@dataclass(frozen=True)
+class OneLayer:
+    """Fits a layer into the store, unless it is there, made from the same weights; gives its name. May be
+    pickled where `source`, a file, may."""
+
+    source: Weights
+    method: Method
+    config: object
+    calibration: Calibration | None
+    device: str | torch.device
+    store: Unfinished
+
+    def __call__(self, layer: Layer) -> str:
+        source = Remembered(self.source)
         made_from = source.hash_of(layer.name)
-        if store.take(layer.name, made_from) is None:
-            ((made, row),) = fit([layer])
-            store.save(layer.name, made_from, {} if made is None else {layer.name: made}, [row])
-        yield layer.name
+        if self.store.take(layer.name, made_from) is None:
+            made, row = Fit(source, self.method, self.config, self.calibration, self.device)(layer)
+            self.store.save(layer.name, made_from, {} if made is None else {layer.name: made}, [row])
+        return layer.name
 
 
 def _chained(before: str, sources: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -48,6 +49,20 @@ def save_tensors(path: Path, tensors: dict, metadata: dict[str, str]):
     require_room(path, size)
     with replacing(path, size) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+        _in_order(temporary)
+
+
+def _in_order(path: Path):
+    """Puts the header's entries in the order of their names: safetensors writes them in any, and the same
+    content is to be the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # as long as before, unless safetensors escapes otherwise
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def save_text(path: Path, text: str):
@@ -77,13 +92,18 @@ def require_writable(path: Path, needed: int = 0):
     whose result goes there."""
     path = Path(path)
     _require_replaceable(path)
+    _require_takes_files(path, path.parent)
+    require_room(path, needed)
+
+
+def _require_takes_files(path, folder):
+    """Raises OSError naming `path` where no file can be put into `folder`, which is made."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error}). Choose another place.") from error
-    require_room(path, needed)
 
 
 def _require_replaceable(path):
@@ -104,10 +124,9 @@ def require_folder(path: Path):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: a file. Name a folder to write into.")
-    there = path.exists()
-    require_writable(path / "file")
-    if not there:
-        path.rmdir()
+    # One that is not there is not made to see whether it can be: another run that asks at the same moment
+    # would lose it under its hands.
+    _require_takes_files(path, path if path.is_dir() else path.parent)
 
 
 def require_room(path: Path, needed: int):

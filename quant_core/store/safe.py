@@ -13,8 +13,8 @@ from ...kernels.operator.errors import NamedError, shortened
 LONGEST = 32 * 2**20
 MEMORY = 180 * 10**6  # bytes that parsing a header may take
 GGUF = (
-    "a GGUF file, already quantized. Load it with Unet Loader (GGUF) of ComfyUI-GGUF; to quantize, start "
-    "from the bf16 safetensors file"
+    "a GGUF file. Unet Loader (GGUF) of ComfyUI-GGUF loads it; `nibble quantize` takes it as a source, the "
+    "bf16 safetensors file is the better one"
 )
 
 
@@ -65,12 +65,22 @@ class SafeFile:
             ) from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    if not Path(path).is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def open_safetensors(path: Path) -> SafeFile:
     """The safetensors file at `path`. Raises CheckpointError naming it, and saying what it seems to be.
     Pickles are never opened."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: not found")
+    if is_gguf(path):
+        raise CheckpointError(f"{path}: {GGUF}.")
     with open(path, "rb") as f:
         start = f.read(16)
         # A safetensors file starts with the length of its header, which may look like anything, then the
@@ -80,8 +90,6 @@ def open_safetensors(path: Path) -> SafeFile:
                 f"{path}: a pickled PyTorch file, which can run code when opened. Convert it to "
                 "safetensors first."
             )
-        if start[:4] == b"GGUF":
-            raise CheckpointError(f"{path}: {GGUF}.")
         f.seek(8)
         _require_small(path, int.from_bytes(start[:8], "little"), f)
     return SafeFile(path)

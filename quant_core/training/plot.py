@@ -3,25 +3,21 @@
 import json
 from pathlib import Path
 
-from ..store.atomic import replacing
+from ..charts.curves import curves
+from ..charts.sheet import save
+
+MOST = 8  # runs with a line of their own, as many as there are colours
 
 
 def plot(path: Path, losses: Path):
-    """The losses of every run, of Trainer's JSON file, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    """The losses of the runs in Trainer's JSON file, as a PNG: of all, or of those that gained most. Raises
+    ImportError without matplotlib."""
     runs = json.loads(Path(losses).read_text(encoding="utf-8"))
-    figure, axis = plt.subplots(figsize=(9, 5))
-    for name, run in runs.items():
-        axis.plot(run["losses"], label=f"{name} ({run['gain_db']:+.1f} dB held out)", linewidth=1)
-    axis.set_yscale("log")
-    axis.set_xlabel("step")
-    axis.set_ylabel("loss, 1 at the start of a run")
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=90, format="png")
-    plt.close(figure)
+    gained = sorted(runs, key=lambda name: -runs[name]["gain_db"])[:MOST]
+    lines = {
+        f"{name}, {runs[name]['gain_db']:+.1f} dB": list(enumerate(runs[name]["losses"])) for name in gained
+    }
+    gloss = "1 at the start of a run; dB: what it gained on held-out inputs."
+    if len(runs) > MOST:
+        gloss = f"1 at the start of a run; the {MOST} of {len(runs)} that gained most."
+    save(path, [curves("Loss of the training", gloss, lines, "step", log=True)])

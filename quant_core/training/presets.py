@@ -27,11 +27,13 @@ TRANSFORMS = TrainConfig(("transform", "smooth", "clip"), steps=100, rate=5e-3, 
 TERNARY = TrainConfig(
     ("scale", "threshold", "low_rank", "clip", "bias"), steps=120, rate=2e-3, calls=4, coherence=4.0
 )
+SPLIT = {
+    "standard": Preset(None, TRANSFORMS),
+    "best": Preset(TRANSFORMS, replace(TRANSFORMS, steps=300, affine=True)),
+}
 PRESETS = {
-    "splitquant": {
-        "standard": Preset(None, TRANSFORMS),
-        "best": Preset(TRANSFORMS, replace(TRANSFORMS, steps=300, affine=True)),
-    },
+    "splitquant": SPLIT,  # smoothing and clips alone; held-out inputs kept the start where it was tried
+    "splitquant_4": SPLIT,
     "robuq": {
         "standard": Preset(None, TERNARY),
         "best": Preset(TERNARY, replace(TERNARY, steps=400)),
@@ -48,7 +50,5 @@ def preset(method: str, name: str) -> Preset:
     if name == "none":
         return UNTRAINED
     if method not in PRESETS:
-        raise ValueError(
-            f"method {method} has no training; {' and '.join(PRESETS)} have. Set training to none."
-        )
+        raise ValueError(f"method {method} has no training; {', '.join(PRESETS)} have. Set training to none.")
     return PRESETS[method][name]

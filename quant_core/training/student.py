@@ -11,8 +11,10 @@ from typing import cast
 
 import torch
 
+from ...kernels.operator.codes import INT
 from ...kernels.operator.packing import unpack
 from ...kernels.operator.quantizers import TINY, code_range, grouped
+from ...kernels.operator.spec import SpecError
 from ...kernels.operator.transforms import fold_weight, kronecker, transform_activation
 from ..layer.assemble import FittedPart, assemble
 from ..layer.linear import QuantizedLayer
@@ -86,6 +88,15 @@ class Student(torch.nn.Module):
         if self.order is not None:  # everything inside is in the order of the parts
             problem = replace(problem, weight=problem.weight.index_select(1, self.order))
         self.problem, self.kinds = problem, frozenset(kinds)
+        if any(p.principal for p in start.spec.parts):
+            raise SpecError(
+                f"layer {start.name}: layers with principal components are not trained; set principal to ()"
+            )
+        if start.spec.grid != INT:
+            raise SpecError(
+                f"layer {start.name}: layers on the {start.spec.grid} grid are not trained; set training to "
+                "none, or take integer codes"
+            )
         tensors, rank = start.tensors, start.spec.rank
         parts = zip(start.spec.split(tensors), start.spec.factors(tensors), strict=True)
         self.parts = torch.nn.ModuleList()

@@ -52,7 +52,8 @@ def clip(width):
 
 def vae(channels):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(latent_channels=channels, block_out_channels=(4,) * 4, norm_num_groups=2, **blocks)
+    sizes = {"latent_channels": channels, "block_out_channels": (4,) * 4, "norm_num_groups": 2}
+    return AutoencoderKL(shift_factor=0.1, **sizes, **blocks)
 
 
 def flux(state):

@@ -16,7 +16,9 @@ from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.stages import finished, quantize_blocks
 from comfyui_nibble.quant_core.run.unfinished import Unfinished
+from comfyui_nibble.quant_core.store.workers import HERE
 from comfyui_nibble.quant_core.training.presets import UNTRAINED
+from comfyui_nibble.tests.support import single_thread
 
 SAMPLES, TIMES, SIDE = 3, (1.0, 0.7, 0.3), 4  # the last sample is held out
 
@@ -53,9 +55,10 @@ class Small:
         self,
         folder,
         preset,
-        name="splitquant",
+        name="splitquant_4",
         check=lambda: None,
         progress=lambda items: list(items),
+        workers=HERE,
         **options,
     ):
         """({layer: quantized}, rows, trainer)."""
@@ -64,7 +67,8 @@ class Small:
         trainer = self.trainer(store.folder, check, preset)
         config = method.configured(**options)
         work = quantize_blocks(
-            self.plan, self.checkpoint, method, config, self.calibration, "cpu", store, preset, trainer
+            self.plan, self.checkpoint, method, config, self.calibration, "cpu", store, preset, trainer,
+            workers,
         )  # fmt: skip
         progress(work)
         return *finished(self.plan, preset, store), trainer
@@ -104,7 +108,5 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Layers this small take longer to share out than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield

@@ -5,7 +5,6 @@ Flow matching on the procedural pictures of `quant_core/evaluation/demo/pictures
 average of the weights in bfloat16, in ComfyUI's key names. About 35 minutes on two CPU cores.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -13,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from safetensors.torch import save_file
 from tqdm import trange
 
 from comfyui_nibble.quant_core.evaluation.demo import pictures, tiny_flux
+from comfyui_nibble.tests.assets.flow_training import follow, save, start_at_identity
 
 
 def batch(rng, size):
@@ -37,12 +36,7 @@ def main(
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = tiny_flux.build()
-    for name, parameter in model.named_parameters():
-        # adaLN starts at identity, as in the original training of DiT models.
-        if ("norm" in name and name.endswith(("linear.weight", "linear.bias"))) or name.startswith(
-            "proj_out"
-        ):
-            torch.nn.init.zeros_(parameter)
+    start_at_identity(model)
     average = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(
@@ -60,17 +54,11 @@ def main(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        decay = min(0.998, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                average[key].lerp_(value, 1 - decay)
+        follow(average, model, step)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
         if step % 500 == 499 or step == steps - 1:
-            state = {
-                k: v.to(torch.bfloat16).contiguous() for k, v in tiny_flux.from_diffusers(average).items()
-            }
             meta = {
                 "steps": step + 1,
                 "of": steps,
@@ -78,8 +66,7 @@ def main(
                 "batch_size": batch_size,
                 "loss": round(running, 5),
             }
-            save_file(state, f"{out}.tmp", metadata={"training": json.dumps(meta)})
-            Path(f"{out}.tmp").rename(out)
+            save(out, tiny_flux.MODEL, average, meta)
     print(f"{out}: loss {running:.4f}, {(time.time() - started) / 60:.1f} min")
 
 

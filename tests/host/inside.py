@@ -16,6 +16,7 @@ from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
 from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.host.server import find_comfyui
+from comfyui_nibble.tests.support import single_thread
 
 
 @pytest.fixture(scope="session")
@@ -39,10 +40,8 @@ def comfy():
 def one_thread():
     """The small model's layers take longer to share out than to compute: on busy cores two threads are ten
     times slower than one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,14 @@ def _omnigen2(shape, config):
     }
 
 
+def _pixart(shape, config):
+    width = shape("x_embedder.proj.weight")[0]
+    if width == config["hidden_size"]:
+        return {}
+    text = shape("y_embedder.y_proj.fc1.weight")[1]
+    return {"hidden_size": width, "num_heads": width // 64, "caption_channels": text}
+
+
 def _count(shape, stem):
     i = 0
     while True:
@@ -80,4 +88,10 @@ def _count(shape, stem):
         i += 1
 
 
-WIDTHS = {"omnigen2": _omnigen2, "chroma": _chroma, "qwen_image": _qwen_image, "lumina2": _z_image}
+WIDTHS = {
+    "omnigen2": _omnigen2,
+    "chroma": _chroma,
+    "qwen_image": _qwen_image,
+    "lumina2": _z_image,
+    "pixart_sigma": _pixart,
+}

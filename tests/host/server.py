@@ -105,9 +105,11 @@ class Server:
         except urllib.error.HTTPError as error:
             raise GraphError(error.read().decode()) from error
 
-    def submit(self, graph: dict) -> str:
-        """Queues an API graph; returns its prompt id."""
-        return self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})["prompt_id"]
+    def submit(self, graph: dict, client: str = "", **extra) -> str:
+        """Queues an API graph; returns its prompt id. client: who is told of it; extra: data that goes with
+        it, such as the preview_method."""
+        told = {"prompt": graph, "client_id": client or uuid.uuid4().hex, "extra_data": extra}
+        return self.post("/prompt", told)["prompt_id"]
 
     def wait(self, prompt: str, timeout: float = 900) -> dict:
         """The history entry of a finished prompt. Raises GraphError with ComfyUI's message where it

@@ -194,7 +194,7 @@ def test_sd15(sd15, packed, outputs):
     from comfyui_nibble.nodes.files import NibbleSaveModel
     from comfyui_nibble.nodes.host.build import load as load_file
 
-    made, report = packed
+    made, report, _ = packed
     names = {n.removeprefix("diffusion_model."): m for n, m in made.packed_layers()}
     projections = {
         f"{block}.1.{proj}"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from comfyui_nibble.quant_core.formats.kitchen.declared import DeclarationError, of_tensor
-from comfyui_nibble.quant_core.formats.kitchen.layers import LayoutError, Stored, gather, spec_of, tensors_of
+from comfyui_nibble.quant_core.formats.kitchen.layers import spec_of, tensors_of
+from comfyui_nibble.quant_core.formats.kitchen.stored import LayoutError, Stored, gather
 from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.tests.support import relative_error
 

@@ -78,7 +78,7 @@ def guard(server, start, **options):
     assert torch.equal(
         server.latents(server.run(load_graph(FLUX_TINY, name, sample_steps=1)), "out"), latents
     )
-    text = outputs["report"]["text"][0]
+    text = " ".join(outputs["report"]["text"][0].split())  # without its line breaks
     return text, packed(server, name), relative_error(start.exact, latents)
 
 

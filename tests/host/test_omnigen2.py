@@ -50,7 +50,7 @@ def packed(omnigen2, outputs):
         4, 1.0, True
     ).args[0]  # fmt: skip
     assert found.get("layers.1.attn.to_q", second_moments=True).blocks == ((0, WIDTH),)
-    made, report = NibbleQuantize.execute(omnigen2, "svdquant_r", 16, True, found).args
+    made, report, _ = NibbleQuantize.execute(omnigen2, "svdquant_r", 16, True, found).args
     assert f"padded to {WHOLE} channels" in report
     return made
 

@@ -14,8 +14,9 @@ FROM_HOST = ("sampler_name", "scheduler", "model_name")  # combos whose options 
 ADVICE = (
     "The nodes' schemas are not those of tests/host/schemas.json. Workflows that people have saved name "
     "nodes, inputs, outputs and options as they were: bring the old names back, or, where the change is "
-    "meant, run `python -m comfyui_nibble.tests.host.test_schemas`, change workflows/, workflows/api/ and "
-    "the help pages in nodes/web/docs/ with it, and say it in CHANGELOG.md.\n"
+    "meant, run `python -m comfyui_nibble.tests.host.test_schemas`, `tests.host.templates.kinds` and "
+    "`tests.host.templates.write` behind it, change the help pages in nodes/web/docs/ with it, and say it\n"
+    "in CHANGELOG.md.\n"
 )
 
 

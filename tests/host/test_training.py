@@ -70,7 +70,7 @@ def codes(patcher):
 def trained(model, calibration):
     """(the model's parameters before, the trained model, its report)."""
     before = dict(load(model).model.named_parameters())
-    made, text = quantize(model, calibration)
+    made, text, _ = quantize(model, calibration)
     return before, made, text
 
 

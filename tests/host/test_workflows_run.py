@@ -1,8 +1,7 @@
-"""The example workflows run small in a real ComfyUI, opened in its real frontend."""
+"""The example workflows run small in a real ComfyUI."""
 
 import json
 import re
-import shutil
 from dataclasses import asdict
 from itertools import combinations
 
@@ -21,7 +20,6 @@ from comfyui_nibble.tests.assets.synthetic import (
 )
 from comfyui_nibble.tests.host.graphs import node
 from comfyui_nibble.tests.host.workflow_graphs import (
-    NAMES,
     STAGES,
     TRAINING,
     H,
@@ -36,11 +34,8 @@ from comfyui_nibble.tests.host.workflow_graphs import (
     twin,
     wan_vae_shapes,
     with_latents,
-    workflow,
 )
 from comfyui_nibble.tests.support import relative_error
-
-CHROMIUM = shutil.which("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +70,7 @@ def models(server, comfy):
                     for key in n["inputs"].keys() & {"clip_name", "clip_name1", "clip_name2"}:
                         (folder / "text_encoders" / n["inputs"][key]).touch()
     g = torch.Generator().manual_seed(0)
-    for n in of_kind(twin("flux_4bit_two_loras"), "LoraLoader").values():
+    for n in of_kind(twin("flux_4bit_two_loras"), "LoraLoaderModelOnly").values():
         lora = {}
         for layer, rows, columns in (
             ("double_blocks.0.img_attn.qkv", 3 * H, H),
@@ -112,22 +107,41 @@ def test_twin_runs(server, models, request, name, pixels, layers):
 
     report = of("PreviewAny")["text"][0]
     assert f"{layers} layers" in report
-    assert "Layer SQNR on held-out tokens" in report
+    assert "Layer error on held-out tokens" in report
 
     pack = packs_of(server, graph, outputs)["svdquant_r"]
     assert len(pack.specs) == layers
     assert pack.provenance["method"] == "svdquant_r"
     assert pack.provenance["calibration"]["samples"] == 4
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), pixels)
+    pictures_are(server, outputs, graph, pixels)
     assert all(clip_of(server, outputs, key) == (5, pixels, pixels) for key in of_kind(graph, "SaveVideo"))
 
 
-def test_two_loras_run(server, flux_4bit):
+@pytest.fixture(scope="module")
+def one_node(server, models):
+    """What running the template with one node gave. Others find the file that it saves."""
+    graph = shrunk(twin("flux_one_node"), 128)
+    return graph, server.run(graph)
+
+
+def made_by_one_node(server):
+    return set((server.base / "output" / "diffusion_models").glob("flux1-dev-fast-*.safetensors"))
+
+
+def test_one_node_runs(server, one_node):
+    graph, outputs = one_node
+    pictures_are(server, outputs, graph, 128)
+    [shown] = of_kind(graph, "NibbleQuantizeForMyCard")
+    assert len(outputs[shown]["images"]) == 2  # before and after
+    [path] = made_by_one_node(server)
+    assert path.name in outputs[shown]["text"][0]
+    assert len(PackFile(path).specs) == 13
+
+
+def test_two_loras_run(server, one_node):
     graph = with_latents(shrunk(twin("flux_4bit_two_loras"), 128))
-    first, second = of_kind(graph, "LoraLoader")
-    [loader] = of_kind(graph, "NibbleLoadDiffusionModel").values()
-    assert loader["inputs"]["model_name"] == saved_name(*flux_4bit)
-    path = server.base / "output" / "diffusion_models" / saved_name(*flux_4bit)
+    first, second = of_kind(graph, "LoraLoaderModelOnly")
+    [path] = made_by_one_node(server)
     before = path.read_bytes()
 
     def sampled(*off):
@@ -135,13 +149,33 @@ def test_two_loras_run(server, flux_4bit):
             key: graph[key] | {"inputs": graph[key]["inputs"] | {"strength_model": 0.0}} for key in off
         }
         outputs = server.run(graph | without)
-        pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
-        return server.latents(outputs, "latents_LoraLoader")
+        pictures_are(server, outputs, graph, 128)
+        return server.latents(outputs, "latents_LoraLoaderModelOnly")
 
     found = [sampled(), sampled(first), sampled(second), sampled(first, second)]
     for a, b in combinations(found, 2):
         assert relative_error(a, b) > 0.02  # 0.040 to 0.059
+    assert made_by_one_node(server) == {path}  # found, and not made again
     assert path.read_bytes() == before
+
+
+def test_compare_runs(server, one_node):
+    graph = shrunk(twin("flux_compare"), 128)
+    outputs = server.run(graph)
+    pictures_are(server, outputs, graph, 128)
+    [slider] = of_kind(graph, "ImageCompare")
+    both = outputs[slider]
+    assert [len(both[name]) for name in ("a_images", "b_images")] == [1, 1]
+
+
+def test_report_runs(server, one_node):
+    graph = shrunk(twin("flux_report"), 128)
+    outputs = server.run(graph)
+    [shown] = of_kind(graph, "NibbleReport")
+    assert min(size_of(server, outputs, shown)) > 300
+    [table] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
+    assert table.startswith("### FLUX.1, SVDQuant")
+    assert "Not measured" in table  # by the wish "fast" of the small run
 
 
 def test_find_blocks_runs(server, flux_4bit):
@@ -154,17 +188,16 @@ def test_find_blocks_runs(server, flux_4bit):
     before = calibrations()
     outputs = server.run(graph)
     assert calibrations() == before  # the first workflow's was read, and no other was made
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
+    pictures_are(server, outputs, graph, 128)
 
     of = lambda kind: server.latents(outputs, f"latents_{kind}")
-    full, packed, guarded = of("UNETLoader"), of("NibbleLoadDiffusionModel"), of("NibbleGuard")
+    full, packed, guarded = of("UNETLoader"), of("svdquant_r"), of("NibbleGuard")
     # 0.0049 and, guarded, 0.0045 of 0.0081.
     assert 0 < relative_error(full, of("NibbleSwapBlocks")) < relative_error(full, packed)
     assert relative_error(full, guarded) < relative_error(full, packed)
     assert relative_error(packed, of("NibbleSwapBlocks")) > 0.002  # 0.0074
 
-    swapped, report = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
-    assert "A with double 0 of B" in swapped
+    [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
     assert re.search(r"[1-9]\d* of \d+ measured layers raised", report)
 
     name = saved_name(graph, outputs)
@@ -172,7 +205,7 @@ def test_find_blocks_runs(server, flux_4bit):
     assert pack.provenance["guard"][0]["limit"] == 24.0
     # The saved file in place of Guard samples the same.
     guard = next(iter(of_kind(graph, "NibbleGuard")))
-    ends = ("SaveImage", "SaveLatent", "PreviewAny", "NibbleSaveModel")
+    ends = ("SaveLatent", "PreviewAny", "PreviewImage", "NibbleSaveModel", "NibbleCompare")
     again = {
         key: n for key, n in graph.items() if key == "latents_NibbleGuard" or n["class_type"] not in ends
     }
@@ -190,7 +223,7 @@ def run_on_calibration_of(server, first, name):
     before, graph = made(), with_latents(shrunk(twin(name), 128))
     outputs = server.run(graph)
     assert made() == before
-    pictures_are(server, outputs, of_kind(graph, "SaveImage"), 128)
+    pictures_are(server, outputs, graph, 128)
     return graph, outputs
 
 
@@ -208,12 +241,11 @@ def test_three_methods_run(server, three_methods):
         assert "training" not in pack.provenance
         assert len(pack.specs) == 13
         assert pack.path.name == f"flux1-dev-{method}_00001_.safetensors"
-    reports = [outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny")]
-    for title, report in zip(("SVDQuant", "SplitQuant", "RobuQ"), reports, strict=True):
-        assert title in report.splitlines()[0]
     of = lambda maker: server.latents(outputs, f"latents_{maker}")
     errors = {method: relative_error(of("UNETLoader"), of(method)) for method in packs}
-    assert 0 < errors["svdquant_r"] < errors["splitquant"] < errors["robuq"]  # 0.0081, 0.0121, 0.0193
+    assert (
+        0 < errors["svdquant_r"] < errors["splitquant"] < errors["robuq"]
+    )  # the first 0.0081, the last 0.0193
     bits = {
         method: {part.weight.bits for s in pack.specs.values() if not s.weight_only for part in s.parts}
         for method, pack in packs.items()
@@ -223,21 +255,17 @@ def test_three_methods_run(server, three_methods):
 
 def test_splitquant_trained_runs(server, flux_4bit, three_methods):
     graph, outputs = run_on_calibration_of(server, flux_4bit, "flux_splitquant_trained")
-    pack = packs_of(server, graph, outputs)["splitquant"]
-    assert pack.provenance["method"] == "splitquant"
+    pack = packs_of(server, graph, outputs)["splitquant_4"]
+    assert pack.provenance["method"] == "splitquant_4"
     assert pack.provenance["training"] == json.loads(json.dumps(asdict(TRAINING)))
     [losses] = (server.base / "output" / "nibble_calibration").glob("*.training/losses.json")
     runs = json.loads(losses.read_text(encoding="utf-8")).values()
     assert {len(run["losses"]) for run in runs} == {config.steps for config in STAGES}
     [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
     assert len(re.findall(r" trained \+\d", report)) == 10 * len(STAGES)  # all but the modulation
-    # Against the same method untrained, of the other workflow: one prompt and one seed.
-    full, untrained = (
-        server.latents(three_methods[1], f"latents_{maker}") for maker in ("UNETLoader", "splitquant")
-    )
-    trained = server.latents(outputs, "latents_splitquant")
-    assert torch.equal(server.latents(outputs, "latents_UNETLoader"), full)
-    assert 0 < relative_error(full, trained) < relative_error(full, untrained)  # 0.0095 of 0.0121
+    full = server.latents(outputs, "latents_UNETLoader")
+    assert torch.equal(server.latents(three_methods[1], "latents_UNETLoader"), full)
+    assert 0 < relative_error(full, server.latents(outputs, "latents_splitquant_4")) < 0.0121  # untrained
 
 
 def test_robuq_budget_runs(server, flux_4bit):
@@ -258,79 +286,11 @@ def test_robuq_budget_runs(server, flux_4bit):
 
     [report] = (outputs[key]["text"][0] for key in of_kind(graph, "PreviewAny"))
     assert "Layer noise is weighted by gains" in report
-    assert float(
-        re.search(r"^ *allocated +([\d.]+) activation bits", report, re.MULTILINE)[1]
-    ) == pytest.approx(mean, abs=0.006)
+    reached = re.search(r"reached:\s+([\d.]+)\s+activation\s+bits", report)
+    assert float(reached[1]) == pytest.approx(mean, abs=0.006)
     [plot] = of_kind(graph, "PreviewImage")
     assert min(size_of(server, outputs, plot)) > 400
     full, reduced = (
         server.latents(outputs, f"latents_{maker}") for maker in ("UNETLoader", "NibbleAllocateBits")
     )
     assert relative_error(full, reduced) > 0
-
-
-@pytest.fixture(scope="module")
-def page(server, models, flux_4bit):
-    """ComfyUI's frontend in headless Chromium, kept off the network. Errors of the page gather in
-    page.errors."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("no chromium on the PATH: apt install chromium")
-    # Else the list of templates opens over the graph.
-    server.post("/settings", {"Comfy.TutorialCompleted": True})
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-    ]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*quiet, "--disable-sync"])
-        page = browser.new_page(viewport={"width": 1600, "height": 950})
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        local = (server.url + "/", "data:", "blob:")
-        page.route(
-            "**/*", lambda route: route.continue_() if route.request.url.startswith(local) else route.abort()
-        )
-        page.goto(server.url + "/")
-        # KSampler comes with ComfyUI: the pack's own nodes are for the tests to look for.
-        page.wait_for_function(
-            "() => window.app?.graph && window.LiteGraph?.registered_node_types.KSampler", timeout=120_000
-        )
-        page.wait_for_timeout(2000)  # the first, empty graph is opened after the nodes are registered
-        yield page
-        browser.close()
-
-
-OPEN = """async ([graph, name]) => {
-    await app.loadGraphData(graph, true, true, name);
-    await new Promise(done => setTimeout(done, 1000));
-    return {
-        missing: app.graph.nodes.filter(n => n.has_errors || !(n.type in LiteGraph.registered_node_types)).map(n => n.type),
-        unknown: app.graph.nodes.flatMap(n => (n.widgets ?? [])
-            .filter(w => Array.isArray(w.options?.values) && !w.options.values.includes(w.value)).map(w => [n.type, w.name, w.value])),
-        dialogs: [...document.querySelectorAll('[role=dialog], [role=alert]')].map(d => d.innerText),
-        output: (await app.graphToPrompt()).output,
-    };
-}"""
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_opens_in_the_frontend(page, name):
-    graph = workflow(name)
-    used = {n["type"] for n in graph["nodes"] if n["type"].startswith("Nibble")}
-    registered = set(page.evaluate("Object.keys(LiteGraph.registered_node_types)"))
-    assert used | {"NibbleLoadDiffusionModel"} <= registered
-    opened = page.evaluate(OPEN, [graph, name])
-    assert opened["missing"] == []
-    assert opened["unknown"] == []  # choices that a list does not offer
-    assert opened["dialogs"] == []
-    assert opened["output"] == twin(name)
-    assert page.errors == []
-
-
-def test_comfyui_lists_them(server):
-    """In Browse Templates, under the name of the pack's folder; `api` is not a template."""
-    assert set(server.get("/workflow_templates")["ComfyUI-Nibble"]) == set(NAMES)

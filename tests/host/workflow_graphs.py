@@ -13,42 +13,33 @@ from comfyui_nibble.quant_core.training.presets import PRESETS
 from comfyui_nibble.tests.assets.synthetic import (
     random_state,
 )
-from comfyui_nibble.tests.host.graphs import node
+from comfyui_nibble.tests.host.graphs import node, sampling
 from comfyui_nibble.tests.host.server import PACK
+from comfyui_nibble.tests.host.templates.every import TEMPLATES
 
 FOLDER = PACK / "workflows"
-QUANTIZED = ["Load", "Calibrate", "Quantize", "Sample"]
+TITLES = {template.key: template.title for template in TEMPLATES}
+NAMES = list(TITLES)
 
 
-GROUPS = {
-    "flux_4bit": QUANTIZED,
-    "pixart_4bit": QUANTIZED,
-    "flux_4bit_two_loras": ["Load", "LoRA", "Sample"],
-    "flux_find_blocks": ["Load", "Calibrate", "Swap", "Guard", "Sample"],
-    "flux_three_methods": QUANTIZED,
-    "flux_splitquant_trained": QUANTIZED,
-    "flux_robuq_budget": ["Load", "Calibrate", "Allocate", "Sample"],
-    "flux_nunchaku": ["Load", "Inspect", "LoRA", "Sample"],
-    "flux_export_native": ["Load", "Calibrate", "Export", "Sample"],
-    "wan_4bit": QUANTIZED,
-    "sdxl_4bit": QUANTIZED,
-}
-NAMES = list(GROUPS)
-
-
-TRAINING = PRESETS["splitquant"]["standard"]
+TRAINING = PRESETS["splitquant_4"]["standard"]
 STAGES = [config for config in (TRAINING.blocks, TRAINING.distill) if config is not None]
 
 
 H = 256  # hidden width of the small FLUX
 
 
+def title(name):
+    """Of the file, without its ending."""
+    return TITLES[name]
+
+
 def workflow(name):
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FOLDER / f"{title(name)}.json").read_text(encoding="utf-8"))
 
 
 def twin(name):
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FOLDER / "api" / f"{title(name)}.json").read_text(encoding="utf-8"))
 
 
 def note(name):
@@ -97,6 +88,8 @@ def shrunk(graph, pixels, **more):
         "EmptyLatentImage": {"width": pixels, "height": pixels},
         "EmptyHunyuanLatentVideo": {"width": pixels, "height": pixels, "length": 5},
         "KSampler": {"steps": 2},
+        "NibbleCompare": {"steps": 2},
+        "NibbleQuantizeForMyCard": {"wish": "fast", "steps": 2},
         "NibbleSwapBlocks": {"blocks": "double 0"},
     } | more
     out = {}
@@ -135,9 +128,12 @@ def clip_of(server, outputs, key):
     return len(frames), frames[0].shape[1], frames[0].shape[0]
 
 
-def pictures_are(server, outputs, nodes, pixels):
-    for key in nodes:
+def pictures_are(server, outputs, graph, pixels):
+    """Every saved picture has that size, and every comparison is a larger one."""
+    for key in of_kind(graph, "SaveImage"):
         assert size_of(server, outputs, key) == (pixels, pixels)
+    for key in of_kind(graph, "NibbleCompare"):
+        assert min(size_of(server, outputs, key)) > pixels
 
 
 def saved_name(graph, outputs, save=None):
@@ -161,8 +157,18 @@ def maker(graph, n):
 
 
 def with_latents(graph):
-    """The graph with what each KSampler gives saved under `latents_` and `maker`."""
+    """The graph with what each KSampler gives, and what each model of a Nibble Compare and each Nibble Guard
+    would give beside it, saved under `latents_` and `maker`."""
     out = dict(graph)
     for key, n in of_kind(graph, "KSampler").items():
         out[f"latents_{maker(graph, n)}"] = node("SaveLatent", samples=[key, 0], filename_prefix="workflow")
+    guards = [[key, 0] for key in of_kind(graph, "NibbleGuard")]
+    for n in of_kind(graph, "NibbleCompare").values():
+        values = n["inputs"]
+        settings = {name: values[name] for name in ("seed", "steps", "cfg")}
+        compared = [values[name] for name in ("model_a", "model_b", "model_c") if name in values]
+        for model in [*compared, *guards]:
+            made = maker(graph, {"inputs": {"model": model}})
+            out[made] = sampling(model, values["positive"], values["latent_image"], **settings)
+            out[f"latents_{made}"] = node("SaveLatent", samples=[made, 0], filename_prefix="workflow")
     return out

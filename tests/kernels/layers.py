@@ -7,6 +7,7 @@ import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.lora import with_lora
+from comfyui_nibble.kernels.operator.codes import NVFP4, four_bits
 from comfyui_nibble.kernels.operator.packing import pack, unpack
 from comfyui_nibble.kernels.operator.quantizers import code_range
 from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
@@ -16,6 +17,7 @@ from comfyui_nibble.tests.codes import Codes, taken
 from comfyui_nibble.tests.support import relative_error
 
 G64_ACT, G64_WEIGHT = ActivationSpec(), WeightSpec()
+NVFP4_WEIGHT, NVFP4_ACT = four_bits(NVFP4)
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
 UNSIGNED = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
 LIMIT = {
@@ -48,14 +50,19 @@ def random_tensors(spec, seed=0, codes=None, dtype=torch.float32):
     for name, shape in spec.shapes().items():
         if name == "weight":
             out[name] = torch.cat([_packed(spec.out_features, p, codes, g) for p in spec.parts], 1)
-        elif name in ("weight_scale", "smooth_factor"):
-            out[name] = (torch.rand(shape, generator=g) + 0.5).to(dtype)
+        elif name == "weight_scale" and spec.grid == NVFP4:
+            out[name] = (torch.rand(shape, generator=g) + 0.5).to(torch.float8_e4m3fn)
+        elif name in ("weight_scale", "smooth_factor", "outer_scale"):
+            kept = torch.float32 if name == "outer_scale" else dtype
+            out[name] = (torch.rand(shape, generator=g) + 0.5).to(kept)
         else:
             out[name] = torch.randn(shape, generator=g).to(dtype)
     return out
 
 
 def _packed(rows, part, codes, g):
+    if part.grid == NVFP4:  # any byte is two codes
+        return torch.randint(-128, 128, (rows, part.bytes_per_row), generator=g).to(torch.int8)
     top = 2 ** (part.weight.bits - 1)
     shape = (rows, part.width)
     return pack(

@@ -80,16 +80,19 @@ def hopper_case(layer, index, rank, has_bias, accumulate, dtype):
     return signature, hopper_constants(problem, tile, rank, has_bias, accumulate), {"num_warps": tile.warps}
 
 
-# rank, rotation, prologue, smooth, grouped, bits, unsigned, planes
+# rank, rotation, prologue, smooth, grouped, bits, unsigned, planes, shift, principal components
 SETTINGS = {
     "SVDQuant": (32, 0, 0, True, True, 4, False, 0),
     "SVDQuant after LayerNorm": (32, 0, 2, True, True, 4, False, 0),
     "SVDQuant after GELU": (32, 0, 1, True, True, 4, True, 0),
     "H256 and rank 64": (64, 256, 0, True, True, 4, False, 2),
     "ConvRot": (0, 256, 0, False, False, 4, False, 2),
+    "SplitQuant": (0, 256, 0, True, True, 4, False, 0),
     "W8A8": (32, 128, 0, True, False, 8, False, 1),
     "RobuQ": (0, 64, 0, False, False, 3, False, 4),
     "RobuQ A1": (0, 64, 0, False, False, 1, False, 4),
+    "16 components": (0, 0, 0, True, True, 4, False, 0, 0.0, 16),
+    "H256 and 32 components": (0, 256, 0, True, True, 4, False, 2, 0.0, 32),
 }
 WEIGHT_ONLY = dict.fromkeys(("x_ptr", "sw_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"w_ptr": "i8*", "M": "i32"}
 WEIGHT_ONLY |= dict.fromkeys(("N", "KB", "ldx", "ldw", "ldy", "ld_sw"), "i32:16")
@@ -100,7 +103,8 @@ def quantizer_case(arch, name):
 
     target = TARGETS[arch]
     rank, rotation, *rest = SETTINGS[name]
-    rank = rank if rank <= tuning.low_rank_limit(target, rotation) else 0
+    if max([rank, *rest[7:]]) > tuning.low_rank_limit(target, rotation):
+        rank, rest = 0, rest[:6]  # the dispatch takes the product elsewhere, or the whole layer
     tile = tuning.quantizer_tile(target, rank, rotation)
     return constants(target, tile, torch.bfloat16, rank, rotation, *rest), {
         "num_warps": tile.warps,

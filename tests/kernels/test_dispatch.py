@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_nibble.kernels.dispatch import ROW_LIMIT, TORCH_INT8, choose, quant_linear
+from comfyui_nibble.kernels.dispatch import ROW_LIMIT, TORCH_INT8, choose, quant_linear, takes_components
 from comfyui_nibble.kernels.lora import with_lora
-from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec, parse
+from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
+from comfyui_nibble.kernels.operator.text import parse
 from comfyui_nibble.kernels.prologue import NOTHING, Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import eager, op
 from comfyui_nibble.kernels.target import Target, interpreter, kernel_target, target_of
@@ -279,6 +280,7 @@ def test_the_operator_keeps_to_its_schema():
                 "proj_up",
                 "bias",
                 "transform",
+                "outer_scale",
             )
         ]
         torch.library.opcheck(op.layer.default, (x, spec.text, *parts, *NOTHING))
@@ -292,3 +294,20 @@ def test_scales_of_the_wrong_shape_are_named():
         ValueError, match=re.escape("weight_scale should have the shape (2, 16) for W4A4 g64, found (16, 2)")
     ):
         quant_linear(torch.randn(3, 128), spec, tensors | {"weight_scale": tensors["weight_scale"].T})
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "taken"),
+    [
+        ("cuda", 75, False),
+        ("cuda", 86, True),
+        ("cuda", 90, True),
+        ("cuda", 120, True),
+        ("hip", "gfx942", True),
+        ("hip", "gfx1100", False),
+        ("cpu", "", True),
+        ("cpu", "int8", True),
+    ],
+)
+def test_where_components_run_as_layers_without_them(backend, arch, taken):
+    assert takes_components(Target(backend, arch, (3, 6))) == taken

@@ -1,9 +1,8 @@
 """The fp4 kernels compile for Blackwell: the block-scaled instruction, no spills, shared and tensor memory
 that fit.
 
-Every tile of `launch.TILES` is compiled twice: with strides of 16 bytes and whole steps of K, and with
-neither. sm_103 and sm_121 take the tiles of sm_100 and sm_120; the disassembler of Triton 3.6 does not know
-them.
+Every tile of `launch.TILES` is compiled in each of KINDS. sm_103 and sm_121 take the tiles of sm_100 and
+sm_120; the disassembler of Triton 3.6 does not know them.
 """
 
 import re
@@ -12,36 +11,32 @@ import pytest
 
 from comfyui_nibble.kernels.fp4 import launch, refused
 from comfyui_nibble.kernels.target import Target, triton_version
+from comfyui_nibble.quant_core.evaluation.bench.predict.kernels import FP4_GEMM, fp4_quantizer
 from comfyui_nibble.tests.kernels import gate
 
 MODULE = "comfyui_nibble.kernels.fp4.triton"
 TARGETS = {arch: Target("cuda", arch, triton_version()) for arch in (100, 120)}
 FORMATS = {"nvfp4": 16, "mxfp4": 32}
 
-GEMM = dict.fromkeys(("x_ptr", "w_ptr", "sx_ptr", "sw_ptr"), "u8*") | dict.fromkeys(
-    ("tx_ptr", "tw_ptr"), "fp32*"
-)
-GEMM |= dict.fromkeys(("low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*") | {"M": "i32", "step_tw": "i32"}
-GEMM |= dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ld_sx", "ld_sw", "ldy", "ld_low", "ld_up"), "i32:16")
-UNALIGNED = GEMM | dict.fromkeys(("N", "R", "ld_sx", "ld_sw", "ldy", "ld_low", "ld_up"), "i32")
+UNALIGNED = FP4_GEMM | dict.fromkeys(("N", "R", "ld_sx", "ld_sw", "ldy", "ld_low", "ld_up"), "i32")
 
-QUANTIZER = dict.fromkeys(("x_ptr", "smooth_ptr", "down_ptr", "low_ptr"), "bf16*") | dict.fromkeys(
-    ("given_ptr", "t_ptr"), "fp32*"
-)
-QUANTIZER |= dict.fromkeys(("q_ptr", "s_ptr"), "u8*") | {"M": "i32", "lds": "i32"}
-QUANTIZER |= dict.fromkeys(("K", "R", "ldx", "ldq", "ld_down", "ld_low"), "i32:16")
-# block, rank, smooth, a scale given for the tensor
+# level, block, either of two scales, rank, rotation, prologue, smooth, principal components
 SETTINGS = {
-    "nvfp4, rank 32": (16, 32, True, False),
-    "nvfp4, rank 64": (16, 64, True, False),
-    "nvfp4 given": (16, 0, False, True),
-    "mxfp4, rank 32": (32, 32, True, False),
-    "mxfp4, rank 64": (32, 64, True, False),
+    "nvfp4, rank 32": (2, 16, False, 32, 0, 0, True, 0),
+    "nvfp4 given": (1, 16, False, 0, 0, 0, False, 0),
+    "mxfp4, rank 32": (0, 32, False, 32, 0, 0, True, 0),
+    "mxfp4, rank 64": (0, 32, False, 64, 0, 0, True, 0),
+    "SVDQuant": (2, 16, True, 32, 0, 0, True, 0),
+    "SVDQuant after LayerNorm": (2, 16, True, 64, 0, 2, True, 0),
+    "H64 after GELU": (2, 16, True, 64, 64, 1, True, 0),
+    "H256": (2, 16, True, 32, 256, 0, True, 0),
+    "H256 after LayerNorm": (2, 16, True, 64, 256, 2, True, 0),
+    "H256 and 32 components": (2, 16, True, 0, 256, 0, True, 32),
 }
 
-PRODUCTS = [
-    (a, name, i, aligned) for a in TARGETS for name in FORMATS for i in range(3) for aligned in (True, False)
-]
+# Strides of 16 bytes and whole steps of K; neither; the former, adding to y.
+KINDS = ("aligned", "unaligned", "adding")
+PRODUCTS = [(a, name, i, kind) for a in TARGETS for name in FORMATS for i in range(3) for kind in KINDS]
 QUANTIZERS = [(a, name) for a in TARGETS for name in SETTINGS]
 INSTRUCTION = {
     (100, "nvfp4"): (r"tcgen05\.mma\.\S*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)", r"UTCOMMA"),
@@ -55,20 +50,18 @@ INSTRUCTION = {
 
 def submit(pool, test, case):
     target = TARGETS[case[0]]
-    if test == "test_product":
-        arch, name, index, aligned = case
-        tile = launch.tiles(target)[index]
-        row_bytes = 1536 if aligned else 1568
-        constants = launch.constants(target, tile, FORMATS[name], row_bytes, 32, name == "nvfp4", True)
-        kernel, signature = "gemm_fp4_kernel", GEMM if aligned else UNALIGNED
-    else:
-        arch, name = case
-        block, rank, smooth, given = SETTINGS[name]
-        tile = launch.QUANTIZER_TILE
-        constants = launch.quantizer_constants(target, tile, block, rank, smooth, given)
-        kernel, signature = "quantize_fp4_kernel", QUANTIZER
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return pool.submit(gate.compile_kernel, MODULE, kernel, signature, constants, arch, options)
+    if test == "test_quantizer":
+        return pool.submit(gate.compile_kernel, *fp4_quantizer(target, *SETTINGS[case[1]]).arguments)
+    arch, name, index, kind = case
+    tile = launch.tiles(target)[index]
+    row_bytes = 1568 if kind == "unaligned" else 1536
+    settings = FORMATS[name], row_bytes, 32, name == "nvfp4", True, kind == "adding"
+    signature = UNALIGNED if kind == "unaligned" else FP4_GEMM
+    made, options = (
+        launch.constants(target, tile, *settings),
+        {"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    return pool.submit(gate.compile_kernel, MODULE, "gemm_fp4_kernel", signature, made, arch, options)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +84,9 @@ def check(result, arch):
     assert sum(columns) <= 512, "tensor memory"
 
 
-@pytest.mark.parametrize(("arch", "name", "index", "aligned"), PRODUCTS)
-def test_product(compiled, arch, name, index, aligned):
-    result = compiled[arch, name, index, aligned].result()
+@pytest.mark.parametrize(("arch", "name", "index", "kind"), PRODUCTS)
+def test_product(compiled, arch, name, index, kind):
+    result = compiled[arch, name, index, kind].result()
     check(result, arch)
     ptx, sass = INSTRUCTION[arch, name]
     assert re.search(ptx, result.text)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from comfyui_nibble.kernels.gptq import launch
+from comfyui_nibble.kernels.operator import nvfp4
+from comfyui_nibble.kernels.operator.codes import INT, NVFP4
 from comfyui_nibble.kernels.operator.quantizers import dequantize
 from comfyui_nibble.kernels.target import Target, target_of, triton_version
 from comfyui_nibble.quant_core.methods import gptq
@@ -12,6 +14,7 @@ from comfyui_nibble.tests.support import relative_error
 
 TARGETS = {str(a): Target("cuda", a, triton_version()) for a in (75, 80, 86, 89, 90, 100, 120)}
 TARGETS |= {a: Target("hip", a, triton_version()) for a in ("gfx942", "gfx1100", "gfx1201")}
+FORMS = [(False, INT), (True, INT), (False, NVFP4)]
 
 
 def problem(k, n, seed=0):
@@ -47,6 +50,19 @@ def test_codes_and_scales_are_those_of_the_loop(both, bits, k, n):
     assert relative_error(*values) < 0.02
     assert relative_error(scales, made) < 0.005
     # Of the first block nothing is a sum of more than one term before its second row.
+    assert torch.equal(codes[0], found[0])
+    assert torch.equal(scales[0], made[0])
+
+
+def test_the_nvfp4_grid_is_that_of_the_loop(both):
+    weight, factor = problem(384, 33)
+    weight[:, 5] *= 1e3
+    (codes, scales), (found, made) = both(weight, factor, 4, 16, torch.bfloat16, grid=NVFP4)
+    assert set(codes.unique().tolist()) <= {s * v for s in (-1, 1) for v in nvfp4.DOUBLED}
+    assert torch.equal(nvfp4.stored(scales.T).T, scales)
+    assert (codes != found).double().mean() < 0.02
+    values = [dequantize(c.T.float(), s.T, "group", 16) for c, s in ((codes, scales), (found, made))]
+    assert relative_error(*values) < 0.02
     assert torch.equal(codes[0], found[0])
     assert torch.equal(scales[0], made[0])
 
@@ -107,23 +123,23 @@ def compiled():
     signature |= dict.fromkeys(("N", "COUNT", "FIRST", "GROUP", "row_inverse", "column_inverse"), "i32")
     with gate.pool() as pool:
         yield {
-            (name, given): pool.submit(
+            (name, given, grid): pool.submit(
                 gate.compile_kernel,
                 "comfyui_nibble.kernels.gptq.triton",
                 "gptq_block_kernel",
-                signature,
-                launch.constants(target, 4, given),
+                signature | ({"scale_ptr": "fp32*"} if grid == NVFP4 else {}),
+                launch.constants(target, 4, given, grid),
                 target.arch,
-                launch.OPTIONS,
+                launch.options(given, grid),
             )
             for name, target in TARGETS.items()
-            for given in (False, True)
+            for given, grid in FORMS
         }
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("given", [False, True])
-def test_compiles_without_spills(compiled, name, given):
-    result = compiled[name, given].result()
+@pytest.mark.parametrize(("given", "grid"), FORMS)
+def test_compiles_without_spills(compiled, name, given, grid):
+    result = compiled[name, given, grid].result()
     assert result.spills == 0
     assert result.shared <= TARGETS[name].shared_bytes

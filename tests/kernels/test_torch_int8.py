@@ -1,9 +1,11 @@
 """The operator by torch's int8 product against the specification, and which layers take it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from comfyui_nibble.kernels import at_load, choose, paths_of, spec_at_load
+from comfyui_nibble.kernels import at_load, choose, paths_of, spec_at_load, target
 from comfyui_nibble.kernels.dispatch import TORCH_INT8, quant_linear
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, WeightSpec
 from comfyui_nibble.kernels.quant_linear import eager, torch_int8
@@ -165,3 +167,18 @@ def test_compiled_it_is_one_graph():
     tensors, x = random_tensors(spec), inputs(300, 192).float()
     call = torch.compile(lambda x: quant_linear(x, spec, tensors), backend="eager", fullgraph=True)
     assert relative_error(quant_linear(x, spec, tensors), call(x)) < 1e-6
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="only Linux says what a CPU has")
+@pytest.mark.parametrize(
+    ("flags", "taken"), [("sse2 avx2", ""), ("avx2 avx_vnni", "int8"), ("amx_int8", "int8")]
+)
+def test_only_processors_with_such_instructions(monkeypatch, flags, taken):
+    """Others may have the sums right and take ten times as long."""
+    monkeypatch.setattr(target.Path, "read_text", lambda path: f"flags\t: fpu {flags}\n")
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.double() @ b.double()).int())
+    target._multiplies_int8.cache_clear()
+    try:
+        assert target_of("cpu").arch == (taken if torch.backends.mkldnn.is_available() else "")
+    finally:
+        target._multiplies_int8.cache_clear()

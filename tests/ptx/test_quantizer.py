@@ -20,6 +20,7 @@ PARTS = {
     "SVDQuant unsigned": PartSpec(
         0, K, activation=ActivationSpec(unsigned=True, shift=0.171875), smooth=True, rank=R
     ),
+    "components": PartSpec(0, K, smooth=True, rank=R, principal=16),
     "ConvRot": PartSpec(
         0, K, WeightSpec(granularity="channel"), ActivationSpec(granularity="token"), rotation=256
     ),
@@ -37,7 +38,7 @@ def setting(arch, name):
         target,
         tile,
         torch.bfloat16,
-        part.rank,
+        0 if part.principal else part.rank,
         part.rotation,
         0,
         part.smooth,
@@ -46,6 +47,7 @@ def setting(arch, name):
         act.unsigned,
         0,
         act.shift,
+        part.principal,
     )
     fixed["ROT_DTYPE"] = "tl.bfloat16"
     return part, tile, fixed, {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -81,6 +83,10 @@ def test_codes_scales_and_low_rank(compiled, arch, name):
     x = (torch.randn(M, K, generator=g) * 3).bfloat16()
     smooth = (torch.rand(K, generator=g) + 0.5).bfloat16()
     down = (torch.randn(K, R, generator=g) / K**0.5).bfloat16()
+    if part.principal:  # directions of length 1, of which x has much
+        v = torch.linalg.qr(torch.randn(K, R, generator=g))[0]
+        x = (x + 30 * torch.randn(M, R, generator=g) @ v.T).bfloat16()
+        down = (v / smooth.float()[:, None]).bfloat16()
     segments = K // 64 if part.activation.granularity == "group" else 1
     codes, scale, low = (
         np.zeros((M, K // 2), np.int8),
@@ -89,23 +95,25 @@ def test_codes_scales_and_low_rank(compiled, arch, name):
     )
     none = np.zeros(8, np.uint16)
     rank = part.rank
+    if part.principal:  # made in front of the quantizer
+        low = bits(x @ down)
     args = [
-        bits(x), bits(smooth), bits(down), none, none, codes, scale, low, M, K, K, rank, M, K, K // 2, K // 2,
-        R, R, 0,
+        bits(x), bits(smooth), bits(down), none, none, codes, scale, low, M, K, K, rank, part.principal,
+        M, K, K // 2, K // 2, R, R, 0,
         np.float32(part.activation.shift), np.float32(1), np.float32(0),
     ]  # fmt: skip
     run(kernel.text, (-(-M // tile.rows), 1), args, kernel.shared)
 
-    wanted, wanted_scale = quantize_activation(x, part, smooth.float() if part.smooth else None)
+    wanted, wanted_scale = quantize_activation(x, part, smooth.float() if part.smooth else None, down=down)
     found = unpack(torch.from_numpy(codes), 4, part.activation.unsigned)
-    if part.rotation:  # sums of 256 products in another order
+    if part.rotation or part.principal:  # sums of 256, or of 16, products in another order
         assert float((found.int() - wanted.int()).abs().max()) <= 1
         assert float((found != wanted).float().mean()) < 1e-3
         assert np.allclose(scale, wanted_scale.T.numpy(), rtol=1e-5)
     else:
         assert torch.equal(found, wanted)
         assert np.array_equal(scale, wanted_scale.T.numpy())
-    if rank:
+    if rank and not part.principal:
         reference = (x.double() @ down.double()).float()
         result = torch.from_numpy(low.view(np.int16)).view(torch.bfloat16).float()
         assert float((result - reference).abs().max() / reference.abs().max()) < 2**-8

@@ -8,10 +8,11 @@ from ....kernels.operator.spec import LinearSpec, PartSpec
 
 def beside(spec: LinearSpec) -> int:
     """Multiply-adds of a token beside the product: p1 + p2 a channel of a Kronecker pair, log2 of the block
-    of a Hadamard rotation (its fast form), rank (K + N) of a low-rank branch, of each part. Smoothing, scales
-    and rounding are left out: one or two a channel."""
+    of a Hadamard rotation (its fast form), rank (K + N) of a low-rank branch and K more of each principal
+    component, of each part. Smoothing, scales and rounding are left out: one or two a channel."""
     return sum(
-        part.width * _a_channel(part) + part.rank * (part.width + spec.out_features) for part in spec.parts
+        part.width * (_a_channel(part) + part.principal) + part.rank * (part.width + spec.out_features)
+        for part in spec.parts
     )
 
 

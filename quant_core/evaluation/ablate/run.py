@@ -1,10 +1,10 @@
-"""Measures the rows of an ablation on the small trained FLUX, one after the other; a stopped run goes on
-behind the last."""
+"""Measures the rows of an ablation on a small trained model; a stopped run goes on behind those that it
+has."""
 
 import copy
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,42 +17,38 @@ from ...calibration import Calibration
 from ...calibration.trajectory import Trajectory
 from ...diffusers_host.model import modules_of, place
 from ...diffusers_host.trainer import trainer_of
-from ...families import FLUX, Layer
+from ...families import Layer
 from ...layer.chunks import power_db
 from ...layer.linear import QuantizedLayer
 from ...layer.row import Row
 from ...run.model import Job, quantized
-from ...run.report import sqnr_summary
+from ...run.report import bits_per_weight, sqnr_summary
 from ...run.source import Tensors
 from ...store.atomic import file_name
 from ...store.progress import Progress, silent
 from ...store.table import Table
-from ..demo import metrics, pictures, tiny_flux
-from ..demo.outliers import add_outliers
-from ..demo.run import JUDGED, STEPS, calibrate_tiny
+from ...store.workers import HERE, Workers
+from ...training.presets import UNTRAINED
+from ..bench_fit import fit_kind
+from ..demo import metrics, tiny_flux
+from ..demo.model import SmallModel
+from ..demo.run import STEPS, calibrate_tiny
+from ..inputs import KINDS
 from .cost import relative
 from .splitquant import Entry, cost_at
 
 BEST = 10  # rows by coherent SQNR that are sampled with at the end, whatever they are
-COLUMNS = {
-    "layer_db": "layer dB",
-    "worst_db": "worst",
-    "prediction_db": "prediction",
-    "coherent_db": "coherent",
-    "latent_db": "latent dB",
-    "image_db": "image dB",
-    "median_db": "median",
-    "cost": "beside",
-    "cost_3072": "at 3072",
-    "seconds": "s",
-}
+SEEDS = (7, 8)  # of the noise that pictures begin with: each caption once for each
+ROW_BYTES = 2**31  # that measuring a row takes at the most
 Bar = Callable[[Iterable, int], Iterable]
 
 
 @dataclass
 class World:
-    """The small FLUX with outliers, its calibration, and what it predicts and samples in full precision."""
+    """A small model with outliers, its calibration, and what it predicts and samples in full precision:
+    latents (captions, channels, h, w) of each seed."""
 
+    small: SmallModel
     folder: Path
     state: dict[str, torch.Tensor]
     model: torch.nn.Module
@@ -61,36 +57,47 @@ class World:
     trajectory: Trajectory
     held: list[int]
     predictions: dict[int, torch.Tensor]
-    latents: torch.Tensor
+    captions: Sequence[str]
+    steps: int
+    latents: dict[int, torch.Tensor]
 
     @classmethod
     def make(
         cls,
         folder: Path,
         severity: float,
-        captions=JUDGED,
+        captions: Sequence[str] | None = None,
         steps: int = STEPS,
         samples: int = 16,
+        seeds: Sequence[int] = SEEDS,
         bar: Progress = silent,
+        drawn: int = 0,
+        small: SmallModel = tiny_flux.MODEL,
     ):
-        """Calibrates into `folder`, or reads what an earlier run has left there."""
-        state = add_outliers(load_file(tiny_flux.CHECKPOINT), severity)
-        model = tiny_flux.load(state)
-        plan = FLUX.layers({k: tuple(v.shape) for k, v in state.items()})
+        """Calibrates into `folder`, or reads what an earlier run has left there. captions: of the pictures,
+        those the model is judged by if None; drawn: seed of the captions and of the noise that it calibrates
+        on."""
+        captions = small.judged if captions is None else captions
+        state = small.with_outliers(load_file(small.checkpoint), severity)
+        model = small.load(state)
+        plan = small.family.layers({k: tuple(v.shape) for k, v in state.items()})
         calibration = calibrate_tiny(
             model,
             plan,
             folder / "calibration",
             samples=samples,
             progress=bar,
-            model_hash=f"outliers {severity:g}",
+            model_hash=f"{small.checkpoint.stem}, outliers {severity:g}",
+            seed=drawn,
+            small=small,
         )
         trajectory = cast(Trajectory, calibration.trajectory())
         held = [i for i, call in enumerate(trajectory.calls) if call.held_out]
         with torch.no_grad():
             predictions = {i: trajectory.run(model, i) for i in held}
-        latents = tiny_flux.sample(model, captions, steps, seed=7)
-        return cls(folder, state, model, plan, calibration, trajectory, held, predictions, latents)
+        latents = {seed: small.sample(model, captions, steps, seed) for seed in seeds}
+        found = calibration, trajectory, held, predictions
+        return cls(small, folder, state, model, plan, *found, captions, steps, latents)
 
     def quantize(self, entry: Entry) -> tuple[torch.nn.Module, list[Row], dict[str, QuantizedLayer]]:
         """(the model with the entry's layers in place, rows of its report, the layers). Finished blocks of a
@@ -103,14 +110,20 @@ class World:
         )
 
         def trainer(folder):
-            return trainer_of(self.model, FLUX, self.plan, self.calibration, "cpu", folder, preset)
+            return trainer_of(
+                self.model, self.small.family, self.plan, self.calibration, "cpu", folder, preset
+            )
 
         with quantized(job, folder, trainer=trainer) as done:
             layers = {name: layer.in_memory() for name, layer in done.layers.items()}
-        out, names = copy.deepcopy(self.model), modules_of(FLUX, self.plan, self.model)
+        return self.with_layers(layers), done.rows, layers
+
+    def with_layers(self, layers: dict[str, QuantizedLayer]) -> torch.nn.Module:
+        """A copy of the model with these in place."""
+        out, names = copy.deepcopy(self.model), modules_of(self.small.family, self.plan, self.model)
         for name, layer in layers.items():
             place(out, names[name], layer)
-        return out, done.rows, layers
+        return out
 
 
 def prediction_db(
@@ -136,22 +149,31 @@ def prediction_db(
     return power_db(signal, noise), power_db(signal, coherent)
 
 
-def pictures_of(network, world: World, captions=JUDGED, steps: int = STEPS) -> dict:
-    """{"latent_db", "image_db", "median_db"} of samplings against those in full precision; the last of a
-    picture, which no single one moves."""
-    latents = tiny_flux.sample(network, captions, steps, seed=7)
-    want, got = pictures.decode(world.latents), pictures.decode(latents)
-    each = [metrics.psnr_db(a, b, 1.0) for a, b in zip(want, got, strict=True)]
+def pictures_of(network: torch.nn.Module, world: World) -> dict:
+    """{"each_db", "ssim", "latent_db", "image_db", "median_db"} of samplings against those in full precision.
+
+    each_db: PSNR of each picture, a list a seed, for `judge.paired`; ssim: structural similarity, the mean;
+    image_db, median_db: PSNR of all pictures as one, which a single one can set, and the median one's.
+    """
+    small = world.small
+    latents = {s: small.sample(network, world.captions, world.steps, s) for s in world.latents}
+    want, got = ([small.world.decode(x) for x in found.values()] for found in (world.latents, latents))
+    each = [
+        [metrics.psnr_db(a, b, 1.0) for a, b in zip(*of_seed, strict=True)]
+        for of_seed in zip(want, got, strict=True)
+    ]
     return {
-        "latent_db": metrics.latent_psnr_db(world.latents, latents),
-        "image_db": metrics.psnr_db(want, got, 1.0),
-        "median_db": median(each),
+        "each_db": each,
+        "ssim": metrics.ssim(torch.cat(want), torch.cat(got)),
+        "latent_db": metrics.latent_psnr_db(
+            torch.cat([*world.latents.values()]), torch.cat([*latents.values()])
+        ),
+        "image_db": metrics.psnr_db(torch.cat(want), torch.cat(got), 1.0),
+        "median_db": median(db for of_seed in each for db in of_seed),
     }
 
 
-def measure(
-    world: World, entry: Entry, captions=JUDGED, steps: int = STEPS, with_pictures: bool | None = None
-) -> dict:
+def measure(world: World, entry: Entry, with_pictures: bool | None = None) -> dict:
     """The row of an entry."""
     started = time.perf_counter()
     network, rows, layers = world.quantize(entry)
@@ -166,9 +188,27 @@ def measure(
         "worst_db": summary["min"],
     }
     row |= {"prediction_db": prediction, "coherent_db": coherent, "seconds": round(seconds, 1)}
+    row["bits"] = bits_per_weight(rows)
     row |= {"cost": float(relative([v.spec for v in layers.values()])), "cost_3072": cost_at(entry.method)}
     sampled = entry.pictures if with_pictures is None else with_pictures
-    return row | (pictures_of(network, world, captions, steps) if sampled else {})
+    return row | (pictures_of(network, world) if sampled else {})
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """Measures an entry in its world; gives both the entry and its figures. May be pickled, so that a row is
+    measured wherever its calibration can be read."""
+
+    world: World
+    with_pictures: bool | None = None
+
+    def __call__(self, entry: Entry) -> tuple[Entry, dict]:
+        return entry, measure(self.world, entry, self.with_pictures)
+
+
+def kinds_of(entry: Entry) -> tuple[Entry, dict]:
+    """The entry, and the errors of single layers whose inputs are of each of `inputs.KINDS`."""
+    return entry, {"kinds": {kind: fit_kind(kind, entry.method)["sqnr_db"] for kind in KINDS}}
 
 
 def run(
@@ -177,85 +217,51 @@ def run(
     severity: float = 1.0,
     bar: Progress = silent,
     best: int = BEST,
-    captions=JUDGED,
+    captions: Sequence[str] | None = None,
     steps: int = STEPS,
     samples: int = 16,
+    seeds: Sequence[int] = SEEDS,
+    kinds: bool = False,
+    small: SmallModel = tiny_flux.MODEL,
+    workers: Workers = HERE,
 ) -> list[dict]:
     """The rows of `entries`, and pictures of the `best` by coherent SQNR; each is kept in `folder`/rows.json
-    as soon as it is measured.
+    as soon as it is measured. kinds: also, for untrained ones, the errors of layers of `inputs.KINDS`.
+    workers: who measures, a row at a time.
 
     A row of other settings, also of another default in the meantime, is measured again. Raises ValueError for
     a damaged rows.json.
     """
-    folder = Path(folder)
-    world = World.make(folder, severity, captions, steps, samples, bar)
+    folder = Path(folder).absolute()  # workers are in folders of their own
+    world = World.make(folder, severity, captions, steps, samples, seeds, bar, small=small)
     asked = {
         "severity": severity,
         "calibration": world.calibration.hash,
-        "captions": list(captions),
+        "captions": list(world.captions),
         "steps": steps,
+        "seeds": list(seeds),
     }
     table = Table(folder / "rows.json", asked, "an ablation")
     # The last of a name holds.
     known = dict(table.parsed(lambda r: ((r["name"], json.dumps(r["settings"], sort_keys=True)), r)))
     key = lambda entry: (entry.name, json.dumps(entry.settings, sort_keys=True))
 
-    def add(entry, **options):
-        known[key(entry)] = json.loads(json.dumps(measure(world, entry, captions, steps, **options)))
-        table.add(known[key(entry)])
+    def each(unit, left, doing):
+        told = lambda entry: f"{doing} {entry.name}"
 
-    for entry in bar(entries, len(entries)):
-        if key(entry) not in known:
-            add(entry)
+        def kept():  # before an interrupt can come
+            for entry, figures in workers.map(unit, left, told, lambda entry: ROW_BYTES):
+                row = known[key(entry)] = json.loads(json.dumps(known.get(key(entry), {}) | figures))
+                table.add(row)
+                yield row
+
+        for _ in bar(kept(), len(left)):
+            pass
+
+    each(OneRow(world), [entry for entry in entries if key(entry) not in known], "measure")
     leading = sorted(entries, key=lambda entry: -known[key(entry)]["coherent_db"])[:best]
-    left = [entry for entry in leading if "image_db" not in known[key(entry)]]
-    for entry in bar(left, len(left)):
-        add(entry, with_pictures=True)
+    left = [entry for entry in leading if "each_db" not in known[key(entry)]]
+    each(OneRow(world, with_pictures=True), left, "sample with")
+    alone = [e for e in entries if kinds and e.preset == UNTRAINED and "kinds" not in known[key(e)]]
+    each(kinds_of, alone, "layers by themselves of")
     return [known[key(entry)] for entry in entries]
-
-
-def ablation_text(rows: list[dict]) -> str:
-    """A table, best coherent SQNR first; then the mean of each level of each factor."""
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"{'row':{width}}  " + "  ".join(f"{title:>{max(7, len(title))}}" for title in COLUMNS.values())]
-    for row in sorted(rows, key=lambda row: -row["coherent_db"]):
-        lines.append(
-            f"{row['name']:{width}}  "
-            + "  ".join(_cell(row.get(k), k).rjust(max(7, len(t))) for k, t in COLUMNS.items())
-        )
-    lines += [
-        "",
-        "prediction, coherent: SQNR in dB of the network's prediction on held-out calls, and with the mean "
-        "error over a sampling as the noise.",
-        "beside: multiply-adds of transform and low rank over those of the layers' products; at 3072: of a "
-        "3072 x 3072 layer.",
-        "",
-    ]
-    for factor, levels in by_factor(rows).items():
-        means = "  ".join(f"{level}: {mean:.2f} ({count})" for level, (mean, count) in levels.items())
-        lines.append(f"mean coherent dB by {factor:9}  {means}")
-    return "\n".join(lines)
-
-
-def _cell(value, key) -> str:
-    if value is None:
-        return "-"
-    return (
-        f"{100 * value:.2f}%"
-        if key.startswith("cost")
-        else f"{value:.0f}"
-        if key == "seconds"
-        else f"{value:.2f}"
-    )
-
-
-def by_factor(rows: list[dict]) -> dict[str, dict[str, tuple[float, int]]]:
-    """{factor: {level: (mean coherent SQNR, rows)}} of the factorial's rows."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        for factor, level in row["levels"].items():
-            found.setdefault(factor, {}).setdefault(str(level), []).append(row["coherent_db"])
-    return {
-        factor: {level: (sum(v) / len(v), len(v)) for level, v in levels.items()}
-        for factor, levels in found.items()
-    }

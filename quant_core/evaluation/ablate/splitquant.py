@@ -1,5 +1,5 @@
-"""The rows of SplitQuant's ablation: every untrained combination that is one of its own, trained variants of
-the default, other methods."""
+"""The rows of SplitQuant's ablation: the default, every untrained combination of the paper's form that is one
+of its own, trained variants of both, other methods."""
 
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -7,10 +7,9 @@ from typing import Any, cast
 
 from ....kernels.operator.spec import LinearSpec, PartSpec
 from ....kernels.operator.transforms import rotation_size
-from ...methods import METHODS, Method
+from ...methods import METHODS, Method, split_rotated
 from ...methods.factors import balanced
 from ...methods.splitquant import SplitQuantConfig
-from ...methods.svdquant import SVDQuantConfig
 from ...training.presets import PRESETS, UNTRAINED, Preset
 from ...training.reconstruct import TrainConfig
 from .cost import relative
@@ -21,8 +20,9 @@ TRANSFORMS = ("hadamard", "orthogonal", "affine")
 SCALES = ("token", "slice", "group")
 CLIPS = (False, True)
 FACTORS = ("slices", "pairs", "transform", "scales", "clip")
-DEFAULT = (4, "shared", "hadamard", "token", False)
-BASELINES = ("svdquant_r", "svdquant", "convrot")
+PAPER = (4, "shared", "hadamard", "token", False)  # as `splitquant_4` in the small FLUX
+BASELINES = ("splitquant", "svdquant_r", "svdquant", "convrot")
+AGAINST = BASELINES[:2]  # what the rows are compared with, picture by picture
 WIDTHS = (256, 1024)  # of the parts of the small FLUX's layers
 LEAST = 16  # channels a slice: 256 / 16
 
@@ -68,11 +68,12 @@ def factorial(quick: bool = False) -> list[tuple]:
 
 
 def entries(quick: bool = False) -> list[Entry]:
-    """All rows, the most informative first: other methods, 4 slices from the default outwards, the default at
-    other numbers of slices, trained ones (not with `quick`), the rest of the factorial."""
+    """All rows, the most informative first: the default and other methods, 4 slices from the paper's form
+    outwards, that form at other numbers of slices, trained ones (not with `quick`), the rest of the
+    factorial."""
     levels = sorted(factorial(quick), key=_changes)
     four = [combination for combination in levels if combination[0] == 4]
-    sweep = [c for c in levels if c[0] != 4 and c[1:] == DEFAULT[1:]]
+    sweep = [c for c in levels if c[0] != 4 and c[1:] == PAPER[1:]]
     rest = [c for c in levels if c not in four and c not in sweep]
     baselines = [Entry(name, METHODS[name]) for name in BASELINES]
     return [
@@ -85,7 +86,7 @@ def entries(quick: bool = False) -> list[Entry]:
 
 
 def _changes(combination) -> int:
-    return sum(a != b for a, b in zip(combination, DEFAULT, strict=True))
+    return sum(a != b for a, b in zip(combination, PAPER, strict=True))
 
 
 def untrained(combination) -> Entry:
@@ -100,31 +101,34 @@ def untrained(combination) -> Entry:
 
 
 def trained() -> list[Entry]:
-    """The default trained by the standard preset, also without the coherence of its loss, with a pair for
-    each slice, with one slice; by the blocks stage of the best one, whole and with pieces of it left out; by
-    all of the best one."""
-    standard, best = PRESETS["splitquant"]["standard"], PRESETS["splitquant"]["best"]
+    """The default and the paper's form trained by the standard preset, the latter also without the coherence
+    of its loss, with a pair for each slice, with one slice; by the blocks stage of the best one, whole and
+    with pieces of it left out; by all of the best one."""
+    standard, best = PRESETS["splitquant_4"]["standard"], PRESETS["splitquant_4"]["best"]
     alone: dict[str, dict[str, Any]] = {
         "not coherent": {"coherence": 0.0},
         "not isolated": {"isolate": False},
         "not adaptive": {"adaptive": False},
     }
-    rows = [_trained(DEFAULT, "trained", standard)]
+    rows = [
+        Entry("splitquant, trained", METHODS["splitquant"], PRESETS["splitquant"]["standard"]),
+        _trained(PAPER, "trained", standard),
+    ]
     in_blocks = cast(TrainConfig, best.blocks)
     for left in sorted(product(*((False, True) for _ in alone)), key=sum):
         names = [name for name, out in zip(alone, left, strict=True) if out]
         config = replace(in_blocks, **{k: v for name in names for k, v in alone[name].items()})
-        rows.append(_trained(DEFAULT, ", ".join(["trained in blocks", *names]), Preset(config, None)))
+        rows.append(_trained(PAPER, ", ".join(["trained in blocks", *names]), Preset(config, None)))
     incoherent = lambda config: config and replace(config, coherence=0.0)
     rows.append(
         _trained(
-            DEFAULT,
+            PAPER,
             "trained, not coherent",
             replace(standard, blocks=incoherent(standard.blocks), distill=incoherent(standard.distill)),
         )
     )
-    rows += [_trained(c, "trained", standard) for c in ((4, "per slice", *DEFAULT[2:]), (1, *DEFAULT[1:]))]
-    return [*rows, _trained(DEFAULT, "trained best", best)]
+    rows += [_trained(c, "trained", standard) for c in ((4, "per slice", *PAPER[2:]), (1, *PAPER[1:]))]
+    return [*rows, _trained(PAPER, "trained best", best)]
 
 
 def _trained(combination, how, preset) -> Entry:
@@ -147,16 +151,17 @@ def _name(combination) -> str:
 def _method(combination) -> Method:
     slices, pairs, transform, scales, clip = combination
     config = SplitQuantConfig(slices, LEAST, pairs == "per slice", transform, scales, clip=clip)
-    return replace(METHODS["splitquant"], config=config)
+    return replace(METHODS["splitquant_4"], config=config)
 
 
 def cost_at(method: Method, width: int = 3072) -> float:
     """`relative` of a square layer of another width."""
     config = method.config
-    if isinstance(config, SplitQuantConfig):
+    if isinstance(config, SplitQuantConfig) and config.transform == "rotation":
+        part = PartSpec(0, width, rotation=rotation_size(width, max(split_rotated.WIDTHS)))
+    elif isinstance(config, SplitQuantConfig):
         part = PartSpec(0, width, kronecker=balanced(width // config.slices))
-    elif isinstance(config, SVDQuantConfig):
-        part = PartSpec(0, width, rank=config.rank, rotation=rotation_size(width, config.rotation))
     else:
-        part = PartSpec(0, width, rotation=rotation_size(width, config.rotation))
+        rank = getattr(config, "rank", 0)
+        part = PartSpec(0, width, rank=rank, rotation=rotation_size(width, config.rotation))
     return float(relative([LinearSpec(width, width, (part,))]))

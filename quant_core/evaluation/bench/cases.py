@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from ....kernels.cards import MMA
+from ....kernels.operator.codes import INT, NVFP4, four_bits
 from ....kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from ....kernels.target import Target
 from ...methods.factors import balanced
@@ -93,8 +94,8 @@ class Column:
 
 def quantizers(grain: str) -> tuple[WeightSpec, ActivationSpec]:
     """The two sides of a grain of `Column`."""
-    if grain == "group":
-        return WeightSpec(), ActivationSpec()
+    if grain in ("group", NVFP4):
+        return four_bits(INT if grain == "group" else NVFP4)
     bits = 8 if grain == "W8A8" else 4
     return WeightSpec(bits, "channel"), ActivationSpec(bits, "token")
 

@@ -1,1 +1,1 @@
-"""`nibble demo`: the small trained FLUX, its pictures, its outliers and the side-by-side run."""
+"""`nibble demo`: the small trained models, their pictures, their outliers and the side-by-side run."""

@@ -6,6 +6,7 @@ DCT coefficients of each 4 x 4 patch (10 luma, 3 + 3 chroma), the channel count 
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +39,17 @@ PLACES = {
     "bottom": (0.0, 0.4),
 }
 PATTERNS = ("plain", "striped", "checked")
+
+CAPTIONS = (
+    "large red circle center on plain blue background",
+    "small yellow square left on striped green background",
+    "large white ring right on checked purple background",
+    "small blue triangle top on plain orange background",
+    "large green cross bottom on striped white background",
+    "small purple diamond center on checked yellow background",
+    "large orange square top on plain black background",
+    "small black circle bottom on checked red background",
+)
 
 
 @dataclass(frozen=True)
@@ -125,18 +137,19 @@ def _basis() -> torch.Tensor:
     return torch.tensor(np.stack(rows).reshape(LATENT_CHANNELS, -1), dtype=torch.float32)
 
 
-# First luma coefficient of a patch is 6.9 times the mean grey; this brings latents to about unit variance.
-_DC_GAIN, _AC_GAIN = 0.5, 2.0
+def gain(luma: float, chroma: float, other: float) -> torch.Tensor:
+    """(1, 16, 1, 1): what the channels are multiplied with, those of the mean of lightness and of colour, and
+    the others. The first coefficient of lightness is 6.9 times the mean grey."""
+    gains = torch.full((LATENT_CHANNELS,), other)
+    gains[0], gains[[10, 13]] = luma, chroma
+    return gains.view(1, -1, 1, 1)
 
 
-def _gain():
-    gain = torch.full((LATENT_CHANNELS,), _AC_GAIN)
-    gain[[0, 10, 13]] = _DC_GAIN
-    return gain.view(1, -1, 1, 1)
+GAIN = gain(0.5, 0.5, 2.0)  # to about unit variance
 
 
-def encode(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 64, 64, 3) in [0, 1] -> latents (B, 16, 16, 16)."""
+def encode(pictures: torch.Tensor, gain: torch.Tensor = GAIN) -> torch.Tensor:
+    """Pictures (B, H, W, 3) in [0, 1] -> latents (B, 16, H/4, W/4)."""
     b, h, w, _ = pictures.shape
     patches = (
         (pictures * 2 - 1)
@@ -158,12 +171,12 @@ def encode(pictures: torch.Tensor) -> torch.Tensor:
         )
     )
     latent = patches.reshape(b, h // PATCH, w // PATCH, -1) @ _basis().T
-    return latent.permute(0, 3, 1, 2) * _gain()
+    return latent.permute(0, 3, 1, 2) * gain
 
 
-def decode(latents: torch.Tensor) -> torch.Tensor:
+def decode(latents: torch.Tensor, gain: torch.Tensor = GAIN) -> torch.Tensor:
     """Latents (B, 16, h, w) -> pictures (B, 4h, 4w, 3) clipped to [0, 1]."""
-    latents = latents.float().cpu() / _gain()
+    latents = latents.float().cpu() / gain
     b, _, h, w = latents.shape
     patches = latents.permute(0, 2, 3, 1) @ _basis()
     pictures = (
@@ -179,13 +192,17 @@ def _word(text: str) -> torch.Tensor:
     return torch.randn(TEXT_DIM, generator=torch.Generator().manual_seed(zlib.crc32(text.encode())))
 
 
-def encode_caption(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A caption -> (context (8, 128), pooled (128,)).
+def encode_words(words: Sequence[str], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words, a slot each -> (context (tokens, 128), pooled (128,)); slots beyond the last word are zero.
 
     FLUX gives text tokens no position, so each word's fixed random vector carries that of its slot.
-    The empty caption is all zeros.
     """
-    context = torch.zeros(TEXT_TOKENS, TEXT_DIM)
-    for slot, word in enumerate(caption.split()[:TEXT_TOKENS]):
+    context = torch.zeros(tokens, TEXT_DIM)
+    for slot, word in enumerate(words[:tokens]):
         context[slot] = (_word(word) + _word(f"slot {slot}")) / 2**0.5 + _word(f"{word} in slot {slot}")
-    return context, context.mean(0) * TEXT_TOKENS**0.5
+    return context, context.mean(0) * tokens**0.5
+
+
+def encode_caption(caption: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A caption -> (context (8, 128), pooled (128,)). The empty caption is all zeros."""
+    return encode_words(caption.split(), TEXT_TOKENS)

@@ -15,8 +15,9 @@ HEADER = "_quantization_metadata"
 LEAF = "comfy_quant"
 ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
 INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
-READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8)
-COMFYUI_ONLY = ("asym_w4a8_int8", "nvfp4", "mxfp8")
+NVFP4, MXFP8, W4A8 = BLOCKS = ("nvfp4", "mxfp8", "asym_w4a8_int8")  # a scale a block of in-channels
+DENSE = (*FP8, *BLOCKS)  # read as 16-bit weights
+READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *DENSE)
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and
 # LTX-Video; CogVideoX.
 _WIDTH_READ = re.compile(r"(.*\.)?transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear")
@@ -34,12 +35,13 @@ class NotJsonError(DeclarationError):
 @dataclass(frozen=True)
 class Declaration:
     """One layer. rotation: of convrot, 0 without. unsigned: svdquant's act_unsigned. activation_bits: of x, 0
-    where it stays in 16 bit."""
+    where it stays in 16 bit. group: in-channels of a scale of asym_w4a8_int8, 0 elsewhere."""
 
     format: str
     rotation: int = 0
     unsigned: bool = False
     activation_bits: int = 0
+    group: int = 0
 
     def __str__(self):
         words = [
@@ -67,11 +69,6 @@ def parse(raw: object) -> Declaration:
         raise DeclarationError(f"expected an object, found {type(raw).__name__}")
     # comfy-quants' int8_w8a8 has no "format" and always "per_row".
     name = raw.get("format", "int8_tensorwise" if "per_row" in raw else None)
-    if name in COMFYUI_ONLY:
-        raise DeclarationError(
-            f"the format {name} is one of ComfyUI's own, which this pack does not run: load it with Load "
-            "Diffusion Model"
-        )
     if name not in READ:
         raise DeclarationError(
             f"unknown format {str(name)[:40]!r}; known are {', '.join(READ)}. A newer ComfyUI-Nibble may "
@@ -99,6 +96,11 @@ def parse(raw: object) -> Declaration:
         return Declaration(
             name, _rotation(option) if option("convrot", False) else 0, activation_bits=0 if whole else 8
         )
+    if name == W4A8:
+        group = _size(option, "group_size", 16)
+        if group < 4 or (16 % group and group % 16):
+            raise DeclarationError(f"group_size: expected 4, 8 or a multiple of 16, found {group}")
+        return Declaration(name, _rotation(option), group=group)
     return Declaration(name)
 
 

@@ -5,85 +5,32 @@ outputs.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 
 from ....kernels.operator.quantizers import GROUP
 from ....kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
-from ..scaled import FP8
 from ..zero_points import indicators, signed
-from .declared import Declaration
+from .declared import DENSE, Declaration
+from .dense import shape_of
+from .stored import FLOATS, SIXTEEN, LayoutError, Stored, check
 
-FLOATS = ("F16", "BF16", "F32")
-SIXTEEN = ("F16", "BF16")
 TILE = 128  # out-channels of a tile of kitchen_tile_packed_w4a4
 INNER = (TILE // 4, 4 * GROUP // 2)  # four rows of one group of 64 side by side
 WIDEST_AWQ = 65536  # its low rank takes K^2 / 32 bytes of memory, 128 MiB here; modulation has at most 12288
-SIDE = ("proj_down", "proj_up", "smooth_factor")
-# Our names of a format's tensors, and what files call them: comfy-kitchen and comfy-quants differ.
-NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    "svdquant_w4a4": {"weight_scale": ("weight_scale",)} | {leaf: (f"weight_{leaf}", leaf) for leaf in SIDE},
-    "awq_w4a16": {"weight_scale": ("weight_scale",), "zeros": ("weight_zeros", "weight_zero")},
-}
-PLAIN: dict[str, tuple[str, ...]] = {"weight_scale": ("weight_scale",)}
-
-
-class LayoutError(ValueError):
-    """A layer whose tensors are not what its format asks for; the text names the tensor, what was expected
-    and what was found."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in the file. dtype: as safetensors calls it."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def gather(declared: Declaration, leaves: dict[str, Stored]) -> dict[str, Stored]:
-    """The layer's tensors by our names. leaves: {last part of the key: Stored} of all that the file has under
-    the layer's name.
-
-    An input_scale is left out: kitchen takes x's range as it comes. Raises LayoutError for what is missing,
-    twice there or unknown.
-    """
-    names = {"weight": ("weight",)} | NAMES.get(declared.format, PLAIN)
-    found = {"bias": leaves["bias"]} if "bias" in leaves else {}
-    for name, keys in names.items():
-        there = [k for k in keys if k in leaves]
-        if len(there) != 1:
-            wanted = " or ".join(keys)
-            raise LayoutError(
-                f"{declared.format} asks for {wanted}, "
-                + (f"found both {' and '.join(there)}" if there else "which is missing")
-            )
-        found[name] = leaves[there[0]]
-    used = {s.key for s in found.values()}
-    if unknown := sorted(
-        leaf for leaf, s in leaves.items() if s.key not in used and leaf not in ("comfy_quant", "input_scale")
-    ):
-        raise LayoutError(
-            f"{unknown[0]} is no tensor of {declared.format} and may change what the layer computes; "
-            f"expected {', '.join(names)}"
-        )
-    return found
 
 
 def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | None:
-    """The layer's LinearSpec from headers alone; None for float8, which is no layer of ours. Raises
+    """The layer's LinearSpec from headers alone; None for those of DENSE, which are no layers of ours. Raises
     LayoutError."""
-    if declared.format in FP8:
-        _check(stored["weight"], dims=(2,), dtypes=(FP8[declared.format],))
-        _check(stored["weight_scale"], shapes=((), (1,), (stored["weight"].shape[0], 1)), dtypes=FLOATS)
+    if declared.format in DENSE:
+        shape_of(declared, stored)
         return None
     weight = stored["weight"]
-    _check(weight, dims=(2, 4) if declared.format == "svdquant_w4a4" else (2,), dtypes=("I8",))
+    check(weight, dims=(2, 4) if declared.format == "svdquant_w4a4" else (2,), dtypes=("I8",))
     if len(weight.shape) == 4:
-        _check(weight, shapes=((*weight.shape[:2], *INNER),))
+        check(weight, shapes=((*weight.shape[:2], *INNER),))
         n, k = weight.shape[0] * TILE, weight.shape[1] * GROUP
     else:
         n, k = weight.shape[0], weight.shape[1] * (1 if declared.format == "int8_tensorwise" else 2)
@@ -93,7 +40,7 @@ def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | No
             f"{weight.key}: expected in-channels in groups of {step}, found {k}, with {n} out-channels"
         )
     if bias := stored.get("bias"):
-        _check(bias, shapes=((n,),), dtypes=FLOATS)
+        check(bias, shapes=((n,),), dtypes=FLOATS)
     activation = ActivationSpec(declared.activation_bits, "token") if declared.activation_bits else None
     if declared.format == "svdquant_w4a4":
         part = _svdquant(declared, stored, n, k)
@@ -101,42 +48,48 @@ def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | No
         if k > WIDEST_AWQ:
             raise LayoutError(f"{weight.key}: expected at most {WIDEST_AWQ} in-channels, found {k}")
         for name in ("weight_scale", "zeros"):
-            _check(stored[name], shapes=((k // GROUP, n),), dtypes=FLOATS)
-        part = PartSpec(0, k, WeightSpec(), None, rank=k // GROUP)
+            check(stored[name], shapes=((k // GROUP, n),), dtypes=FLOATS)
+        part = PartSpec(
+            0,
+            k,
+            WeightSpec(),
+            None,
+            rank=k // GROUP,
+        )
     else:
         rows, whole = ((n,), (n, 1), (1, n)), ((), (1,), (1, 1))
         eight = declared.format == "int8_tensorwise"
-        _check(stored["weight_scale"], shapes=rows + whole * eight, dtypes=FLOATS)
+        check(stored["weight_scale"], shapes=rows + whole * eight, dtypes=FLOATS)
         grain = "channel" if stored["weight_scale"].shape in rows else "tensor"
-        part = PartSpec(0, k, WeightSpec(8 if eight else 4, grain), activation, rotation=declared.rotation)
+        part = PartSpec(
+            0,
+            k,
+            WeightSpec(8 if eight else 4, grain),
+            activation,
+            rotation=declared.rotation,
+        )
     return LinearSpec(k, n, (part,), bias is not None)
 
 
 def _svdquant(declared, stored, n, k):
     down = stored["proj_down"]
-    _check(down, dims=(2,), dtypes=SIXTEEN)
+    check(down, dims=(2,), dtypes=SIXTEEN)
     rank = down.shape[1]
-    _check(down, shapes=((k, rank),))
-    _check(stored["proj_up"], shapes=((n, rank), (n // TILE, rank, TILE)), dtypes=SIXTEEN)
-    _check(stored["weight_scale"], shapes=((k // GROUP, n), (n // TILE, k // GROUP, TILE)), dtypes=SIXTEEN)
-    _check(stored["smooth_factor"], shapes=((k,),), dtypes=SIXTEEN)
+    check(down, shapes=((k, rank),))
+    check(stored["proj_up"], shapes=((n, rank), (n // TILE, rank, TILE)), dtypes=SIXTEEN)
+    check(stored["weight_scale"], shapes=((k // GROUP, n), (n // TILE, k // GROUP, TILE)), dtypes=SIXTEEN)
+    check(stored["smooth_factor"], shapes=((k,),), dtypes=SIXTEEN)
     # Kitchen adds the shift to x in front of its quantizer and nothing to the bias: the file's bias holds the
     # correction, as ours does.
     activation = ActivationSpec(unsigned=True, shift=GELU_SHIFT) if declared.unsigned else ActivationSpec()
-    return PartSpec(0, k, WeightSpec(), activation, smooth=True, rank=rank)
-
-
-def _check(stored, dims=None, shapes=None, dtypes=None):
-    if dtypes is not None and stored.dtype not in dtypes:
-        raise LayoutError(f"{stored.key}: expected the dtype {' or '.join(dtypes)}, found {stored.dtype}")
-    if dims is not None and len(stored.shape) not in dims:
-        raise LayoutError(
-            f"{stored.key}: expected {' or '.join(map(str, dims))} dimensions, found the shape {stored.shape}"
-        )
-    if shapes is not None and stored.shape not in shapes:
-        raise LayoutError(
-            f"{stored.key}: expected the shape {' or '.join(map(str, shapes))}, found {stored.shape}"
-        )
+    return PartSpec(
+        0,
+        k,
+        WeightSpec(),
+        activation,
+        smooth=True,
+        rank=rank,
+    )
 
 
 def tensors_of(
@@ -168,7 +121,13 @@ def natural_weight(weight: torch.Tensor) -> torch.Tensor:
     """(N/128, K/64, 32, 128) tile-packed bytes as (N, K/2); natural ones as they are."""
     if weight.dim() == 2:
         return weight
-    rows = weight.unflatten(-1, (4, GROUP // 2)).permute(0, 2, 3, 1, 4)
+    rows = weight.unflatten(-1, (4, GROUP // 2)).permute(
+        0,
+        2,
+        3,
+        1,
+        4,
+    )
     return rows.reshape(weight.shape[0] * TILE, weight.shape[1] * GROUP // 2)
 
 

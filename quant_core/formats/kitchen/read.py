@@ -1,7 +1,7 @@
 """Files quantized for ComfyUI itself, for comfy-kitchen or by comfy-quants, read into the one operator.
 
 svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute.
-float8 layers become bf16.
+fp8, nvfp4, mxfp8 and asym_w4a8_int8 layers become bf16.
 """
 
 from collections import Counter
@@ -20,10 +20,11 @@ from ..checkpoint import family_of
 from ..opened import Opened
 from ..origin import Origin, decoded, is_beside, outside, size
 from ..prefixes import network
-from ..scaled import real_values
 from . import declared
-from .declared import Declaration, DeclarationError
-from .layers import LayoutError, Stored, gather, spec_of, tensors_of
+from .declared import NVFP4, W4A8, Declaration, DeclarationError
+from .dense import shape_of, weight_of
+from .layers import spec_of, tensors_of
+from .stored import LayoutError, Stored, gather
 
 PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know
 
@@ -171,10 +172,12 @@ class KitchenFile(Opened):
             raise CheckpointError(f"{self.path}: header entry {PROVENANCE!r}: {error}") from error
 
     def _notes(self, leaves, outside):
-        if dense := len(self._layers) - len(self.specs):
+        dense = Counter(d.format for name, (d, _) in self._layers.items() if name not in self.specs)
+        for kind, count in dense.items():
             yield (
-                f"float8 layers ({dense}) are read as bf16, weight times scale: they take twice the "
-                "memory, and their input is not quantized"
+                f"{kind} layers ({count}) are read as bf16, weight times scale: they take "
+                f"{'3.5 times' if kind in (NVFP4, W4A8) else 'twice'} the memory, and their input is not "
+                "quantized"
             )
         if static := sum("input_scale" in of for name, of in leaves.items() if name in self.specs):
             yield (
@@ -186,23 +189,29 @@ class KitchenFile(Opened):
                 f"tensors outside of the diffusion model ({outside}), of text encoders or a VAE, are left out"
             )
 
+    def _tensor_of(self, stored):
+        """Our name of a layer's tensor -> the tensor, None where there is none."""
+        return lambda leaf: self._file.get_tensor(self._keys[stored[leaf].key]) if leaf in stored else None
+
     def layer(self, name: str) -> QuantizedLayer:
         """One layer; convrot, int8 and natural svdquant weights memory-mapped, others rearranged."""
         declaration, stored = self._layers[name]
-        get = lambda leaf: self._file.get_tensor(self._keys[stored[leaf].key]) if leaf in stored else None
+        get = self._tensor_of(stored)
         try:
             return QuantizedLayer(name, self.specs[name], tensors_of(declaration, self.specs[name], get))
         except SpecError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
     def tensor(self, key: str) -> torch.Tensor:
-        """One of `rest`; the weight of a float8 layer times its scale, in bf16."""
-        tensor = self._file.get_tensor(self._keys[key])
+        """One of `rest`; the real weight of a layer that is read as bf16."""
         name, _, leaf = key.rpartition(".")
         if leaf != "weight" or name not in self._layers:
-            return tensor
-        scale = self._file.get_tensor(self._keys[self._layers[name][1]["weight_scale"].key])
-        return real_values(tensor, scale)
+            return self._file.get_tensor(self._keys[key])
+        declaration, stored = self._layers[name]
+        return weight_of(declaration, self._tensor_of(stored))
 
     def shape(self, key: str) -> tuple[int, ...]:
+        name, _, leaf = key.rpartition(".")
+        if leaf == "weight" and name in self._layers:
+            return shape_of(*self._layers[name])
         return self._stored(key).shape

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ....kernels.operator.codes import NVFP4
 from ....kernels.operator.quantizers import GROUP
 from ....kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, WeightSpec
 from ...layer.linear import QuantizedLayer
@@ -14,8 +15,8 @@ from ...store.atomic import save_tensors
 from ..origin import Origin, encoded
 from ..zero_points import offsets_only, signed
 from .declared import HEADER, LEAF, ROTATIONS
-from .layers import SIDE
 from .read import PROVENANCE
+from .stored import SIDE
 
 _FOUR = (ActivationSpec(), ActivationSpec(unsigned=True, shift=GELU_SHIFT))
 
@@ -44,8 +45,12 @@ def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = Non
             f"in-channels padded from {spec.in_features} to {spec.width}; comfy-kitchen's layers take x as "
             "it is",
         )
+    if part.grid == NVFP4 or (part.activation is not None and part.activation.grid == NVFP4):
+        return {}, "4-bit floating-point codes (nvfp4), which are not written to ComfyUI's formats yet"
     if part.kronecker:
         return {}, "a learned transform"
+    if part.principal:
+        return {}, "principal components, which its low rank takes out of x"
     if part.rank or part.smooth or part.weight == WeightSpec():
         return (
             _awq(spec, part, layer)

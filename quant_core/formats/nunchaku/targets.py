@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ....kernels.operator.codes import INT
 from ....kernels.operator.spec import GELU_SHIFT, LinearSpec
 from ...families import by_name
 from . import layout
@@ -133,9 +134,13 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
     part = parts[max(module.column, 0)]
     if part.kronecker:
         return "has a learned transform, which nunchaku does not"
+    if part.principal:
+        return "takes principal components out of its input, which nunchaku does not"
     if part.rotation:
         return f"rotates its input (Hadamard {part.rotation}), which nunchaku does not"
     weight, act = part.weight, part.activation
+    if weight.grid != INT or (act is not None and act.grid != INT):
+        return "has 4-bit floating-point codes (nvfp4); nunchaku's integer files have none"
     if (weight.bits, weight.granularity, weight.group) != (4, "group", layout.GROUP):
         has = f"has {weight.bits}-bit weights, one scale per {weight.granularity}"
         return f"{has}; nunchaku has 4 bits, one for {layout.GROUP} channels"

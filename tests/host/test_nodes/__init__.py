@@ -12,7 +12,7 @@ from comfy_api.latest import ComfyExtension, io
 from comfyui_nibble.quant_core.evaluation.demo import pictures
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 
-from . import codes, memory, options
+from . import codes, landscape, memory, options, shield
 
 
 class TestCaptions(io.ComfyNode):
@@ -29,11 +29,27 @@ class TestCaptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, captions):
-        out = []
-        for line in captions.splitlines():
-            context, pooled = pictures.encode_caption(line)
-            out.append([context[None], {"pooled_output": pooled[None], "guidance": 3.5}])
-        return io.NodeOutput(out)
+        return io.NodeOutput([entry for line in captions.splitlines() for entry in encoded(line)])
+
+
+def encoded(caption):
+    """The conditioning of one caption of the small model."""
+    context, pooled = pictures.encode_caption(caption)
+    return [[context[None], {"pooled_output": pooled[None], "guidance": 3.5}]]
+
+
+class TestCaptionEncoder(io.ComfyNode):
+    """The small model's text encoder, as far as nodes ask for one: words have fixed vectors."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema("TestCaptionEncoder", category="test", inputs=[], outputs=[io.Clip.Output()])
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(
+            SimpleNamespace(tokenize=lambda text: text, encode_from_tokens_scheduled=encoded)
+        )
 
 
 class TestConditioning(io.ComfyNode):
@@ -205,6 +221,7 @@ class TestExtension(ComfyExtension):
     async def get_node_list(self):
         ours = [
             TestCaptions,
+            TestCaptionEncoder,
             TestRebuild,
             TestConditioning,
             TestDecode,
@@ -213,7 +230,7 @@ class TestExtension(ComfyExtension):
             TestAfter,
             TestSharedTensors,
         ]
-        return [*ours, *memory.NODES, *options.NODES, *codes.NODES]
+        return [*ours, *landscape.NODES, *shield.NODES, *memory.NODES, *options.NODES, *codes.NODES]
 
 
 async def comfy_entrypoint():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, plan_passes
+from comfyui_nibble.quant_core.calibration import Calibration, CalibrationError, calibrate, file, plan_passes
 from comfyui_nibble.quant_core.calibration.capture import is_held_out
 from comfyui_nibble.quant_core.calibration.file import merge
 from comfyui_nibble.quant_core.calibration.observe import Observation
@@ -161,6 +161,20 @@ def test_merge_of_two_seeds(modules, tmp_path):
     both = Calibration(tmp_path / "both")
     assert both.get("b").count == a.get("b").count + b.get("b").count
     assert both.meta["samples"] == 9
+
+
+def test_pieces_of_a_merge_are_of_a_size_whatever_the_passes(modules, tmp_path, monkeypatch):
+    one, three = go(modules, tmp_path / "one"), go(modules, tmp_path / "three", memory=1)
+    merge([one.path, one.path], tmp_path / "a")
+    merge([three.path, three.path], tmp_path / "b")
+    assert [len(Calibration(tmp_path / name).files) for name in "ab"] == [1, 1]
+    monkeypatch.setattr(file, "PIECE", 1)
+    merge([one.path, one.path], tmp_path / "c")
+    fine, coarse = Calibration(tmp_path / "c"), Calibration(tmp_path / "a")
+    assert len(fine.files) == 3
+    for name in coarse.names:
+        for block, hessian in coarse.get(name).hessians.items():
+            assert fine.get(name).hessians[block].equal(hessian)
 
 
 def test_other_model_is_refused_and_both_are_named(modules, tmp_path):

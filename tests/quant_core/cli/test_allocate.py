@@ -155,7 +155,9 @@ def test_file_is_what_was_chosen(calibration, tmp_path, monkeypatch):
     assert pack.provenance["method"] == "mixed"
     assert pack.provenance["settings"]["layers"] == done.allocation.layers
     text = allocation_text(done, "q")
-    assert "q: 3 activation bits on average" in text
+    assert text.startswith("q\nAsked for: 3 activation bits on average; reached: ")
+    summary = text.split("\n\n")[0].splitlines()
+    assert max(map(len, summary[1:])) <= 64
     assert "all A4" in text
     plot.plot(tmp_path / "p.png", done)
     from PIL import Image

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_quantize_then_inspect(tmp_path, calibration):
     assert found["provenance"]["source"]["file"] == "tiny_flux.safetensors"
     assert len(found["provenance"]["source"]["sha256"]) == 64
     assert found["runs on this machine"][0].startswith("Runs on ")
-    assert found["runs on this machine"][1].startswith("  16 layers: ")
+    # 12 and 4 in int8, where this processor has it, 16 in plain PyTorch.
+    assert re.match(r"  1[26] layers: ", found["runs on this machine"][1])
     assert "W4A4 g64 smooth r16" in found["layers"]["double_blocks.0.img_attn.qkv"]
     assert not (tmp_path / "q.safetensors.partial").exists()
     assert json.loads(nibble("inspect", calibration, "--json"))["kind"] == "calibration"
@@ -136,7 +138,7 @@ def test_allocate(tmp_path, calibration, monkeypatch):
         "cpu",
     )
     text = nibble(*args, "--budget", "A3", "--gains", gains)
-    assert "q.safetensors: 3 activation bits on average" in text
+    assert "q.safetensors\nAsked for: 3 activation bits on average; reached: " in text
     assert "16 layers: " in text
     specs = PackFile(out).specs
     assert {p.activation.bits for p in specs["single_blocks.1.linear1"].parts} == {8}

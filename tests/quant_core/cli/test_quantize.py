@@ -43,6 +43,19 @@ def test_a_file_in_any_float_dtype_is_quantized(tmp_path, tiny_state, dtype):
     assert relative_error(state["double_blocks.0.img_attn.qkv.weight"], layer.dequantize()) < 0.2
 
 
+@pytest.mark.parametrize("option", [("--grid", "nvfp4"), ("--set", "grid=nvfp4")])
+def test_the_nvfp4_grid(tmp_path, tiny_state, option):
+    save_file(tiny_state, tmp_path / "m.safetensors")
+    out = tmp_path / "q.safetensors"
+    nibble("quantize", tmp_path / "m.safetensors", out, "--method", "convrot", *option)
+    file = PackFile(out)
+    assert file.provenance["settings"]["grid"] == "nvfp4"
+    assert "W4A4 nvfp4 H256" in nibble("inspect", out)
+    name = "double_blocks.0.img_attn.qkv"
+    assert relative_error(tiny_state[f"{name}.weight"], file.layer(name).dequantize()) < 0.11
+    assert file.layer(name).bits_per_weight < 5
+
+
 @pytest.fixture
 def untouched(tmp_path, monkeypatch):
     """The destination of a run that must not begin: nothing is read of the weights but for the fingerprint,

@@ -262,7 +262,7 @@ def test_declared_fp8_is_a_source(source, tmp_path):
         state | {f"{LINEAR2}.weight_scale": torch.ones(()), f"{LINEAR2}.comfy_quant": conf},
         tmp_path / "fp8.safetensors",
     )
-    assert describe(tmp_path / "fp8.safetensors")["kind"] == "fp8 checkpoint"
+    assert describe(tmp_path / "fp8.safetensors")["kind"] == "checkpoint below 16 bit"
     assert "13 layers" in nibble(
         "quantize", tmp_path / "fp8.safetensors", tmp_path / "q.safetensors", "--method", "rtn"
     )

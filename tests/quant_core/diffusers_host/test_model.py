@@ -27,7 +27,7 @@ from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.nibble import PackError, PackFile, save
 from comfyui_nibble.quant_core.layer.linear import QuantLinear
 from comfyui_nibble.quant_core.methods import METHODS
-from comfyui_nibble.tests.support import nibble, relative_error
+from comfyui_nibble.tests.support import nibble, relative_error, single_thread
 
 SAMPLES, STEPS, DEPTH = 4, 3, 2
 TOKENS = 2 * 8 * 8  # with and without the class, 16 x 16 latents in patches of 2
@@ -49,10 +49,8 @@ def dit():
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """Layers this small take longer to share out than to compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.pipelines import PROMPTS, clip, flux, pixart, tokenizer, vae
+from comfyui_nibble.tests.support import single_thread
 
 SAMPLES, STEPS, SIZE = 3, 2, 64
 
@@ -64,10 +65,8 @@ KINDS = {
 def one_thread():
     """Layers this small take seconds instead of milliseconds where other processes compete for the cores of a
     thread pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

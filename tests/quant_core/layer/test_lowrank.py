@@ -39,6 +39,18 @@ def test_is_the_best_fit_of_its_rank():
     assert (u.norm(dim=0) - v.norm(dim=0)).abs().max() < 1e-5  # the singular values stand evenly on both
 
 
+def test_a_thin_product_is_taken_out_first():
+    """As if it had been subtracted, plain and in a metric."""
+    g = torch.Generator().manual_seed(3)
+    a, v, u = (torch.randn(*shape, generator=g) for shape in ((80, 64), (64, 5), (80, 5)))
+    rest = a - u @ v.T
+    upper = torch.randn(64, 64, generator=g).triu() + 8 * torch.eye(64)
+    for factor in (None, {(0, 64): upper}):
+        want_v, want_u = truncated(lambda rows: rest[rows], a.shape, 6, factor)
+        got_v, got_u = truncated(lambda rows: a[rows], a.shape, 6, factor, less=(v, u))
+        assert (want_u @ want_v.T - got_u @ got_v.T).norm() < 1e-4 * rest.norm()
+
+
 def test_a_batch_is_fitted_one_by_one():
     a = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(2))
     v, u = truncated_chunks([(slice(0, 50), a)], 6)

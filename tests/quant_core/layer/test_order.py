@@ -9,7 +9,8 @@ import torch
 
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.lora import with_lora
-from comfyui_nibble.kernels.operator.spec import SpecError, parse
+from comfyui_nibble.kernels.operator.spec import SpecError
+from comfyui_nibble.kernels.operator.text import parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import eager, naive
 from comfyui_nibble.kernels.target import interpreter

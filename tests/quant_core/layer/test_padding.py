@@ -10,7 +10,8 @@ from torch.nn.functional import pad
 
 from comfyui_nibble.kernels.dispatch import quant_linear
 from comfyui_nibble.kernels.lora import with_lora
-from comfyui_nibble.kernels.operator.spec import SpecError, parse
+from comfyui_nibble.kernels.operator.spec import SpecError
+from comfyui_nibble.kernels.operator.text import parse
 from comfyui_nibble.kernels.prologue import Gelu, LayerNormModulate
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.kernels.target import interpreter
@@ -38,9 +39,10 @@ from comfyui_nibble.tests.support import outlier_tokens, relative_error
 
 N, K, WHOLE = 97, 200, 256  # 97: out-channels need no multiple of anything
 FITS = {
-    "svdquant": {"rank": 8}, "svdquant_r": {"rank": 8}, "splitquant": {"slices": 2, "least": 64},
-    "splitquant by slice": {"slices": 2, "least": 64, "scales": "slice"},
-    "splitquant sorted": {"slices": 2, "least": 64, "sort": True}, "convrot": {}, "rtn": {},
+    "svdquant": {"rank": 8}, "svdquant_r": {"rank": 8}, "splitquant": {},
+    "splitquant_4": {"slices": 2, "least": 64},
+    "splitquant_4 by slice": {"slices": 2, "least": 64, "scales": "slice"},
+    "splitquant_4 sorted": {"slices": 2, "least": 64, "sort": True}, "convrot": {}, "rtn": {},
     "robuq": {"rank": 8}, "robuq A1": {"rank": 0, "activation_bits": 1},
 }  # fmt: skip
 

@@ -48,14 +48,15 @@ def as_on_a_card(monkeypatch):
 
 
 def test_a_fit_of_3072_by_3072(as_on_a_card):
-    """33,548 and 53 before the kernel, the batches and the Gram matrices."""
+    """33,548 and 53 before the kernel, the batches and the Gram matrices; 1,349 and 7 with one transform to
+    the end, where there is one of each transform now."""
     layer = Layer("bench", "bench", 3072, 3072, (Part(0, 3072),), "bench")
     statistics = bench_fit.statistics(layer)
     problem = Problem(layer, bench_fit.weight(layer, statistics), torch.zeros(3072), statistics)
     method = METHODS["svdquant_r"]
     with Launches() as launches:
         method.fit(problem, method.config)
-    assert launches.count.total() <= 1500  # 1,349
-    assert launches.count["_local_scalar_dense.default"] <= 7
-    assert launches.count["relu.default"] == 3072 // 128
+    assert launches.count.total() <= 2400  # 2,338
+    assert launches.count["_local_scalar_dense.default"] <= 14
+    assert launches.count["relu.default"] == 2 * 3072 // 128
     assert launches.count["linalg_qr.default"] == launches.count["_linalg_svd.default"] == 0

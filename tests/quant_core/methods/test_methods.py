@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from comfyui_nibble.kernels.operator.transforms import transform_activation
 from comfyui_nibble.quant_core.families import Part
 from comfyui_nibble.quant_core.layer.lowrank import truncated
 from comfyui_nibble.quant_core.layer.problem import Problem, output_sqnr
@@ -101,7 +102,7 @@ def test_float16_models_keep_float16(make_problem):
 
 @pytest.mark.quick
 def test_unknown_names_are_listed():
-    with pytest.raises(ValueError, match="svdquant_r, svdquant, splitquant, convrot, rtn, robuq"):
+    with pytest.raises(ValueError, match="svdquant_r, svdquant_p, svdquant, splitquant, splitquant_4, "):
         by_name("gguf")
     with pytest.raises(ValueError, match=r"no option \['ranks'\]"):
         by_name("svdquant").configured(ranks=3)
@@ -206,6 +207,17 @@ def test_whitened_svd_is_best_in_the_metric_of_the_data():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("rotation", [0, 32])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_transformed_moments_are_those_of_transformed_tokens(rotation, smoothed):
+    g = torch.Generator().manual_seed(0)
+    x, smooth = torch.randn(300, 96, generator=g), torch.linspace(0.5, 2, 96) if smoothed else None
+    tx = transform_activation(x, smooth, rotation)
+    assert torch.allclose(
+        gptq.transformed_moments(x.T @ x, smooth, rotation), tx.T @ tx, rtol=1e-4, atol=1e-3
+    )
+
+
 def test_upper_factor():
     x = torch.randn(300, 64, dtype=torch.float64)
     h = (x.T @ x).float()
@@ -239,3 +251,11 @@ def test_gptq_beats_rounding_on_tokens_it_has_not_seen():
     codes, scales = gptq.quantize(w.T.clone(), factor, 4, 64, torch.float32)
     better = dequantize(codes.T, scales.T, "group")
     assert sqnr_db(y @ w.T, y @ better.T) > sqnr_db(y @ w.T, y @ rounded.T) + 2
+
+
+@pytest.mark.quick
+def test_options_from_json_are_as_the_config_has_them():
+    method = METHODS["svdquant"]
+    found = method.configured(smooth=[[0.5, 0.5]], low_rank=["plain"])
+    assert found == method.configured(smooth=((0.5, 0.5),), low_rank=("plain",))
+    hash(found)

@@ -88,7 +88,7 @@ def test_runs_of_blocks():
 def test_untrained_is_layer_by_layer(small, untrained):
     layers, rows, _ = untrained
     assert [name for name, _ in blocks_of(small.plan)] == BLOCKS
-    method, source = by_name("splitquant"), small.checkpoint
+    method, source = by_name("splitquant_4"), small.checkpoint
     done = list(quantize_layers(small.plan, source, method, method.configured(**FAST), small.calibration))
     same_layers(layers, {layer.name: layer for layer, _ in done})
     assert without_seconds(rows) == without_seconds([row for _, row in done])

@@ -6,11 +6,15 @@ import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from comfyui_nibble.quant_core.store import atomic
 from comfyui_nibble.quant_core.store.atomic import (
     NoRoom,
     OverInput,
@@ -49,12 +53,22 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "c").write_bytes(b"mine")
     with pytest.raises(NotADirectoryError, match=r"c: a file\. Name a folder to write into"):
         require_folder(tmp_path / "c")
-    with pytest.raises(OSError, match="c/d/file: cannot be written"):
+    with pytest.raises(OSError, match="c/d: cannot be written"):
         require_folder(tmp_path / "c" / "d")
     (tmp_path / "e").mkdir()
     for name in ("e", "new"):
         require_folder(tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "e"]
+
+
+def test_a_folder_is_not_made_to_see_whether_it_can_be(tmp_path, monkeypatch):
+    """Of two runs that ask at the same moment, the one that made it took it from the other."""
+    seen = []
+    monkeypatch.setattr(
+        atomic, "TemporaryFile", lambda dir: seen.append((dir, (tmp_path / "new").exists())) or nullcontext()
+    )
+    require_folder(tmp_path / "new")
+    assert seen == [(tmp_path, False)]
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
@@ -279,3 +293,17 @@ def test_a_folder_is_made_where_a_link_leads_to(tmp_path):
         (part / "a").write_text("whole")
     assert (tmp_path / "link").is_symlink()
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["a"]
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    """safetensors alone writes the entries of a header in any order."""
+    entries = {name: f"{name} ü \x1f" for name in "gfedcba"}
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2)}
+    first = tmp_path / "0"
+    for i in range(8):
+        save_tensors(tmp_path / str(i), tensors, dict(entries))
+        assert (tmp_path / str(i)).read_bytes() == first.read_bytes()
+    found = load_file(first)
+    assert all(torch.equal(found[k], tensors[k]) for k in tensors)
+    with safe_open(first, "pt") as file:
+        assert {k: file.metadata()[k] for k in entries} == entries

@@ -29,6 +29,6 @@ def test_errors_say_what_to_choose():
         preset("splitquant", "long")
     with pytest.raises(
         ValueError,
-        match=r"method svdquant has no training; splitquant and robuq have. Set training to none\.",
+        match="method svdquant has no training; splitquant, splitquant_4, robuq have. Set training to none",
     ):
         preset("svdquant", "best")

@@ -35,7 +35,13 @@ def codes(layer: QuantizedLayer):
 
 
 TWO = (Part(0, 256), Part(256, 512, True))
-CASES = [(name, None) for name in METHODS] + [("svdquant", TWO), ("splitquant", TWO), ("robuq", TWO)]
+# Principal components are not trained: tests/quant_core/methods/test_principal.py.
+CASES = [(name, None) for name in METHODS if name != "svdquant_p"] + [
+    ("svdquant", TWO),
+    ("splitquant", TWO),
+    ("splitquant_4", TWO),
+    ("robuq", TWO),
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda c: c[0] + " of two parts" * (c[1] is not None))
@@ -213,7 +219,7 @@ LEAVES = {
     "threshold": {"threshold"},
     "low_rank": {"down", "up"}, "rounding": {"rounding"}, "bias": {"bias"},
 }  # fmt: skip
-ABSENT = {"splitquant": {"threshold", "low_rank"}, "robuq": {"transform"}}
+ABSENT = {"splitquant_4": {"threshold", "low_rank"}, "robuq": {"transform"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,7 +254,7 @@ def test_bias_is_made_where_there_is_none(make_problem):
     [
         ("convrot", ("scale",), 0.8),
         ("robuq", ("scale", "threshold", "rounding"), 1.5),
-        ("splitquant", ("transform", "smooth"), 0.5),
+        ("splitquant_4", ("transform", "smooth"), 0.5),
     ],
 )
 def test_training_on_a_layer_s_output(make_problem, name, kinds, gain):

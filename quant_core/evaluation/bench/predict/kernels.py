@@ -6,7 +6,7 @@ import torch
 
 from .....kernels import tuning
 from .....kernels.operator.spec import LinearSpec, PartSpec
-from .....kernels.plan import lower
+from .....kernels.plan import FP4, lower
 from .....kernels.target import Target
 from .....kernels.tuning import Problem, Tile
 from ..cases import quantizers
@@ -30,7 +30,21 @@ QUANTIZER = (
     | {"eps": "fp32"}
     | dict.fromkeys(("x_ptr", "smooth_ptr", "down_ptr", "mod_scale_ptr", "mod_shift_ptr", "low_ptr"), "bf16*")
     | dict.fromkeys(("K", "width", "R", "ldx", "ldq", "plane", "ld_down", "ld_low", "ld_mod"), "i32:16")
+    | {"principal": "i32"}
 )
+FP4_GEMM = (
+    dict.fromkeys(("x_ptr", "w_ptr", "sx_ptr", "sw_ptr"), "u8*")
+    | dict.fromkeys(("tx_ptr", "tw_ptr"), "fp32*")
+    | dict.fromkeys(("low_ptr", "up_ptr", "bias_ptr", "y_ptr"), "bf16*")
+    | {"M": "i32", "step_tw": "i32"}
+    | dict.fromkeys(("N", "KB", "R", "ldx", "ldw", "ld_sx", "ld_sw", "ldy", "ld_low", "ld_up"), "i32:16")
+)
+FP4_QUANTIZER = {k: v for k, v in QUANTIZER.items() if k not in ("width", "plane", "shift", "clip")} | {
+    "given_ptr": "fp32*",
+    "t_ptr": "fp32*",
+    "s_ptr": "u8*",
+    "lds": "i32:16",
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,8 @@ def product(
     exact: bool = True,
 ) -> Compilation:
     """The product's kernel with this tile; rank 0 for none."""
+    if problem.kernel == FP4:
+        return _fp4_product(target, problem, tile, rank, has_bias, accumulate)
     from .....kernels.quant_linear import launch
 
     arch, warps, flags = target.arch, {"num_warps": tile.warps}, (has_bias, accumulate)
@@ -106,6 +122,23 @@ def product(
     return Compilation(f"{module}.triton", problem.kernel, GEMM, made, arch, options)
 
 
+def _fp4_product(target, problem, tile, rank, has_bias, accumulate):
+    from .....kernels.fp4.launch import constants
+
+    made = constants(target, tile, 16, problem.row_bytes, rank, True, has_bias, accumulate)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return Compilation(f"{KERNELS}.fp4.triton", "gemm_fp4_kernel", FP4_GEMM, made, target.arch, options)
+
+
+def tile_of(target: Target, problem: Problem) -> Tile:
+    """The default tile of a product."""
+    if problem.kernel == FP4:
+        from .....kernels.fp4.launch import gemm_tile
+
+        return gemm_tile(target, problem.tokens)
+    return tuning.candidates(target, problem)[0]
+
+
 def quantizer(target: Target, rank: int, rotation: int, *settings) -> Compilation:
     """The activation quantizer; settings: prologue, smooth, grouped, bits, unsigned, planes, as in
     `quant_activation.launch.constants`."""
@@ -121,6 +154,19 @@ def quantizer(target: Target, rank: int, rotation: int, *settings) -> Compilatio
     name = f"{KERNELS}.quant_activation.triton"
     found = Compilation(name, "quantize_kernel", QUANTIZER, made, target.arch, options)
     return found if dtype == torch.bfloat16 else found.with_pointers("fp16")
+
+
+def fp4_quantizer(target: Target, *settings) -> Compilation:
+    """The quantizer of fp4; settings: level, block, either, rank, rotation, prologue, smooth, principal, as
+    in `fp4.launch.quantizer_constants`."""
+    from .....kernels.fp4.launch import quantizer_constants, quantizer_tile
+
+    tile = quantizer_tile(settings[3], settings[4])
+    made = quantizer_constants(target, tile, torch.bfloat16, *settings)
+    made["ROT_DTYPE"] = "tl.bfloat16"
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    name = f"{KERNELS}.fp4.triton"
+    return Compilation(name, "quantize_fp4_kernel", FP4_QUANTIZER, made, target.arch, options)
 
 
 def spec_of(grain: str, n: int, k: int, rank: int) -> LinearSpec:

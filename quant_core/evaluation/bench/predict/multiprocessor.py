@@ -99,6 +99,8 @@ def _product(op: str, card: Throughput) -> float:
     if half:
         rate = card.half / (8e9 * card.clock * card.multiprocessors)
         return macs / rate
+    if op.startswith("OMMA"):
+        return macs / card.fp4
     return macs / (card.int4 if four else card.int8)
 
 

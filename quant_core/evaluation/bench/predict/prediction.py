@@ -5,15 +5,16 @@ from functools import lru_cache
 from math import ceil
 
 from .....kernels import spec_at_load
+from .....kernels.operator.codes import NVFP4
+from .....kernels.plan import FP4
 from .....kernels.target import MIN_INT4, Target, triton_version
-from .....kernels.tuning import candidates
 from ..cases import FLUX_TOKENS, RANK
 from . import kernels, machine_code
 from .multiprocessor import MEMORY, Modelled, modelled, products_of
 from .sass import inner_loops
 from .throughput import Throughput
 
-GRAINS = ("group", "channel")
+GRAINS = ("group", "channel", NVFP4)
 SIZES = ((3072, 3072), (9216, 3072), (12288, 3072), (3072, 12288))
 
 
@@ -109,9 +110,9 @@ def predict(card: Throughput, grain: str, n: int, k: int, m: int = FLUX_TOKENS, 
     target, spec = target_of(card), kernels.spec_of(grain, n, k, RANK)
     stored, spec = spec, spec_at_load(spec, target)
     problem = kernels.problem_of(target, spec, m)
-    tile = candidates(target, problem)[0]
+    tile = kernels.tile_of(target, problem)
     (loop,) = loops_of(compiler(kernels.product(target, problem, tile)), card, tile.warps, tile.bm * tile.bn)
-    four = problem.planes == 0
+    codes = card.fp4 if problem.kernel == FP4 else card.int4 if problem.planes == 0 else card.int8
     seconds = 1e-9 / card.clock
     blocks = ceil(m / tile.bm) * ceil(n / tile.bn)
     model = loop.model(card)
@@ -132,7 +133,7 @@ def predict(card: Throughput, grain: str, n: int, k: int, m: int = FLUX_TOKENS, 
         bound,
         flops / card.half / card.cublas,
         limit,
-        flops / product / card.peak(four),
+        flops / product / card.peak(codes),
         model.tensor,
     )
 
@@ -146,6 +147,8 @@ def _tile_bytes(problem, tile, k: int) -> float:
     """What a block reads through the L2: codes of its rows and columns, and scales of groups."""
     weights = 1 if problem.planes == 1 else 0.5
     scales = (4 * tile.bm + 2 * tile.bn) / 64 if problem.scales == 2 else 0.0
+    if problem.kernel == FP4:
+        scales = (tile.bm + tile.bn) / 16
     return k * (tile.bm * _code_bytes(problem) + tile.bn * weights + scales)
 
 
@@ -154,13 +157,18 @@ def _quantizing(card, target, spec, m, compiler) -> tuple[float, float]:
     (part,) = spec.parts
     act, grouped = part.activation, part.activation.granularity == "group"
     planes = kernels.lower(spec, target)[0].planes
-    job = kernels.quantizer(target, spec.rank, 0, 0, True, grouped, act.bits, False, planes)
+    if part.grid == NVFP4:  # twice over x: the scale of a token comes first
+        grouped, job = False, kernels.fp4_quantizer(target, 2, 16, act.either, spec.rank, 0, 0, True, 0)
+    else:
+        job = kernels.quantizer(target, spec.rank, 0, 0, True, grouped, act.bits, False, planes)
     settings, warps = job.constants, job.options["num_warps"]
     loops = loops_of(compiler(job), card, warps, passes=1 if grouped else 2)
     blocks = ceil(m / settings["BM"])
     steps = ceil(part.width / (64 * settings["TILES"]))
     cycles = sum(loop.cycles(card, blocks, steps) for loop in loops)
     scales = 4 * m * (part.width // 64 if grouped else 1)
+    if part.grid == NVFP4:
+        scales += m * part.width // 16
     moved = (
         m * part.width * (2 + (1 if planes else 0.5)) + scales + 2 * m * (spec.rank if settings["RP"] else 0)
     )
@@ -193,7 +201,8 @@ def run(name: str, echo) -> None:
 
     card = card_named(name)
     compiler = remembering()
-    echo(text(card, [predict(card, grain, n, k, compiler=compiler) for grain in GRAINS for n, k in SIZES]))
+    grains = [grain for grain in GRAINS if grain != NVFP4 or card.fp4]
+    echo(text(card, [predict(card, grain, n, k, compiler=compiler) for grain in grains for n, k in SIZES]))
 
 
 def remembering(compiler=compiled):

@@ -17,7 +17,7 @@ _LINE = re.compile(
 _HIGH = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _TARGET = re.compile(r"`\((\.L_\w+)\)")
-_PRODUCTS = ("IMMA", "IGMMA", "UTCIMMA")
+_PRODUCTS = ("IMMA", "IGMMA", "UTCIMMA", "OMMA")
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def _instruction(match, high: int) -> Instruction:
 
 
 def products(body) -> int:
-    """How many integer products of the tensor cores are in these instructions."""
+    """How many products of codes by the tensor cores are in these instructions."""
     return sum(i.kind in _PRODUCTS for i in body)
 
 
 def inner_loops(code: Code) -> list[tuple[int, int]]:
-    """Loops without loops in them, those with the most integer products first, then the longest. One that
+    """Loops without loops in them, those with the most products of codes first, then the longest. One that
     contains the kernel's end is none: polling a barrier a second time is moved behind it."""
     bodies = {span: code.instructions[slice(*span)] for span in code.loops}
     spans = [span for span, body in bodies.items() if not any(i.kind == "EXIT" and not i.guard for i in body)]

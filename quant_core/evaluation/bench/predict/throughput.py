@@ -17,9 +17,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Throughput:
     """A card. clock in GHz; memory, l2 in bytes a second; half: FLOP a second of a 16-bit product with fp32
-    sums; cublas: the share of it that a large product reaches. int4, int8: codes multiplied a cycle by the
-    tensor core of a sub-core, four of which a multiprocessor has. fma: cycles between two FP32 instructions
-    of a warp. shared_kib, warps: of a multiprocessor."""
+    sums; cublas: the share of it that a large product reaches. int4, int8, fp4: codes multiplied a cycle by
+    the tensor core of a sub-core, four of which a multiprocessor has; 0 where none does. fma: cycles between
+    two FP32 instructions of a warp. shared_kib, warps: of a multiprocessor."""
 
     name: str
     arch: int
@@ -34,10 +34,11 @@ class Throughput:
     shared_kib: int
     warps: int
     cublas: float = 0.9
+    fp4: int = 0
 
-    def peak(self, int4: bool) -> float:
-        """Integer operations a second of all tensor cores, two a product."""
-        return 8e9 * self.clock * self.multiprocessors * (self.int4 if int4 else self.int8)
+    def peak(self, codes: int) -> float:
+        """Operations a second of all tensor cores at so many codes a cycle, two a product."""
+        return 8e9 * self.clock * self.multiprocessors * codes
 
 
 CARDS = {
@@ -49,7 +50,7 @@ CARDS = {
         Throughput("RTX 4090", 89, 128, 2.52, 165.2e12, 256, 512, 1008e9, 5.0e12, 1, 100, 48),
         Throughput("H100", 90, 132, 1.83, 989.4e12, 1024, 0, 3350e9, 5.5e12, 1, 228, 64, 0.7),
         Throughput("B200", 100, 148, 1.85, 2250e12, 512, 0, 8000e9, 9.0e12, 1, 228, 64, 0.75),
-        Throughput("RTX 5090", 120, 170, 2.407, 209.5e12, 256, 0, 1792e9, 6.0e12, 1, 100, 48),
+        Throughput("RTX 5090", 120, 170, 2.407, 209.5e12, 256, 0, 1792e9, 6.0e12, 1, 100, 48, fp4=512),
     )
 }
 

@@ -39,6 +39,8 @@ def test_costs_of_a_wide_layer():
         for slices in (1, 4, 16)
     }
     assert costs == {1: (48 + 64) / 3072, 4: (24 + 32) / 3072, 16: (12 + 16) / 3072}
+    assert cost_at(METHODS["splitquant_4"]) == (24 + 32) / 3072
+    assert cost_at(METHODS["splitquant"]) == pytest.approx(8 / 3072)
     assert cost_at(METHODS["svdquant"]) == pytest.approx(64 / 3072)
     assert cost_at(METHODS["svdquant_r"]) == pytest.approx((64 + 8) / 3072)
     assert cost_at(METHODS["convrot"]) == pytest.approx(8 / 3072)

@@ -2,21 +2,32 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from comfyui_nibble.quant_core.calibration import CalibrationError
 from comfyui_nibble.quant_core.calibration.trajectory import Call, Trajectory
 from comfyui_nibble.quant_core.cli.commands import app
 from comfyui_nibble.quant_core.evaluation.ablate import run as ablation
 from comfyui_nibble.quant_core.evaluation.ablate import splitquant
-from comfyui_nibble.quant_core.evaluation.ablate.plot import plot
 from comfyui_nibble.quant_core.evaluation.ablate.splitquant import Entry, untrained
+from comfyui_nibble.quant_core.evaluation.ablate.table import ablation_text
+from comfyui_nibble.quant_core.evaluation.demo import shield_pixart
+from comfyui_nibble.quant_core.evaluation.inputs import KINDS
 from comfyui_nibble.quant_core.methods import METHODS
+from comfyui_nibble.quant_core.store.workers import HERE
 from comfyui_nibble.quant_core.training.presets import Preset
 from comfyui_nibble.quant_core.training.reconstruct import TrainConfig
+from comfyui_nibble.tests.support import single_thread
 
-SMALL = {"captions": ("large red circle center on plain blue background",), "steps": 2, "samples": 2}
+SMALL = {
+    "captions": ("large red circle center on plain blue background",),
+    "steps": 2,
+    "samples": 2,
+    "seeds": (7, 8),
+}
 ROWS = [
     Entry("convrot", METHODS["convrot"]),
     untrained((1, "shared", "hadamard", "token", False)),
@@ -26,17 +37,15 @@ ROWS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 def quick(entries):
     """With one smoothing and without GPTQ."""
     fast = lambda m: (
         replace(m, config=replace(m.config, smooth=((0.5, 0.5),), gptq=False))
-        if m.name == "splitquant"
+        if m.name == "splitquant_4"
         else m
     )
     return [replace(entry, method=fast(entry.method)) for entry in entries]
@@ -86,12 +95,35 @@ def test_rows_have_their_figures(done):
     product = sum(k * n for k, n in specs)
     assert one["cost"] == pytest.approx(sum(k * {256: 32, 1024: 64}[k] for k, _ in specs) / product)
     assert four["cost"] == pytest.approx(sum(k * {256: 16, 1024: 32}[k] for k, _ in specs) / product)
-    assert {"image_db", "latent_db", "median_db"} <= convrot.keys()  # asked for
-    assert convrot["median_db"] == pytest.approx(convrot["image_db"])  # of one picture
+    assert {"each_db", "ssim", "image_db", "latent_db", "median_db"} <= convrot.keys()  # asked for
+    (first,), (second,) = convrot["each_db"]  # a list a seed, a picture a caption
+    assert first != second
+    assert convrot["median_db"] == pytest.approx((first + second) / 2)
+    # Errors of equally many pixels add up.
+    of_both = -10 * np.log10((10 ** (-first / 10) + 10 ** (-second / 10)) / 2)
+    assert convrot["image_db"] == pytest.approx(of_both)
+    assert 0 < convrot["ssim"] < 1
+    assert 4 < convrot["bits"] < one["bits"] + 1 < 7
     best = max(rows, key=lambda row: row["coherent_db"])
     assert "image_db" in best
     assert sum("image_db" in row for row in rows) == 2
     assert not list(folder.glob("partial*"))
+
+
+def test_kinds_are_added_to_rows_that_are_there(done, monkeypatch):
+    """Those of untrained rows alone: a layer by itself is not trained."""
+    folder, rows = done
+    judged = []
+    monkeypatch.setattr(
+        ablation, "fit_kind", lambda kind, method: judged.append((kind, method.name)) or {"sqnr_db": 12.5}
+    )
+    monkeypatch.setattr(ablation, "measure", lambda *_, **__: pytest.fail("measured again"))
+    found = ablation.run(folder, quick(ROWS), best=0, kinds=True, **SMALL)
+    assert judged == [(kind, row.method.name) for row in ROWS for kind in KINDS]
+    assert [row["kinds"] for row in found] == [dict.fromkeys(KINDS, 12.5)] * 3
+    assert [row["coherent_db"] for row in found] == [row["coherent_db"] for row in rows]
+    ablation.run(folder, quick(ROWS), best=0, kinds=True, **SMALL)
+    assert len(judged) == 3 * len(KINDS)
 
 
 def test_stopped_run_goes_on(done, monkeypatch):
@@ -127,6 +159,38 @@ def test_stopped_run_goes_on(done, monkeypatch):
         ablation.run(folder, quick(ROWS), **SMALL)
 
 
+class Backwards:
+    """Workers that finish the last item first, and are interrupted when they have done so many."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def map(self, work, items, name, memory):
+        for number, item in enumerate(reversed(items)):
+            if number == self.count:
+                raise KeyboardInterrupt
+            yield work(item)
+
+
+@pytest.mark.quick
+def test_rows_finished_before_an_interrupt_are_kept_in_whatever_order(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(world, entry, with_pictures):
+        measured.append(entry.name)
+        return {"name": entry.name, "settings": entry.settings, "coherent_db": 1.0, "each_db": []}
+
+    world = SimpleNamespace(calibration=SimpleNamespace(hash="c"), captions=())
+    monkeypatch.setattr(ablation.World, "make", lambda *_, **__: world)
+    monkeypatch.setattr(ablation, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        ablation.run(tmp_path, ROWS, workers=Backwards(2))
+    assert measured == [ROWS[2].name, ROWS[1].name]
+    rows = ablation.run(tmp_path, ROWS, workers=Backwards(9))
+    assert measured[2:] == [ROWS[0].name]
+    assert [row["name"] for row in rows] == [entry.name for entry in ROWS]
+
+
 def test_trained_row(done):
     """Its layers are trained on the calibration's recorded calls, and no longer those of the untrained
     row."""
@@ -134,7 +198,7 @@ def test_trained_row(done):
     world = ablation.World.make(folder, 1.0, **SMALL)
     preset = Preset(TrainConfig(("bias", "scale"), steps=1, calls=2), None)
     trained = replace(quick(ROWS)[1], name="trained", levels=(), pictures=True, preset=preset)
-    row = ablation.measure(world, trained, SMALL["captions"], SMALL["steps"])
+    row = ablation.measure(world, trained)
     assert row["settings"]["training"]["blocks"]["steps"] == 1
     assert row["coherent_db"] != rows[1]["coherent_db"]
     assert abs(row["coherent_db"] - rows[1]["coherent_db"]) < 3
@@ -142,32 +206,31 @@ def test_trained_row(done):
     assert not list(folder.glob("partial*"))
 
 
-def test_table_and_picture(done, tmp_path):
-    _, rows = done
-    lines = ablation.ablation_text(rows).splitlines()
-    assert lines[0].split() == " ".join(["row", *ablation.COLUMNS.values()]).split()
-    assert [line.split("  ")[0] for line in lines[1:4]] == [
-        r["name"] for r in sorted(rows, key=lambda r: -r["coherent_db"])
-    ]
-    convrot = next(line for line in lines if line.startswith("convrot"))
-    assert f"{rows[0]['coherent_db']:.2f}" in convrot
-    assert "0.26%" in convrot
-    assert next(line for line in lines if "by slices" in line).endswith(
-        f"1: {rows[1]['coherent_db']:.2f} (1)  4: {rows[2]['coherent_db']:.2f} (1)"
-    )
-    plot(tmp_path / "a.png", rows)
-    assert (tmp_path / "a.png").stat().st_size > 10_000
+def test_of_another_model(tmp_path):
+    """Its own captions, family and latents; the folder is no other model's."""
+    small, asked = shield_pixart.MODEL, {"steps": 2, "samples": 2, "seeds": (7,)}
+    world = ablation.World.make(tmp_path, 1.0, small.judged[:1], small=small, **asked)
+    assert ablation.pictures_of(world.model, world)["each_db"] == [[200.0]]  # the most that it says
+    network, rows, _ = world.quantize(Entry("rtn", METHODS["rtn"]))
+    assert {layer.name for layer in world.plan} <= {row.name for row in rows}
+    assert ablation.pictures_of(network, world)["each_db"][0][0] < 20
+    with pytest.raises(CalibrationError, match="shield_pixart, outliers 1"):
+        ablation.World.make(tmp_path, 1.0, **asked)
 
 
 def test_command(done, tmp_path, monkeypatch):
     _, rows = done
     asked = SimpleNamespace(args=None)
     monkeypatch.setattr(splitquant, "entries", lambda quick: ["quick"] * quick)
-    monkeypatch.setattr(ablation, "run", lambda *args: setattr(asked, "args", args) or rows)
-    result = CliRunner().invoke(
-        app, ["ablate", "splitquant", "--out", str(tmp_path), "--quick", "--severity", "0.4"]
+    monkeypatch.setattr(
+        ablation, "run", lambda *args, **options: setattr(asked, "args", (args, options)) or rows
     )
+    command = ["ablate", "splitquant", "--out", str(tmp_path), "--quick", "--severity", "0.4", "--kinds"]
+    result = CliRunner().invoke(app, [*command, "--seeds", "3", "--model", "shields"])
     assert result.exit_code == 0, result.output
-    assert asked.args[:3] == (tmp_path, ["quick"], 0.4)
-    assert result.stdout == (tmp_path / "ablation.txt").read_text() == ablation.ablation_text(rows) + "\n"
+    assert asked.args[0][:3] == (tmp_path, ["quick"], 0.4)
+    made = {"seeds": range(7, 10), "kinds": True, "small": shield_pixart.MODEL, "workers": HERE}
+    assert asked.args[1] == made
+    against = splitquant.AGAINST
+    assert result.stdout == (tmp_path / "ablation.txt").read_text() == ablation_text(rows, against) + "\n"
     assert (tmp_path / "ablation.png").stat().st_size > 10_000

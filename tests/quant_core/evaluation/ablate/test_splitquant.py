@@ -4,8 +4,8 @@ import torch
 
 from comfyui_nibble.quant_core.evaluation.ablate.splitquant import (
     BASELINES,
-    DEFAULT,
     FACTORS,
+    PAPER,
     SLICES,
     WIDTHS,
     entries,
@@ -39,20 +39,22 @@ def test_what_is_left_out_is_the_same(tiny_state):
 def test_order_and_names():
     found = entries()
     names = [e.name for e in found]
-    assert len(set(names)) == len(names) == 3 + 80 + 13
-    assert names[:3] == list(BASELINES)
+    assert len(set(names)) == len(names) == 4 + 80 + 14
+    assert names[:4] == list(BASELINES)
     four = [e for e in found if dict(e.levels).get("slices") == 4]
-    assert found[3:21] == four
-    assert all(e.pictures for e in found[:21])
-    assert tuple(dict(found[3].levels).values()) == DEFAULT
-    assert tuple(dict(found[3].levels)) == FACTORS
-    assert [dict(e.levels)["slices"] for e in found[21:25]] == [1, 2, 8, 16]
-    trained = found[25:38]
+    assert found[4:22] == four
+    assert all(e.pictures for e in found[:22])
+    assert tuple(dict(found[4].levels).values()) == PAPER
+    assert tuple(dict(found[4].levels)) == FACTORS
+    assert [dict(e.levels)["slices"] for e in found[22:26]] == [1, 2, 8, 16]
+    trained = found[26:40]
     assert all(e.preset != UNTRAINED and e.pictures and not e.levels for e in trained)
     assert all(e.preset == UNTRAINED for e in found if e not in trained)
-    assert trained[0].name == "K=4 hadamard scales token, trained"
+    assert [e.name for e in trained[:2]] == ["splitquant, trained", "K=4 hadamard scales token, trained"]
+    assert [e.method.name for e in trained] == ["splitquant"] + 13 * ["splitquant_4"]
     assert trained[0].preset == PRESETS["splitquant"]["standard"]
-    assert trained[-1].preset == PRESETS["splitquant"]["best"]
+    assert trained[1].preset == PRESETS["splitquant_4"]["standard"]
+    assert trained[-1].preset == PRESETS["splitquant_4"]["best"]
     blocks = [e.preset for e in trained if "in blocks" in e.name]
     assert (
         len({(p.blocks.coherence, p.blocks.isolate, p.blocks.adaptive) for p in blocks}) == len(blocks) == 8

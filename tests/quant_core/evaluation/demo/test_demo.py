@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -69,7 +70,8 @@ def test_high_frequency_ratio():
 
 @pytest.fixture(scope="module")
 def hard(tmp_path_factory):
-    return run.run_severity(1.0, tmp_path_factory.mktemp("statistics"), lambda items, total: items)
+    folder = tmp_path_factory.mktemp("statistics")
+    return run.run_severity(tiny_flux.MODEL, 1.0, folder, lambda items, total: items)
 
 
 def test_hard_outliers_separate_the_methods(hard):
@@ -88,20 +90,32 @@ def test_report_has_every_figure(hard):
     assert set(report) == {"reference", "methods"}
     assert report["reference"]["bytes"] > 9_000_000
     for name, m in report["methods"].items():
-        assert set(m) == {
-            "latent_psnr_db", "image_psnr_db", "high_frequency_ratio", "layer_sqnr_db", "bytes",
-            "block_bits_per_weight", "calibrate_seconds", "quantize_seconds",
+        assert set(m) - {"paired"} == {
+            "latent_psnr_db", "image_psnr_db", "each_psnr_db", "ssim", "high_frequency_ratio",
+            "layer_sqnr_db", "bytes", "block_bits_per_weight", "calibrate_seconds", "quantize_seconds",
         }  # fmt: skip
+        assert ("paired" in m) == (name != run.PAIRED_WITH)
+        assert len(m["each_psnr_db"]) == len(tiny_flux.MODEL.judged)
         assert m["bytes"] < 0.5 * report["reference"]["bytes"]
         assert name in shown
 
 
-def test_contact_sheet_is_written(hard, tmp_path):
-    from PIL import Image
+def test_methods_are_judged_picture_by_picture(hard):
+    """rtn loses every picture to svdquant, whatever the mean says."""
+    methods = hard[0]["methods"]
+    of = lambda name: methods[name]["each_psnr_db"]
+    found = methods["rtn"]["paired"]
+    assert found["median"] == pytest.approx(np.median(np.subtract(of("rtn"), of("svdquant"))))
+    assert (found["wins"], found["count"]) == (0, len(of("rtn")))
+    assert found["low"] <= found["median"] <= found["high"] < -6
 
-    report, shown = hard
-    run.contact_sheet(
-        tmp_path / "sheet.png", {"mild": shown, "hard": shown}, {"mild": report, "hard": report}
-    )
-    assert Image.open(tmp_path / "sheet.png").width > 1000
-    assert "naive" in run.pictures_text({"mild": report, **report})
+
+def test_report_as_a_table(hard):
+    report, _ = hard
+    lines = run.pictures_text({"mild": report, **report}).splitlines()
+    assert len(lines) == 1 + 2 * len(run.methods())
+    assert lines[-1].split()[:2] == ["hard", "naive"]
+    assert lines[-1].endswith(f"better in 0 of {len(tiny_flux.MODEL.judged)}")
+    assert [line for line in lines if "better in" not in line][1:] == [
+        line for line in lines if line.split()[1] == run.PAIRED_WITH
+    ]

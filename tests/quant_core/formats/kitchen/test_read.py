@@ -184,7 +184,7 @@ def test_float8_is_read_as_bf16(write, dtype):
     want = (tensors[f"{other}.weight"].float() * scale).bfloat16()
     assert torch.equal(opened.tensor(f"{other}.weight"), want)
     assert torch.equal(opened.tensor(f"{other}.bias"), tensors[f"{other}.bias"])
-    assert "float8 layers (1) are read as bf16" in opened.notes[0]
+    assert f"{conf['format']} layers (1) are read as bf16" in opened.notes[0]
 
 
 # -- names and shapes

@@ -28,12 +28,6 @@ CONVROT = {"format": "convrot_w4a4"}
         ({"format": "int3"}, "unknown format 'int3'; known are svdquant_w4a4"),
         ({"format": ["int8_tensorwise"]}, "unknown format"),
         ({}, "unknown format 'None'"),
-        ({"format": "nvfp4"}, "nvfp4 is one of ComfyUI's own.*load it with Load Diffusion Model"),
-        ({"format": "mxfp8"}, "mxfp8 is one of ComfyUI's own.*load it with Load Diffusion Model"),
-        (
-            {"format": "asym_w4a8_int8"},
-            "asym_w4a8_int8 is one of ComfyUI's own.*load it with Load Diffusion Model",
-        ),
         (CONVROT | {"convrot_groupsize": 128}, "convrot_groupsize: expected 16, 64 or 256, found 128"),
         (CONVROT | {"convrot_groupsize": None}, "convrot_groupsize: expected int, found 'None'"),
         (CONVROT | {"convrot_groupsize": "wide"}, "convrot_groupsize: expected int, found 'wide'"),

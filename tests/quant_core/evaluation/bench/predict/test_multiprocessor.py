@@ -37,10 +37,11 @@ def test_tensor_cores_are_busy_as_long_as_the_public_figures_say():
     assert model.use_of(body(line(*PRODUCT))[0], ADA).busy == 16
     assert model.use_of(body(line(*PRODUCT))[0], AMPERE).busy == 8
     assert cycles(body(*[line(*PRODUCT, stall=2)] * 8)) == 128
-    assert ADA.peak(True) == pytest.approx(1321e12, rel=0.01)
-    assert AMPERE.peak(False) == pytest.approx(624e12, rel=0.01)
-    assert card_named("H100").peak(False) == pytest.approx(1979e12, rel=0.01)
-    assert card_named("RTX 2080 Ti").peak(True) == pytest.approx(455e12, rel=0.01)
+    assert card_named("RTX 5090").peak(512) == pytest.approx(1676e12, rel=0.01)
+    assert ADA.peak(ADA.int4) == pytest.approx(1321e12, rel=0.01)
+    assert AMPERE.peak(AMPERE.int8) == pytest.approx(624e12, rel=0.01)
+    assert card_named("H100").peak(1024) == pytest.approx(1979e12, rel=0.01)
+    assert card_named("RTX 2080 Ti").peak(512) == pytest.approx(455e12, rel=0.01)
 
 
 def test_a_scoreboard_is_waited_for():

@@ -22,9 +22,11 @@ def binary(*lines, registers=128, shared=40_000):
 def by_hand(job):
     """128 products a warp and round, with nothing else but the branch; of 8 warps, 128 x 128 x 512 codes. A
     quantizer that issues 100 instructions a step."""
-    if job.kernel == "quantize_kernel":
+    if job.kernel.startswith("quantize"):
         return binary(*[line("FFMA", "R0, R1, R2, R0")] * 99)
     eight = "IMMA.16832.S8.S8" if job.kernel.endswith("int8") else "IMMA.16864.S4.S4"
+    if job.kernel == "gemm_fp4_kernel":
+        eight = "OMMA.SF.16864.F32.E2M1.E2M1.UE4M3.4X"
     return binary(*[line(eight, "R0, R4.ROW, R8.COL, R0")] * 128)
 
 
@@ -56,6 +58,17 @@ def test_what_another_card_runs_and_what_holds_it_back():
 
 
 @pytest.mark.quick
+def test_the_nvfp4_grid_by_hand():
+    card = card_named("RTX 5090")
+    layer = prediction.predict(replace(card, l2=1e15), "nvfp4", 3072, 3072, m=4096, compiler=by_hand)
+    assert (layer.runs_as, layer.limit) == ("W4A4", "tensor")
+    # As on Ada, 16 cycles a product; 768 blocks on 170 multiprocessors: 5 rounds of 6 steps.
+    assert layer.product == pytest.approx(5 * (6 * 2 * 128 * 16 + 2 + 4 * MEMORY) / 2.407e9, rel=0.03)
+    moved = 4096 * (3072 * (2.5 + 1 / 16) + 4 + 2 * 32)
+    assert layer.bound == pytest.approx(moved / 1792e9)
+
+
+@pytest.mark.quick
 def test_the_table_says_what_it_is():
     layers = [prediction.predict(ADA, "group", 3072, 3072, compiler=by_hand)]
     first, second, head, row = prediction.text(ADA, layers).splitlines()
@@ -75,7 +88,9 @@ def test_the_command(monkeypatch):
     assert result.exit_code == 0
     lines = result.output.splitlines()
     assert lines[0].startswith("Prediction for RTX 4090")
-    assert len(lines) == 3 + len(prediction.GRAINS) * len(prediction.SIZES)
+    assert len(lines) == 3 + 2 * len(prediction.SIZES)
+    result = CliRunner().invoke(app, ["bench", "--predict", "rtx 5090"])
+    assert len(result.output.splitlines()) == 3 + len(prediction.GRAINS) * len(prediction.SIZES)
     assert CliRunner().invoke(app, ["bench"]).exit_code == 2
     unknown = CliRunner().invoke(app, ["bench", "--predict", "RTX 9090"])
     assert isinstance(unknown.exception, ValueError)
