@@ -31,10 +31,11 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Held:
-    """What the server's process holds after /free. anonymous: bytes of private memory; files: of ours that
-    are mapped."""
+    """What the server's process holds after /free. allocated: bytes of glibc's allocator in use; blocks: of
+    Python's; files: of ours that are mapped."""
 
-    anonymous: int
+    allocated: int
+    blocks: int
     descriptors: int
     maps: int
     files: int
@@ -57,17 +58,17 @@ class Soak:
     def text(self, seconds: float) -> str:
         """The figures in lines for a person."""
         first, last = self.held[0], self.held[-1]
-        mib = [h.anonymous / 2**20 for h in self.held]
+        mib = [h.allocated / 2**20 for h in self.held]
         return (
             f"{sum(self.graphs.values())} graphs in {seconds:.0f} s: "
             f"{', '.join(f'{k} {n}' for k, n in sorted(self.graphs.items()))}\n"
             f"{self.interrupted} interrupted, {self.refused} refused as they should be, "
             f"{len(self.unexpected)} unexpected errors\n"
             f"{self.repeated} latents the same as those of the graph before, bit for bit\n"
-            f"RssAnon after /free {' '.join(f'{m:.1f}' for m in mib)} MiB; descriptors {first.descriptors} "
-            "-> "
-            f"{last.descriptors}, maps {first.maps} -> {last.maps}, mapped model files {first.files} -> "
-            f"{last.files}"
+            f"allocated after /free {' '.join(f'{m:.2f}' for m in mib)} MiB; "
+            f"Python's blocks {first.blocks} -> {last.blocks}, "
+            f"descriptors {first.descriptors} -> {last.descriptors}, "
+            f"maps {first.maps} -> {last.maps}, mapped model files {first.files} -> {last.files}"
         )
 
 
@@ -245,13 +246,14 @@ def held(server) -> Held:
     process, before = Path(f"/proc/{server.process.pid}"), None
     for _ in range(40):
         time.sleep(0.25)
-        now = int(re.search(r"RssAnon:\s+(\d+) kB", (process / "status").read_text())[1]) * 1024
-        if before is not None and abs(now - before) < 2**16:
+        now = server.get("/test/heap")
+        if before is not None and abs(now["allocated"] - before["allocated"]) < 2**16:
             break
         before = now
     maps = (process / "maps").read_text().splitlines()
     ours = {line.split()[-1] for line in maps if str(server.base) in line}
-    return Held(now, len(list((process / "fd").iterdir())), len(maps), len(ours))
+    descriptors = len(list((process / "fd").iterdir()))
+    return Held(now["allocated"], now["blocks"], descriptors, len(maps), len(ours))
 
 
 def run_one(server, soak: Soak, kind: str, graph: dict, error: str, share: float | None = None):

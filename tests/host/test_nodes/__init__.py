@@ -12,7 +12,9 @@ from comfy_api.latest import ComfyExtension, io
 from comfyui_nibble.quant_core.evaluation.demo import pictures
 from comfyui_nibble.tests.host.narrow import widths_from_weights
 
-from . import codes, landscape, memory, options, shield
+from . import codes, heap, landscape, memory, options, shield
+
+ROUTES = [heap.heap]
 
 
 class TestCaptions(io.ComfyNode):
