@@ -72,7 +72,8 @@ class Opened(ABC):
         for key, tensor in layer.tensors.items():
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
-            low, high = torch.aminmax(tensor)
+            # torch has no aminmax of fp8.
+            low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise CheckpointError(
                     f"{self.path}: {name}.{key}: NaN or Inf. The file is damaged: download it or quantize "

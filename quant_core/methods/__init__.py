@@ -28,7 +28,12 @@ class Method:
         for a grid that nobody has."""
         known = {f.name for f in fields(self.config)}
         if unknown := set(options) - known:
-            raise ValueError(f"method {self.name} has no option {sorted(unknown)}; it has {sorted(known)}")
+            first = min(unknown)
+            others = [m.name for m in METHODS.values() if first in {f.name for f in fields(m.config)}]
+            have = f"; {', '.join(others)} {'have' if len(others) > 1 else 'has'} it" if others else ""
+            raise ValueError(
+                f"method {self.name} has no option {first}{have}. It has {', '.join(sorted(known))}."
+            )
         if "grid" in options:
             four_bits(options["grid"])
         return replace(self.config, **{name: _fixed(value) for name, value in options.items()})
