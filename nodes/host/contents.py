@@ -12,6 +12,7 @@ from .bare import PREFIX, bare, original
 from .build import ATTACHMENT, unpatched
 from .inherited import require_inheritable
 from .patcher import NibblePatcher
+from .reduced import Reduced, plain
 from .source import QuantizedSource
 
 
@@ -60,14 +61,20 @@ def take_apart(patcher: ModelPatcher) -> Contents:
 
 
 def _stock(patcher):
-    """(key, tensor) of a stock model. 8-bit floats become bf16, ComfyUI's scaled weights their real values:
-    exact, and copies."""
+    """(key, tensor) of a stock model. 8-bit floats become bf16, what ComfyUI and ComfyUI-GGUF hold below 16
+    bit its real values in bf16, which are copies."""
     with bare(patcher) as model:
         modules = dict(model.diffusion_model.named_modules())
         state = model.diffusion_model.state_dict()
+    reduced = Reduced(modules)
     for key, tensor in state.items():
         name, _, leaf = key.rpartition(".")
+        if reduced.is_beside(key):
+            continue
         module = modules[name]
+        if key in reduced.shapes:
+            yield key, reduced.real(key, original(patcher, PREFIX + key, getattr(module, leaf))).cpu()
+            continue
         if getattr(module, "quant_format", None) is not None:  # quantized by ComfyUI
             if leaf == "pre_quant_scale":
                 raise QuantizedSource(
@@ -77,7 +84,9 @@ def _stock(patcher):
             if leaf not in ("weight", "bias"):
                 continue
             tensor = getattr(module, leaf)
-        tensor = original(patcher, PREFIX + key, tensor).detach()
+        elif name in reduced.layers:
+            tensor = getattr(module, leaf)
+        tensor = plain(original(patcher, PREFIX + key, tensor)).detach()
         if leaf == "weight" and hasattr(module, "convert_weight"):
             tensor = module.convert_weight(tensor)
         if tensor.dtype in (torch.int8, torch.uint8):

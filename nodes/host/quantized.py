@@ -103,6 +103,8 @@ def quantize_model(
 ) -> Made:
     """All layers of `model` by one method; what Nibble Quantize does. source: the ModelSource of it. Raises
     before the work what `quantized` and `require_model` do."""
+    if preset != UNTRAINED:
+        source.require_trainable()
     fingerprint = source.fingerprint()
     if calibration is not None:
         calibration.require_model(fingerprint)

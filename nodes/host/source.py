@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Mapping
 
 import comfy.lora
 import comfy.model_management
@@ -14,8 +12,6 @@ from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.families import detect
 from ...quant_core.families.fingerprint import fingerprint
-from ...quant_core.formats.kitchen.declared import DENSE, Declaration
-from ...quant_core.formats.kitchen.dense import weight_of
 from ...quant_core.formats.scaled import computable
 from .adapters import reshaped, times, wanted
 from .bare import PREFIX, WRAPPED, bare, original
@@ -23,6 +19,7 @@ from .bypass import as_injected, patches_of
 from .inherited import EXAMPLES, require_inheritable
 from .merging import unmergeable
 from .operations import replaceable
+from .reduced import Reduced, plain
 
 
 class QuantizedSource(RuntimeError):
@@ -31,17 +28,6 @@ class QuantizedSource(RuntimeError):
 
 class MisfitPatch(ValueError):
     """A LoRA, or what else patches weights, was made for another model."""
-
-
-def dense_layers(modules: Mapping[str, torch.nn.Module]) -> dict[str, Declaration]:
-    """{name: what it is} of the modules that ComfyUI holds in fp8, nvfp4, mxfp8 or asym_w4a8_int8."""
-    found = {}
-    for name, module in modules.items():
-        if (kind := getattr(module, "quant_format", None)) in DENSE:
-            held = getattr(module.weight, "_params", None)
-            rotation, group = getattr(held, "convrot_groupsize", 0), getattr(held, "group_size", 0)
-            found[name] = Declaration(kind, rotation, group=group)
-    return found
 
 
 class ModelSource:
@@ -62,15 +48,11 @@ class ModelSource:
             self.network = model.diffusion_model
             self.modules = dict(self.network.named_modules())
             state_dict = self.network.state_dict()
-        self._dense = dense_layers(self.modules)
-        self.kinds = Counter(declared.format for declared in self._dense.values())
-        for key in list(state_dict):
-            name, _, leaf = key.rpartition(".")
-            if name in self._dense:
-                if leaf not in ("weight", "bias"):
-                    del state_dict[key]
-                else:  # the weight in its real shape, as it is nowhere stored
-                    state_dict[key] = getattr(self.modules[name], leaf)
+        self._reduced = Reduced(self.modules)
+        self.kinds = self._reduced.kinds
+        state_dict = {key: t for key, t in state_dict.items() if not self._reduced.is_beside(key)}
+        for key, shape in self._reduced.shapes.items():
+            state_dict[key] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
         # Integers that are no weights say something beside them, as ComfyUI's `X.comfy_attention.config` of
         # uint8 does.
         weights = [
@@ -96,6 +78,15 @@ class ModelSource:
         }
         self._bypassed = patches_of(patcher, {module: name for name, module in self.modules.items()})
         self._require_fit()
+
+    def require_trainable(self) -> None:
+        """Raises QuantizedSource where the network's own layers have no gradients: those of ComfyUI-GGUF."""
+        if key := self._reduced.of_another_pack:
+            raise QuantizedSource(
+                f"{key}: ComfyUI-GGUF holds this model, and its layers cannot be trained through. Set "
+                "training to none, connect the 16-bit model, or quantize the GGUF file itself with "
+                "`nibble quantize`."
+            )
 
     def _require_fit(self):
         """Takes out patches that do not fit a layer which stays in 16 bit, as ComfyUI passes over them (a
@@ -145,10 +136,9 @@ class ModelSource:
         name, _, leaf = key.rpartition(".")
         module = self.modules[name]
         held = original(self.patcher, PREFIX + key, getattr(module, leaf))
-        if name in self._dense and leaf == "weight":
-            # ComfyUI's own way to real values rounds the scale to bf16 first.
-            parts = held.state_dict("weight") | {"pre_quant_scale": getattr(module, "pre_quant_scale", None)}
-            return weight_of(self._dense[name], parts.get)
+        if key in self._reduced.shapes:
+            return self._reduced.real(key, held)
+        held = plain(held)
         if convert and hasattr(module, f"convert_{leaf}"):
             copy = held.to(comfy.model_management.get_torch_device(), copy=True)
             held = getattr(module, f"convert_{leaf}")(copy, inplace=True)

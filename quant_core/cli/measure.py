@@ -241,6 +241,23 @@ def ablate_robuq(
     _ablated(out, entries(quick), AGAINST, model, severity, seeds, kinds, ray, ray_cpus)
 
 
+@ablate.command("grids")
+def ablate_grids(
+    out: Out,
+    model: SmallModelName = "shapes",
+    severity: Severity = 1.0,
+    seeds: Seeds = 2,
+    kinds: Kinds = False,
+    ray: Ray = None,
+    ray_cpus: RayCpus = 1,
+):
+    """Whole numbers against nvfp4 on a small model, also with as many bits, a quarter of an hour. Rows are
+    compared picture by picture with svdquant and svdquant_r."""
+    from ..evaluation.ablate.grids import AGAINST, entries
+
+    _ablated(out, entries(), AGAINST, model, severity, seeds, kinds, ray, ray_cpus)
+
+
 @ablate.command("allocation")
 def ablate_allocation(
     out: Annotated[Path, typer.Option(help="Folder for rows.json and allocation.txt.")],

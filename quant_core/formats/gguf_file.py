@@ -71,17 +71,21 @@ class GGUFFile:
     def get_tensor(self, key: str) -> torch.Tensor:
         tensor, slice_ = self._tensors[key], self._slices[key]
         if slice_.dtype in FLOATS and slice_.dtype != "BF16":
-            found = torch.from_numpy(np.array(tensor.data))
-        else:
-            try:
-                values = self._gguf.dequantize(tensor.data, tensor.tensor_type)
-            except NotImplementedError as error:
-                raise CheckpointError(
-                    f"{self.path}: {key}: the package gguf does not dequantize {slice_.dtype}. Take a newer "
-                    "one, or another file of the model."
-                ) from error
-            found = torch.from_numpy(values).to(torch.bfloat16)
-        return found.reshape(slice_.shape)
+            return torch.from_numpy(np.array(tensor.data)).reshape(slice_.shape)
+        return dequantized(tensor.data, tensor.tensor_type, slice_.shape, f"{self.path}: {key}")
+
+
+def dequantized(data: np.ndarray, kind: Any, shape: tuple[int, ...], where: str) -> torch.Tensor:
+    """The values in bf16 of ggml's bytes. kind: the package's GGMLQuantizationType; where: names the tensor
+    in the CheckpointError for a type that the package does not know."""
+    try:
+        values = _package(where).dequantize(data, kind)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{where}: the package gguf does not dequantize {kind.name}. Take a newer one, or another file "
+            "of the model."
+        ) from error
+    return torch.from_numpy(values).to(torch.bfloat16).reshape(shape)
 
 
 def _package(path) -> ModuleType:

@@ -91,15 +91,30 @@ def test_scaled_fp8_becomes_real_values(comfy, take_apart, tiny_state):
     assert torch.equal(contents.rest[f"{QKV}.bias"].float(), tiny_state[f"{QKV}.bias"].float())
 
 
-def test_smoothed_activations_are_refused(comfy, take_apart, tiny_state, refused):
+@pytest.fixture
+def smoothed(comfy, tiny_state):
+    """`scaled`, with a layer whose input ComfyUI multiplies by 1, 2, 4 and 8 in turns: (model, layer)."""
     model = scaled(comfy, tiny_state)
     layer = model.model.diffusion_model.double_blocks[0].img_attn.qkv
-    layer.register_parameter("pre_quant_scale", torch.nn.Parameter(torch.ones(256), requires_grad=False))
+    factors = 2.0 ** (torch.arange(256) % 4)
+    layer.register_parameter("pre_quant_scale", torch.nn.Parameter(factors, requires_grad=False))
+    return model, layer
+
+
+def test_smoothing_of_fp8_goes_into_its_weight(smoothed, take_apart, tiny_state):
+    rest = take_apart(smoothed[0]).rest
+    fp8 = (tiny_state[f"{QKV}.weight"].float() * 1024).to(torch.float8_e4m3fn)
+    assert torch.equal(rest[f"{QKV}.weight"].float(), fp8.float() / 1024 * smoothed[1].pre_quant_scale)
+    assert f"{QKV}.pre_quant_scale" not in rest
+
+
+def test_smoothed_activations_of_other_formats_are_refused(smoothed, take_apart, refused):
+    smoothed[1].quant_format = "int8_tensorwise"
     with pytest.raises(
         refused,
         match=rf"{QKV}.pre_quant_scale: weights of a model that smooths its activations cannot be read",
     ):
-        take_apart(model)
+        take_apart(smoothed[0])
 
 
 def test_weights_packed_by_others_are_refused(take_apart, full, refused):

@@ -86,6 +86,11 @@ def weight_of(declared: Declaration, get: Callable[[str], torch.Tensor | None]) 
 
 
 def _in_fp32(declared, get):
+    values, smooth = _stored_values(declared, get), get("pre_quant_scale")  # ComfyUI multiplies x by it
+    return values if smooth is None else values.float() * smooth.float()
+
+
+def _stored_values(declared, get):
     weight = get("weight")
     if declared.format in FP8:
         return real_values(weight, get("weight_scale"))
@@ -95,9 +100,7 @@ def _in_fp32(declared, get):
     if declared.format == NVFP4:
         values = decode_e2m1(_high_first(weight)).float()
         scales = _rows(get("weight_scale").view(torch.float8_e4m3fn).float(), values, 16)
-        values = _times(values, get("weight_scale_2").float() * scales)
-        smooth = get("pre_quant_scale")  # ModelOpt's: x is multiplied by it
-        return values if smooth is None else values * smooth.float()
+        return _times(values, get("weight_scale_2").float() * scales)
     return _grouped(declared, get)
 
 
