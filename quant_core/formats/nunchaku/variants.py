@@ -85,7 +85,9 @@ def declared(weight: dict) -> Variant:
             f"{group!r:.80}"
         )
     levels = scales if isinstance(scales, list) else [scales]
-    if found.grid == NVFP4 and not all(level in (None, *found.weight_scales) for level in levels):
+    # deepcompressor's own name of the type is sfp8_e4m3_nan.
+    names = [level.removeprefix("s") if isinstance(level, str) else level for level in levels]
+    if found.grid == NVFP4 and not all(name in (None, *found.weight_scales) for name in names):
         wanted = list(found.weight_scales)
         raise UnknownVariant(
             f"quantization_config.weight.scale_dtype: expected {wanted} with {dtype!r}, found {scales!r:.80}"

@@ -156,10 +156,18 @@ def header(**changes):
     return {"quantization_config": json.dumps(config)}
 
 
+@pytest.mark.parametrize("scales", [None, "fp8_e4m3_nan", [None, "sfp8_e4m3_nan"], [None]])
+def test_other_words_for_the_same_scales(scales, fp4, tmp_path):
+    opened = NunchakuFile(write(tmp_path, fp4.file, header(scale_dtype=scales)))
+    assert opened.kind == "nunchaku SVDQuant NVFP4"
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         (header(group_size=32), "group_size: expected 16 with 'fp4_e2m1_all', found 32"),
+        (header(group_size=32, scale_dtype="ue8m0"), "group_size: expected 16"),
+        (header(scale_dtype=3), "scale_dtype: expected .* found 3"),
         (
             header(scale_dtype=[None, "fp8_e8m0"]),
             r"scale_dtype: expected \[None, 'fp8_e4m3_nan'\] with 'fp4_e2m1_all', found \[None, 'fp8_e8m0'\]",
