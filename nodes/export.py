@@ -22,7 +22,7 @@ TOOLTIPS = {
     ),
     "format": (
         "native: ComfyUI's Load Diffusion Model reads it without this pack. kitchen: for a ComfyUI that "
-        "takes svdquant_w4a4. nunchaku: SVDQuant INT4. nibble: as Nibble Save Model."
+        "takes svdquant_w4a4. nunchaku: SVDQuant INT4 or NVFP4. nibble: as Nibble Save Model."
     ),
     "filename_prefix": "Folder and name within the output folder.",
     "lossy": (

@@ -40,7 +40,7 @@ def inspect(
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(help="A quantized model: this pack's, ComfyUI's, comfy-kitchen's or nunchaku's INT4."),
+        typer.Argument(help="A quantized model: this pack's, ComfyUI's, comfy-kitchen's or nunchaku's."),
     ],
     destination: Annotated[Path, typer.Argument(help="The file to write.")],
     to: Annotated[str, typer.Option(help="native (stock ComfyUI), kitchen, nunchaku or nibble.")],

@@ -65,7 +65,7 @@ class Plan:
         out = [f"{self.source.path.name}: {self.source.kind} -> {TARGETS[self.to]}"]
         if self.impossible:
             return [*out, f"not possible: {self.impossible}"]
-        whole = self.writer.exact or ", nothing is lost" * self.lossless
+        whole = self.writer.exact(self.source) or ", nothing is lost" * self.lossless
         out.append(f"{exact} of {len(self.source.specs)} quantized layers are written as they are{whole}")
         out += [f"read with a loss: {note}" for note in self.source.notes]
         reasons: dict = {}
@@ -184,7 +184,8 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
     for name, layer in kept.items():
         again = found.layer(name) if name in found.specs else None
         if again is None or not planned.writer.same(again, layer):
-            if not all(t.isfinite().all() for t in layer.tensors.values() if t.is_floating_point()):
+            floats = [t.float() for t in layer.tensors.values() if t.is_floating_point()]
+            if not all(t.isfinite().all() for t in floats):
                 raise NotReadBack(
                     f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the "
                     "format cannot keep it as it is. The "

@@ -9,6 +9,7 @@ from ..formats import nibble
 from ..formats.kitchen import native
 from ..formats.kitchen import write as kitchen
 from ..formats.nunchaku import read as nunchaku
+from ..formats.nunchaku.variants import FP4, variant_of
 from ..formats.opened import Opened
 from ..formats.zero_points import offsets_only
 from ..layer.linear import QuantizedLayer, same_bits
@@ -17,11 +18,14 @@ from .replace import NEAREST, nearest_spec
 
 class Writer:
     """One format. title: what it is, for a report. replacement: what layers become that it does not have,
-    where there is one way only. exact: what layers lose that count as written as they are."""
+    where there is one way only."""
 
     title: ClassVar[str]
     replacement: ClassVar[str] = ""
-    exact: ClassVar[str] = ""
+
+    def exact(self, source: Opened) -> str:
+        """What layers lose that count as written as they are."""
+        return ""
 
     def losses(self, source: Opened, awq: bool) -> dict[str, str]:
         """{layer: why it cannot stay as it is}. awq: whether who shall read the file has awq_w4a16."""
@@ -82,9 +86,14 @@ class Nunchaku(Writer):
     """Modulation loses its low rank, which nunchaku does not have; any other misfit has no replacement
     there."""
 
-    title = "nunchaku's SVDQuant INT4, one file"
+    title = "nunchaku's SVDQuant, INT4 or NVFP4 as the model is, one file"
     replacement = NEAREST
-    exact = ", but for biases, which nunchaku has in 16 bit"
+
+    def exact(self, source):
+        lost = ", but for biases, which nunchaku has in 16 bit"
+        if variant_of(list(source.specs.values())) is FP4:
+            lost += ", and activations, whose scales of 16 channels it rounds without one a token above them"
+        return lost
 
     def losses(self, source, awq):
         lossy = nunchaku.losses(source.specs, source.family)

@@ -102,7 +102,7 @@ def open_quantized(path: Path) -> Opened:
         raise PackError(
             f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its "
             "own files, ComfyUI's and "
-            "comfy-kitchen's, and nunchaku's INT4."
+            "comfy-kitchen's, and nunchaku's."
         )
     return FORMATS[kind].reader(path)
 

@@ -27,6 +27,10 @@ _LEAVES = {
     "absmax": _BITSANDBYTES,
     "SCB": _BITSANDBYTES,
 }
+_MIGRATE = (
+    "its --convert-int8-scaled writes the same layers with comfy_quant declarations, which ComfyUI and this "
+    "pack read where a scale is a tensor's or a row's; or take the model in 16 bit"
+)
 _OF_COMFYUI = {"weight_scale_2": "nvfp4", "weight_s_rel": "asym_w4a8_int8"}
 
 
@@ -45,6 +49,8 @@ def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | Non
             if header is not None or f"{name}.{declared.LEAF}" in dtypes:
                 continue
             what, advice = _OF_COMFYUI.get(leaf, "mxfp8"), _UNDECLARED
+        elif leaf in WEIGHT_SCALES and _undeclared_int8(name, dtypes, header):
+            what, advice = "int8 that is not declared (older files of convert_to_quant)", _MIGRATE
         elif scale_of_fp8 and len(shapes[key]) == 2 and shapes[key][1] > 1:
             what, advice = "block-wise fp8 (a scale a block)", f"ComfyUI does not read it; {_BF16}"
         else:
@@ -53,6 +59,10 @@ def require_leaves(path, shapes: dict, dtypes: dict[str, str], header: str | Non
         raise CheckpointError(
             f"{path}: its weights are in {what}, which this pack does not read (found {found}): {advice}."
         )
+
+
+def _undeclared_int8(name, dtypes, header) -> bool:
+    return dtypes.get(f"{name}.weight") == "I8" and header is None and f"{name}.{declared.LEAF}" not in dtypes
 
 
 def require_declarations(

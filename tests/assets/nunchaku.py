@@ -7,6 +7,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
+STACKED = ("to_qkv", "add_qkv_proj", "feed_forward.net.0.proj")  # rows of several layers
 SPLITS = {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3, "img_mod.1": 6, "txt_mod.1": 6}
 
 
@@ -28,6 +29,14 @@ def scale_place(g, n, groups):
         n % 16 // 8 * 2 + n % 2,
     )  # a lane loads 4: channels 2 c, 2 c + 1 and those 8 further
     return (n // 128 * groups + g) * 128 + lane * 4 + pair
+
+
+def micro_place(n, g, groups):
+    """Index of the e4m3 scale of out-channel n and group g of 16 channels: a lane loads four words, of rows
+    that are 32 apart, and each has the four scales of 64 channels."""
+    tile = n // 128 * (groups // 4) + g // 4  # 32 lanes of 16 bytes
+    lane = n % 8 * 4 + n % 32 // 8
+    return (tile * 32 + lane) * 16 + n % 128 // 32 * 4 + g % 4
 
 
 def fragment_place(row, column, block):
@@ -64,6 +73,14 @@ def stored_scale(scale):
     return out.view_as(scale)
 
 
+def stored_micro(scale):
+    """(N, G) -> nominally (G, N)."""
+    n, groups = scale.shape
+    out = torch.empty(scale.numel(), dtype=torch.uint8)
+    out[micro_place(*_grid(n, groups), groups).flatten()] = scale.view(torch.uint8).flatten()
+    return out.view(torch.float8_e4m3fn).view(groups, n)
+
+
 def stored_down(down):
     """(K, R): ranks are the rows of the fragment."""
     c, r = _grid(*down.shape)
@@ -96,9 +113,10 @@ def _grid(*sizes):
 
 
 class Maker:
-    """file: {key: tensor} in new names; natural: {module: its tensors in natural order}."""
+    """file: {key: tensor} in new names; natural: {module: its tensors in natural order}. fp4: NVFP4, with
+    wcscales where rows of several layers are stacked and wtscale elsewhere, as deepcompressor has it."""
 
-    def __init__(self, seed=0, dtype=torch.bfloat16, rank=16):
+    def __init__(self, seed=0, dtype=torch.bfloat16, rank=16, fp4=False):
         self.g, self.dtype, self.rank, self.file, self.natural = (
             torch.Generator().manual_seed(seed),
             dtype,
@@ -106,6 +124,7 @@ class Maker:
             {},
             {},
         )
+        self.fp4 = fp4
 
     def randn(self, *shape, std=1.0):
         return (torch.randn(*shape, generator=self.g) * std).to(self.dtype)
@@ -115,9 +134,7 @@ class Maker:
 
     def linear(self, name, n, k, bias=True, smooth=None, zero_bias=False):
         """A W4A4 module."""
-        own = {
-            "codes": torch.randint(-8, 8, (n, k), generator=self.g),
-            "scale": self.uniform(k // 64, n, low=0.1, high=0.3),
+        own = (self._e2m1(name, n, k) if self.fp4 else self._integers(n, k)) | {
             "smooth": self.uniform(k, low=0.5, high=2.0) if smooth is None else smooth,
             "down": self.randn(k, self.rank, std=k**-0.5),
             "up": self.randn(n, self.rank),
@@ -125,14 +142,32 @@ class Maker:
         if bias:
             own["bias"] = torch.zeros(n, dtype=self.dtype) if zero_bias else self.randn(n)
         self.natural[name] = own
+        if self.fp4:
+            self.file[f"{name}.wscales"] = stored_micro(own["micro"])
+            stacked = len(own["outer"]) == n
+            outer = stored_scale(own["outer"][None])[0] if stacked else own["outer"]
+            self.file[f"{name}.{'wcscales' if stacked else 'wtscale'}"] = outer
+        else:
+            self.file[f"{name}.wscales"] = stored_scale(own["scale"])
         self.file |= {
             f"{name}.qweight": stored_weight(own["codes"]),
-            f"{name}.wscales": stored_scale(own["scale"]),
             f"{name}.smooth_factor": stored_scale(own["smooth"][None])[0],
             f"{name}.smooth_factor_orig": stored_scale(own["smooth"][None])[0],
             f"{name}.proj_down": stored_down(own["down"]),
             f"{name}.proj_up": stored_up(own["up"]),
         } | ({f"{name}.bias": stored_scale(own["bias"][None])[0]} if bias else {})
+
+    def _integers(self, n, k):
+        codes = torch.randint(-8, 8, (n, k), generator=self.g)
+        return {"codes": codes, "scale": self.uniform(k // 64, n, low=0.1, high=0.3)}
+
+    def _e2m1(self, name, n, k):
+        """outer: (N,), or (1,) of a layer of its own."""
+        return {
+            "codes": torch.randint(0, 16, (n, k), generator=self.g),
+            "micro": self.uniform(n, k // 16, low=40, high=448).to(torch.float8_e4m3fn),
+            "outer": self.uniform(n if name.endswith(STACKED) else 1, low=0.0003, high=0.0009),
+        }
 
     def modulation(self, name, n, k, splits, zero_point=7):
         """A W4A16 module; `natural` has its rows in the model's order and the model's bias."""
@@ -163,9 +198,11 @@ class Maker:
             self.file[f"{name}.bias"] = self.randn(shape[0], std=0.1)
 
 
-def flux(hidden=128, double=1, single=1, one_smoothing=True, zero_point=7, seed=0, context=64, pooled=64):
+def flux(
+    hidden=128, double=1, single=1, one_smoothing=True, zero_point=7, seed=0, context=64, pooled=64, fp4=False
+):
     """FLUX.1 in the names of nunchaku's Python modules, heads of 128."""
-    m, h = Maker(seed), hidden
+    m, h = Maker(seed, fp4=fp4), hidden
     for name, width in (("x_embedder", 64), ("context_embedder", context)):
         m.plain(name, h, width)
     for name, width in (("timestep", 256), ("text", pooled), ("guidance", 256)):
@@ -200,8 +237,8 @@ def flux(hidden=128, double=1, single=1, one_smoothing=True, zero_point=7, seed=
     return m
 
 
-def qwen_image(hidden=128, blocks=1, seed=0):
-    m, h = Maker(seed), hidden
+def qwen_image(hidden=128, blocks=1, seed=0, fp4=False):
+    m, h = Maker(seed, fp4=fp4), hidden
     for name, shape in {
         "img_in": (h, 64),
         "txt_in": (h, 192),
@@ -225,9 +262,9 @@ def qwen_image(hidden=128, blocks=1, seed=0):
     return m
 
 
-def z_image(hidden=128, inner=256, layers=1, refiners=False, seed=0):
+def z_image(hidden=128, inner=256, layers=1, refiners=False, seed=0, fp4=False):
     """refiners: whether they are quantized; in 16 bit their MLPs are in nunchaku's form all the same."""
-    m, h = Maker(seed), hidden
+    m, h = Maker(seed, fp4=fp4), hidden
     m.plain("all_x_embedder.2-1", h, 64)
     m.plain("all_final_layer.2-1.linear", 64, h)
     m.plain("all_final_layer.2-1.adaLN_modulation.1", h, 256)
@@ -258,10 +295,10 @@ def z_image(hidden=128, inner=256, layers=1, refiners=False, seed=0):
     return m
 
 
-def sdxl(hidden=128, seed=0):
+def sdxl(hidden=128, seed=0, fp4=False):
     """A U-Net of two levels with one transformer each in the second and the middle: too small for ComfyUI,
     whole for its names."""
-    m, h = Maker(seed), hidden
+    m, h = Maker(seed, fp4=fp4), hidden
     convolution = lambda name, out, inp, size=3: m.plain(name, out, inp, size, size)
     convolution("conv_in", h, 4)
     convolution("conv_out", 4, h)
@@ -342,6 +379,20 @@ def _cut(module):
 INT4 = {
     "quantization_config": json.dumps(
         {"method": "svdquant", "weight": {"dtype": "int4", "group_size": 64}, "rank": 16}
+    )
+}
+FP4 = {
+    "quantization_config": json.dumps(
+        {
+            "method": "svdquant",
+            "weight": {
+                "dtype": "fp4_e2m1_all",
+                "scale_dtype": [None, "fp8_e4m3_nan"],
+                "group_size": 16,
+            },
+            "activation": {"dtype": "fp4_e2m1_all", "scale_dtype": "fp8_e4m3_nan", "group_size": 16},
+            "rank": 16,
+        }
     )
 }
 D, S = "transformer_blocks.0.", "single_transformer_blocks.0."

@@ -40,6 +40,8 @@ def sound(folder: Path) -> dict[str, Path]:
         made[kind] = folder / f"{kind}.safetensors"
         convert.convert(convert.plan(open_quantized(made[method]), kind), made[kind], lossy=True)
     made["nunchaku"] = nunchaku.write(folder, nunchaku.flux().file, name="nunchaku.safetensors")
+    fp4 = nunchaku.flux(fp4=True).file
+    made["nunchaku_fp4"] = nunchaku.write(folder, fp4, nunchaku.FP4, "nunchaku_fp4.safetensors")
     statistics = {}
     for layer in Checkpoint(made["full"]).family.layers({k: tuple(t.shape) for k, t in state.items()})[:4]:
         width = layer.in_features

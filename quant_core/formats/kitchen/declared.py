@@ -18,6 +18,9 @@ INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 NVFP4, MXFP8, W4A8 = BLOCKS = ("nvfp4", "mxfp8", "asym_w4a8_int8")  # a scale a block of in-channels
 DENSE = (*FP8, *BLOCKS)  # read as 16-bit weights
 READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *DENSE)
+# Of convert_to_quant: names of its own for what is one of these, and what only its own nodes load.
+ALSO = {"float8_e4m3fn_rowwise": "float8_e4m3fn", "hybrid_mxfp8": MXFP8}
+TILES = ("int8_blockwise", "float8_e4m3fn_blockwise")
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and
 # LTX-Video; CogVideoX.
 _WIDTH_READ = re.compile(r"(.*\.)?transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear")
@@ -69,6 +72,13 @@ def parse(raw: object) -> Declaration:
         raise DeclarationError(f"expected an object, found {type(raw).__name__}")
     # comfy-quants' int8_w8a8 has no "format" and always "per_row".
     name = raw.get("format", "int8_tensorwise" if "per_row" in raw else None)
+    name = ALSO.get(name, name) if isinstance(name, str) else name
+    if name in TILES:
+        raise DeclarationError(
+            f"format {name!r} of convert_to_quant, a scale for each tile of rows and in-channels, which "
+            "neither ComfyUI nor this pack computes: take the model in 16 bit, or with a scale a tensor or a "
+            "row"
+        )
     if name not in READ:
         raise DeclarationError(
             f"unknown format {str(name)[:40]!r}; known are {', '.join(READ)}. A newer ComfyUI-Nibble may "

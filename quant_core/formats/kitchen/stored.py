@@ -3,7 +3,7 @@ and dtypes that a format asks for."""
 
 from dataclasses import dataclass
 
-from .declared import NVFP4, W4A8, Declaration
+from .declared import MXFP8, NVFP4, W4A8, Declaration
 
 FLOATS = ("F16", "BF16", "F32")
 SIXTEEN = ("F16", "BF16")
@@ -16,7 +16,11 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     W4A8: {leaf: (leaf,) for leaf in ("weight_s_rel", "weight_s_channel")},
 }
 PLAIN: dict[str, tuple[str, ...]] = {"weight_scale": ("weight_scale",)}
-OPTIONAL = {NVFP4: ("pre_quant_scale",), W4A8: ("weight_codebook", "weight_correction")}
+OPTIONAL = {
+    NVFP4: ("pre_quant_scale",),
+    W4A8: ("weight_codebook", "weight_correction"),
+    MXFP8: ("weight_scalar",),  # hybrid_mxfp8's, for cards that would compute in plain fp8: not of the weight
+}
 
 
 class LayoutError(ValueError):

@@ -1,1 +1,1 @@
-"""Files of nunchaku: SVDQuant INT4."""
+"""Files of nunchaku: SVDQuant in INT4 or NVFP4."""

@@ -1,9 +1,10 @@
 """Where nunchaku's kernels want each element of a layer, as pure index maps to and from the layout of memory.
 
 Derived from the fragments of mma.m16n8k64 (PTX ISA, "Matrix Fragments") as nunchaku's GEMM reads them: a warp
-owns 128 out-channels and 64 in-channels at a time, a lane (n % 8, k) holds words of 32 bits. Every map is a
-reshape, a transposition of axes and a reshape, so it is exact, works on memory-mapped tensors and takes one
-copy of the tensor. N: out-features, K: in-features, R: rank, G = K / 64.
+owns 128 out-channels and 64 in-channels at a time, a lane (n % 8, k) holds words of 32 bits. Codes of INT4
+and of NVFP4 lie alike. Every map is a reshape, a transposition of axes and a reshape, so it is exact, works
+on memory-mapped tensors and takes one copy of the tensor. N: out-features, K: in-features, R: rank, G = K /
+64.
 """
 
 import torch
@@ -11,6 +12,7 @@ import torch
 TILE = 128  # out-channels of a warp; nunchaku pads N and K to multiples of it
 RANK = 16  # the low-rank branch is stored in blocks of 16 x 16
 GROUP = 64
+MICRO = 4  # scales of 16 channels that lie together
 AWQ_ROWS = 4  # rows that the modulation layers interleave
 # Of a modulation layer's (shift, scale, gate), once or twice: nunchaku's biases of the scales are 1 higher.
 SCALES = slice(1, None, 3)
@@ -28,6 +30,7 @@ _WEIGHT = (
     4,
 )
 _SCALE = (1, 0, 2, 4, 3, 5)  # stored: n tile, group, 16 channels 8, lane 4, half 2, pair 2
+_MICRO = (0, 4, 3, 2, 1, 5)  # stored: n tile, k tile, n lane 8, 8 channels 4, 32 channels 4, group 4
 _DOWN = (1, 4, 2, 0, 5, 3, 6)  # stored: k tile, r tile, r lane 8, k lane 4, r half 2, k half 2, pair 2
 _UP = (0, 4, 2, 1, 5, 3, 6)  # stored: n tile, r tile, n lane 8, r lane 4, n half 2, r half 2, pair 2
 
@@ -48,8 +51,8 @@ def _weight_sizes(n, k):
 
 
 def unpack_weight(stored: torch.Tensor) -> torch.Tensor:
-    """`qweight`, int8 (N, K / 2), to the packed codes of memory, int8 (N, K / 2): two's complement, the even
-    channel in the low nibble.
+    """`qweight`, int8 (N, K / 2), to the packed codes of memory, int8 (N, K / 2): two's complement or e2m1,
+    the even channel in the low nibble.
 
     A word of 32 bits holds eight neighbouring in-channels, the first lowest, in both layouts (little endian),
     so only words move: row n = 128 tile + 16 pack + 8 half + lane, channel k = 64 tile + 32 half + 8 lane +
@@ -82,8 +85,30 @@ def pack_scale(scale: torch.Tensor) -> torch.Tensor:
     return _backward(scale, (n // TILE, groups, 8, 4, 2, 2), _SCALE).reshape(groups, n)
 
 
+def _micro_sizes(n, groups):
+    return n // TILE, groups // MICRO, 8, 4, 4, MICRO
+
+
+def unpack_micro_scale(stored: torch.Tensor) -> torch.Tensor:
+    """`wscales` of NVFP4, e4m3 (G, N) with G = K / 16, to weight scales (N, G), as the operator has them. The
+    shape is as nominal as that of `unpack_scale`.
+
+    A lane hands its product of m16n8k64 the four scales of a row's 64 channels as one word: row n = 128 tile
+    + 32 a + 8 b + lane (PTX ISA, "Block Scaling"; deepcompressor's `pack_micro_scale`).
+    """
+    groups, n = stored.shape
+    return _forward(stored, _micro_sizes(n, groups), _MICRO).reshape(n, groups)
+
+
+def pack_micro_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The inverse of `unpack_micro_scale`."""
+    n, groups = scale.shape
+    return _backward(scale, _micro_sizes(n, groups), _MICRO).reshape(groups, n)
+
+
 def unpack_vector(stored: torch.Tensor) -> torch.Tensor:
-    """`bias` (N,) or `smooth_factor` (K,), which lie as the scales of one group, to channel order."""
+    """`bias` and `wcscales` (N,) or `smooth_factor` (K,), which lie as the scales of one group, to channel
+    order."""
     return unpack_scale(stored[None])[0]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ....kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
+from ....kernels.operator.spec import LinearSpec, PartSpec, WeightSpec
 from ...families import by_name
 from ...store.safe import CheckpointError, open_safetensors
 from ..checkpoint import open_files
@@ -15,6 +15,8 @@ from ..prefixes import network
 from ..zero_points import offset_columns
 from . import layout
 from .names import NAMES, OLD_LEAVES, Module, names_of
+from .scales import OUTER
+from .variants import FP4, INT4, UnknownVariant, Variant, declared
 
 FOLDER = ("transformer_blocks.safetensors", "unquantized_layers.safetensors")
 HEADER_LIMIT = 1 << 20  # characters of a JSON entry of the header; nunchaku's are below 4000
@@ -26,8 +28,7 @@ _QUANTIZED = (
     "smooth_factor_orig",
     "proj_down",
     "proj_up",
-    "wcscales",
-    "wtscale",
+    *OUTER,
 )
 _FLOATS = ("BF16", "F16")
 _TITLES = ", ".join(by_name(n.family).title for n in NAMES)
@@ -36,7 +37,7 @@ _TITLES = ", ".join(by_name(n.family).title for n in NAMES)
 @dataclass(frozen=True)
 class Stored:
     """A quantized module of the file. keys: {leaf: key}. rank: of its low-rank branch, columns of offsets
-    where `module.splits`."""
+    where `module.splits`. variant: of the file's W4A4 layers; modulation is the same in both."""
 
     name: str
     block: str
@@ -45,24 +46,26 @@ class Stored:
     out_features: int
     in_features: int
     rank: int
+    variant: Variant
 
     @property
     def spec(self) -> LinearSpec:
         if self.module.splits:
-            act, smooth = None, False
+            weight, act, smooth = WeightSpec(), None, False
         else:
-            unsigned = self.module.unsigned
-            act, smooth = ActivationSpec(unsigned=unsigned, shift=GELU_SHIFT if unsigned else 0.0), True
-        part = PartSpec(0, self.in_features, WeightSpec(), act, smooth=smooth, rank=self.rank)
+            act, smooth = self.variant.activation(self.module.unsigned), True
+            weight = self.variant.weight
+        part = PartSpec(0, self.in_features, weight, act, smooth=smooth, rank=self.rank)
         return LinearSpec(self.in_features, self.out_features, (part,), "bias" in self.keys)
 
 
 class StoredModules:
     """What a file or an older folder of two holds. Raises CheckpointError.
 
-    family, provenance: the Family, the header's entry. source: {diffusers' module: the quantized modules that
-    it is in, one for each range of in-channels}. plain: {diffusers' key: (key, index, number of equal row
-    ranges)} of all other tensors. shapes: {diffusers' key: shape} of the model as if not quantized.
+    family, provenance: the Family, the header's entry. variant: of its W4A4 layers. source: {diffusers'
+    module: the quantized modules that it is in, one for each range of in-channels}. plain: {diffusers' key:
+    (key, index, number of equal row ranges)} of all other tensors. shapes: {diffusers' key: shape} of the
+    model as if not quantized.
     """
 
     def __init__(self, path: Path):
@@ -71,7 +74,7 @@ class StoredModules:
         where, metadata = open_files(self.files, self.path)
         names = network(where, str(self.path))
         self._where = {name: (where[key][0], key, where[key][1]) for name, key in names.keys.items()}
-        self._check_precision(metadata)
+        self.variant = self._variant(metadata)
         self.provenance = self._json(metadata, "provenance")
         self._names = names_of(self._where)
         if self._names is None:
@@ -85,6 +88,7 @@ class StoredModules:
         self.plain: dict[str, tuple[str, int, int]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._read_modules()
+        self._check_outer()
         self._check_blocks()
 
     # -- the file
@@ -128,37 +132,34 @@ class StoredModules:
             )
         return found
 
-    def _check_precision(self, metadata):
-        weight = self._json(metadata, "quantization_config").get("weight")
-        if weight is not None:
-            if not isinstance(weight, dict):
-                raise CheckpointError(
-                    f"{self.path}: quantization_config.weight: expected an object, found {weight!r:.80}"
-                )
-            dtype = weight.get("dtype")
-            if isinstance(dtype, str) and dtype.startswith(("fp4", "nvfp4")):
-                self._refuse_fp4(f"quantization_config.weight.dtype is {dtype!r:.40}")
-            if dtype != "int4":
-                raise CheckpointError(
-                    f"{self.path}: quantization_config.weight.dtype: expected 'int4', found {dtype!r:.80}"
-                )
-            if weight.get("group_size", layout.GROUP) != layout.GROUP:
-                raise CheckpointError(
-                    f"{self.path}: quantization_config.weight.group_size: expected {layout.GROUP}, found "
-                    f"{weight['group_size']!r:.80}"
-                )
-        for key in self._where:
-            leaf = key.rpartition(".")[2]
-            if leaf in ("wcscales", "wtscale"):
-                self._refuse_fp4(f"it has {key}")
-            if leaf == "wscales" and self._dtype(key).startswith("F8"):
-                self._refuse_fp4(f"{key} is {self._dtype(key)}")
+    def _variant(self, metadata) -> Variant:
+        """By the header, else by the tensors that only NVFP4 has; the two must agree."""
+        config = self._json(metadata, "quantization_config").get("weight")
+        if config is not None and not isinstance(config, dict):
+            raise CheckpointError(
+                f"{self.path}: quantization_config.weight: expected an object, found {config!r:.80}"
+            )
+        sign = next(filter(None, map(self._sign_of_fp4, self._where)), "")
+        if config is None:
+            return FP4 if sign else INT4
+        try:
+            said = declared(config)
+        except UnknownVariant as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+        if said is INT4 and sign:
+            raise CheckpointError(
+                f"{self.path}: quantization_config.weight.dtype is {said.dtype!r}, but {sign}, as only files "
+                f"of {FP4.dtype!r} have it. Download the file again."
+            )
+        return said
 
-    def _refuse_fp4(self, why):
-        raise CheckpointError(
-            f"{self.path}: nunchaku's NVFP4 variant ({why}), which is not read here. Take the model's INT4 "
-            "variant."
-        )
+    def _sign_of_fp4(self, key) -> str:
+        """What of a tensor says that the file is NVFP4, "" for any other."""
+        leaf = key.rpartition(".")[2]
+        if leaf in OUTER:
+            return f"it has {key}"
+        dtype = self._dtype(key) if leaf == "wscales" else ""
+        return f"{key} is {dtype}" if dtype.startswith("F8") else ""
 
     def _piece(self, key):
         handle, name, _ = self._where[key]
@@ -243,17 +244,23 @@ class StoredModules:
         awq = bool(module.splits)
         self._require_leaves(name, keys, awq)
         n, k = self._sizes(module, keys, awq)
-        groups = (k // layout.GROUP, n)
-        wanted = {"wscales": groups, "wzeros": groups, "smooth_factor": (k,), "bias": (n,)}
+        variant = INT4 if awq else self.variant
+        groups = (k // variant.group, n)
+        self._is(keys["wscales"], variant.micro, groups)
+        wanted = {"wzeros": groups, "smooth_factor": (k,), "bias": (n,), "wcscales": (n,)}
         for leaf, shape in wanted.items():
             if leaf in keys:
                 self._is(keys[leaf], _FLOATS, shape)
+        if "wtscale" in keys:
+            self._is(keys["wtscale"], (*_FLOATS, "F32"))
+            if self._shape(keys["wtscale"]) not in ((), (1,)):
+                self.fail(keys["wtscale"], "one number", self._shape(keys["wtscale"]))
         if awq:
             scale, zero = self.get(keys["wscales"]), self.get(keys["wzeros"])
             rank = groups[0] * offset_columns(scale, zero, scale.dtype)
         else:
             rank = self._rank(keys, n, k)
-        return Stored(name, block, module, keys, n, k, rank)
+        return Stored(name, block, module, keys, n, k, rank, variant)
 
     def _require_leaves(self, name, keys, awq):
         """That the tensors of a quantized module are there, and no others."""
@@ -300,6 +307,15 @@ class StoredModules:
         self._is(keys["proj_down"], _FLOATS, (k, rank))
         self._is(keys["proj_up"], _FLOATS, (n, rank))
         return rank
+
+    def _check_outer(self):
+        """That all W4A4 modules of NVFP4 have a scale above those of 16 channels, or none has: its absence
+        means 1, ten thousand times too much where others have it."""
+        held = {s.name: s for found in self.source.values() for s in found if s.variant is FP4}
+        without = [s for s in held.values() if not set(OUTER) & set(s.keys)]
+        if 0 < len(without) < len(held):
+            other = next(s.name for s in held.values() if s not in without)
+            self.fail(without[0].keys["wscales"], f"{' or '.join(OUTER)} beside it as {other} has", "neither")
 
     def _is(self, key, dtypes, shape=None):
         if self._dtype(key) not in dtypes:

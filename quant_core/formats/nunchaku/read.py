@@ -1,12 +1,13 @@
-"""Nunchaku's SVDQuant INT4 models: FLUX.1, Qwen-Image, SDXL and Z-Image, in one file or FLUX.1's older folder
-of two.
+"""Nunchaku's SVDQuant models, INT4 and NVFP4: FLUX.1, Qwen-Image, SDXL and Z-Image, in one file or FLUX.1's
+older folder of two.
 
-A W4A4 module is the one operator with groups of 64, its tensors in tile order (`nunchaku_layout`): y = Wq
+A W4A4 module of INT4 is the one operator with groups of 64, its tensors in tile order (`layout`): y = Wq
 Q((x + shift) / smooth) + (x proj_down) proj_up + bias, with shift 0.171875 and unsigned codes behind GELU,
 whose correction is in the file's bias already (deepcompressor's
-`convert_to_nunchaku_w4x4y16_linear_state_dict`). Modulation layers are W4A16 with zero points
-(`zero_points`), their rows interleaved and 1 added to the biases of the scales. `smooth_factor_orig` says
-nothing that the kernels read.
+`convert_to_nunchaku_w4x4y16_linear_state_dict`). One of NVFP4 is the operator on the nvfp4 grid, without a
+shift: `variants` says what its activations are, `scales` where its weight's scales are. Modulation layers are
+W4A16 with zero points in both (`zero_points`), their rows interleaved and 1 added to the biases of the
+scales. `smooth_factor_orig` says nothing that the kernels read.
 """
 
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ....kernels.operator.codes import NVFP4
 from ....kernels.operator.spec import LinearSpec, SpecError
 from ...families import Family
 from ...layer.linear import QuantizedLayer
@@ -21,16 +23,17 @@ from ...layer.stack import columns_spec, exact_sum, resmooth, rows_spec, stack_c
 from ...store.safe import CheckpointError
 from ..opened import Opened
 from ..zero_points import without_zero_points
-from . import layout
+from . import layout, scales
 from .modules import FOLDER, HEADER_LIMIT, Stored, StoredModules
 from .targets import losses
 from .write import reads_back, save
 
+MINUS_ZERO = 0x80  # as e4m3; the bytes above it are negative
+
 
 def is_nunchaku(path, keys, metadata) -> bool:
     """Whether a file or folder is, or claims to be, a model quantized by SVDQuant for nunchaku. keys: of its
-    tensors; metadata: of its header, or None. True also for what `NunchakuFile` then refuses by name, as
-    NVFP4."""
+    tensors; metadata: of its header, or None. True also for what `NunchakuFile` then refuses by name."""
     path = Path(path)
     if path.is_dir():
         return any((path / name).is_file() for name in FOLDER)
@@ -51,11 +54,10 @@ class NunchakuFile(Opened):
     smoothings, which the notes speak of. Raises CheckpointError.
     """
 
-    kind = "nunchaku SVDQuant INT4"
-
     def __init__(self, path):
         self.path = Path(path)
         self._file = StoredModules(self.path)
+        self.kind = f"nunchaku SVDQuant {self._file.variant.title}"
         self.family, self.provenance, self.report = self._file.family.name, self._file.provenance, []
         self._match(self._file.family)
         self._other_smoothing = self._differing()
@@ -216,19 +218,26 @@ class NunchakuFile(Opened):
         get = lambda leaf: self._file.get(stored.keys[leaf])
         if stored.module.splits:
             return self._modulation(stored, get)
-        groups = stored.in_features // layout.GROUP
-        # Tiles of 128 rows lie behind each other, whatever the nominal shape.
-        scales = get("wscales").flatten()[groups * start : groups * stop].view(groups, stop - start)
+        rows, variant = slice(start, stop), stored.variant
         tensors = {
-            "weight": layout.unpack_weight(get("qweight")[start:stop]),
-            "weight_scale": layout.unpack_scale(scales),
+            "weight": layout.unpack_weight(get("qweight")[rows]),
             "smooth_factor": layout.unpack_vector(get("smooth_factor")),
         }
+        tensors |= scales.loaded(
+            get,
+            stored.keys,
+            rows,
+            stored.in_features // variant.group,
+            variant.grid == NVFP4,
+        )
+        if variant.grid == NVFP4 and bool((tensors["weight_scale"].view(torch.uint8) > MINUS_ZERO).any()):
+            # Tensor cores take these scales as numbers without a sign.
+            self._file.fail(stored.keys["wscales"], "scales of 0 or more", "a negative one")
         if stored.rank:
             tensors["proj_down"] = layout.unpack_down(get("proj_down"))
-            tensors["proj_up"] = layout.unpack_up(get("proj_up")[start:stop])
+            tensors["proj_up"] = layout.unpack_up(get("proj_up")[rows])
         if "bias" in stored.keys:
-            tensors["bias"] = layout.unpack_vector(get("bias")[start:stop])
+            tensors["bias"] = layout.unpack_vector(get("bias")[rows])
         return QuantizedLayer(stored.name, replace(stored.spec, out_features=stop - start), tensors)
 
     def _modulation(self, stored, get) -> QuantizedLayer:

@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from ....kernels.operator.codes import INT
-from ....kernels.operator.spec import GELU_SHIFT, LinearSpec
+from ....kernels.operator.spec import LinearSpec, PartSpec
 from ...families import by_name
 from . import layout
 from .names import NAMES, Module, Names, by_family
+from .variants import Variant, variant_of
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Target:
 
 def losses(specs: dict[str, LinearSpec], family: str) -> dict[str, str]:
     """{layer: why nunchaku cannot run it}, before anything is written. Layers that it has quantized and
-    `specs` does not are among them.
+    `specs` does not are among them. The file is of the variant that most layers are of.
 
     Empty where `save` writes the model; what `save` changes on the way it returns.
     """
@@ -39,9 +40,10 @@ def losses(specs: dict[str, LinearSpec], family: str) -> dict[str, str]:
         for name in loose
         if not specs[name].weight_only
     }
+    variant = variant_of(list(specs.values()))
     for target in targets:
         for name, start, stop in target.rows:
-            why = _why_not(target.module, specs[name], stop - start)
+            why = _why_not(target.module, specs[name], stop - start, variant)
             if why:
                 out.setdefault(name, why)
     return out
@@ -117,7 +119,7 @@ def targets_of(names: Names, specs):
     )
 
 
-def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
+def _why_not(module: Module, spec: LinearSpec, rows: int, variant: Variant) -> str | None:
     """Why `rows` out-channels of a layer are no such module; None where they are."""
     parts = spec.parts
     if spec.order:
@@ -138,34 +140,62 @@ def _why_not(module: Module, spec: LinearSpec, rows: int) -> str | None:
         return "takes principal components out of its input, which nunchaku does not"
     if part.rotation:
         return f"rotates its input (Hadamard {part.rotation}), which nunchaku does not"
-    weight, act = part.weight, part.activation
-    if weight.grid != INT or (act is not None and act.grid != INT):
-        return "has 4-bit floating-point codes (nvfp4); nunchaku's integer files have none"
-    if (weight.bits, weight.granularity, weight.group) != (4, "group", layout.GROUP):
-        has = f"has {weight.bits}-bit weights, one scale per {weight.granularity}"
-        return f"{has}; nunchaku has 4 bits, one for {layout.GROUP} channels"
     if module.splits:
-        groups = spec.in_features // layout.GROUP
-        if act is not None or part.smooth:
-            return f"is {spec.describe()}, and weight-only without smoothing in nunchaku"
-        if part.rank not in (0, groups, 2 * groups):
-            has = f"has a low-rank branch of rank {part.rank}"
-            return f"{has}, and nunchaku's modulation layers have none: quantize it with rank 0"
-        multiples = (layout.AWQ_ROWS * module.splits, layout.GROUP)
+        why, multiples = _no_modulation(spec, part), (layout.AWQ_ROWS * module.splits, layout.GROUP)
     else:
-        if act is None:
-            return "is weight-only, and has 4-bit activations in nunchaku"
-        if (act.bits, act.granularity, act.group, act.clip) != (4, "group", layout.GROUP, 1.0):
-            has = f"has {act.bits}-bit activations per {act.granularity}, clip {act.clip:g}"
-            return f"{has}; nunchaku has 4 bits, {layout.GROUP} channels, clip 1"
-        if (act.unsigned, act.shift) != ((True, GELU_SHIFT) if module.unsigned else (False, 0.0)):
-            wanted = f"unsigned and shifted by {GELU_SHIFT}" if module.unsigned else "signed"
-            has = f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}"
-            return f"{has}; nunchaku's are {wanted} there"
-        multiples = (layout.TILE, layout.TILE)
+        why, multiples = _no_w4a4(module, part, variant), (layout.TILE, layout.TILE)
+    if why:
+        return why
     if rows % multiples[0] or part.width % multiples[1]:
         needs = f"multiples of {multiples[0]} and {multiples[1]}"
         return f"has {rows} out- and {part.width} in-channels; nunchaku needs {needs}"
     if spec.bias and not module.bias:
         return "has a bias, and none in nunchaku"
     return None
+
+
+def _no_modulation(spec: LinearSpec, part: PartSpec) -> str | None:
+    """Why a layer cannot be a W4A16 module; None where it can."""
+    if part.grid != INT:
+        return f"has {part.grid} codes, and nunchaku's modulation layers have integers"
+    if why := _other_weight(part, layout.GROUP):
+        return why
+    groups = spec.in_features // layout.GROUP
+    if part.activation is not None or part.smooth:
+        return f"is {spec.describe()}, and weight-only without smoothing in nunchaku"
+    if part.rank not in (0, groups, 2 * groups):
+        has = f"has a low-rank branch of rank {part.rank}"
+        return f"{has}, and nunchaku's modulation layers have none: quantize it with rank 0"
+    return None
+
+
+def _no_w4a4(module: Module, part: PartSpec, variant: Variant) -> str | None:
+    """Why a part of a layer cannot be a W4A4 module of the variant; None where it can."""
+    act, wanted = part.activation, variant.activation(module.unsigned)
+    for grid in (part.grid, variant.grid if act is None else act.grid):
+        if grid != variant.grid:
+            return f"has {_codes(grid)}, and most layers {_codes(variant.grid)}: a nunchaku file has one kind"
+    if why := _other_weight(part, variant.group):
+        return why
+    if act is None:
+        return "is weight-only, and has 4-bit activations in nunchaku"
+    if (act.bits, act.granularity, act.group, act.clip) != (4, "group", variant.group, 1.0):
+        has = f"has {act.bits}-bit activations per {act.granularity}, clip {act.clip:g}"
+        return f"{has}; nunchaku has 4 bits, {variant.group} channels, clip 1"
+    if (act.unsigned, act.shift) != (wanted.unsigned, wanted.shift):
+        theirs = f"unsigned and shifted by {wanted.shift}" if wanted.unsigned else "signed"
+        has = f"has {'unsigned' if act.unsigned else 'signed'} activations with a shift of {act.shift:g}"
+        return f"{has}; nunchaku's are {theirs} there"
+    return None
+
+
+def _other_weight(part: PartSpec, group: int) -> str | None:
+    weight = part.weight
+    if (weight.bits, weight.granularity, weight.group) != (4, "group", group):
+        has = f"has {weight.bits}-bit weights, one scale per {weight.granularity}"
+        return f"{has}; nunchaku has 4 bits, one for {group} channels"
+    return None
+
+
+def _codes(grid: str) -> str:
+    return "integer codes" if grid == INT else f"{grid} codes"

@@ -7,6 +7,7 @@ branches get one rank: the Python modules are built with the header's.
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -20,7 +21,9 @@ from ..zero_points import signed, zeros_of
 from . import layout
 from .config import configs
 from .names import Module, Names, by_family
+from .scales import stored
 from .targets import Target, losses, stacks_of, targets_of
+from .variants import variant_of
 
 
 def save(
@@ -45,8 +48,7 @@ def save(
     tensors, rank, skipped = _tensors(names, layers, rest, notes)
     shapes = {key: tuple(t.shape) for key, t in rest.items()}
     shapes |= {f"{name}.weight": layer.spec.logical_shape for name, layer in layers.items()}
-    part = {"dtype": "int4", "scale_dtype": None, "group_size": layout.GROUP}
-    quantization = {"method": "svdquant", "weight": part, "activation": part, "rank": rank}
+    quantization = variant_of([layer.spec for layer in layers.values()]).header(rank)
     if family == "z_image":
         quantization["skip_refiners"] = skipped
     header = {
@@ -86,6 +88,14 @@ def _tensors(names: Names, layers, rest, notes: list[str]):
     rank = -(-widest // layout.RANK) * layout.RANK
     for target, (layer, branch) in linear.items():
         leaves = _linear(layer, branch, target.module, rank, dtype, errors)
+        scales, change = stored(layer, dtype, partial(_short, layer.name, dtype=dtype))
+        leaves |= scales
+        notes += [
+            f"{name}: scales of its out-channels are rounded to {dtype}, by at most {change:.2g} of "
+            "themselves"
+            for name, _, _ in target.rows
+            if change
+        ]
         tensors |= {f"{target.name}.{names.leaf(leaf)}": t for leaf, t in leaves.items()}
     if any(errors):
         notes.append(
@@ -119,9 +129,13 @@ def reads_back(found: QuantizedLayer, layer: QuantizedLayer) -> bool:
 
 
 def _dtype(layers) -> torch.dtype:
-    found = Counter(
-        t.dtype for layer in layers.values() for t in [layer.tensors["weight_scale"]] if t.dtype.itemsize == 2
+    """The 16-bit dtype of most layers' scales, of their branches and smoothings where scales have none."""
+    short = lambda layer: (
+        layer.tensors[key].dtype
+        for key in ("weight_scale", "proj_up", "smooth_factor")
+        if key in layer.tensors and layer.tensors[key].dtype.itemsize == 2
     )
+    found = Counter(dtype for layer in layers.values() if (dtype := next(short(layer), None)))
     return found.most_common(1)[0][0] if found else torch.bfloat16
 
 
@@ -239,8 +253,8 @@ def _rounded(name, bias, dtype, errors):
 def _linear(
     layer: QuantizedLayer, branch, module: Module, rank: int, dtype, errors
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors of a W4A4 module, by their new leaves. branch: of `_branch`, filled up to `rank`
-    with zeros."""
+    """The stored tensors of a W4A4 module but for its scales, by their new leaves. branch: of `_branch`,
+    filled up to `rank` with zeros."""
     tensors, n, k = layer.tensors, layer.spec.out_features, layer.spec.in_features
     short = lambda tensor: _short(layer.name, tensor, dtype)
     smooth = layout.pack_vector(
@@ -248,7 +262,6 @@ def _linear(
     )
     out = {
         "qweight": layout.pack_weight(tensors["weight"]),
-        "wscales": layout.pack_scale(short(tensors["weight_scale"])),
         "smooth_factor": smooth,
         "smooth_factor_orig": smooth.clone(),  # not read by any kernel, but asked for by the Python modules
     }

@@ -15,7 +15,7 @@ from comfyui_nibble.quant_core.formats import nibble as pack
 from comfyui_nibble.quant_core.formats.detect import kind_of, open_quantized
 from comfyui_nibble.quant_core.formats.kitchen.read import KitchenFile
 from comfyui_nibble.quant_core.formats.nibble import PackError, PackFile
-from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
+from comfyui_nibble.quant_core.layer.linear import QuantizedLayer, same_bits
 from comfyui_nibble.quant_core.methods import METHODS
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.synthetic import flux_shapes
@@ -166,6 +166,47 @@ def test_nunchaku_there_and_back(packed, tmp_path):
     )
     written = open_quantized(tmp_path / "r.safetensors").layer(mod).dequantize()
     assert relative_error(layers[mod].dequantize(), written) < 0.2
+
+
+def test_nvfp4_to_nunchaku_and_back(source, tmp_path):
+    """SVDQuant on the nvfp4 grid without data, as the file of nunchaku's fp4 variant: every tensor of the
+    W4A4 layers comes back as it was."""
+    ours, out, back = (tmp_path / f"{n}.safetensors" for n in ("ours", "out", "back"))
+    nibble("quantize", source, ours, "--method", "svdquant", "--grid", "nvfp4", "--rank", "16")
+    said = " ".join(nibble("convert", ours, out, "--to", "nunchaku").split())
+    assert (
+        "13 of 13 quantized layers are written as they are, but for biases, which nunchaku has in 16 bit, "
+        "and activations, whose scales of 16 channels it rounds without one a token above them"
+    ) in said
+    assert "13 layers read back bit for bit" in said
+    found = describe(out, "cpu")
+    assert found["kind"] == "nunchaku SVDQuant NVFP4"
+    assert found["layers"]["double_blocks.0.img_mlp.2"].startswith("W4A4 nvfp4 smooth r16")
+    assert found["notes"] == []
+    nibble("convert", out, back, "--to", "nibble")
+    before, after = PackFile(ours), PackFile(back)
+    for name, spec in before.specs.items():
+        kept = [] if spec.weight_only else ["weight", "weight_scale", "outer_scale", "proj_down", "proj_up"]
+        first, second = before.layer(name).tensors, after.sound_layer(name).tensors
+        assert [key for key in kept if not same_bits(first[key], second[key])] == [], name
+
+
+def test_nunchaku_has_one_kind_of_codes(packed, source, tmp_path):
+    """A model with a layer on either grid is no file of nunchaku's."""
+    ours, mixed, name = (
+        tmp_path / "ours.safetensors",
+        tmp_path / "mixed.safetensors",
+        "double_blocks.0.img_mlp.0",
+    )
+    nibble("quantize", source, ours, "--method", "svdquant", "--grid", "nvfp4")
+    of_grid = PackFile(ours)
+    layers = {n: of_grid.layer(n) for n in of_grid.specs} | {name: PackFile(packed["svdquant"]).layer(name)}
+    pack.save(mixed, layers, {k: of_grid.tensor(k) for k in of_grid.rest}, "flux", {}, [])
+    planned = convert.plan(PackFile(mixed), "nunchaku")
+    assert planned.impossible == (
+        f"{name} has integer codes, and most layers nvfp4 codes: a nunchaku file has one kind. Quantize the "
+        "full-precision model with the method svdquant."
+    )
 
 
 def with_rank(layer, rank):

@@ -6,7 +6,14 @@ import torch
 
 from comfyui_nibble.kernels.operator.packing import pack
 from comfyui_nibble.quant_core.formats.nunchaku import layout
-from comfyui_nibble.tests.assets.nunchaku import awq_place, fragment_place, scale_place, weight_place
+from comfyui_nibble.quant_core.layer.linear import same_bits
+from comfyui_nibble.tests.assets.nunchaku import (
+    awq_place,
+    fragment_place,
+    micro_place,
+    scale_place,
+    weight_place,
+)
 
 pytestmark = pytest.mark.quick
 
@@ -42,6 +49,34 @@ def test_scale(groups, n):
     if groups == 1:
         assert torch.equal(layout.unpack_vector(stored[0]), natural[0])
         assert torch.equal(layout.pack_vector(natural[0]), stored[0])
+
+
+@pytest.mark.parametrize(("n", "groups"), [(128, 8), (384, 24)])
+def test_micro_scale(n, groups):
+    natural = codes(n, groups, 0, 127).to(torch.uint8)
+    stored = torch.empty(n * groups, dtype=torch.uint8)
+    for row, values in enumerate(natural.tolist()):
+        for group, byte in enumerate(values):
+            stored[micro_place(row, group, groups)] = byte
+    natural, stored = (t.view(torch.float8_e4m3fn) for t in (natural, stored.view(groups, n)))
+    assert same_bits(layout.unpack_micro_scale(stored), natural)
+    assert same_bits(layout.pack_micro_scale(natural), stored)
+
+
+def test_the_first_rows_of_a_micro_scale():
+    """Which out-channels the first lanes load, as deepcompressor's comment on `pack_micro_scale` lists
+    them."""
+    rows = torch.arange(128, dtype=torch.uint8).clamp(max=126)[:, None].expand(128, 4).contiguous()
+    stored = layout.pack_micro_scale(rows.view(torch.float8_e4m3fn)).flatten().view(torch.uint8)
+    lanes = stored.view(32, 4, 4)[:, :, 0].tolist()
+    assert lanes[:5] == [
+        [0, 32, 64, 96],
+        [8, 40, 72, 104],
+        [16, 48, 80, 112],
+        [24, 56, 88, 120],
+        [1, 33, 65, 97],
+    ]
+    assert lanes[28] == [7, 39, 71, 103]
 
 
 @pytest.mark.parametrize(("channels", "rank"), [(128, 16), (256, 48)])

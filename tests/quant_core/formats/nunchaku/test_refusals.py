@@ -18,9 +18,8 @@ def header(**weight):
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        (header(dtype="fp4_e2m1_all"), "NVFP4.*INT4 variant"),
-        (header(dtype="int3"), "expected 'int4', found 'int3'"),
-        (header(group_size=32), "expected 64, found 32"),
+        (header(dtype="int3"), "expected 'int4' or 'fp4_e2m1_all', found 'int3'"),
+        (header(group_size=32), "expected 64 with 'int4', found 32"),
         ({"quantization_config": '{"weight": 3}'}, "expected an object, found 3"),
         ({"quantization_config": "{"}, "'quantization_config' is not JSON"),
         ({"quantization_config": "[" * 200000}, "is not JSON"),
@@ -54,8 +53,14 @@ Q = f"{D}attn.to_qkv"
             lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].float()}),
             f"{Q}.wscales: expected the dtype BF16 or F16, found F32",
         ),
-        (lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].to(torch.float8_e4m3fn)}), "NVFP4"),
-        (lambda f: f.update({f"{Q}.wcscales": f[f"{Q}.bias"]}), "NVFP4"),
+        (
+            lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].to(torch.float8_e4m3fn)}),
+            f"dtype is 'int4', but {Q}.wscales is F8_E4M3, as only files of 'fp4_e2m1_all' have it",
+        ),
+        (
+            lambda f: f.update({f"{Q}.wcscales": f[f"{Q}.bias"]}),
+            f"dtype is 'int4', but it has {Q}.wcscales, as only files of 'fp4_e2m1_all' have it",
+        ),
         (
             lambda f: f.update({f"{Q}.wscales": f[f"{Q}.wscales"].T.contiguous()}),
             r"wscales: expected the shape \(2, 384\).*found \(384, 2\)",
