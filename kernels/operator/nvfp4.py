@@ -34,15 +34,39 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return nearest(grouped(x, "group", GROUP) / divisor).to(torch.int8).reshape(x.shape)
 
 
-def token_scales(x: torch.Tensor, either: bool = False) -> torch.Tensor:
-    """Scales (rows, K / 16) fp32 of activations x (rows, K) fp32: half of e4m3(absmax / 6 / t) t, where the
-    fp32 scale t of a row lets its largest group have 448. NaN or infinity makes its own group NaN.
+def token_scale(x: torch.Tensor, either: bool = False) -> torch.Tensor:
+    """(rows, 1) fp32 of activations x (rows, K) fp32: what lets the largest group of a row have a scale of
+    448, and with `either` of 256 for a 6, so that 384 is there for a 4."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=TINY)
+    return largest / (6 * (EITHER_TOP if either else SCALE_TOP))
+
+
+def largest(x: torch.Tensor) -> torch.Tensor:
+    """() fp32, the largest magnitude of x in one pass and without a copy; NaN where x has one, 0 of no
+    values."""
+    return torch.linalg.vector_norm(x, torch.inf) if x.numel() else x.new_zeros(())
+
+
+def tensor_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """() fp32: what lets the largest group of a whole tensor x have a scale of 448, of the largest magnitude
+    in it.
+
+    ComfyUI divides in the dtype of x, and so does this in bf16, where that moves all scales by up to 1/256.
+    In fp16 it is fp32 here: the quotient of anything below 0.16 has less than fp16's 11 bits, and below
+    8e-5 it would be 0. A tensor of zeros has the smallest scale and not 0, which gives ComfyUI NaN.
+    """
+    scale = largest.float() / (6 * SCALE_TOP)
+    return (scale.bfloat16().float() if dtype == torch.bfloat16 else scale).clamp(min=TINY)
+
+
+def block_scales(x: torch.Tensor, t: torch.Tensor, either: bool = False) -> torch.Tensor:
+    """Scales (rows, K / 16) fp32 of activations x (rows, K) fp32: half of e4m3(absmax / 6 / t) t for outer
+    scales t, (rows, 1) or (), fp32. NaN or infinity makes its own group NaN.
 
     either: e4m3(absmax / 4 / t) where that leaves the smaller squared error of a group ("Four over Six",
-    arXiv 2512.02010). The largest group then has 256 with a 6, so that 384 is there for a 4.
+    arXiv 2512.02010).
     """
     absmax = grouped(x, "group", GROUP).abs().amax(-1)
-    t = absmax.amax(-1, keepdim=True).clamp(min=TINY) / (6 * (EITHER_TOP if either else SCALE_TOP))
 
     def of(largest):
         scale = (absmax / largest / t).clamp(max=SCALE_TOP)
