@@ -90,12 +90,17 @@ def split(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Of a power of two nothing is rounded, so that scales which have been stored once stay what they are.
     """
     wide = three_bits(2 * scale.float())
-    largest = wide.amax(-1).clamp(min=TINY**2)
-    exponent = torch.frexp(largest)[1] - 9
-    # 480 and 512 - 32 do not exist in e4m3: a row whose largest has the mantissa 1.875 takes half of it.
-    exponent = exponent + (torch.ldexp(largest, -exponent) > SCALE_TOP)
-    outer = torch.ldexp(torch.ones_like(largest), exponent)
+    outer = power_below(wide.amax(-1))
     return (wide / outer[..., None]).to(torch.float8_e4m3fn), outer
+
+
+def power_below(largest: torch.Tensor) -> torch.Tensor:
+    """The power of two that divides the largest of scales, fp32 of any shape, to between 240 and 448."""
+    largest = largest.clamp(min=TINY**2)
+    exponent = torch.frexp(largest)[1] - 9
+    # 480 and 512 - 32 do not exist in e4m3: what has the mantissa 1.875 takes half of it.
+    exponent = exponent + (torch.ldexp(largest, -exponent) > SCALE_TOP)
+    return torch.ldexp(torch.ones_like(largest), exponent)
 
 
 def join(e4m3: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,8 @@ LEAF = "comfy_quant"
 ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
 INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 NVFP4, MXFP8, W4A8 = BLOCKS = ("nvfp4", "mxfp8", "asym_w4a8_int8")  # a scale a block of in-channels
-DENSE = (*FP8, *BLOCKS)  # read as 16-bit weights
-READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *DENSE)
+DENSE = (*FP8, MXFP8)  # read as 16-bit weights
+READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8, *BLOCKS)
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and
 # LTX-Video; CogVideoX.
 _WIDTH_READ = re.compile(r"(.*\.)?transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear")
@@ -100,7 +100,9 @@ def parse(raw: object) -> Declaration:
         group = _size(option, "group_size", 16)
         if group < 4 or (16 % group and group % 16):
             raise DeclarationError(f"group_size: expected 4, 8 or a multiple of 16, found {group}")
-        return Declaration(name, _rotation(option), group=group)
+        return Declaration(name, _rotation(option), activation_bits=0 if whole else 8, group=group)
+    if name == NVFP4:
+        return Declaration(name, activation_bits=0 if whole else 4)
     return Declaration(name)
 
 
