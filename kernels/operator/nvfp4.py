@@ -15,6 +15,7 @@ GROUP = 16  # channels that share a scale in e4m3
 DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12)  # of e2m1 codes 0 to 7; 8 to 15 are their negatives
 TOP = DOUBLED[-1]
 SCALE_TOP = 448.0  # the largest e4m3 number
+SCALE_TINY = 2.0**-9  # the smallest above 0
 EITHER_TOP = 256.0  # the largest of which e4m3 has one and a half
 _MANTISSA = 3  # bits of e4m3
 
@@ -108,16 +109,27 @@ def join(e4m3: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
     return e4m3.float() * outer.float()[..., None] / 2
 
 
-def four_over_six(weight: torch.Tensor) -> torch.Tensor:
+def under(scale: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
+    """Scales, fp32 of any shape, to the nearest e4m3 numbers times half of outer (), a power of two; the
+    smallest such number in place of 0, by which GPTQ could not divide."""
+    e4m3 = (2 * scale / outer).clamp(max=SCALE_TOP).to(torch.float8_e4m3fn).float()
+    return e4m3.clamp(min=SCALE_TINY) * outer / 2
+
+
+def four_over_six(weight: torch.Tensor, outer: torch.Tensor | None = None) -> torch.Tensor:
     """Scales (rows, K / 16) fp32 of weight (rows, K) fp32: of those that bring the largest of 16 weights to 6
     and to 4 the one with the smaller squared error ("Four over Six", arXiv 2512.02010).
 
-    The step from 4 to 6 is the widest of e2m1; a group with many large weights does better without it.
+    The step from 4 to 6 is the widest of e2m1; a group with many large weights does better without it. outer
+    (): the power of two above the scales of all rows, at least a quarter of the largest weight over 448;
+    None: one for each row.
     """
     absmax = grouped(weight, "group", GROUP).abs().amax(-1)
     # Rounded together: the power of two of a row that holds the larger ones holds the smaller ones as
     # exactly.
-    return _better(weight, *stored(torch.cat([absmax / 12, absmax / 8], -1)).tensor_split(2, -1))
+    both = torch.cat([absmax / 12, absmax / 8], -1)
+    held = stored(both) if outer is None else under(both, outer)
+    return _better(weight, *held.tensor_split(2, -1))
 
 
 def _better(x, six, four):

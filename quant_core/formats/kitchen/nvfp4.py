@@ -88,19 +88,27 @@ def one_scale(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor] | None
     return (rounded, whole) if torch.equal(rounded.float()[held], moved[held]) else None
 
 
-def stored_of(layer: QuantizedLayer) -> dict[str, torch.Tensor]:
-    """The tensors of a layer but for its bias as ComfyUI names them. Raises ValueError where there is no
-    `one_scale`."""
+def with_one_scale(layer: QuantizedLayer) -> QuantizedLayer:
+    """The layer with its `one_scale` for all rows: as it is written, and read back. Raises ValueError where
+    it has none."""
     found = one_scale(layer)
     if found is None:
         raise ValueError(
             f"layer {layer.name}: its rows have scales of their own, expected one of the tensor as ComfyUI's "
             "nvfp4 has. Write it in 8 or 16 bit, or save the model in the pack's own format."
         )
+    outer = found[1].reshape(1, 1).repeat(1, layer.spec.out_features)
+    tensors = layer.tensors | {"weight_scale": found[0], "outer_scale": outer}
+    return QuantizedLayer(layer.name, layer.spec, tensors)
+
+
+def stored_of(layer: QuantizedLayer) -> dict[str, torch.Tensor]:
+    """The tensors of a layer but for its bias as ComfyUI names them. Raises as `with_one_scale`."""
+    tensors = with_one_scale(layer).tensors
     out = {
-        "weight": swapped(layer.tensors["weight"]).view(torch.uint8),
-        "weight_scale": tiled(found[0]),
-        "weight_scale_2": found[1].clone(),
+        "weight": swapped(tensors["weight"]).view(torch.uint8),
+        "weight_scale": tiled(tensors["weight_scale"]),
+        "weight_scale_2": tensors["outer_scale"][0, 0].clone(),
     }
     activation = layer.spec.parts[0].activation
     if activation is not None and activation.fixed:
