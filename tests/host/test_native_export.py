@@ -6,6 +6,7 @@ import pytest
 from comfyui_nibble.quant_core.convert import replace
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.formats.kitchen import native
+from comfyui_nibble.quant_core.formats.kitchen.read import KitchenFile
 from comfyui_nibble.quant_core.formats.nibble import PackFile
 from comfyui_nibble.quant_core.methods import by_name
 from comfyui_nibble.quant_core.run.layers import quantize_layers
@@ -114,3 +115,36 @@ def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_t
     for name, (x, y) in seen.items():
         rows, layer = x.flatten(0, -2), layers[name]
         assert layer_error(y.flatten(0, -2), layer(rows), rows, layer.spec, layer.tensors) < 1e-6, name
+
+
+def stock_outputs(comfy, path, names):
+    """{layer: (x, y)} of a forward of the file in ComfyUI's own modules. On a CPU comfy.ops leaves x of nvfp4
+    alone; here it is quantized as on cards that multiply fp4."""
+    patcher, seen = comfy.sd.load_diffusion_model(str(path)), {}
+    for name in names:
+        module = patcher.model.diffusion_model.get_submodule(name)
+        module._full_precision_mm = False
+        keep = lambda module, args, y, name=name: seen.update({name: (args[0].clone(), y.clone())})
+        module.register_forward_hook(keep)
+    forward(patcher)
+    return seen
+
+
+def test_nvfp4_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
+    """The export of the method native on the nvfp4 grid in ComfyUI's own modules, and read back here."""
+    method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
+    options = method.configured(quality_db=0, grid="nvfp4")
+    made = quantize_layers(detect(shapes).layers(shapes), Tensors(tiny_state), method, options)
+    layers = {layer.name: layer for layer, _ in made}
+    rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
+    native.save(tmp_path / "m.safetensors", layers, rest, {})
+    found = KitchenFile(tmp_path / "m.safetensors")
+    assert set(found.formats.values()) == {"nvfp4", "int8_tensorwise"}
+    four = [name for name, kind in found.formats.items() if kind == "nvfp4"]
+    assert len(four) > len(found.formats) / 2
+    seen = stock_outputs(comfy, tmp_path / "m.safetensors", four)
+    assert set(seen) == set(four)
+    for name, (x, y) in seen.items():
+        rows, layer = x.flatten(0, -2), layers[name]
+        assert relative_error(y.flatten(0, -2), layer(rows)) < 1e-5, name
+        assert relative_error(y.flatten(0, -2), found.layer(name)(rows)) < 1e-5, name
