@@ -2,6 +2,7 @@
 does."""
 
 import pytest
+from torch.nn.functional import gelu
 
 from comfyui_nibble.quant_core.convert import replace
 from comfyui_nibble.quant_core.families import detect
@@ -61,7 +62,7 @@ def test_method_native_runs_in_stock_comfyui(server, stock):
     )
     layers = export(path, stock.base / "models" / "diffusion_models" / "native.safetensors")
     formats = {native.format_of(layer.spec)[0] for layer in layers.values()}
-    assert formats == set(native.FORMATS)
+    assert formats == {"convrot_w4a4", "int8_tensorwise"}
     one = server.latents(server.run(load_graph(FLUX_TINY, path.name, sample_steps=1)), "out")
     stocks, log = stock_latents(stock, "native.safetensors", steps=1)
     assert "Detected mixed precision quantization" in log
@@ -117,34 +118,37 @@ def test_every_layer_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_t
         assert layer_error(y.flatten(0, -2), layer(rows), rows, layer.spec, layer.tensors) < 1e-6, name
 
 
-def stock_outputs(comfy, path, names):
-    """{layer: (x, y)} of a forward of the file in ComfyUI's own modules. On a CPU comfy.ops leaves x of nvfp4
-    alone; here it is quantized as on cards that multiply fp4."""
-    patcher, seen = comfy.sd.load_diffusion_model(str(path)), {}
+def outputs_of(patcher, names):
+    """{layer: (x, y)} of a forward."""
+    seen = {}
     for name in names:
-        module = patcher.model.diffusion_model.get_submodule(name)
-        module._full_precision_mm = False
         keep = lambda module, args, y, name=name: seen.update({name: (args[0].clone(), y.clone())})
-        module.register_forward_hook(keep)
+        patcher.model.diffusion_model.get_submodule(name).register_forward_hook(keep)
     forward(patcher)
-    return seen
+    assert set(seen) == set(names)
+    return {name: (x.flatten(0, -2), y.flatten(0, -2)) for name, (x, y) in seen.items()}
 
 
 def test_nvfp4_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
-    """The export of the method native on the nvfp4 grid in ComfyUI's own modules, and read back here."""
+    """The export of the method native on the nvfp4 grid in ComfyUI's own modules, and in the pack's. On a CPU
+    comfy.ops leaves x of nvfp4 alone; here it is quantized as on cards that multiply fp4."""
+    from comfyui_nibble.nodes.host.build import load
+
     method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
     options = method.configured(quality_db=0, grid="nvfp4")
     made = quantize_layers(detect(shapes).layers(shapes), Tensors(tiny_state), method, options)
     layers = {layer.name: layer for layer, _ in made}
     rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
     native.save(tmp_path / "m.safetensors", layers, rest, {})
-    found = KitchenFile(tmp_path / "m.safetensors")
-    assert set(found.formats.values()) == {"nvfp4", "int8_tensorwise"}
-    four = [name for name, kind in found.formats.items() if kind == "nvfp4"]
-    assert len(four) > len(found.formats) / 2
-    seen = stock_outputs(comfy, tmp_path / "m.safetensors", four)
-    assert set(seen) == set(four)
-    for name, (x, y) in seen.items():
-        rows, layer = x.flatten(0, -2), layers[name]
-        assert relative_error(y.flatten(0, -2), layer(rows)) < 1e-5, name
-        assert relative_error(y.flatten(0, -2), found.layer(name)(rows)) < 1e-5, name
+    formats = KitchenFile(tmp_path / "m.safetensors").formats
+    assert set(formats.values()) == {"nvfp4", "int8_tensorwise"}
+    four = [name for name, kind in formats.items() if kind == "nvfp4"]
+    assert len(four) > len(formats) / 2
+    stock = comfy.sd.load_diffusion_model(str(tmp_path / "m.safetensors"))
+    for name in four:
+        stock.model.diffusion_model.get_submodule(name)._full_precision_mm = False
+    for patcher in (stock, load(tmp_path / "m.safetensors")):
+        for name, (x, y) in outputs_of(patcher, four).items():
+            if patcher is not stock and name.endswith("mlp.2"):  # the pack computes the GELU in the layer
+                x = gelu(x, approximate="tanh")
+            assert relative_error(y, layers[name](x)) < 1e-5, name

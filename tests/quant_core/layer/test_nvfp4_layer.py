@@ -19,6 +19,7 @@ from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.layer.memory import layer_bytes
 from comfyui_nibble.quant_core.layer.precisions import higher, in_int8
 from comfyui_nibble.quant_core.layer.stack import resmooth, split_columns, stack_columns, stack_rows
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.kernels.layers import (
     NVFP4_ACT,
     NVFP4_WEIGHT,
@@ -128,6 +129,18 @@ def test_file_and_description(name, tmp_path):
         for k, t in layer.tensors.items()
     }
     assert sum(t.nbytes for t in half.values()) == layer_bytes(layer.spec)
+
+
+@pytest.mark.quick
+def test_a_damaged_scale_is_named_where_a_layer_is_to_run(tmp_path):
+    """Torch compares no e4m3 numbers by itself."""
+    layer, path = layer_of(PLAIN), tmp_path / "model.safetensors"
+    nibble.save(path, {"layer": layer}, {}, "flux", {}, [])
+    assert nibble.PackFile(path).sound_layer("layer").spec == PLAIN
+    layer.tensors["weight_scale"].view(torch.uint8)[3, 4] = 0x7F
+    nibble.save(path, {"layer": layer}, {}, "flux", {}, [])
+    with pytest.raises(CheckpointError, match="model.safetensors: layer.weight_scale: NaN or Inf"):
+        nibble.PackFile(path).sound_layer("layer")
 
 
 @pytest.mark.quick
