@@ -204,7 +204,16 @@ FUSED_TRANSFORM = (
 
 # Fastest first. That of FP4 is the only one for layers on the nvfp4 grid, and for no others.
 PATHS = {
-    FP4: (*BASE, _QUANTIZED, _FP4_CODES, _fp4_products, _OUTER_SCALE, _WHOLE_TILES, _ROTATION, _principal),
+    FP4: (
+        *BASE,
+        _QUANTIZED,
+        _FP4_CODES,
+        _fp4_products,
+        _OUTER_SCALE,
+        _WHOLE_TILES,
+        _ROTATION,
+        _principal,
+    ),
     "int4 tensor cores": (
         *_QUANT,
         _int4_products,

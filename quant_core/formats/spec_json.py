@@ -8,7 +8,13 @@ from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, SpecE
 
 WHOLE = 2**31  # sizes are below
 _LATER: dict[type, dict] = {
-    ActivationSpec: {"clip": 1.0, "grid": INT, "either": False, "outer": "token", "fixed": 0.0},
+    ActivationSpec: {
+        "clip": 1.0,
+        "grid": INT,
+        "either": False,
+        "outer": "token",
+        "fixed": 0.0,
+    },
     WeightSpec: {"grid": INT},
     PartSpec: {"kronecker": (), "per_slice": False, "principal": 0},
     LinearSpec: {"order": False, "padding": 0, "spatial": 0},

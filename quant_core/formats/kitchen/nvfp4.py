@@ -37,7 +37,13 @@ def part_of(declared: Declaration, stored: dict[str, Stored], k: int, get: Read)
         if not 0 < fixed < float("inf"):
             raise LayoutError(f"{stored['input_scale'].key}: expected a positive number, found {fixed}")
         activation = replace(ACTIVATION, fixed=fixed)
-    return PartSpec(0, k, WEIGHT, activation, smooth="pre_quant_scale" in stored)
+    return PartSpec(
+        0,
+        k,
+        WEIGHT,
+        activation,
+        smooth="pre_quant_scale" in stored,
+    )
 
 
 def tensors_of(spec: LinearSpec, get: Read) -> dict[str, torch.Tensor]:

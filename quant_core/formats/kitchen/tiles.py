@@ -14,10 +14,22 @@ def tiled_shape(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def natural(tiles: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The matrix (rows, columns) out of its tiles, any dtype of one byte or more."""
+    """The matrix (rows, columns) out of its tiles, any dtype."""
     height, width = tiles.shape
-    split = tiles.reshape(height // TILE[0], width // TILE[1], _ROWS, TILE[0] // _ROWS, TILE[1])
-    return split.permute(0, 3, 2, 1, 4).reshape(height, width)[:rows, :columns]
+    split = tiles.reshape(
+        height // TILE[0],
+        width // TILE[1],
+        _ROWS,
+        TILE[0] // _ROWS,
+        TILE[1],
+    )
+    return split.permute(
+        0,
+        3,
+        2,
+        1,
+        4,
+    ).reshape(height, width)[:rows, :columns]
 
 
 def tiled(scales: torch.Tensor) -> torch.Tensor:
@@ -25,5 +37,21 @@ def tiled(scales: torch.Tensor) -> torch.Tensor:
     `tiled_shape`."""
     (rows, columns), (height, width) = scales.shape, tiled_shape(*scales.shape)
     whole = pad(scales.view(torch.uint8), (0, width - columns, 0, height - rows))
-    split = whole.view(height // TILE[0], TILE[0] // _ROWS, _ROWS, width // TILE[1], TILE[1])
-    return split.permute(0, 3, 2, 1, 4).reshape(height, width).view(scales.dtype)
+    split = whole.view(
+        height // TILE[0],
+        TILE[0] // _ROWS,
+        _ROWS,
+        width // TILE[1],
+        TILE[1],
+    )
+    return (
+        split.permute(
+            0,
+            3,
+            2,
+            1,
+            4,
+        )
+        .reshape(height, width)
+        .view(scales.dtype)
+    )

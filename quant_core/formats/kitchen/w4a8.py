@@ -23,7 +23,13 @@ CORRECTION = "weight_correction"
 def part_of(declared: Declaration, k: int) -> PartSpec:
     """The one part of a layer with k in-channels."""
     activation = ActivationSpec(declared.activation_bits, "token") if declared.activation_bits else None
-    return PartSpec(0, k, WeightSpec(8, "channel"), activation, rotation=declared.rotation)
+    return PartSpec(
+        0,
+        k,
+        WeightSpec(8, "channel"),
+        activation,
+        rotation=declared.rotation,
+    )
 
 
 def tensors_of(get: Callable[[str], torch.Tensor | None]) -> dict[str, torch.Tensor]:
