@@ -26,8 +26,8 @@ from comfyui_nibble.quant_core.evaluation.bench.host_cost import launches_left_o
 LAUNCHES_ONLY = {
     "_to_copy", "_unsafe_view", "abs", "add_.Tensor", "addmm", "addmm_", "alias", "amax", "amin", "bmm",
     "cat", "ceil", "clamp", "clamp_", "detach", "div.Tensor", "empty.memory_format", "empty_like", "exp2",
-    "expand", "fill_.Scalar", "full", "gelu", "linalg_vector_norm", "log2", "maximum", "minimum", "mm", "mm.out",
-    "mul.Tensor", "mul_.Tensor", "neg", "permute", "reciprocal", "round_", "rsub.Scalar",
+    "expand", "fill_.Scalar", "full", "gelu", "linalg_vector_norm", "log2", "maximum", "minimum", "mm",
+    "mm.out", "mul.Tensor", "mul_.Tensor", "neg", "permute", "reciprocal", "round_", "rsub.Scalar",
     "select.int", "slice.Tensor", "split.Tensor", "transpose.int", "unsqueeze", "view", "view.dtype", "zeros"
 }  # fmt: skip
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
