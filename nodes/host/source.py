@@ -14,7 +14,7 @@ from comfy.nested_tensor import NestedTensor
 
 from ...quant_core.families import detect
 from ...quant_core.families.fingerprint import fingerprint
-from ...quant_core.formats.kitchen.declared import DENSE, Declaration
+from ...quant_core.formats.kitchen.declared import SOURCES, Declaration
 from ...quant_core.formats.kitchen.dense import weight_of
 from ...quant_core.formats.scaled import computable
 from .adapters import reshaped, times, wanted
@@ -37,7 +37,7 @@ def dense_layers(modules: Mapping[str, torch.nn.Module]) -> dict[str, Declaratio
     """{name: what it is} of the modules that ComfyUI holds in fp8, nvfp4, mxfp8 or asym_w4a8_int8."""
     found = {}
     for name, module in modules.items():
-        if (kind := getattr(module, "quant_format", None)) in DENSE:
+        if (kind := getattr(module, "quant_format", None)) in SOURCES:
             held = getattr(module.weight, "_params", None)
             rotation, group = getattr(held, "convrot_groupsize", 0), getattr(held, "group_size", 0)
             found[name] = Declaration(kind, rotation, group=group)

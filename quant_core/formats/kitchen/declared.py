@@ -17,7 +17,8 @@ ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
 INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 NVFP4, MXFP8, W4A8 = BLOCKS = ("nvfp4", "mxfp8", "asym_w4a8_int8")  # a scale a block of in-channels
 DENSE = (*FP8, MXFP8)  # read as 16-bit weights
-READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *FP8, *BLOCKS)
+SOURCES = (*FP8, *BLOCKS)  # of which 16-bit weights can be made, to quantize them anew
+READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *SOURCES)
 # Layers whose stored in-channels ComfyUI's model detection takes for a width of the model: SD, SDXL and
 # LTX-Video; CogVideoX.
 _WIDTH_READ = re.compile(r"(.*\.)?transformer_blocks\.0\.attn2\.to_k|blocks\.0\.norm1\.linear")
