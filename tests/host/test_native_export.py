@@ -1,10 +1,13 @@
 """A native export in a ComfyUI without this pack: Load Diffusion Model takes it, and computes what the pack
 does."""
 
+import shutil
+
 import pytest
 from torch.nn.functional import gelu
 
 from comfyui_nibble.quant_core.convert import replace
+from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import detect
 from comfyui_nibble.quant_core.formats.kitchen import native
 from comfyui_nibble.quant_core.formats.kitchen.read import KitchenFile
@@ -129,17 +132,34 @@ def outputs_of(patcher, names):
     return {name: (x.flatten(0, -2), y.flatten(0, -2)) for name, (x, y) in seen.items()}
 
 
+def nvfp4_export(state, path):
+    """The layers that were written: the method native on the nvfp4 grid, 4 bits wherever it may."""
+    method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in state.items()}
+    options = method.configured(quality_db=0, grid="nvfp4")
+    made = quantize_layers(detect(shapes).layers(shapes), Tensors(state), method, options)
+    layers = {layer.name: layer for layer, _ in made}
+    rest = {k: v for k, v in state.items() if k.rpartition(".")[0] not in layers}
+    native.save(path, layers, rest, {})
+    return layers
+
+
+def test_nvfp4_loads_in_stock_comfyui(stock, tiny_state):
+    """Without a word of what is missing or left over. A CPU multiplies its weights by 16-bit x."""
+    models = stock.base / "models" / "diffusion_models"
+    shutil.copy(tiny_flux.CHECKPOINT, models / "full.safetensors")
+    nvfp4_export(tiny_state, models / "nvfp4.safetensors")
+    (full, _), (found, log) = (stock_latents(stock, f"{name}.safetensors", 1) for name in ("full", "nvfp4"))
+    assert "Detected mixed precision quantization" in log
+    assert not any(word in log for word in ("unet missing", "unet unexpected", "left over keys", "WARNING"))
+    assert 0.01 < relative_error(full, found) < 0.08  # 0.055
+
+
 def test_nvfp4_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
-    """The export of the method native on the nvfp4 grid in ComfyUI's own modules, and in the pack's. On a CPU
-    comfy.ops leaves x of nvfp4 alone; here it is quantized as on cards that multiply fp4."""
+    """The export in ComfyUI's own modules, and in the pack's. On a CPU comfy.ops leaves x of nvfp4 alone;
+    here it is quantized as on cards that multiply fp4."""
     from comfyui_nibble.nodes.host.build import load
 
-    method, shapes = by_name("native"), {k: tuple(v.shape) for k, v in tiny_state.items()}
-    options = method.configured(quality_db=0, grid="nvfp4")
-    made = quantize_layers(detect(shapes).layers(shapes), Tensors(tiny_state), method, options)
-    layers = {layer.name: layer for layer, _ in made}
-    rest = {k: v for k, v in tiny_state.items() if k.rpartition(".")[0] not in layers}
-    native.save(tmp_path / "m.safetensors", layers, rest, {})
+    layers = nvfp4_export(tiny_state, tmp_path / "m.safetensors")
     formats = KitchenFile(tmp_path / "m.safetensors").formats
     assert set(formats.values()) == {"nvfp4", "int8_tensorwise"}
     four = [name for name, kind in formats.items() if kind == "nvfp4"]
