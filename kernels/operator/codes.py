@@ -69,7 +69,7 @@ class ActivationSpec:
             raise SpecError(f"unknown outer scale {self.outer!r}: expected token or tensor")
         if self.outer == "tensor" and (self.grid == INT or self.either):
             raise SpecError(f"an outer scale of the tensor goes with {NVFP4} and one scale a group only")
-        if not (self.fixed >= 0 and (self.fixed == 0 or self.outer == "tensor")):
+        if not (0 <= self.fixed < float("inf") and (self.fixed == 0 or self.outer == "tensor")):
             raise SpecError(f"a fixed outer scale is positive and of the tensor, found {self.fixed}")
 
     @property
@@ -88,17 +88,18 @@ class ActivationSpec:
         """(codes (M, K) int8, uint8 where they are unsigned, scale (M or 1, groups) fp32) of Tx (M, K)
         fp32. dtype: of the x that it was made from, as `nvfp4.tensor_scale` takes it."""
         if self.grid == NVFP4:
-            scale = nvfp4.block_scales(tx, self._outer_of(tx, dtype), self.either)
+            absmax = nvfp4.group_absmax(tx)
+            scale = nvfp4.block_scales(tx, absmax, self._outer_of(absmax, dtype), self.either)
             return nvfp4.quantize(tx, scale), scale
         scale = quantizers.absmax_scale(tx, self.bits, self.granularity, self.group, self.unsigned, self.clip)
         return quantizers.quantize(tx, scale, self.bits, self.granularity, self.group, self.unsigned), scale
 
-    def _outer_of(self, tx, dtype):
+    def _outer_of(self, absmax, dtype):
         if self.fixed:
-            return torch.full((), self.fixed, device=tx.device)
+            return torch.full((), self.fixed, device=absmax.device)
         if self.outer == "tensor":
-            return nvfp4.tensor_scale(nvfp4.largest(tx), dtype)
-        return nvfp4.token_scale(tx, self.either)
+            return nvfp4.tensor_scale(nvfp4.largest(absmax), dtype)
+        return nvfp4.token_scale(absmax, self.either)
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,15 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return nearest(grouped(x, "group", GROUP) / divisor).to(torch.int8).reshape(x.shape)
 
 
-def token_scale(x: torch.Tensor, either: bool = False) -> torch.Tensor:
-    """(rows, 1) fp32 of activations x (rows, K) fp32: what lets the largest group of a row have a scale of
-    448, and with `either` of 256 for a 6, so that 384 is there for a 4."""
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=TINY)
+def group_absmax(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each group, (rows, K / 16), of x (rows, K)."""
+    return grouped(x, "group", GROUP).abs().amax(-1)
+
+
+def token_scale(absmax: torch.Tensor, either: bool = False) -> torch.Tensor:
+    """(rows, 1) fp32 of the `group_absmax` of activations: what lets the largest group of a row have a scale
+    of 448, and with `either` of 256 for a 6, so that 384 is there for a 4."""
+    largest = absmax.amax(-1, keepdim=True).clamp(min=TINY)
     return largest / (6 * (EITHER_TOP if either else SCALE_TOP))
 
 
@@ -60,14 +65,15 @@ def tensor_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (scale.bfloat16().float() if dtype == torch.bfloat16 else scale).clamp(min=TINY)
 
 
-def block_scales(x: torch.Tensor, t: torch.Tensor, either: bool = False) -> torch.Tensor:
-    """Scales (rows, K / 16) fp32 of activations x (rows, K) fp32: half of e4m3(absmax / 6 / t) t for outer
-    scales t, (rows, 1) or (), fp32. NaN or infinity makes its own group NaN.
+def block_scales(
+    x: torch.Tensor, absmax: torch.Tensor, t: torch.Tensor, either: bool = False
+) -> torch.Tensor:
+    """Scales (rows, K / 16) fp32 of activations x (rows, K) fp32 with this `group_absmax`: half of
+    e4m3(absmax / 6 / t) t for outer scales t, (rows, 1) or (), fp32. NaN or infinity makes its own group NaN.
 
     either: e4m3(absmax / 4 / t) where that leaves the smaller squared error of a group ("Four over Six",
     arXiv 2512.02010).
     """
-    absmax = grouped(x, "group", GROUP).abs().amax(-1)
 
     def of(largest):
         scale = (absmax / largest / t).clamp(max=SCALE_TOP)
@@ -124,7 +130,7 @@ def four_over_six(weight: torch.Tensor, outer: torch.Tensor | None = None) -> to
     (): the power of two above the scales of all rows, at least a quarter of the largest weight over 448;
     None: one for each row.
     """
-    absmax = grouped(weight, "group", GROUP).abs().amax(-1)
+    absmax = group_absmax(weight)
     # Rounded together: the power of two of a row that holds the larger ones holds the smaller ones as
     # exactly.
     both = torch.cat([absmax / 12, absmax / 8], -1)

@@ -186,6 +186,7 @@ def test_nan_stays_in_its_token(value, spec):
         (lambda: replace(TENSOR, outer="row"), "unknown outer scale 'row': expected token or tensor"),
         (lambda: replace(TENSOR, fixed=-1.0), "is positive and of the tensor, found -1.0"),
         (lambda: replace(TENSOR, fixed=float("nan")), "is positive and of the tensor, found nan"),
+        (lambda: replace(TENSOR, fixed=float("inf")), "is positive and of the tensor, found inf"),
         (lambda: replace(ACTIVATION, fixed=0.5), "is positive and of the tensor, found 0.5"),
         (lambda: ActivationSpec(group=16, unsigned=True, grid=NVFP4), "have a sign"),
         (lambda: ActivationSpec(either=True), "goes with nvfp4 only"),
