@@ -110,7 +110,8 @@ def quant_linear(x, spec, tensors, prologue=None, target=None):
 
     `prologue`: a `prologue.Prologue`, computed inside the activation quantizer where that is possible.
     `target`: `interpreter()` in tests; the device of x by default. NaN in a token of x gives NaN in that
-    token of y. Raises ValueError where x and the layer do not fit or are on different devices.
+    token of y, and in all of them where one scale is measured for all. Raises ValueError where x and the
+    layer do not fit or are on different devices.
     """
     if x.shape[-1] != spec.in_features:
         raise ValueError(f"the layer has {spec.in_features} in-channels, x has the shape {tuple(x.shape)}")

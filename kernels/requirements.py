@@ -73,6 +73,10 @@ _WEIGHT_GROUPS = _every(
     "groups of {w.group} weights, not 64", lambda p: p.weight.granularity != "group" or p.weight.group == 64
 )
 _FP4_CODES = _every("integer activations", lambda p: p.activation.grid == NVFP4)
+_OUTER_SCALE = _every(
+    "one outer scale for the tensor that a rotation or principal components leave",
+    lambda p: p.activation.outer == "token" or p.activation.fixed or not (p.rotation or p.principal),
+)
 _WHOLE_TILES = _every("{p.width} channels, not a multiple of 64", lambda p: p.width % 64 == 0)
 _ROTATION = _every("Hadamard blocks of {p.rotation} channels, above 256", lambda p: p.rotation <= 256)
 _SIGNED_8 = _every(
@@ -200,7 +204,16 @@ FUSED_TRANSFORM = (
 
 # Fastest first. That of FP4 is the only one for layers on the nvfp4 grid, and for no others.
 PATHS = {
-    FP4: (*BASE, _QUANTIZED, _FP4_CODES, _fp4_products, _WHOLE_TILES, _ROTATION, _principal),
+    FP4: (
+        *BASE,
+        _QUANTIZED,
+        _FP4_CODES,
+        _fp4_products,
+        _OUTER_SCALE,
+        _WHOLE_TILES,
+        _ROTATION,
+        _principal,
+    ),
     "int4 tensor cores": (
         *_QUANT,
         _int4_products,

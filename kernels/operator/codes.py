@@ -25,7 +25,10 @@ class ActivationSpec:
 
     The scale is clip * absmax / largest code; what lies beyond is clamped. bits: 1 (signs: -1 and 1, never
     unsigned), 2, 3, 4 or 8. grid: INT, or NVFP4, whose codes are doubled e2m1 values and whose scales are
-    those of `nvfp4.token_scales`; either: with either of its two scales a group.
+    those of `nvfp4.block_scales`; either: with either of its two scales a group. outer: what has the fp32
+    scale above those of groups, "token", or as in ComfyUI "tensor": all tokens of the part together, so that
+    NaN in one of them reaches all. fixed: that scale of the tensor as a file states it, 0 where it is
+    measured.
     """
 
     bits: int = 4
@@ -36,9 +39,12 @@ class ActivationSpec:
     clip: float = 1.0
     grid: str = INT
     either: bool = False
+    outer: str = "token"
+    fixed: float = 0.0
 
     def __post_init__(self):
         _check_grid(self)
+        self._check_outer()
         plain = not self.unsigned and self.shift == 0 and self.clip == 1
         if not (self.grid == INT or plain):
             raise SpecError("e2m1 activation codes have a sign, and neither a shift nor a clip")
@@ -58,19 +64,42 @@ class ActivationSpec:
         if not (self.shift == 0 or wide):
             raise SpecError("a shift goes with unsigned or 8-bit activation codes only")
 
+    def _check_outer(self):
+        if self.outer not in ("token", "tensor"):
+            raise SpecError(f"unknown outer scale {self.outer!r}: expected token or tensor")
+        if self.outer == "tensor" and (self.grid == INT or self.either):
+            raise SpecError(f"an outer scale of the tensor goes with {NVFP4} and one scale a group only")
+        if not (0 <= self.fixed < float("inf") and (self.fixed == 0 or self.outer == "tensor")):
+            raise SpecError(f"a fixed outer scale is positive and of the tensor, found {self.fixed}")
+
+    @property
+    def measures_tensor(self) -> bool:
+        """Whether the scale of a token depends on all other tokens."""
+        return self.granularity == "tensor" or (self.outer == "tensor" and not self.fixed)
+
     @property
     def top(self) -> int:
         """The largest code."""
         return nvfp4.TOP if self.grid == NVFP4 else code_range(self.bits, self.unsigned)[1]
 
-    def rounded(self, tx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rounded(
+        self, tx: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(codes (M, K) int8, uint8 where they are unsigned, scale (M or 1, groups) fp32) of Tx (M, K)
-        fp32."""
+        fp32. dtype: of the x that it was made from, as `nvfp4.tensor_scale` takes it."""
         if self.grid == NVFP4:
-            scale = nvfp4.token_scales(tx, self.either)
+            absmax = nvfp4.group_absmax(tx)
+            scale = nvfp4.block_scales(tx, absmax, self._outer_of(absmax, dtype), self.either)
             return nvfp4.quantize(tx, scale), scale
         scale = quantizers.absmax_scale(tx, self.bits, self.granularity, self.group, self.unsigned, self.clip)
         return quantizers.quantize(tx, scale, self.bits, self.granularity, self.group, self.unsigned), scale
+
+    def _outer_of(self, absmax, dtype):
+        if self.fixed:
+            return torch.full((), self.fixed, device=absmax.device)
+        if self.outer == "tensor":
+            return nvfp4.tensor_scale(nvfp4.largest(absmax), dtype)
+        return nvfp4.token_scale(absmax, self.either)
 
 
 @dataclass(frozen=True)

@@ -113,4 +113,4 @@ def quantize_activation(x, part, smooth=None, factors=None, down=None):
     spec = part.activation
     principal = carried(x, down[:, : part.principal], smooth) if part.principal else None
     tx = transform_activation(x.float(), smooth, part.rotation, spec.shift, factors, principal)
-    return spec.rounded(tx)
+    return spec.rounded(tx, x.dtype)

@@ -326,6 +326,8 @@ class LinearSpec:
         grain = "g64" if part.weight.granularity == "group" else f"per {part.weight.granularity}"
         grain = part.grid if part.grid == NVFP4 else grain
         words = [f"W{part.weight.bits}A{act}", grain]
+        if part.activation is not None and part.activation.outer == "tensor":
+            words.append(f"{'fixed' if part.activation.fixed else 'one'} scale a tensor")
         words += ["smooth"] * any(p.smooth for p in self.parts)
         words += [f"H{max(p.rotation for p in self.parts)}"] * any(p.rotation for p in self.parts)
         learned = next((p for p in self.parts if p.kronecker), None)

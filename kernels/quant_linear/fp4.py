@@ -4,7 +4,7 @@ steps that it fuses, and one of the block-scaled product."""
 import torch
 
 from ..fp4.launch import gemm_fp4, quantize_fp4
-from ..operator.nvfp4 import GROUP
+from ..operator.nvfp4 import GROUP, largest, tensor_scale
 from ..prologue import NOTHING, Prologue
 from .arguments import Plan
 
@@ -38,7 +38,7 @@ def multiply(x, plan: Plan, tensors, low, y, prologue: Prologue | None = None):
             branch,
             divisor,
             of,
-            None,
+            _tensor_scale(x[:, columns], act, divisor),
             mod_scale,
             mod_shift,
             part.rotation,
@@ -61,6 +61,20 @@ def multiply(x, plan: Plan, tensors, low, y, prologue: Prologue | None = None):
             y,
             number > 0,
         )
+
+
+def _tensor_scale(x, act, divisor):
+    """(1,) fp32 where one scale is above those of all tokens of x (M, w), else None. divisor (w,): what the
+    quantizer divides x by, or None."""
+    if act.outer == "token":
+        return None
+    if act.fixed:
+        return torch.full((1,), act.fixed, device=x.device)
+    if divisor is None:
+        return tensor_scale(largest(x), x.dtype).view(1)
+    # The largest of a channel divided is the largest quotient: one pass over x, in its own dtype.
+    of_channels = torch.linalg.vector_norm(x, torch.inf, dim=0) if len(x) else x.new_zeros(x.shape[1])
+    return tensor_scale(largest(of_channels.float() / divisor.float()), x.dtype).view(1)
 
 
 _OPERANDS = (

@@ -27,7 +27,8 @@ def quant_linear(
     `tensors` these are."""
     plan = plan_of(text, target.fields)
     spec, fused = plan.spec, plan.fused
-    if prologue is not None and ((spec.rank and not fused) or not prologue.fits(spec)):
+    whole = any(p.activation and p.activation.measures_tensor for p in spec.parts)
+    if prologue is not None and (whole or (spec.rank and not fused) or not prologue.fits(spec)):
         x, prologue = prologue(x), None
     low = empty_low(x, plan)
     if spec.rank and x.dtype == HALF:

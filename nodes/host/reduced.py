@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ...quant_core.formats.gguf_file import FLOATS, dequantized
-from ...quant_core.formats.kitchen.declared import DENSE, Declaration
+from ...quant_core.formats.kitchen.declared import SOURCES, Declaration
 from ...quant_core.formats.kitchen.dense import weight_of
 
 PLAIN = ("F32", "F16")  # of ggml's types those that PyTorch has; its BF16 are bytes
@@ -67,7 +67,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def _declaration(module) -> Declaration | None:
     """What a module of ComfyUI's own in fp8, nvfp4, mxfp8 or asym_w4a8_int8 is, None for others."""
     kind = getattr(module, "quant_format", None)
-    if kind not in DENSE:
+    if kind not in SOURCES:
         return None
     held = getattr(module.weight, "_params", None)
     rotation, group = getattr(held, "convrot_groupsize", 0), getattr(held, "group_size", 0)

@@ -44,8 +44,8 @@ MaybeGptq = Annotated[
 MaybeGrid = Annotated[
     str | None,
     typer.Option(
-        help="SVDQuant, ConvRot and rtn: int (if not given), or nvfp4: 4-bit floating-point codes, which RTX "
-        "50 and B200 multiply at twice the rate of int8."
+        help="SVDQuant, ConvRot, rtn and native: int (if not given), or nvfp4: 4-bit floating-point codes, "
+        "which RTX 50 and B200 multiply at twice the rate of int8."
     ),
 ]
 Training = Annotated[

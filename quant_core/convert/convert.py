@@ -1,6 +1,7 @@
 """`nibble convert`: a quantized model from one format to another. What is lost is known, and said, before
 anything is written."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ..formats.detect import open_quantized
 from ..formats.kitchen import native
 from ..formats.opened import Opened
 from ..layer.linear import QuantizedLayer
+from ..layer.soundness import largest
 from ..store.atomic import NoRoom, replacing, require_output
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
@@ -184,8 +186,7 @@ def _verify(planned, written: Path, destination: Path, layers: dict[str, Quantiz
     for name, layer in kept.items():
         again = found.layer(name) if name in found.specs else None
         if again is None or not planned.writer.same(again, layer):
-            floats = [t.float() for t in layer.tensors.values() if t.is_floating_point()]
-            if not all(t.isfinite().all() for t in floats):
+            if not all(math.isfinite(largest(t)) for t in layer.tensors.values() if t.is_floating_point()):
                 raise NotReadBack(
                     f"{destination}: layer {name} of {planned.source.path} holds NaN or Inf, and the "
                     "format cannot keep it as it is. The "

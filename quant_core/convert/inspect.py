@@ -13,8 +13,10 @@ from ..charts.sheet import drawn
 from ..charts.summary import headline
 from ..families import by_name
 from ..formats.checkpoint import Checkpoint
-from ..formats.detect import CALIBRATION, FULL, KITCHEN, kind_of, open_quantized
+from ..formats.detect import CALIBRATION, FULL, kind_of, open_quantized
+from ..formats.kitchen.declared import BLOCKS
 from ..formats.kitchen.native import losses
+from ..formats.kitchen.read import KitchenFile
 from ..formats.nibble import PackFile
 from ..formats.opened import Opened
 from ..layer.memory import predict
@@ -46,7 +48,7 @@ def describe(path: Path, device: str | torch.device | None = None) -> dict:
         return own | {key: value for key, value in calibration.meta.items() if key not in own}
     if kind == FULL:
         return _full(Checkpoint(path), target)
-    return _quantized(open_quantized(path), kind, target)
+    return _quantized(open_quantized(path), target)
 
 
 def brief(path: Path, device: str | torch.device | None = None) -> tuple[Verdict, list[str]]:
@@ -143,7 +145,7 @@ def _full(checkpoint: Checkpoint, target) -> dict:
     }
 
 
-def _quantized(model: Opened, kind: str, target) -> dict:
+def _quantized(model: Opened, target) -> dict:
     weights = sum(s.in_features * s.out_features for s in model.specs.values())
     rows = {row["name"]: row for row in model.report}
     error = lambda name: (
@@ -170,7 +172,7 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     return out | {
         "left in 16 bit": [name for name, row in rows.items() if not row["nbytes"] and row["block"]],
         "left-overs": left_overs(kept, shapes),
-        "stock ComfyUI": _stock(model, kind),
+        "stock ComfyUI": _stock(model),
         "notes": list(model.notes),
         "provenance": model.provenance,
         "memory": predict(model.specs, model.rest_bytes(), target).lines(),
@@ -181,16 +183,18 @@ def _quantized(model: Opened, kind: str, target) -> dict:
     }
 
 
-def _stock(model: Opened, kind: str) -> str:
-    if kind != KITCHEN:
+def _stock(model: Opened) -> str:
+    if not isinstance(model, KitchenFile):
         exact = len(model.specs) - len(losses(model.specs))
         return (
             f"cannot load it; `nibble convert --to native` keeps {exact} of {len(model.specs)} quantized "
             "layers as they are"
         )
-    found = losses(model.specs)
+    # What it was declared as, ComfyUI reads whatever it has become here.
+    read = {name for name, found in model.formats.items() if found in BLOCKS}
+    found = [name for name in losses(model.specs) if name not in read]
     return (
-        f"cannot load {len(found)} layers, such as {next(iter(found))}"
+        f"cannot load {len(found)} layers, such as {found[0]}"
         if found
         else "loads it with Load Diffusion Model"
     )

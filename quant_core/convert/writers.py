@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import torch
 
+from ...kernels.operator.codes import NVFP4
 from ..formats import nibble
-from ..formats.kitchen import native
+from ..formats.kitchen import native, nvfp4
 from ..formats.kitchen import write as kitchen
 from ..formats.nunchaku import read as nunchaku
 from ..formats.nunchaku.variants import FP4, variant_of
@@ -67,17 +68,22 @@ class Kitchen(Writer):
     module: ClassVar = kitchen
 
     def losses(self, source, awq):
-        return self.module.losses(source.specs, source.layer if awq else None)
+        return self.module.losses(source.specs, source.layer, awq)
 
     def save(self, path, source, layers, rest, awq):
         metadata = {"family": source.family, "provenance": source.provenance, "report": source.report}
         self.module.save(path, layers, rest, metadata, source.origin, awq)
         return []
 
+    def same(self, found, layer):
+        """Of nvfp4 the powers of two of rows are moved into the scales of their groups."""
+        return super().same(found, nvfp4.with_one_scale(layer) if layer.spec.grid == NVFP4 else layer)
+
 
 class Native(Kitchen):
     title = (
-        "stock ComfyUI (convrot_w4a4 and int8_tensorwise), loaded by Load Diffusion Model without this pack"
+        "stock ComfyUI (convrot_w4a4, int8_tensorwise and nvfp4), loaded by Load Diffusion Model without "
+        "this pack"
     )
     module = native
 

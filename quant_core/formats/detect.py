@@ -10,8 +10,9 @@ from ..store.safe import CheckpointError, is_gguf, open_safetensors
 from . import stop
 from .checkpoint import Checkpoint
 from .kitchen import declared
-from .kitchen.declared import BLOCKS
+from .kitchen.layers import runs
 from .kitchen.read import KitchenFile, is_kitchen
+from .kitchen.w4a8 import CORRECTION
 from .nibble import PackError, PackFile
 from .nunchaku.read import NunchakuFile, is_nunchaku
 from .opened import Opened
@@ -66,25 +67,28 @@ def kind_of(path: Path) -> str:
 
 
 def _packed(file, keys, metadata) -> bool:
-    """Whether there are integer weights in a format that this pack runs: fp8 and declared blocks (nvfp4 and
-    the like) alone are a source to quantize from."""
+    """Whether there are integer weights in a format that this pack runs: fp8 and mxfp8 alone are a source to
+    quantize from."""
+    names = set(keys)
     weights = [k for k in keys if k.endswith(".weight") and file.get_slice(k).get_dtype() in PACKED]
-    return not all(_in_blocks(k.removesuffix(".weight"), file, keys, metadata) for k in weights)
+    return not all(_is_source(k.removesuffix(".weight"), file, names, metadata) for k in weights)
 
 
-def _in_blocks(name, file, keys, metadata) -> bool:
-    """Whether a layer is declared in one of BLOCKS; broken declarations are for the readers to name."""
+def _is_source(name, file, keys, metadata) -> bool:
+    """Whether a layer is declared as one that does not run here; broken declarations are for the readers to
+    name."""
+    beside = [leaf for leaf in (CORRECTION,) if f"{name}.{leaf}" in keys]
     marker = f"{name}.{declared.LEAF}"
     try:
         if marker in keys:
             view = file.get_slice(marker)
             read = partial(file.get_tensor, marker)
-            return declared.of_tensor(tuple(view.get_shape()), view.get_dtype(), read).format in BLOCKS
+            return not runs(declared.of_tensor(tuple(view.get_shape()), view.get_dtype(), read), beside)
         entries = declared.entries(metadata.get(declared.HEADER))
         # They may leave out the prefix of a whole checkpoint.
         parts = name.split(".")
         found = [raw for i in range(len(parts)) if (raw := entries.get(".".join(parts[i:]))) is not None]
-        return bool(found) and declared.parse(found[0]).format in BLOCKS
+        return bool(found) and not runs(declared.parse(found[0]), beside)
     except declared.DeclarationError:
         return False
 
@@ -114,4 +118,9 @@ def _reduced(path) -> str:
         found = Checkpoint(path).reduced
     except UnknownArchitecture:
         return ""
-    return f"below 16 bit ({found}), which Load Diffusion Model and Nibble Quantize take; " if found else ""
+    return (
+        f"below 16 bit ({found}), which Load Diffusion Model and Nibble Quantize take; this pack has no "
+        "products for it; "
+        if found
+        else ""
+    )

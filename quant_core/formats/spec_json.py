@@ -8,7 +8,13 @@ from ...kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, SpecE
 
 WHOLE = 2**31  # sizes are below
 _LATER: dict[type, dict] = {
-    ActivationSpec: {"clip": 1.0, "grid": INT, "either": False},
+    ActivationSpec: {
+        "clip": 1.0,
+        "grid": INT,
+        "either": False,
+        "outer": "token",
+        "fixed": 0.0,
+    },
     WeightSpec: {"grid": INT},
     PartSpec: {"kronecker": (), "per_slice": False, "principal": 0},
     LinearSpec: {"order": False, "padding": 0, "spatial": 0},
@@ -17,8 +23,8 @@ _TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def to_json(spec: LinearSpec) -> dict:
-    """Without the fields of learned transforms, principal components, order, padding, convolutions and grids
-    where there are none, as versions before 0.3 wrote it."""
+    """Without the fields of learned transforms, principal components, order, padding, convolutions, grids
+    and outer scales of a tensor where there are none, as versions before 0.3 wrote it."""
     data = asdict(spec)
     for name in ("order", "padding", "spatial"):
         if not data[name]:
@@ -32,6 +38,8 @@ def to_json(spec: LinearSpec) -> dict:
             if codes is not None and codes["grid"] == INT:
                 del codes["grid"]
                 codes.pop("either", None)
+            if codes is not None and codes.get("outer") == "token":
+                del codes["outer"], codes["fixed"]
     return data
 
 

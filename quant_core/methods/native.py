@@ -1,22 +1,23 @@
-"""What stock ComfyUI runs without this pack: convrot_w4a4, int8_tensorwise with a rotation, or 16 bit, layer
-by layer.
+"""What stock ComfyUI runs without this pack: convrot_w4a4 or nvfp4, int8_tensorwise with a rotation, or 16
+bit, layer by layer.
 
-ConvRot (comfy-kitchen's convrot_w4a4) has no smoothing, no groups and no low rank, so it is too coarse for
-some layers: each gets the cheapest format whose output reaches a quality. The clip of a row's range and GPTQ
-in the rotated space change nothing at run time.
+ConvRot (comfy-kitchen's convrot_w4a4) has no smoothing, no groups and no low rank, nvfp4 no smoothing, no
+rotation and no low rank, so they are too coarse for some layers: each gets the cheapest format whose output
+reaches a quality. The clip of a row's range, scales of groups and GPTQ change nothing at run time.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
 
+from ...kernels.operator.codes import INT, NVFP4
 from ...kernels.operator.quantizers import best_clip_scale, dequantize
 from ...kernels.operator.spec import ActivationSpec, PartSpec, WeightSpec
 from ..formats.kitchen.declared import INT8_CHANNELS, ROTATIONS, width_is_read
 from ..layer.assemble import FittedPart, assemble, folded, folded_t, round_part
 from ..layer.chunks import power_db, row_chunks
 from ..layer.problem import Fitted, Problem, output_sqnr
-from . import gptq
+from . import gptq, tensor_nvfp4
 
 # DB: a rotated token is about as Gaussian as a rotated row, so that codes of x add as much error as those of
 # W.
@@ -33,11 +34,13 @@ class NativeConfig:
     by picture 1.1 dB closer (0.4 to 2.1, 34 of 48); 16 to 24 choose the same layers there, and with 0 every
     layer has 4 bits, 16.7 dB farther (15.6 to 18.0, 0 of 48). With no and mild outliers 20 beats 18 by the
     PSNR of 24 pictures as one, 36.8 and 38.4 dB against 34.2 and 36.8. gptq, damp: as in SVDQuantConfig.
+    grid: what 4 bits are, "int" (convrot_w4a4) or "nvfp4".
     """
 
     quality_db: float = 20.0
     gptq: bool = True
     damp: float = 0.01
+    grid: str = INT
 
 
 def fit(problem: Problem, config: NativeConfig) -> Fitted:
@@ -55,7 +58,9 @@ def fit(problem: Problem, config: NativeConfig) -> Fitted:
                 "formats need"
             },
         )
-    for bits in (8,) if problem.layer.weight_only or padded or width_is_read(problem.layer.name) else (4, 8):
+    whole = problem.layer.weight_only or padded or width_is_read(problem.layer.name)
+    whole = whole or (config.grid == NVFP4 and not tensor_nvfp4.takes(problem))
+    for bits in (8,) if whole else (4, 8):
         quality, part, chosen = max(
             (_judged(problem, *c) for c in _candidates(problem, bits, config)), key=lambda f: f[0]
         )
@@ -74,6 +79,9 @@ def _judged(problem, part, chosen):
 def _candidates(problem, bits, config):
     """Yields (part, {choice: value}). At 8 bits clipping and GPTQ bring nothing: rounding is 1 % of what x
     costs at 4 bits."""
+    if bits == 4 and config.grid == NVFP4:
+        yield from _nvfp4_candidates(problem, config)
+        return
     size = _rotation(problem)
     spec = PartSpec(
         0,
@@ -87,8 +95,21 @@ def _candidates(problem, bits, config):
         return
     clipped = _nearest(problem, spec, lambda w: best_clip_scale(w, bits, "channel"))
     yield clipped, {"rounding": "nearest, clipped"}
-    if config.gptq and problem.tokens("select") is not None and problem.statistics.hessians:
+    if _has_moments(problem, config):
         yield _gptq(problem, clipped, config.damp), {"rounding": "gptq, clipped"}
+
+
+def _nvfp4_candidates(problem, config):
+    start = tensor_nvfp4.nearest(problem)
+    yield start, {"grid": NVFP4, "rounding": "nearest"}
+    if _has_moments(problem, config):
+        found = tensor_nvfp4.by_gptq(problem, start, config.damp)
+        yield found, {"grid": NVFP4, "rounding": "gptq"}
+
+
+def _has_moments(problem, config):
+    """Whether GPTQ is asked for and has what it takes."""
+    return config.gptq and problem.tokens("select") is not None and problem.statistics.hessians
 
 
 def _rotation(problem: Problem) -> int:
@@ -121,7 +142,8 @@ def _weight_sqnr(problem, part) -> float:
     signal = noise = 0.0
     for rows in row_chunks(*problem.weight.shape, device=problem.weight.device):
         want = folded(problem.weight, rows, part.spec, None)
-        got = dequantize(part.codes[rows], part.scales[rows], "channel")
+        form = part.spec.weight
+        got = dequantize(part.codes[rows], part.scales[rows], form.granularity, form.group)
         signal += want.double().square().sum().item()
         noise += (want - got).double().square().sum().item()
     return power_db(signal, noise)

@@ -73,11 +73,11 @@ def by_comfyui(ops, held, x):
 
 def by_us(held, x):
     declaration = of_tensor(tuple(held["comfy_quant"].shape), "U8", lambda: held["comfy_quant"])
-    names = {torch.int8: "I8", torch.float32: "F32", torch.uint8: "U8"}
+    names = {torch.int8: "I8", torch.float32: "F32", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3"}
     stored = gather(
         declaration, {leaf: Stored(leaf, tuple(t.shape), names[t.dtype]) for leaf, t in held.items()}
     )
-    spec = spec_of(declaration, stored)
+    spec = spec_of(declaration, stored, held.get)
     return QuantizedLayer("layer", spec, tensors_of(declaration, spec, held.get))(x)
 
 
@@ -107,3 +107,29 @@ def test_null_is_false(comfy):
     off, null, on = (by_us(tensors(conf), x) for conf in (INT8, INT8 | {"convrot": None}, ON))
     assert torch.equal(off, null)
     assert relative_error(off, on) > 0.5
+
+
+BLOCKS = {"nvfp4": "TensorCoreNVFP4Layout", "asym_w4a8_int8": "AsymW4A8Int8Layout"}
+BESIDE = {
+    "nothing": {},
+    "input_scale": {"input_scale": torch.tensor(0.9e-3)},  # 0.7 of what the tokens need
+    "pre_quant_scale": {"pre_quant_scale": torch.linspace(0.5, 2, K)},
+}
+
+
+CASES = [("nvfp4", beside, whole) for beside in BESIDE for whole in (False, True)]
+
+
+@pytest.mark.parametrize(("kind", "beside", "whole"), [*CASES, ("asym_w4a8_int8", "nothing", False)])
+def test_layers_of_blocks_are_comfyuis(comfy, kind, beside, whole):
+    """In its own module, through its own loader. whole: full_precision_matrix_mult, which of integer weights
+    that are where x is ComfyUI 0.33 does not follow."""
+    import comfy.ops
+    from comfy_kitchen.tensor import QuantizedTensor
+
+    g = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(N, K, generator=g) / 16, torch.randn(7, K, generator=g)
+    conf = {"format": kind, "full_precision_matrix_mult": whole}
+    held = QuantizedTensor.from_float(weight, BLOCKS[kind]).state_dict("weight") | BESIDE[beside]
+    held["comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    assert relative_error(by_comfyui(comfy.ops, held, x), by_us(held, x)) < 1e-5

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_nibble.kernels.dispatch import choose, quant_linear
+from comfyui_nibble.kernels.operator.codes import NVFP4, four_bits
 from comfyui_nibble.kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.kernels.prologue import Gelu, Prologue
 from comfyui_nibble.kernels.quant_linear import op
@@ -25,9 +26,9 @@ from comfyui_nibble.quant_core.evaluation.bench.host_cost import launches_left_o
 LAUNCHES_ONLY = {
     "_to_copy", "_unsafe_view", "abs", "add_.Tensor", "addmm", "addmm_", "alias", "amax", "amin", "bmm",
     "cat", "ceil", "clamp", "clamp_", "detach", "div.Tensor", "empty.memory_format", "empty_like", "exp2",
-    "expand", "fill_.Scalar", "gelu", "linalg_vector_norm", "log2", "maximum", "minimum", "mm", "mm.out",
-    "mul.Tensor", "mul_.Tensor", "neg", "permute", "reciprocal", "round_", "rsub.Scalar", "slice.Tensor",
-    "split.Tensor", "transpose.int", "unsqueeze", "view", "view.dtype", "zeros"
+    "expand", "fill_.Scalar", "full", "gelu", "linalg_vector_norm", "log2", "maximum", "minimum", "mm",
+    "mm.out", "mul.Tensor", "mul_.Tensor", "neg", "permute", "reciprocal", "round_", "rsub.Scalar",
+    "select.int", "slice.Tensor", "split.Tensor", "transpose.int", "unsqueeze", "view", "view.dtype", "zeros"
 }  # fmt: skip
 TOKEN, CHANNEL = ActivationSpec(granularity="token"), WeightSpec(granularity="channel")
 AFTER_GELU = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
@@ -83,6 +84,22 @@ def test_a_forward_only_launches(arch, name, lora, monkeypatch):
     for prologue in (None, Gelu()):
         forward(spec, target, "meta", monkeypatch, prologue)
         assert forward(spec, target, "cpu", monkeypatch, prologue) - LAUNCHES_ONLY == set()
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.5])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_a_scale_of_the_tensor_stays_on_the_device(fixed, smooth, monkeypatch):
+    """In front of the fp4 quantizer, which is given it."""
+    weight, plain = four_bits(NVFP4)
+    activation = replace(plain, either=False, outer="tensor", fixed=fixed)
+    part = PartSpec(0, 256, weight, activation, smooth=smooth)
+    spec, target = LinearSpec(256, 128, (part,)), Target("cuda", 120, (3, 6))
+    assert choose(spec, target).path == "fp4 tensor cores"
+    for prologue in (None, Gelu()):
+        forward(spec, target, "meta", monkeypatch, prologue)
+        found = forward(spec, target, "cpu", monkeypatch, prologue)
+        assert found - LAUNCHES_ONLY == set()
+        assert ("linalg_vector_norm" in found) is (not fixed)
 
 
 class Reads(Prologue):

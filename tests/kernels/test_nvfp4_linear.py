@@ -25,8 +25,11 @@ from comfyui_nibble.tests.kernels.layers import (
 from comfyui_nibble.tests.support import relative_error
 
 HALF, BF16 = torch.float16, torch.bfloat16
+TOKEN8 = ActivationSpec(8, "token")
 K, N = 192, 40
 SIX = ActivationSpec(group=16, grid=NVFP4)
+TENSOR = replace(SIX, outer="tensor")
+FIXED = replace(TENSOR, fixed=1.25e-3)  # the largest of x is 3.4 to 3.9, so that some scales are clamped
 HALVES = (64, NVFP4_ACT, NVFP4_WEIGHT), (192, NVFP4_ACT, NVFP4_WEIGHT)
 # (spec, how much of a step a value before its code may be off by; a code that flips moves the output)
 SPECS = {
@@ -34,6 +37,10 @@ SPECS = {
     "either": (spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, bias=False), 0),
     "smooth, low rank": (spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, smooth=True, rank=17), 0),
     "two parts": (side_by_side(N, *HALVES, smooth=True, rank=16), 0),
+    "of the tensor": (spec_of(K, N, TENSOR, NVFP4_WEIGHT), 0),
+    "of the tensor, smooth": (spec_of(K, N, TENSOR, NVFP4_WEIGHT, smooth=True, rank=17), 0),
+    "of tensors": (side_by_side(N, (64, TENSOR, NVFP4_WEIGHT), (192, TENSOR, NVFP4_WEIGHT), rank=16), 0),
+    "fixed": (spec_of(K, N, FIXED, NVFP4_WEIGHT, bias=False), 0),
     "a rank beside": (spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, rank=80), 0),
     "rotated": (spec_of(256, N, NVFP4_ACT, NVFP4_WEIGHT, smooth=True, rank=16, rotation=256), 1),
     "rotated by 64": (spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, rotation=64), 1),
@@ -61,8 +68,9 @@ def test_kernels_are_the_specification(name, dtype):
     assert quant_linear(x[:0], spec, tensors, target=interpreter()).shape == (0, N)
 
 
-def test_lora_and_the_steps_in_front():
-    spec = spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, smooth=True, rank=16)
+@pytest.mark.parametrize("act", [NVFP4_ACT, TENSOR, FIXED], ids=["token", "tensor", "fixed"])
+def test_lora_and_the_steps_in_front(act):
+    spec = spec_of(K, N, act, NVFP4_WEIGHT, smooth=True, rank=16)
     tensors, x = tensors_of(spec, HALF), inputs(24, K, HALF)
     lora = [(inputs(4, K, HALF, 5) * 0.05, inputs(N, 4, HALF, 6), 0)]
     assert (
@@ -101,6 +109,11 @@ def test_paths_and_the_form_at_load(monkeypatch):
         assert choose(eight, card(arch)).path == f"{path} tensor cores"
         found, _ = paths_of({"layer": spec}, card(arch))
         assert found == {"layer": "int8 tensor cores as W8A8"}
+    for act, reason in ((TENSOR, "one outer scale for the tensor that a rotation"), (FIXED, None)):
+        rotated = choose(spec_of(K, N, act, NVFP4_WEIGHT, rotation=64), card(120))
+        assert (reason or "fp4 tensor cores") in str(rotated)
+        assert choose(spec_of(K, N, act, NVFP4_WEIGHT), card(120)).path == "fp4 tensor cores"
+        assert spec_at_load(spec_of(K, N, act, NVFP4_WEIGHT), card(89)).parts[0].activation == TOKEN8
     monkeypatch.setenv("NIBBLE_INT8", "0")
     assert spec_at_load(spec, card(89)) is spec
     odd = spec_of(80, N, NVFP4_ACT, NVFP4_WEIGHT)

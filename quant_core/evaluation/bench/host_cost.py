@@ -40,12 +40,13 @@ def launches_left_out() -> Iterator[None]:
 @contextmanager
 def planned_for(target: Target) -> Iterator[None]:
     """Launches on tensors of the CPU are those of `target`, wherever this runs."""
+    from ....kernels.fp4 import launch as fp4
     from ....kernels.quant_activation import launch as quantizer
     from ....kernels.quant_linear import launch as product
     from ....kernels.quant_linear import op
     from ....kernels.weight_only import launch as weight_only
 
-    modules = (op, product, quantizer, weight_only)
+    modules = (fp4, op, product, quantizer, weight_only)
     kept = [module.kernel_target for module in modules]
     for module in modules:
         module.kernel_target = lambda device: target  # type: ignore[attr-defined]

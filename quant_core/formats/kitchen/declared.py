@@ -16,8 +16,9 @@ LEAF = "comfy_quant"
 ROTATIONS = (256, 64, 16)  # comfy-kitchen's kernels; its `convrot_groupsize`
 INT8_CHANNELS = 16  # its int8 products take a multiple of that many in-channels
 NVFP4, MXFP8, W4A8 = BLOCKS = ("nvfp4", "mxfp8", "asym_w4a8_int8")  # a scale a block of in-channels
-DENSE = (*FP8, *BLOCKS)  # read as 16-bit weights
-READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *DENSE)
+DENSE = (*FP8, MXFP8)  # read as 16-bit weights
+SOURCES = (*FP8, *BLOCKS)  # of which 16-bit weights can be made, to quantize them anew
+READ = ("svdquant_w4a4", "convrot_w4a4", "int8_tensorwise", "awq_w4a16", *SOURCES)
 # Of convert_to_quant: names of its own for what is one of these, and what only its own nodes load.
 ALSO = {"float8_e4m3fn_rowwise": "float8_e4m3fn", "hybrid_mxfp8": MXFP8}
 TILES = ("int8_blockwise", "float8_e4m3fn_blockwise")
@@ -110,7 +111,9 @@ def parse(raw: object) -> Declaration:
         group = _size(option, "group_size", 16)
         if group < 4 or (16 % group and group % 16):
             raise DeclarationError(f"group_size: expected 4, 8 or a multiple of 16, found {group}")
-        return Declaration(name, _rotation(option), group=group)
+        return Declaration(name, _rotation(option), activation_bits=0 if whole else 8, group=group)
+    if name == NVFP4:
+        return Declaration(name, activation_bits=0 if whole else 4)
     return Declaration(name)
 
 

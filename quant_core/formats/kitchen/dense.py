@@ -1,11 +1,12 @@
-"""Layers of ComfyUI's formats that are read as 16-bit weights: fp8, and those in blocks, nvfp4, mxfp8 and
-asym_w4a8_int8.
+"""Weights of ComfyUI's formats in 16 bit, as a source or because no layer of the operator is one: fp8, and
+those in blocks, nvfp4, mxfp8 and asym_w4a8_int8.
 
 Source: comfy_kitchen/backends/eager of comfy-kitchen 0.2.31, whose dequantization in fp32 gives the same
 values, and ComfyUI 0.33's comfy.ops for what a file calls its tensors.
 """
 
 from collections.abc import Callable, Mapping
+from math import lcm
 
 import torch
 
@@ -14,10 +15,12 @@ from ....kernels.operator.packing import unpack
 from ....kernels.operator.transforms import rotate
 from ..scaled import FP8, real_values
 from .declared import MXFP8, NVFP4, W4A8, Declaration
+from .nvfp4 import swapped
 from .stored import FLOATS, LayoutError, Stored, check
+from .tiles import natural, tiled_shape
+from .w4a8 import codes_of
 
 E4M3 = ("F8_E4M3", "U8")  # some files hold the bytes
-TILE = 128, 4  # rows and columns of scales that stand together, as cuBLAS takes them
 # dB that a normal weight is from its original, as comfy-kitchen rounds it.
 LOST = {NVFP4: 20, MXFP8: 31, W4A8: 23, "float8_e4m3fn": 31, "float8_e5m2": 26}
 BLOCK = {NVFP4: 16, MXFP8: 32}  # in-channels of a scale
@@ -35,19 +38,21 @@ def shape_of(declared: Declaration, stored: dict[str, Stored]) -> tuple[int, int
     if declared.format == MXFP8:
         check(weight, dtypes=E4M3)
         _check_block(weight, k, BLOCK[MXFP8])
-        check(stored["weight_scale"], shapes=(_tiled(n, k // BLOCK[MXFP8]),), dtypes=("F8_E8M0", "U8"))
+        check(stored["weight_scale"], shapes=(tiled_shape(n, k // BLOCK[MXFP8]),), dtypes=("F8_E8M0", "U8"))
         return n, k
     k *= 2
     if declared.format == NVFP4:
         check(weight, dtypes=("U8", "I8"))
         _check_block(weight, k, BLOCK[NVFP4])
-        check(stored["weight_scale"], shapes=(_tiled(n, k // BLOCK[NVFP4]),), dtypes=E4M3)
+        check(stored["weight_scale"], shapes=(tiled_shape(n, k // BLOCK[NVFP4]),), dtypes=E4M3)
         check(stored["weight_scale_2"], shapes=((), (1,)), dtypes=("F32",))
         if smooth := stored.get("pre_quant_scale"):
             check(smooth, shapes=((k,),), dtypes=FLOATS)
+        if static := stored.get("input_scale"):
+            check(static, shapes=((), (1,)), dtypes=FLOATS)
         return n, k
     check(weight, dtypes=("I8", "U8"))
-    _check_block(weight, k, max(declared.group, declared.rotation))
+    _check_block(weight, k, lcm(16, declared.group, declared.rotation))
     groups = k // declared.group
     check(stored["weight_s_rel"], shapes=((n, groups),), dtypes=(*E4M3, "F32"))
     check(stored["weight_s_channel"], shapes=((n,),), dtypes=FLOATS)
@@ -61,10 +66,6 @@ def shape_of(declared: Declaration, stored: dict[str, Stored]) -> tuple[int, int
 def _check_block(weight, k, block):
     if not k or k % block:
         raise LayoutError(f"{weight.key}: expected in-channels in blocks of {block}, found {k}")
-
-
-def _tiled(rows, columns):
-    return tuple(-(-size // tile) * tile for size, tile in zip((rows, columns), TILE, strict=True))
 
 
 def lost_text(kinds: Mapping[str, int]) -> str:
@@ -98,21 +99,15 @@ def _stored_values(declared, get):
         values = weight.view(torch.float8_e4m3fn).float()
         return _times(values, decode_scales(_rows(get("weight_scale").view(torch.uint8), values, 32)))
     if declared.format == NVFP4:
-        values = decode_e2m1(_high_first(weight)).float()
+        values = decode_e2m1(unpack(swapped(weight), 4, unsigned=True)).float()
         scales = _rows(get("weight_scale").view(torch.float8_e4m3fn).float(), values, 16)
         return _times(values, get("weight_scale_2").float() * scales)
     return _grouped(declared, get)
 
 
 def _grouped(declared, get):
-    """asym_w4a8_int8: a group's codes times its scale are whole numbers of int8, which ComfyUI multiplies."""
-    codes, table = unpack(get("weight").view(torch.int8), 4, unsigned=True), get("weight_codebook")
-    values = codes.float() - 8 if table is None else table.float()[codes.long()]
-    relative = get("weight_s_rel")
-    if relative.dtype == torch.uint8:
-        relative = relative.view(torch.float8_e4m3fn)
-    eight = _times(values, relative.float()).round().clamp(-127, 127)
-    real = eight * get("weight_s_channel").float().unsqueeze(-1)
+    """asym_w4a8_int8, with its weight_correction."""
+    real = codes_of(get).float() * get("weight_s_channel").float().unsqueeze(-1)
     if (correction := get("weight_correction")) is not None:
         real = real + correction.float().T.repeat_interleave(declared.group, dim=-1)
     return rotate(real, declared.rotation)
@@ -122,15 +117,6 @@ def _times(values, scales):
     return (values.unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1).to(values.dtype)).flatten(-2)
 
 
-def _high_first(packed):
-    """Codes of nvfp4, whose even channels are the high nibbles; (N, K / 2) -> (N, K) uint8."""
-    raw = packed.view(torch.uint8)
-    return torch.stack((raw >> 4, raw & 0xF), dim=-1).flatten(-2)
-
-
 def _rows(scales, values, block):
-    """Scales as a matrix (N, K / block), out of tiles of 128 x 4 in which every 32nd row stands together."""
-    n, columns = values.shape[0], values.shape[1] // block
-    rows, width = scales.shape
-    tiles = scales.reshape(rows // TILE[0], width // TILE[1], 32, 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, width)[:n, :columns]
+    """Scales as a matrix (N, K / block)."""
+    return natural(scales, values.shape[0], values.shape[1] // block)

@@ -4,7 +4,7 @@ Source: comfy_kitchen/tensor and backends/eager of comfy-kitchen 0.2.31, whose e
 outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import cast
 
 import torch
@@ -12,7 +12,8 @@ import torch
 from ....kernels.operator.quantizers import GROUP
 from ....kernels.operator.spec import GELU_SHIFT, ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from ..zero_points import indicators, signed
-from .declared import DENSE, Declaration
+from . import nvfp4, w4a8
+from .declared import DENSE, NVFP4, W4A8, Declaration
 from .dense import shape_of
 from .stored import FLOATS, SIXTEEN, LayoutError, Stored, check
 
@@ -21,12 +22,20 @@ INNER = (TILE // 4, 4 * GROUP // 2)  # four rows of one group of 64 side by side
 WIDEST_AWQ = 65536  # its low rank takes K^2 / 32 bytes of memory, 128 MiB here; modulation has at most 12288
 
 
-def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | None:
-    """The layer's LinearSpec from headers alone; None for those of DENSE, which are no layers of ours. Raises
-    LayoutError."""
-    if declared.format in DENSE:
-        shape_of(declared, stored)
-        return None
+def spec_of(
+    declared: Declaration, stored: dict[str, Stored], get: Callable[[str], torch.Tensor | None]
+) -> LinearSpec | None:
+    """The layer's LinearSpec from headers, and of nvfp4 from the one number of an input_scale, which `get`
+    reads; None for those that are no layers of ours (`runs`). Raises LayoutError."""
+    if declared.format in (*DENSE, NVFP4, W4A8):
+        n, k = shape_of(declared, stored)
+        if not runs(declared, stored):
+            return None
+        if bias := stored.get("bias"):
+            check(bias, shapes=((n,),), dtypes=FLOATS)
+        four = declared.format == NVFP4
+        part = nvfp4.part_of(declared, stored, k, get) if four else w4a8.part_of(declared, k)
+        return LinearSpec(k, n, (part,), bias is not None)
     weight = stored["weight"]
     check(weight, dims=(2, 4) if declared.format == "svdquant_w4a4" else (2,), dtypes=("I8",))
     if len(weight.shape) == 4:
@@ -71,6 +80,11 @@ def spec_of(declared: Declaration, stored: dict[str, Stored]) -> LinearSpec | No
     return LinearSpec(k, n, (part,), bias is not None)
 
 
+def runs(declared: Declaration, leaves: Container[str]) -> bool:
+    """Whether a layer is one of the operator's, and not read as a 16-bit weight. leaves: of its tensors."""
+    return declared.format not in DENSE and not (declared.format == W4A8 and w4a8.CORRECTION in leaves)
+
+
 def _svdquant(declared, stored, n, k):
     down = stored["proj_down"]
     check(down, dims=(2,), dtypes=SIXTEEN)
@@ -97,8 +111,11 @@ def tensors_of(
 ) -> dict[str, torch.Tensor]:
     """The layer in the layout of memory. get: our name -> the file's tensor, None where there is none."""
     has = cast(Callable[[str], torch.Tensor], get)  # all but the bias are there: `gather` has seen to it
-    weight, scale, bias = has("weight"), has("weight_scale"), get("bias")
+    bias = get("bias")
     out = {} if bias is None else {"bias": bias}
+    if declared.format in (NVFP4, W4A8):
+        return out | (nvfp4.tensors_of(spec, get) if declared.format == NVFP4 else w4a8.tensors_of(get))
+    weight, scale = has("weight"), has("weight_scale")
     if declared.format == "svdquant_w4a4":
         out |= {"weight": natural_weight(weight), "smooth_factor": has("smooth_factor")}
         out["weight_scale"] = scale if scale.dim() == 2 else natural_rows(scale).T.contiguous()

@@ -13,7 +13,7 @@ from ..origin import Origin
 from . import write as kitchen_out
 from .declared import width_is_read
 
-FORMATS = ("convrot_w4a4", "int8_tensorwise")
+FORMATS = ("convrot_w4a4", "int8_tensorwise", "nvfp4")
 # ComfyUI 0.33 has no awq_w4a16; the sources of 0.38.1 do, and name no version that began with it.
 OLDEST, AWQ = (
     "0.31",
@@ -32,11 +32,14 @@ def has_awq(comfyui: str) -> bool:
 
 
 def format_of(
-    spec: LinearSpec, name: str = "", layer: Callable[[], QuantizedLayer] | None = None
+    spec: LinearSpec,
+    name: str = "",
+    layer: Callable[[], QuantizedLayer] | None = None,
+    awq: bool = True,
 ) -> tuple[str, str]:
     """(one of FORMATS or awq_w4a16, ""), or ("", why stock ComfyUI does not run exactly this layer, `name` of
-    the model). layer(): as in `write.format_of`, for a ComfyUI that has awq_w4a16."""
-    conf, reason = kitchen_out.format_of(spec, layer)
+    the model). layer(), awq: as in `write.format_of`, for a ComfyUI that has awq_w4a16."""
+    conf, reason = kitchen_out.format_of(spec, layer, awq)
     if conf and conf["format"] not in (*FORMATS, "awq_w4a16"):
         return (
             "",
@@ -48,11 +51,11 @@ def format_of(
 
 
 def losses(
-    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
+    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None, awq: bool = True
 ) -> dict[str, str]:
     """{layer: sentence} of the layers that stock ComfyUI does not run as they are: what `replace.replaced` is
-    for. layer(name): as in `format_of`."""
-    found = {name: format_of(spec, name, layer and partial(layer, name)) for name, spec in specs.items()}
+    for. layer(name), awq: as in `format_of`."""
+    found = {name: format_of(spec, name, layer and partial(layer, name), awq) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
 
 
@@ -67,7 +70,7 @@ def save(
     """Writes the file; arguments as in `write.save`. Raises ValueError naming a layer that is not
     native."""
     for name, sentence in losses(
-        {name: layer.spec for name, layer in layers.items()}, layers.__getitem__ if awq else None
+        {name: layer.spec for name, layer in layers.items()}, layers.__getitem__, awq
     ).items():
         raise ValueError(
             f"layer {name} {sentence}. Write it in 8 or 16 bit, or quantize the model with the method native."

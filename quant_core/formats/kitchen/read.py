@@ -1,7 +1,7 @@
 """Files quantized for ComfyUI itself, for comfy-kitchen or by comfy-quants, read into the one operator.
 
-svdquant_w4a4, convrot_w4a4, int8_tensorwise and awq_w4a16 compute what comfy-kitchen's eager ops compute.
-fp8, nvfp4, mxfp8 and asym_w4a8_int8 layers become bf16.
+svdquant_w4a4, convrot_w4a4, int8_tensorwise, awq_w4a16, nvfp4 and asym_w4a8_int8 compute what comfy-kitchen's
+eager ops compute. fp8 and mxfp8 layers, and those of asym_w4a8_int8 with a weight_correction, become bf16.
 """
 
 from collections import Counter
@@ -25,6 +25,7 @@ from .declared import NVFP4, W4A8, Declaration, DeclarationError
 from .dense import shape_of, weight_of
 from .layers import spec_of, tensors_of
 from .stored import LayoutError, Stored, gather
+from .w4a8 import CORRECTION
 
 PROVENANCE = "nibble_export"  # header entry of our own exports; ComfyUI reads no entry that it does not know
 
@@ -39,9 +40,9 @@ class KitchenFile(Opened):
     """One safetensors file with layers declared by `<layer>.comfy_quant` tensors, by the
     `_quantization_metadata` header, or by both.
 
-    Prefixes of whole checkpoints are stripped. Raises CheckpointError naming the file and the key for what is
-    no sound file or has no layer that this pack runs, and UnknownArchitecture for models without blocks of
-    linear layers.
+    formats: {layer: what it is declared as}. Prefixes of whole checkpoints are stripped. Raises
+    CheckpointError naming the file and the key for what is no sound file or has no layer that this pack runs,
+    and UnknownArchitecture for models without blocks of linear layers.
     """
 
     notes: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class KitchenFile(Opened):
         for name, declaration in found.items():
             try:
                 stored = gather(declaration, leaves[name])
-                spec = spec_of(declaration, stored)
+                spec = spec_of(declaration, stored, self._tensor_of(stored))
             except (LayoutError, SpecError) as error:
                 raise CheckpointError(
                     f"{self.path}: layer {name}: {error}. Download or export the file again."
@@ -74,13 +75,14 @@ class KitchenFile(Opened):
             self._layers[name] = declaration, stored
             if spec is not None:
                 self.specs[name] = spec
-        formats = Counter(d.format for d, _ in self._layers.values())
+        self.formats = {name: declaration.format for name, (declaration, _) in self._layers.items()}
+        formats = Counter(self.formats.values())
         if not self.specs:
             raise CheckpointError(
                 f"{self.path}: no layer of its diffusion model is quantized in a way that this pack runs "
                 "(found: "
-                f"{', '.join(f'{c} {f}' for f, c in formats.items()) or 'none'}). Load it with Load "
-                "Diffusion Model."
+                f"{', '.join(f'{c} {f}' for f, c in formats.items()) or 'none'}){_why_not(formats)}. Load it "
+                "with Load Diffusion Model."
             )
         side = {f"{name}.{leaf}" for name in found for leaf in leaves[name]}
         dense = {f"{name}.{leaf}" for name in found if name not in self.specs for leaf in ("weight", "bias")}
@@ -175,11 +177,14 @@ class KitchenFile(Opened):
         dense = Counter(d.format for name, (d, _) in self._layers.items() if name not in self.specs)
         for kind, count in dense.items():
             yield (
-                f"{kind} layers ({count}) are read as bf16, weight times scale: they take "
-                f"{'3.5 times' if kind in (NVFP4, W4A8) else 'twice'} the memory, and their input is not "
-                "quantized"
+                f"{kind} layers ({count}) are read as bf16, weight times scale{_why_not([kind])}: they take "
+                f"{'3.5 times' if kind == W4A8 else 'twice'} the memory, and their input is not quantized"
             )
-        if static := sum("input_scale" in of for name, of in leaves.items() if name in self.specs):
+        if static := sum(
+            "input_scale" in of and self.formats[name] != NVFP4
+            for name, of in leaves.items()
+            if name in self.specs
+        ):
             yield (
                 f"the input_scale of layers ({static}) is not used: x takes its range as it comes, as in "
                 "comfy-kitchen"
@@ -199,6 +204,10 @@ class KitchenFile(Opened):
         get = self._tensor_of(stored)
         try:
             return QuantizedLayer(name, self.specs[name], tensors_of(declaration, self.specs[name], get))
+        except LayoutError as error:
+            raise CheckpointError(
+                f"{self.path}: layer {name}: {error}. Download or export the file again."
+            ) from error
         except SpecError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
 
@@ -215,3 +224,13 @@ class KitchenFile(Opened):
         if leaf == "weight" and name in self._layers:
             return shape_of(*self._layers[name])
         return self._stored(key).shape
+
+
+def _why_not(formats) -> str:
+    """Why layers of these formats are none that run here, as an aside."""
+    reasons = []
+    if set(formats) & set(declared.DENSE):
+        reasons.append("ComfyUI multiplies them itself, this pack has no products of 8-bit floats")
+    if W4A8 in formats:
+        reasons.append(f"ComfyUI leaves out their {CORRECTION}, comfy-kitchen's backends differ on it")
+    return "; ".join(reasons) and f" ({'; '.join(reasons)})"

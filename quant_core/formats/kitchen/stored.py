@@ -17,7 +17,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 PLAIN: dict[str, tuple[str, ...]] = {"weight_scale": ("weight_scale",)}
 OPTIONAL = {
-    NVFP4: ("pre_quant_scale",),
+    NVFP4: ("pre_quant_scale", "input_scale"),
     W4A8: ("weight_codebook", "weight_correction"),
     MXFP8: ("weight_scalar",),  # hybrid_mxfp8's, for cards that would compute in plain fp8: not of the weight
 }
@@ -41,8 +41,8 @@ def gather(declared: Declaration, leaves: dict[str, Stored]) -> dict[str, Stored
     """The layer's tensors by our names. leaves: {last part of the key: Stored} of all that the file has under
     the layer's name.
 
-    An input_scale is left out: kitchen takes x's range as it comes. Raises LayoutError for what is missing,
-    twice there or unknown.
+    An input_scale is left out but for nvfp4: for all others kitchen takes x's range as it comes. Raises
+    LayoutError for what is missing, twice there or unknown.
     """
     names = {"weight": ("weight",)} | NAMES.get(declared.format, PLAIN)
     optional = ("bias", *OPTIONAL.get(declared.format, ()))

@@ -14,6 +14,7 @@ from ...layer.linear import QuantizedLayer
 from ...store.atomic import save_tensors
 from ..origin import Origin, encoded
 from ..zero_points import offsets_only, signed
+from . import nvfp4
 from .declared import HEADER, LEAF, ROTATIONS
 from .read import PROVENANCE
 from .stored import SIDE
@@ -21,12 +22,15 @@ from .stored import SIDE
 _FOUR = (ActivationSpec(), ActivationSpec(unsigned=True, shift=GELU_SHIFT))
 
 
-def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = None) -> tuple[dict, str]:
+def format_of(
+    spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = None, awq: bool = True
+) -> tuple[dict, str]:
     """(the layer's JSON for comfy_quant, ""), or ({}, why no format of comfy-kitchen computes exactly what
     the layer does).
 
     layer(): the layer itself, for awq_w4a16, where its low rank may be no more than the zero points of its
-    groups. None: without that format.
+    groups, and for nvfp4, where its rows may have one scale; None: the spec alone says what it is, and not
+    awq_w4a16. awq: whether that format is there.
     """
     part = spec.parts[0]
     if len(spec.parts) > 1:
@@ -45,8 +49,10 @@ def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = Non
             f"in-channels padded from {spec.in_features} to {spec.width}; comfy-kitchen's layers take x as "
             "it is",
         )
-    if part.grid == NVFP4 or (part.activation is not None and part.activation.grid == NVFP4):
-        return {}, "4-bit floating-point codes (nvfp4), which are not written to ComfyUI's formats yet"
+    if part.grid == NVFP4:
+        return _nvfp4(spec, layer)
+    if part.activation is not None and part.activation.grid == NVFP4:
+        return {}, "4-bit floating-point activations (nvfp4) and integer weights; ComfyUI has no such layer"
     if part.kronecker:
         return {}, "a learned transform"
     if part.principal:
@@ -54,10 +60,23 @@ def format_of(spec: LinearSpec, layer: Callable[[], QuantizedLayer] | None = Non
     if part.rank or part.smooth or part.weight == WeightSpec():
         return (
             _awq(spec, part, layer)
-            if layer is not None and part.activation is None
+            if layer is not None and awq and part.activation is None
             else _svdquant(spec, part)
         )
     return _rowwise(part)
+
+
+def _nvfp4(spec, layer):
+    if reason := nvfp4.refused(spec):
+        return {}, reason
+    if layer is not None and nvfp4.one_scale(layer()) is None:
+        return {}, "nvfp4 weights with scales of rows of their own; ComfyUI's have one of the tensor"
+    return {"format": "nvfp4"} | _whole(spec.parts[0].activation), ""
+
+
+def _whole(activation):
+    """What says that x stays in 16 bit."""
+    return {"full_precision_matrix_mult": True} if activation is None else {}
 
 
 def _awq(spec, part, layer):
@@ -112,8 +131,7 @@ def _rowwise(part):
         return {}, f"{have}; {'convrot_w4a4' if bits == 4 else 'int8_tensorwise'} takes 16, 64 or 256"
     if act is not None and act not in [ActivationSpec(b, "token") for b in ((4, 8) if bits == 4 else (8,))]:
         return {}, f"{_activation(act)}; ComfyUI has {'4' if bits == 4 else '8'}-bit signed ones per token"
-    whole = {"full_precision_matrix_mult": True} if act is None else {}
-    size = {"convrot_groupsize": part.rotation}
+    whole, size = _whole(act), {"convrot_groupsize": part.rotation}
     if bits == 4:  # with int8, cards quantize x to 8 bits; on the CPU comfy-kitchen takes 4 all the same
         return {"format": "convrot_w4a4"} | size | (
             {"linear_dtype": "int8"} if act is not None and act.bits == 8 else {}
@@ -130,11 +148,11 @@ def _activation(act):
 
 
 def losses(
-    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None
+    specs: dict[str, LinearSpec], layer: Callable[[str], QuantizedLayer] | None = None, awq: bool = True
 ) -> dict[str, str]:
     """{layer: sentence} of the layers that no format of comfy-kitchen holds exactly: what `replace.replaced`
-    is for. layer(name): as in `format_of`."""
-    found = {name: format_of(spec, layer and partial(layer, name)) for name, spec in specs.items()}
+    is for. layer(name), awq: as in `format_of`."""
+    found = {name: format_of(spec, layer and partial(layer, name), awq) for name, spec in specs.items()}
     return {name: f"has {reason}" for name, (_, reason) in found.items() if reason}
 
 
@@ -146,17 +164,17 @@ def save(
     origin: Origin | None = None,
     awq: bool = False,
 ):
-    """Writes svdquant_w4a4, convrot_w4a4 and int8_tensorwise layers, in natural layout under comfy-kitchen's
-    names, and the rest.
+    """Writes svdquant_w4a4, convrot_w4a4, int8_tensorwise and nvfp4 layers, in natural layout under
+    comfy-kitchen's names, and the rest.
 
-    Stock ComfyUI 0.33 loads the last two formats only (see `native`). awq: awq_w4a16 layers as well.
+    Stock ComfyUI 0.33 loads the last three formats only (see `native`). awq: awq_w4a16 layers as well.
     metadata: JSON of where the model comes from, with "provenance" and "report" as in the pack's own file.
     origin: its header entries and tensors stand where ComfyUI's detection looks for them. Raises ValueError
     naming a layer that has no such format.
     """
     conf = {}
     for name, layer in layers.items():
-        conf[name], reason = format_of(layer.spec, partial(layers.__getitem__, name) if awq else None)
+        conf[name], reason = format_of(layer.spec, partial(layers.__getitem__, name), awq)
         if reason:
             raise ValueError(
                 f"layer {name}: it has {reason}. Write it in 8 or 16 bit, or save the model in the pack's "
@@ -184,6 +202,9 @@ def save(
 
 def _stored(layer, conf):
     t = layer.tensors
+    if conf["format"] == "nvfp4":
+        bias = {"bias": t["bias"]} if layer.spec.bias else {}
+        return nvfp4.stored_of(layer) | bias | _marker(conf)
     out = {"weight": t["weight"]} | ({"bias": t["bias"]} if layer.spec.bias else {})
     if conf["format"] == "svdquant_w4a4":
         out |= {"weight_scale": t["weight_scale"]} | {
@@ -201,7 +222,11 @@ def _stored(layer, conf):
         out["weight_scale"] = (
             rows[0] if tensor else rows if conf["format"] == "convrot_w4a4" else rows[:, None]
         )
-    return out | {LEAF: torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)}
+    return out | _marker(conf)
+
+
+def _marker(conf):
+    return {LEAF: torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)}
 
 
 def _neutral(layer, leaf):

@@ -1,5 +1,7 @@
 """The nvfp4 grid in whole numbers against comfy-kitchen's eager ops and the exact specification of fp4."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfy_kitchen.backends.eager import quantization as kitchen
@@ -17,6 +19,7 @@ from comfyui_nibble.tests.support import outlier_tokens
 pytestmark = pytest.mark.quick
 WEIGHT, EITHER = four_bits(NVFP4)
 ACTIVATION = ActivationSpec(group=16, grid=NVFP4)
+TENSOR = ActivationSpec(group=16, grid=NVFP4, outer="tensor")
 
 
 def test_ties_go_to_the_even_code():
@@ -71,6 +74,33 @@ def test_activations_are_comfy_kitchens_of_each_token(dtype):
         theirs, blocked = kitchen.quantize_nvfp4(row[None].float(), t, pad_16x=True, hi_first=False)
         read = kitchen.dequantize_nvfp4(theirs, t, blocked, torch.float32, hi_first=False)[0]
         assert torch.equal(mine, read)
+
+
+@pytest.mark.parametrize("fixed", [0.0, 2.0**-9 + 2.0**-17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_activations_are_comfy_kitchens_of_the_tensor(dtype, fixed):
+    """Its layout's own division, in the dtype of x, or the scale that a file states."""
+    x = outlier_tokens(40, 320, seed=1).to(dtype)
+    x[3] = 0
+    t = torch.tensor(fixed) if fixed else (torch.amax(x.abs()) / 2688).float()
+    codes, scale = replace(TENSOR, fixed=fixed).rounded(x.float(), dtype)
+    theirs, blocked = kitchen.quantize_nvfp4(x.float(), t, pad_16x=True, hi_first=False)
+    read = kitchen.dequantize_nvfp4(theirs, t, blocked, torch.float32, hi_first=False)[:40]
+    assert torch.equal(dequantize(codes, scale, "group", 16), read)
+
+
+def test_the_scale_of_a_tensor():
+    """In bf16 it is ComfyUI's quotient, in fp16 fp32's; zeros and no tokens at all have one."""
+    largest = torch.tensor(3.0)
+    assert nvfp4.tensor_scale(largest, torch.float32) == largest / 2688
+    assert nvfp4.tensor_scale(largest, torch.float16) == largest / 2688
+    assert nvfp4.tensor_scale(largest, torch.bfloat16) == (largest.bfloat16() / 2688).float()
+    assert nvfp4.tensor_scale(largest, torch.bfloat16) != largest / 2688
+    assert not TENSOR.rounded(torch.zeros(3, 32))[0].any()
+    assert TENSOR.rounded(torch.zeros(0, 32))[1].shape == (0, 2)
+    x = torch.ones(3, 32)
+    x[1, 2] = torch.nan
+    assert TENSOR.rounded(x)[1].isnan().all()
 
 
 def test_weights_are_comfy_kitchens_at_a_scale_of_the_tensor():
@@ -151,6 +181,13 @@ def test_nan_stays_in_its_token(value, spec):
         (lambda: WeightSpec(grid=NVFP4), "found 4 bits, one a group of 64"),
         (lambda: ActivationSpec(4, "token", 16, grid=NVFP4), "one a token of 16"),
         (lambda: ActivationSpec(group=16, clip=0.9, grid=NVFP4), "neither a shift nor a clip"),
+        (lambda: ActivationSpec(outer="tensor"), "an outer scale of the tensor goes with nvfp4 and one"),
+        (lambda: replace(TENSOR, either=True), "and one scale a group only"),
+        (lambda: replace(TENSOR, outer="row"), "unknown outer scale 'row': expected token or tensor"),
+        (lambda: replace(TENSOR, fixed=-1.0), "is positive and of the tensor, found -1.0"),
+        (lambda: replace(TENSOR, fixed=float("nan")), "is positive and of the tensor, found nan"),
+        (lambda: replace(TENSOR, fixed=float("inf")), "is positive and of the tensor, found inf"),
+        (lambda: replace(ACTIVATION, fixed=0.5), "is positive and of the tensor, found 0.5"),
         (lambda: ActivationSpec(group=16, unsigned=True, grid=NVFP4), "have a sign"),
         (lambda: ActivationSpec(either=True), "goes with nvfp4 only"),
         (lambda: four_bits("fp4"), "unknown grid 'fp4': expected int or nvfp4"),

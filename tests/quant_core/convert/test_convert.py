@@ -58,6 +58,34 @@ def same(a, b):
 
 
 @pytest.mark.quick
+def test_nvfp4_there_and_back(source, tmp_path):
+    """What the method native makes on the nvfp4 grid is ComfyUI's, and comes back as it was written."""
+    own, native, back, again = (tmp_path / f"{n}.safetensors" for n in ("own", "native", "back", "again"))
+    chosen = ("--method", "native", "--grid", "nvfp4", "--set", "quality_db=0", "--device", "cpu")
+    nibble("quantize", source, own, *chosen)
+    said = nibble("convert", own, native, "--to", "native")
+    assert "13 of 13 quantized layers are written as they are, nothing is lost" in said
+    assert "13 layers read back bit for bit" in said
+    assert KitchenFile(native).kind == "ComfyUI quantized model (3 int8_tensorwise, 10 nvfp4)"
+    nibble("convert", native, back, "--to", "nibble")
+    nibble("convert", back, again, "--to", "native")
+    assert same(native, again)
+    before, after = PackFile(own), PackFile(back)
+    assert before.specs == after.specs
+    for name in before.specs:
+        assert same_bits(before.layer(name).dequantize(), after.layer(name).dequantize())
+    assert describe(native)["stock ComfyUI"] == "loads it with Load Diffusion Model"
+
+
+@pytest.mark.quick
+def test_nvfp4_of_rows_is_no_layer_of_comfyuis(source, tmp_path):
+    own = tmp_path / "own.safetensors"
+    nibble("quantize", source, own, "--method", "rtn", "--grid", "nvfp4")
+    with pytest.raises(convert.LossyConversion, match="nvfp4 activations with scales of tokens or either"):
+        nibble("convert", own, tmp_path / "native.safetensors", "--to", "native")
+
+
+@pytest.mark.quick
 def test_there_and_back_is_the_same_file(packed, tmp_path):
     """ConvRot layers are ComfyUI's own but for the modulation, which is weight-only and becomes int8."""
     native, back, again = (tmp_path / f"{n}.safetensors" for n in ("native", "back", "again"))

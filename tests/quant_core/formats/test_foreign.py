@@ -145,6 +145,6 @@ def test_inspect_says_fp8(tmp_path, state, leaves, said):
     with pytest.raises(
         PackError,
         match=rf"fp8.safetensors: below 16 bit \({said}\), which Load Diffusion Model and Nibble Quantize "
-        r"take; not a quantized",
+        r"take; this pack has no products for it; not a quantized",
     ):
         open_quantized(path)

@@ -8,6 +8,7 @@ from comfy_kitchen.backends.eager import quantization as kitchen
 from comfy_kitchen.float_utils import to_blocked
 
 from comfyui_nibble.kernels import dispatch
+from comfyui_nibble.kernels.operator import text
 from comfyui_nibble.kernels.operator.codes import NVFP4, ActivationSpec
 from comfyui_nibble.kernels.quant_linear import naive
 from comfyui_nibble.quant_core.formats import nibble, spec_json
@@ -18,6 +19,7 @@ from comfyui_nibble.quant_core.layer.linear import QuantizedLayer
 from comfyui_nibble.quant_core.layer.memory import layer_bytes
 from comfyui_nibble.quant_core.layer.precisions import higher, in_int8
 from comfyui_nibble.quant_core.layer.stack import resmooth, split_columns, stack_columns, stack_rows
+from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.kernels.layers import (
     NVFP4_ACT,
     NVFP4_WEIGHT,
@@ -32,11 +34,15 @@ from comfyui_nibble.tests.support import relative_error, sqnr_db
 
 K, N = 256, 48
 SIX = ActivationSpec(group=16, grid=NVFP4)
+TENSOR = replace(SIX, outer="tensor")
+FIXED = replace(TENSOR, fixed=0.1 / 3)
 PLAIN = spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT)
 HALVES = (64, NVFP4_ACT, NVFP4_WEIGHT), (192, NVFP4_ACT, NVFP4_WEIGHT)
 SPECS = {
     "plain": PLAIN,
     "the largest at 6": spec_of(K, N, SIX, NVFP4_WEIGHT),
+    "one scale": spec_of(K, N, TENSOR, NVFP4_WEIGHT, smooth=True, rotation=64, rank=16),
+    "a fixed scale": spec_of(K, N, FIXED, NVFP4_WEIGHT),
     "no bias": spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, bias=False),
     "smooth, low rank": spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, smooth=True, rank=16),
     "rotated": spec_of(K, N, NVFP4_ACT, NVFP4_WEIGHT, smooth=True, rotation=64, rank=16),
@@ -99,7 +105,10 @@ def test_lora_beside_it():
     assert output_error(y, x, layer.spec, layer.tensors, lora) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["plain", "the largest at 6", "two parts", "principal", "weight-only"])
+FILED = ("plain", "the largest at 6", "one scale", "a fixed scale", "two parts", "principal", "weight-only")
+
+
+@pytest.mark.parametrize("name", FILED)
 def test_file_and_description(name, tmp_path):
     layer, path = layer_of(SPECS[name]), tmp_path / "model.safetensors"
     assert spec_json.from_json(spec_json.to_json(layer.spec)) == layer.spec
@@ -110,7 +119,9 @@ def test_file_and_description(name, tmp_path):
     assert all(
         torch.equal(again.tensors[k].view(torch.uint8), t.view(torch.uint8)) for k, t in layer.tensors.items()
     )
-    assert "nvfp4" in again.spec.describe()
+    words = again.spec.describe()
+    assert "nvfp4" in words
+    assert ("scale a tensor" in words) == (name in ("one scale", "a fixed scale"))
     assert found.provenance["settings"]["grid"] == "nvfp4"
     # With 16-bit side data, as methods write it.
     half = {
@@ -118,6 +129,26 @@ def test_file_and_description(name, tmp_path):
         for k, t in layer.tensors.items()
     }
     assert sum(t.nbytes for t in half.values()) == layer_bytes(layer.spec)
+
+
+@pytest.mark.quick
+def test_a_damaged_scale_is_named_where_a_layer_is_to_run(tmp_path):
+    """Torch compares no e4m3 numbers by itself."""
+    layer, path = layer_of(PLAIN), tmp_path / "model.safetensors"
+    nibble.save(path, {"layer": layer}, {}, "flux", {}, [])
+    assert nibble.PackFile(path).sound_layer("layer").spec == PLAIN
+    layer.tensors["weight_scale"].view(torch.uint8)[3, 4] = 0x7F
+    nibble.save(path, {"layer": layer}, {}, "flux", {}, [])
+    with pytest.raises(CheckpointError, match="model.safetensors: layer.weight_scale: NaN or Inf"):
+        nibble.PackFile(path).sound_layer("layer")
+
+
+@pytest.mark.quick
+def test_files_without_a_scale_of_the_tensor_do_not_speak_of_it():
+    assert "outer" not in str(spec_json.to_json(PLAIN)["parts"])
+    data = spec_json.to_json(SPECS["a fixed scale"])
+    assert data["parts"][0]["activation"]["fixed"] == 0.1 / 3
+    assert text.parse(SPECS["a fixed scale"].text) == SPECS["a fixed scale"]
 
 
 @pytest.mark.quick
@@ -168,7 +199,7 @@ def test_another_smoothing():
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", ["two parts", "rotated", "weight-only"])
+@pytest.mark.parametrize("name", ["two parts", "rotated", "one scale", "weight-only"])
 def test_in_eight_bits(name):
     layer = layer_of(SPECS[name])
     again, x = in_int8(layer), inputs(9, K)

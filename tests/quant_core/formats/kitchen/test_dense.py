@@ -8,6 +8,7 @@ from comfyui_nibble.quant_core.formats.checkpoint import Checkpoint
 from comfyui_nibble.quant_core.formats.detect import FULL, KITCHEN, kind_of, open_quantized
 from comfyui_nibble.quant_core.formats.kitchen import dense
 from comfyui_nibble.quant_core.formats.kitchen.declared import Declaration, DeclarationError, parse
+from comfyui_nibble.quant_core.formats.kitchen.read import KitchenFile
 from comfyui_nibble.quant_core.store.safe import CheckpointError
 from comfyui_nibble.tests.assets.kitchen import NAME, SHAPES, K, N, weight, written
 from comfyui_nibble.tests.assets.synthetic import random_state
@@ -73,7 +74,7 @@ def test_a_file_of_them_is_a_source(tmp_path, state, kind, where):
     prefix = "model.diffusion_model." if "prefix" in where else ""
     said = {"conf": conf(kind)} if where == "tensor" else {"header": {f"{prefix}{NAME}": conf(kind)}}
     path = written(tmp_path / "m.safetensors", state, parts, **said, prefix=prefix)
-    assert kind_of(path) == FULL
+    assert kind_of(path) == (FULL if kind == "mxfp8" else KITCHEN)  # those that run can be a source, too
     checkpoint = Checkpoint(path)
     assert checkpoint.reduced == f"1 weights in {kind}"
     assert checkpoint.shapes == {key: tuple(t.shape) for key, t in state.items()}
@@ -88,15 +89,24 @@ def test_beside_layers_that_run_they_are_read_as_bf16(tmp_path, state):
     other = "double_blocks.0.img_mlp.0"
     eight = QuantizedTensor.from_float(state[f"{other}.weight"].float(), "TensorWiseINT8Layout")
     mixed = {k: t for k, t in state.items() if k != f"{other}.weight"} | eight.state_dict(f"{other}.weight")
-    parts = made("nvfp4").state_dict("weight")
-    header = {NAME: conf("nvfp4"), other: {"format": "int8_tensorwise"}}
+    parts = made("mxfp8").state_dict("weight")
+    header = {NAME: conf("mxfp8"), other: {"format": "int8_tensorwise"}}
     path = written(tmp_path / "m.safetensors", mixed, parts, header=header)
     assert kind_of(path) == KITCHEN
     model = open_quantized(path)
     assert list(model.specs) == [other]
-    assert "nvfp4 layers (1) are read as bf16" in model.notes[0]
+    assert "mxfp8 layers (1) are read as bf16" in model.notes[0]
+    assert "this pack has no products of 8-bit floats): they take twice the memory" in model.notes[0]
     assert model.shape(f"{NAME}.weight") == (N, K)
-    assert torch.equal(model.tensor(f"{NAME}.weight"), dense.weight_of(parse(conf("nvfp4")), parts.get))
+    assert torch.equal(model.tensor(f"{NAME}.weight"), dense.weight_of(parse(conf("mxfp8")), parts.get))
+
+
+def test_what_does_not_run_says_why(tmp_path, state):
+    path = written(tmp_path / "m.safetensors", state, made("mxfp8").state_dict("weight"), conf("mxfp8"))
+    with pytest.raises(CheckpointError, match=r"1 mxfp8\) \(.* no products of 8-bit floats\)\. Load it with"):
+        KitchenFile(path)
+    with pytest.raises(CheckpointError, match="1 weights in mxfp8.* this pack has no products for it"):
+        open_quantized(path)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +115,7 @@ def test_beside_layers_that_run_they_are_read_as_bf16(tmp_path, state):
         ("nvfp4", "weight_scale_2", None, "nvfp4 asks for weight_scale_2, which is missing"),
         ("nvfp4", "weight_scale", torch.ones(N, K // 16), r"weight_scale: expected the dtype F8_E4M3 or U8"),
         ("nvfp4", "weight_scale_2", torch.ones(N), r"weight_scale_2: expected the shape \(\) or \(1,\)"),
+        ("nvfp4", "input_scale", torch.ones(2), r"input_scale: expected the shape \(\) or \(1,\), found"),
         ("nvfp4", "pre_quant_scale", torch.ones(N), rf"pre_quant_scale: expected the shape \({K},\), found"),
         ("nvfp4", "input_global_scale", torch.ones(1), "input_global_scale is no tensor of nvfp4"),
         ("mxfp8", "weight_scale", torch.ones(N, K // 32, dtype=torch.uint8)[:8], "expected the shape"),

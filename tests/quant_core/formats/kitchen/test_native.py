@@ -10,9 +10,10 @@ from comfy_kitchen.tensor import QuantizedTensor, TensorCoreConvRotW4A4Layout, T
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from comfyui_nibble.kernels.operator.codes import four_bits
 from comfyui_nibble.kernels.operator.spec import ActivationSpec, LinearSpec, PartSpec, WeightSpec
 from comfyui_nibble.quant_core.formats import nibble
-from comfyui_nibble.quant_core.formats.kitchen import native
+from comfyui_nibble.quant_core.formats.kitchen import native, nvfp4
 from comfyui_nibble.quant_core.formats.kitchen.read import KitchenFile
 from comfyui_nibble.quant_core.layer.precisions import w4a8, w8a8
 from comfyui_nibble.quant_core.layer.row import Row
@@ -135,6 +136,9 @@ ROW4, ROW8, TOKEN4, TOKEN8 = (
         (spec(ROW8, TOKEN8, 0), "int8_tensorwise"),
         (spec(ROW8, None), "int8_tensorwise"),
         (spec(WeightSpec(8, "tensor"), TOKEN8, 0), "int8_tensorwise"),
+        (spec(nvfp4.WEIGHT, nvfp4.ACTIVATION, 0), "nvfp4"),
+        (spec(nvfp4.WEIGHT, replace(nvfp4.ACTIVATION, fixed=0.1), 0), "nvfp4"),
+        (spec(nvfp4.WEIGHT, None, 0), "nvfp4"),
     ],
 )
 def test_what_stock_comfyui_runs(made, want):
@@ -166,6 +170,19 @@ def test_what_stock_comfyui_runs(made, want):
         ),
         (replace(spec(ROW4, TOKEN4), order=True), "an order of in-channels"),
         (
+            spec(nvfp4.WEIGHT, replace(nvfp4.ACTIVATION, outer="token"), 0),
+            "activations with scales of tokens",
+        ),
+        (
+            spec(nvfp4.WEIGHT, four_bits("nvfp4")[1], 0),
+            "or either of two a group; ComfyUI's have one a tensor",
+        ),
+        (spec(nvfp4.WEIGHT, TOKEN8, 0), "scales of tokens or either"),
+        (spec(ROW4, nvfp4.ACTIVATION, 0), "4-bit floating-point activations .* and integer weights"),
+        (spec(nvfp4.WEIGHT, nvfp4.ACTIVATION, 64), "ComfyUI's nvfp4 has none"),
+        (spec(nvfp4.WEIGHT, nvfp4.ACTIVATION, 0, smooth=True), "ComfyUI's nvfp4 has none"),
+        (replace(spec(nvfp4.WEIGHT, nvfp4.ACTIVATION, 0), out_features=40), "a multiple of 16"),
+        (
             LinearSpec(512, 64, (PartSpec(0, 256, ROW4, TOKEN4), PartSpec(256, 512, ROW4, TOKEN4))),
             "2 ranges of in-channels",
         ),
@@ -192,6 +209,7 @@ def test_widths_that_comfyui_reads_are_not_packed(name, packed):
     assert native.format_of(spec(ROW4, TOKEN4), name)[0] == ("convrot_w4a4" if packed else "")
     assert (name in native.losses({name: spec(ROW4, TOKEN4)})) == (not packed)
     assert native.losses({name: spec(ROW8, TOKEN8)}) == {}
+    assert (name in native.losses({name: spec(nvfp4.WEIGHT, nvfp4.ACTIVATION, 0)})) == (not packed)
 
 
 def test_a_layer_that_is_not_native_is_not_written(layers, rest, make_problem, tmp_path):

@@ -156,7 +156,8 @@ def test_awq_of_absurd_width(write):
 def test_nothing_that_this_pack_runs(write):
     fp8 = {"weight": weight().to(torch.float8_e4m3fn), "weight_scale": torch.ones(())}
     with pytest.raises(
-        CheckpointError, match=r"no layer .* \(found: 1 float8_e4m3fn\)\. Load it with Load Diffusion Model"
+        CheckpointError,
+        match=r"no layer .* \(found: 1 float8_e4m3fn\) \(.*floats\)\. Load it with Load Diffusion Model",
     ):
         KitchenFile(write(fp8, {"format": "float8_e4m3fn"}))
     with pytest.raises(
