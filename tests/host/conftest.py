@@ -1,6 +1,5 @@
 """One real ComfyUI for all host tests. Without a checkout they skip."""
 
-import os
 import shutil
 
 import pytest
@@ -11,9 +10,6 @@ from comfyui_nibble.tests.host.inside import base, comfy, full, one_thread, outp
 from comfyui_nibble.tests.host.server import Server, find_comfyui
 
 COMFYUI = find_comfyui()
-# Layers as they are on most cards, and the same on every processor; test_int8.py has what a CPU makes of
-# them.
-os.environ["NIBBLE_INT8"] = "0"
 
 
 def pytest_collection_modifyitems(items):

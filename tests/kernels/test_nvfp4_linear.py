@@ -96,7 +96,6 @@ def test_padded_and_ordered():
 
 @pytest.mark.quick
 def test_paths_and_the_form_at_load(monkeypatch):
-    monkeypatch.delenv("NIBBLE_INT8", raising=False)
     spec = SPECS["smooth, low rank"][0]
     card = lambda arch: Target("cuda", arch, (3, 6))
     for arch in (100, 103, 120):

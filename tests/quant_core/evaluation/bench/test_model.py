@@ -114,8 +114,7 @@ def test_quantized_model_runs_and_is_small(grain, lora):
     assert m.single_blocks[0].mod.spec.rank == lora
 
 
-def test_layers_are_held_as_a_loaded_model_holds_them(monkeypatch):
-    monkeypatch.delenv("NIBBLE_INT8", raising=False)
+def test_layers_are_held_as_a_loaded_model_holds_them():
     int8 = Target("cpu", "int8")
     for grain in ("group", "channel"):
         m = model.build(TINY_MODEL, torch.float32, "cpu", grain, target=int8)
