@@ -34,7 +34,7 @@ from ..layer.assemble import (
 from ..layer.chunks import row_chunks
 from ..layer.lowrank import projected, truncated
 from ..layer.problem import Fitted, Problem
-from . import gptq, principal
+from . import gptq, grids, principal
 from .ranking import at_a_time, rough_errors
 
 # What goes through to GPTQ: of transforms with and without principal components the best rounded to nearest.
@@ -59,7 +59,8 @@ class SVDQuantConfig:
     tokens used to choose. Smoothing and activation codes are ranked on `rough_rows` out-channels; the first
     `finalists` of each kind of transform are fitted in full. principal: shares of the rank to
     try as principal components of x, which are taken out of it before it is rounded (`svdquant_p`). grid:
-    "int" with groups of 64, or "nvfp4" with its own of 16, whose activations are never shifted.
+    "int" with groups of 64, or "nvfp4" with its own of 16, whose activations are never shifted; mixed: beside
+    nvfp4 layers on int, where that is closer (`grids`).
     """
 
     rank: int = 32
@@ -76,11 +77,16 @@ class SVDQuantConfig:
     finalists: int = 2
     principal: tuple = ()
     grid: str = INT
+    mixed: bool = True
 
 
 def fit(problem: Problem, config: SVDQuantConfig) -> Fitted:
     """Fits each part of the layer on its own. Without statistics: no smoothing, plain SVD, round to
     nearest."""
+    return _fit(problem, config) if config.grid == INT else grids.closer(problem, _fit, config)
+
+
+def _fit(problem, config):
     return fit_parts(problem, lambda part: PartFit(problem, part, config).fit())
 
 
