@@ -18,7 +18,7 @@ from .declared import MXFP8, NVFP4, W4A8, Declaration
 from .nvfp4 import swapped
 from .stored import FLOATS, LayoutError, Stored, check
 from .tiles import natural, tiled_shape
-from .w4a8 import codes_of
+from .w4a8 import bits_of, codes_of
 
 E4M3 = ("F8_E4M3", "U8")  # some files hold the bytes
 # dB that a normal weight is from its original, as comfy-kitchen rounds it.
@@ -40,23 +40,39 @@ def shape_of(declared: Declaration, stored: dict[str, Stored]) -> tuple[int, int
         _check_block(weight, k, BLOCK[MXFP8])
         check(stored["weight_scale"], shapes=(tiled_shape(n, k // BLOCK[MXFP8]),), dtypes=("F8_E8M0", "U8"))
         return n, k
+    if declared.format == W4A8:
+        return _grouped_shape(declared, stored, n, k)
     k *= 2
-    if declared.format == NVFP4:
-        check(weight, dtypes=("U8", "I8"))
-        _check_block(weight, k, BLOCK[NVFP4])
-        check(stored["weight_scale"], shapes=(tiled_shape(n, k // BLOCK[NVFP4]),), dtypes=E4M3)
-        check(stored["weight_scale_2"], shapes=((), (1,)), dtypes=("F32",))
-        if smooth := stored.get("pre_quant_scale"):
-            check(smooth, shapes=((k,),), dtypes=FLOATS)
-        if static := stored.get("input_scale"):
-            check(static, shapes=((), (1,)), dtypes=FLOATS)
-        return n, k
+    check(weight, dtypes=("U8", "I8"))
+    _check_block(weight, k, BLOCK[NVFP4])
+    check(stored["weight_scale"], shapes=(tiled_shape(n, k // BLOCK[NVFP4]),), dtypes=E4M3)
+    check(stored["weight_scale_2"], shapes=((), (1,)), dtypes=("F32",))
+    if smooth := stored.get("pre_quant_scale"):
+        check(smooth, shapes=((k,),), dtypes=FLOATS)
+    if static := stored.get("input_scale"):
+        check(static, shapes=((), (1,)), dtypes=FLOATS)
+    return n, k
+
+
+def _grouped_shape(declared, stored, n, width):
+    """Of asym_w4a8_int8, whose rows of `width` bytes have codes of 4 or 6 bits."""
+    weight, relative = stored["weight"], stored["weight_s_rel"]
     check(weight, dtypes=("I8", "U8"))
+    check(relative, dims=(2,), dtypes=(*E4M3, "F32"))
+    groups = relative.shape[1]
+    k = groups * declared.group
+    bits = bits_of(width, k)
+    if not bits:
+        raise LayoutError(
+            f"{weight.key}: expected {k // 2} or {3 * k // 4} bytes a row, 4 or 6 bits for the {k} "
+            f"in-channels of {relative.key}, found {width}"
+        )
     _check_block(weight, k, lcm(16, declared.group, declared.rotation))
-    groups = k // declared.group
-    check(stored["weight_s_rel"], shapes=((n, groups),), dtypes=(*E4M3, "F32"))
+    check(relative, shapes=((n, groups),))
     check(stored["weight_s_channel"], shapes=((n,),), dtypes=FLOATS)
     if table := stored.get("weight_codebook"):
+        if bits == 6:
+            raise LayoutError(f"{table.key}: expected none with codes of 6 bits, which are whole numbers")
         check(table, shapes=((16,),), dtypes=FLOATS)
     if correction := stored.get("weight_correction"):
         check(correction, shapes=((groups, n),), dtypes=FLOATS)
@@ -107,7 +123,8 @@ def _stored_values(declared, get):
 
 def _grouped(declared, get):
     """asym_w4a8_int8, with its weight_correction."""
-    real = codes_of(get).float() * get("weight_s_channel").float().unsqueeze(-1)
+    k = get("weight_s_rel").shape[1] * declared.group
+    real = codes_of(get, k).float() * get("weight_s_channel").float().unsqueeze(-1)
     if (correction := get("weight_correction")) is not None:
         real = real + correction.float().T.repeat_interleave(declared.group, dim=-1)
     return rotate(real, declared.rotation)

@@ -113,8 +113,10 @@ def tensors_of(
     has = cast(Callable[[str], torch.Tensor], get)  # all but the bias are there: `gather` has seen to it
     bias = get("bias")
     out = {} if bias is None else {"bias": bias}
-    if declared.format in (NVFP4, W4A8):
-        return out | (nvfp4.tensors_of(spec, get) if declared.format == NVFP4 else w4a8.tensors_of(get))
+    if declared.format == NVFP4:
+        return out | nvfp4.tensors_of(spec, get)
+    if declared.format == W4A8:
+        return out | w4a8.tensors_of(get, spec.in_features)
     weight, scale = has("weight"), has("weight_scale")
     if declared.format == "svdquant_w4a4":
         out |= {"weight": natural_weight(weight), "smooth_factor": has("smooth_factor")}
