@@ -30,15 +30,20 @@ def closer(problem: Problem, fit: Callable[[Problem, Any], Fitted], config: Any)
 
     config: has `grid`, nvfp4, and `mixed`; without it and without calibration there is nothing to choose.
     """
-    if not config.mixed or problem.tokens("select") is None:
-        return fit(problem, config)
     statistics = problem.statistics
+    if not config.mixed or statistics is None or problem.tokens("select") is None:
+        return fit(problem, config)
     kept = replace(statistics, hessians=_Kept(statistics.hessians))
     made = fit(replace(problem, statistics=kept), config)
-    reached = output_sqnr(problem, made.layer, "select")
+    reached = _reached(problem, made)
     if reached >= ENOUGH:
         return made
     whole = fit(problem, replace(config, grid=INT))
-    if output_sqnr(problem, whole.layer, "select") <= reached + WORTH:
+    if _reached(problem, whole) <= reached + WORTH:
         return made
     return Fitted(whole.layer, whole.choices | {"grid": INT})
+
+
+def _reached(problem, fitted):
+    """dB of the output on the tokens to choose by."""
+    return output_sqnr(problem, fitted.layer, "select")
