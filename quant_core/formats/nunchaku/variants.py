@@ -5,7 +5,7 @@ NVFP4 (`SVDQW4A4Linear` with precision "nvfp4", deepcompressor's examples/diffus
 nvfp4.yaml) has e2m1 codes and an e4m3 scale each 16 in-channels. Its activations have neither a shift behind
 GELU nor a level above the e4m3 scales: nunchaku divides by min(absmax / 6, 448) of 16 channels and multiplies
 by that number rounded to e4m3 (`quantize_w4a4_fp4_from_fpsum_warp` in gemm_w4a4.cuh), so that a group below
-6 * 2^-10 is all zeros. Here each token has an fp32 scale above them (`nvfp4.token_scales`), by which e4m3 has
+6 * 2^-10 is all zeros. Here each token has an fp32 scale above them (`nvfp4.token_scale`), by which e4m3 has
 its whole range, and codes are rounded at the scale that they are multiplied by. The weights are nunchaku's
 own bit for bit.
 """
