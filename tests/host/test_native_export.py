@@ -6,6 +6,7 @@ import shutil
 import pytest
 from torch.nn.functional import gelu
 
+from comfyui_nibble.kernels.operator.codes import NVFP4
 from comfyui_nibble.quant_core.convert import replace
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.families import detect
@@ -18,8 +19,9 @@ from comfyui_nibble.quant_core.run.source import Tensors
 from comfyui_nibble.tests.codes import assert_apart_by_flips, layer_error
 from comfyui_nibble.tests.host.conftest import COMFYUI
 from comfyui_nibble.tests.host.graphs import FLUX_TINY, load_graph, node
-from comfyui_nibble.tests.host.inside import forward
+from comfyui_nibble.tests.host.inside import attached_weight, forward, load, module
 from comfyui_nibble.tests.host.server import Server
+from comfyui_nibble.tests.host.test_adapters import QKV, adapter, merged, with_lora
 from comfyui_nibble.tests.host.test_main_job import run_both
 from comfyui_nibble.tests.support import relative_error
 
@@ -157,7 +159,7 @@ def test_nvfp4_loads_in_stock_comfyui(stock, tiny_state):
 def test_nvfp4_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread, tmp_path):
     """The export in ComfyUI's own modules, and in the pack's. On a CPU comfy.ops leaves x of nvfp4 alone;
     here it is quantized as on cards that multiply fp4."""
-    from comfyui_nibble.nodes.host.build import load
+    from comfyui_nibble.nodes.host.build import load as load_file
 
     layers = nvfp4_export(tiny_state, tmp_path / "m.safetensors")
     formats = KitchenFile(tmp_path / "m.safetensors").formats
@@ -167,8 +169,21 @@ def test_nvfp4_is_the_packs_own_on_the_same_input(comfy, tiny_state, one_thread,
     stock = comfy.sd.load_diffusion_model(str(tmp_path / "m.safetensors"))
     for name in four:
         stock.model.diffusion_model.get_submodule(name)._full_precision_mm = False
-    for patcher in (stock, load(tmp_path / "m.safetensors")):
+    for patcher in (stock, load_file(tmp_path / "m.safetensors")):
         for name, (x, y) in outputs_of(patcher, four).items():
             if patcher is not stock and name.endswith("mlp.2"):  # the pack computes the GELU in the layer
                 x = gelu(x, approximate="tanh")
             assert relative_error(y, layers[name](x)) < 1e-5, name
+
+
+def test_a_lora_beside_comfyuis_nvfp4_is_comfyuis_merge(comfy, tiny_state, one_thread, tmp_path):
+    from comfyui_nibble.nodes.host.build import load as load_file
+
+    nvfp4_export(tiny_state, tmp_path / "m.safetensors")
+    made = load_file(tmp_path / "m.safetensors")
+    patched = load(with_lora(made, adapter("lora", QKV)))
+    layer = module(patched, QKV)
+    assert layer.spec.grid == NVFP4
+    want = merged(patched, QKV)
+    assert relative_error(want, attached_weight(layer)) < 1e-6
+    assert relative_error(want, layer.layer().dequantize()) > 0.01
