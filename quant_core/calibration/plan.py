@@ -39,13 +39,18 @@ def inputs_of(layers, hessian_width: int = HESSIAN_WIDTH) -> list[Input]:
     return list(out.values())
 
 
+def statistics_bytes(inputs: list[Input], reservoir: int = 1024) -> int:
+    """Bytes of the statistics of inputs at the most, in memory and in a file."""
+    return sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in inputs)
+
+
 def plan_passes(inputs, memory: int, reservoir: int = 1024, whole_blocks: bool = False) -> list[list[Input]]:
     """Groups inputs into passes over the samples, each within `memory` bytes where a single input allows it.
 
     whole_blocks: the inputs of a block that all fit into the memory stay together, so that a replay runs it
     once.
     """
-    size = lambda group: sum(InputStatistics.nbytes(i.width, i.blocks, reservoir) for i in group)
+    size = lambda group: statistics_bytes(group, reservoir)
     units = [[item] for item in inputs]
     if whole_blocks:
         blocks = [list(group) for _, group in groupby(inputs, key=lambda item: item.block)]

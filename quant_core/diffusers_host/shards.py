@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..calibration.file import Calibration, CalibrationError, merge
+from ..calibration.plan import inputs_of, statistics_bytes
 from ..calibration.prompts import default_prompts
+from ..formats.checkpoint import Checkpoint
 from ..formats.pipeline_folder import require_safetensors
-from ..store.atomic import require_folder
+from ..store.atomic import require_folder, require_free
 from ..store.lock import only_run
 from ..store.progress import Progress, silent
 from ..store.workers import HERE, Workers
@@ -44,8 +46,8 @@ def calibrate_in_shards(
     samples, and keep other tokens.
 
     Finished shards stay in `<folder>.shards` until they are merged; a stopped run goes on with them. Recorded
-    inputs of the network are those of the first shard. Raises the errors of `calibrate_pipeline`, and
-    CalibrationError where `folder` holds something else.
+    inputs of the network are those of the first shard. Raises the errors of `calibrate_pipeline`,
+    CalibrationError where `folder` holds something else, and NoRoom where the disk does not hold all shards.
     """
     pipeline, folder = Path(pipeline).absolute(), Path(folder).absolute()
     if prompts is None:
@@ -64,6 +66,7 @@ def calibrate_in_shards(
         unit = OneShard(pipeline, left, prompts, samples, steps, size, seed, memory, device)
         size_of = shard_of(samples)
         firsts = list(range(0, samples, size_of))
+        _require_disk(pipeline, left, sum(not unit.place(first).exists() for first in firsts))
         needs = memory + pipeline_bytes(pipeline, device)
         name = lambda first: (
             f"calibrate {pipeline.name}, samples {first} to {min(first + size_of, samples) - 1}"
@@ -80,6 +83,13 @@ def calibrate_in_shards(
             part.rmdir()
         left.rmdir()
     return Calibration(folder)
+
+
+def _require_disk(pipeline, left, missing):
+    """Raises NoRoom where the shards that are still missing, and the sum of all, do not fit on the disk."""
+    checkpoint = Checkpoint(pipeline)
+    each = statistics_bytes(inputs_of(checkpoint.family.layers(checkpoint.shapes)))
+    require_free(left / SHARDS, (missing + 1) * each)
 
 
 def shard_of(samples: int) -> int:

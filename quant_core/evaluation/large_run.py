@@ -5,14 +5,13 @@ comfyui_nibble.quant_core.evaluation.large_run` prints the figures and the table
 from math import ceil, log2
 
 from ..calibration.file import PIECE
-from ..calibration.plan import Input, inputs_of, plan_passes
+from ..calibration.plan import Input, inputs_of, plan_passes, statistics_bytes
 from ..calibration.replay import Span, worth
 from ..cluster.simulate import Machine, Phase, Storage, Task, simulated
 from ..diffusers_host.shards import SHARD
 from ..families import Layer
 from ..families.flux2 import FLUX2
 from ..layer.moments import TILE
-from ..layer.statistics import InputStatistics
 from ..run.layers import fitting_bytes
 
 HIDDEN, DOUBLE, SINGLE = 6144, 8, 48  # of FLUX.2 dev
@@ -121,11 +120,6 @@ def _writing(plan) -> Phase:
 
 def passes_of(plan: list[Layer]) -> list[list[Input]]:
     return plan_passes(inputs_of(plan), STATISTICS, whole_blocks=True)
-
-
-def statistics_bytes(inputs: list[Input]) -> int:
-    """Bytes of the statistics of inputs, in memory and in a file."""
-    return sum(InputStatistics.nbytes(i.width, i.blocks) for i in inputs)
 
 
 def weights(layer: Layer) -> int:

@@ -132,14 +132,20 @@ def require_folder(path: Path):
 def require_room(path: Path, needed: int):
     """Raises NoRoom where the disk of `path` has less than `needed` bytes free, or files may not be that
     large."""
-    there = next(p for p in Path(path).absolute().parents if p.exists())
-    free, limit = shutil.disk_usage(there).free, _largest_file()
+    limit = _largest_file()
     if limit is not None and limit < needed:
         raise NoRoom(
             errno.EFBIG,
             f"{path}: {_mb(needed)} are needed, files may have {_mb(limit)} here (ulimit -f). Raise the "
             "limit.",
         )
+    require_free(path, needed)
+
+
+def require_free(path: Path, needed: int):
+    """Raises NoRoom where the disk of `path` has less than `needed` bytes free, for any number of files."""
+    there = next(p for p in Path(path).absolute().parents if p.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise NoRoom(
             errno.ENOSPC,

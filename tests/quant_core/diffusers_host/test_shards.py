@@ -4,6 +4,7 @@ with."""
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -18,6 +19,8 @@ from comfyui_nibble.quant_core.diffusers_host.shards import calibrate_in_shards
 from comfyui_nibble.quant_core.evaluation import pipelines
 from comfyui_nibble.quant_core.evaluation.demo import tiny_flux
 from comfyui_nibble.quant_core.evaluation.pipelines import FULL
+from comfyui_nibble.quant_core.store import atomic
+from comfyui_nibble.quant_core.store.atomic import NoRoom, require_free
 from comfyui_nibble.tests.assets.pipelines import PROMPTS
 from comfyui_nibble.tests.support import relative_error
 
@@ -104,6 +107,27 @@ def test_a_transformer_that_no_gpu_holds_is_refused_before_anything_is_loaded(
     sampling = pipelines.Sampling(pipeline, tmp_path, files, PROMPTS, 1, None, 0, "cuda")
     with pytest.raises(ValueError, match="its transformer takes"):
         pipelines.sample_all(sampling)
+
+
+def test_a_disk_that_does_not_hold_all_shards_is_refused_before_anything_is_loaded(
+    pipeline, sharded, tmp_path, monkeypatch
+):
+    """Of two shards and their sum the files are what was said, but for headers and tokens that were not
+    kept."""
+    asked = []
+    monkeypatch.setattr(shards, "require_free", lambda path, needed: asked.append((path, needed)))
+    monkeypatch.setattr(shards.OneShard, "__call__", lambda self, first: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        calibrate_in_shards(pipeline, tmp_path / "c", PROMPTS, **ASKED)
+    ((path, needed),) = asked
+    assert path.parent == tmp_path / "c.shards"
+    written = 3 * sum(f.stat().st_size for f in sharded.files if "calls" not in f.name)
+    assert 0.5 * needed < written < 1.1 * needed
+
+    monkeypatch.setattr(shards, "require_free", require_free)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(NoRoom, match=rf"{needed / 1e6:,.1f} MB are needed, .* Make room, or choose another"):
+        calibrate_in_shards(pipeline, tmp_path / "c", PROMPTS, **ASKED)
 
 
 @pytest.mark.quick
