@@ -119,7 +119,15 @@ def test_a_process_that_is_lost_every_time_ends_the_work(pair):
         list(pair.map(work.dies, [7], str, lambda i: 1))
 
 
-def test_an_interrupt_ends_what_runs_and_frees_the_workers(pair):
+@pytest.fixture
+def interruptible():
+    """What a shell without job control runs in the background ignores SIGINT, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_what_runs_and_frees_the_workers(pair, interruptible):
     """Two tasks of ten minutes each are under way."""
     results = pair.map(work.slow, [0, 600, 600], "{} seconds".format, lambda seconds: 1)
     assert next(results) == 0
