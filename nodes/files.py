@@ -65,8 +65,8 @@ class NibbleSaveModel(io.ComfyNode):
 
 
 LOAD_DESCRIPTION = (
-    "Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit formats, and "
-    "nunchaku's INT4 and NVFP4."
+    "Loads a quantized model: this pack's files, ComfyUI's and comfy-kitchen's 4 and 8-bit formats, fp8 as "
+    "int8, and nunchaku's INT4 and NVFP4."
 )
 LOAD_TOOLTIPS = {
     "model_name": (

@@ -51,7 +51,12 @@ class Reduced:
         """The real values in bf16 of `held`, the tensor of a key of `shapes`, unpatched."""
         if key in self._ggml:
             of = self._ggml[key]
-            return dequantized(plain(held).cpu().numpy(), of.tensor_type, of.tensor_shape, key)
+            return dequantized(
+                plain(held).cpu().numpy(),
+                of.tensor_type,
+                of.tensor_shape,
+                key,
+            )
         name = key.removesuffix(".weight")
         # ComfyUI's own way to real values rounds the scale to bf16 first.
         smooth = getattr(self._modules[name], "pre_quant_scale", None)

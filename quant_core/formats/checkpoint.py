@@ -54,7 +54,8 @@ class Checkpoint:
     shapes: {ComfyUI key: shape}. get(key): the tensor, memory-mapped where it is neither stacked from several
     nor below 16 bit, where it becomes bf16, nor fp64, which becomes fp32. origin: what the file says beside
     them. kinds: {format below 16 bit: weights in it}, of fp8, nvfp4, mxfp8, asym_w4a8_int8 and GGUF;
-    reduced: a phrase on them, "" without any; saved: bytes that all such tensors take less than in 16 bit.
+    reduced: a phrase on them, "" without any; saved: bytes that all such tensors take less than in 16 bit;
+    below: their ComfyUI keys.
 
     Raises CheckpointError for files it cannot read, UnknownArchitecture for models it does not know.
     """
@@ -82,6 +83,7 @@ class Checkpoint:
         self.reduced = ", ".join(filter(None, phrases))
         self.kinds = self._blocks.kinds + self._scales.kinds + of_ggml
         self.saved = self._blocks.saved + self._scales.values + sum(ggml.values())
+        below = {*self._blocks.shapes, *self._scales.held, *ggml}
         for key in self._scales.keys | self._blocks.beside:
             del own[key]
         own |= self._blocks.shapes
@@ -95,6 +97,8 @@ class Checkpoint:
             }
         else:
             self.shapes = own
+        keys_of = lambda key: self._stacks[key].keys if key in self._stacks else (key,)
+        self.below = {key for key in self.shapes if below.issuperset(keys_of(key))}
 
     def __reduce__(self):
         return Checkpoint, (self.path.absolute(),)  # pickled as its place: opened again where it is unpickled

@@ -16,6 +16,7 @@ from .kitchen.w4a8 import CORRECTION
 from .nibble import PackError, PackFile
 from .nunchaku.read import NunchakuFile, is_nunchaku
 from .opened import Opened
+from .reduced import ReducedFile
 from .scaled import PACKED
 from .shards import files_of
 
@@ -97,12 +98,10 @@ def open_quantized(path: Path) -> Opened:
     """The reader of a quantized model. Raises PackError for one that is not quantized, and the errors of the
     readers."""
     kind = kind_of(path)
+    if kind == FULL and (found := _below_16_bit(path)) is not None:
+        return found
     if kind in (FULL, CALIBRATION):
-        what = (
-            "a calibration"
-            if kind == CALIBRATION
-            else f"{_reduced(path)}not a quantized model that this pack knows"
-        )
+        what = "a calibration" if kind == CALIBRATION else "not a quantized model that this pack knows"
         raise PackError(
             f"{path}: {what}. Load full-precision models with Load Diffusion Model; this pack reads its "
             "own files, ComfyUI's and "
@@ -111,16 +110,11 @@ def open_quantized(path: Path) -> Opened:
     return FORMATS[kind].reader(path)
 
 
-def _reduced(path) -> str:
-    """A phrase on a file below 16 bit, "" for any other. Raises CheckpointError for weights in a format that
-    this pack does not read."""
+def _below_16_bit(path) -> ReducedFile | None:
+    """A checkpoint with layers below 16 bit, None for any other. Raises CheckpointError for weights in a
+    format that this pack does not read."""
     try:
-        found = Checkpoint(path).reduced
+        found = ReducedFile(Checkpoint(path))
     except UnknownArchitecture:
-        return ""
-    return (
-        f"below 16 bit ({found}), which Load Diffusion Model and Nibble Quantize take; this pack has no "
-        "products for it; "
-        if found
-        else ""
-    )
+        return None
+    return found if found.specs else None

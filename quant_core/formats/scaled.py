@@ -23,7 +23,8 @@ class Scales:
     """What stands beside the weights of an fp8 checkpoint.
 
     keys: of the tensors that are no part of the model; kinds: {ComfyUI's name of the dtype: weights in it};
-    phrase: on them and their scales, "" without any; values: how many numbers are in fp8.
+    phrase: on them and their scales, "" without any; held: keys of all that is in fp8; values: how many
+    numbers that are.
 
     Source: comfy.utils.convert_old_quants and comfy.ops of ComfyUI 0.33: weight = fp8 value x weight_scale, a
     scalar or one a row.
@@ -66,6 +67,7 @@ class Scales:
             self.of[weight] = key
         names = {dtype: name for name, dtype in FP8.items()}
         held = {key: names[dtype] for key, dtype in dtypes.items() if dtype in names and key not in self.keys}
+        self.held = set(held)
         self.values = sum(prod(shapes[key]) for key in held)
         self.phrase = self._phrase(held, shapes)
 

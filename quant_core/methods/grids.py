@@ -62,7 +62,11 @@ def _ahead(problem, fitted) -> float:
         turned = replace(own, activation=four_bits(INT)[1])
         unsigned = ActivationSpec(unsigned=True, shift=GELU_SHIFT)
         plain = replace(turned, rotation=0, activation=unsigned if held.after_gelu else turned.activation)
-        noise += _noise(x[:, columns], own, s)
+        noise += _noise(
+            x[:, columns],
+            own,
+            s,
+        )
         of_int += min(_noise(x[:, columns], spec, s) for spec in (turned, plain))
     return power_db(of_int, noise)
 
