@@ -46,3 +46,55 @@ def opened(server, width: int = 1920, height: int = 1080, settings: dict | None 
         page.wait_for_timeout(2000)  # the first, empty graph is opened after the nodes are registered
         yield page
         browser.close()
+
+
+class Hand:
+    """A person's mouse and keyboard on a page. actions: what was done, a line each."""
+
+    def __init__(self, page):
+        self.page, self.actions = page, []
+
+    def add(self, name, x, y):
+        """A node by double click, search, Enter and a click; its id."""
+        before = self.page.evaluate("() => app.graph.nodes.map(n => n.id)")
+        search = self.page.get_by_placeholder("Add a node")
+        for _ in range(3):  # on a busy machine two clicks may come too far apart to be a double one
+            self.page.mouse.dblclick(x, y)
+            self.page.wait_for_timeout(2000)
+            if search.is_visible():
+                break
+        search.fill(name)
+        self.page.wait_for_timeout(1000)
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_timeout(500)
+        self.page.mouse.move(x + 30, y + 30, steps=3)
+        self.page.mouse.move(x, y, steps=3)
+        self.page.mouse.click(x, y, delay=80)  # until then it hangs on the mouse
+        self.page.wait_for_timeout(300)
+        (new,) = self.page.evaluate(
+            "old => app.graph.nodes.filter(n => !old.includes(n.id)).map(n => n.id)", before
+        )
+        self.actions.append(f"add {name}")
+        return new
+
+    def drag(self, source, output, target, name):
+        """A wire from an output to the input of a name."""
+        place = """([id, input, slot]) => {
+            const node = app.graph.getNodeById(id)
+            const at = input ? node.inputs.findIndex(i => i.name === slot) : slot
+            const [x, y] = app.canvasPosToClientPos(input ? node.getInputPos(at) : node.getOutputPos(at))
+            return [x, y]
+        }"""
+        start, end = (
+            self.page.evaluate(place, [*which]) for which in ((source, 0, output), (target, 1, name))
+        )
+        self.page.mouse.move(*start)
+        self.page.mouse.down()
+        self.page.mouse.move(*end, steps=8)
+        self.page.mouse.up()
+        self.page.wait_for_timeout(300)
+        self.actions.append(f"wire to {name}")
+
+    def run(self):
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+        self.actions.append("Run")

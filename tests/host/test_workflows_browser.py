@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from comfyui_nibble.tests.host import conftest
-from comfyui_nibble.tests.host.browser import opened
+from comfyui_nibble.tests.host.browser import Hand, opened
 from comfyui_nibble.tests.host.server import Server
 from comfyui_nibble.tests.host.templates.blueprint import NAME
 from comfyui_nibble.tests.host.templates.kinds import kinds, measured
@@ -132,14 +132,7 @@ def test_blueprint_is_listed_and_can_be_added(page, bare):
     assert [e["info"]["node_pack"] for e in entries if e["name"] == NAME] == ["custom_nodes.ComfyUI-Nibble"]
     page.evaluate("app.graph.clear()")
     page.wait_for_timeout(1000)  # the canvas has nothing left to hit
-    page.mouse.dblclick(700, 300)
-    page.wait_for_function("() => document.activeElement.tagName === 'INPUT'", timeout=10_000)
-    page.keyboard.type(NAME)
-    page.wait_for_timeout(1000)
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
-    page.mouse.click(800, 450)
-    page.wait_for_function("() => app.graph.nodes.length === 1", timeout=10_000)
+    Hand(page).add(NAME, 700, 300)
     keep(page, NAME)
     found = page.evaluate(
         """() => app.graph.nodes.map(n => ({
