@@ -72,12 +72,16 @@ def _packed(file, keys, metadata) -> bool:
     quantize from."""
     names = set(keys)
     weights = [k for k in keys if k.endswith(".weight") and file.get_slice(k).get_dtype() in PACKED]
-    return not all(_is_source(k.removesuffix(".weight"), file, names, metadata) for k in weights)
+    try:
+        entries = declared.entries(metadata.get(declared.HEADER))
+    except declared.DeclarationError:
+        entries = {}
+    return not all(_is_source(k.removesuffix(".weight"), file, names, entries) for k in weights)
 
 
-def _is_source(name, file, keys, metadata) -> bool:
-    """Whether a layer is declared as one that does not run here; broken declarations are for the readers to
-    name."""
+def _is_source(name, file, keys, entries) -> bool:
+    """Whether a layer is declared as one that does not run here, by a tensor or in the header's `entries`;
+    broken declarations are for the readers to name."""
     beside = [leaf for leaf in (CORRECTION,) if f"{name}.{leaf}" in keys]
     marker = f"{name}.{declared.LEAF}"
     try:
@@ -85,7 +89,6 @@ def _is_source(name, file, keys, metadata) -> bool:
             view = file.get_slice(marker)
             read = partial(file.get_tensor, marker)
             return not runs(declared.of_tensor(tuple(view.get_shape()), view.get_dtype(), read), beside)
-        entries = declared.entries(metadata.get(declared.HEADER))
         # They may leave out the prefix of a whole checkpoint.
         parts = name.split(".")
         found = [raw for i in range(len(parts)) if (raw := entries.get(".".join(parts[i:]))) is not None]

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 STACKED = ("to_qkv", "add_qkv_proj", "feed_forward.net.0.proj")  # rows of several layers
-SPLITS = {"norm1.linear": 6, "norm1_context.linear": 6, "norm.linear": 3, "img_mod.1": 6, "txt_mod.1": 6}
 
 
 def weight_place(n, k, channels):
